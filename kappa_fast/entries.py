@@ -1,0 +1,69 @@
+"""The records a ranking is made of: TensorKappa for what was ranked, Skipped for what was not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Index = tuple[int | slice, ...]
+Status = Literal["ok", "rank_deficient", "bounded", "non_finite"]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A parameter (or a part of one) that was not ranked, and why, in words a person understands."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class TensorKappa:
+    """The condition number of one weight matrix, and how certain it is.
+
+    Attributes:
+        name: name of the parameter, as ``named_parameters()`` or the checkpoint spells it.
+        aliases: further names of the same tensor (tied weights).
+        part: "" for the whole parameter, "[3]" for expert 3 of a stack, "[3].gate" for its gate half.
+        index: what to index the parameter with to get the matrix; () for the whole.
+        layer: number of the layer in the model, None outside of layers.
+        group: the name with its numbers as ``*``, plus the part without its expert.
+        shape: (rows, columns) of the matrix as ranked (convolutions flattened).
+        dtype: stored dtype, such as "bfloat16".
+        numel: number of weights in the matrix.
+        kappa: best estimate of sigma_max / sigma_min; inf if rank deficient, nan if bounded or non-finite.
+        lower, upper: the interval that holds the true kappa of the stored weights.
+        sigma_max, sigma_min: extreme singular values, in the units of the weights.
+        score: what the ranking is sorted by, ascending.
+        certified: True if the interval is proven, not estimated.
+        method: the rung of the ladder that resolved the entry.
+        sensitivity: first-order standard deviation of the relative change of kappa under one rounding of all
+            weights to the storage dtype; nan where kappa is.
+        status: "ok", "rank_deficient", "bounded" (known only to lie above ``lower``) or "non_finite".
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    part: str
+    index: Index
+    layer: int | None
+    group: str
+    shape: tuple[int, int]
+    dtype: str
+    numel: int
+    kappa: float
+    lower: float
+    upper: float
+    sigma_max: float
+    sigma_min: float
+    score: float
+    certified: bool
+    method: str
+    sensitivity: float
+    status: Status
+
+    @property
+    def key(self) -> str:
+        """``name + part``: unique within a ranking."""
+        return self.name + self.part

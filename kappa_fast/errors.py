@@ -1,0 +1,57 @@
+"""Everything kappa_fast raises on purpose.
+
+Each class is also the built-in exception a caller would guess (ValueError, RuntimeError, ...), so code that
+knows nothing of kappa_fast can still catch it. Every message names the tensor or file, the reason, and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .ranking import Ranking
+
+
+class KappaError(Exception):
+    """Base of all errors of kappa_fast."""
+
+
+class OptionError(KappaError, ValueError):
+    """An argument has a value that cannot work (wrong type, out of range, two budgets at once)."""
+
+
+class SourceError(KappaError, ValueError):
+    """The source is no model, or holds something that cannot be read as weights."""
+
+
+class SourceNotFoundError(SourceError, FileNotFoundError):
+    """A file, directory or shard that was named does not exist."""
+
+
+class RankingFileError(KappaError, ValueError):
+    """A JSON file is not a ranking or a selection, or is damaged."""
+
+
+class BackendError(KappaError, RuntimeError):
+    """A backend is unknown, not available here, or refused the work."""
+
+
+class ComputeError(KappaError, RuntimeError):
+    """A matrix could not be processed (out of memory for a single matrix, a library routine that failed)."""
+
+
+class MissingExtraError(KappaError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during rank(). ``partial`` is the Ranking of what was finished until then."""
+
+    def __init__(self, message: str, partial: Ranking) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
+def missing_extra(package: str, extra: str, what: str) -> MissingExtraError:
+    """The error for ``what`` needing ``package``, which ``pip install 'kappa_fast[extra]'`` brings."""
+    return MissingExtraError(f"{what} needs the package {package!r}: pip install 'kappa_fast[{extra}]'")

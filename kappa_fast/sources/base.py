@@ -1,0 +1,53 @@
+"""What a source hands to the next stage: matrices to rank, and everything it left out with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..entries import Index, Skipped
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix to rank: where it is, and how to get at its values.
+
+    ``load()`` returns a 2-D tensor of shape ``shape`` in the stored dtype, on the device where the weight lives: a
+    view where the storage allows one, detached, never to be written to. It may be called more than once.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    part: str
+    index: Index
+    layer: int | None
+    group: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+
+    @property
+    def key(self) -> str:
+        return self.name + self.part
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Source:
+    """All matrices of a model, in the order of the model, and what was left out.
+
+    ``num_parameters`` counts every parameter of the model once (tied ones too), ranked or not: the denominator of
+    ``select(max_params=<fraction>)``. ``metadata`` goes into ``Ranking.metadata["source"]`` and is plain JSON.
+    """
+
+    matrices: tuple[Matrix, ...]
+    skipped: tuple[Skipped, ...]
+    num_parameters: int
+    metadata: Mapping[str, Any]
