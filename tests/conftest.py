@@ -1,0 +1,61 @@
+"""What all tests share: no network, a fixed number of threads, fixed seeds, and a way to run a fresh interpreter."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+# Read once by huggingface_hub, and handed on to child processes: no test may wait for a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+RunPython = Callable[..., str]
+
+# HYPOTHESIS_PROFILE=explore looks for new counterexamples; the default tries the same examples on every machine.
+settings.register_profile("repeatable", max_examples=50, derandomize=True, deadline=None)
+settings.register_profile("explore", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# The same number everywhere, because results are promised to repeat only for the same number of threads.
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the source tree."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def run_python() -> RunPython:
+    """Run code in a fresh interpreter: ``run_python(code, cwd=..., python=..., env=...)`` returns what it printed."""
+
+    def run(code: str, *, cwd: Path, python: Path | str = sys.executable, env: Mapping[str, str] | None = None) -> str:
+        done = subprocess.run(
+            [str(python), "-c", code],
+            cwd=cwd,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"exit {done.returncode}:\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    return run

@@ -1,0 +1,57 @@
+"""Importing kappa_fast is cheap, and what it offers is what was agreed on."""
+
+import json
+
+import kappa_fast
+
+PUBLIC_NAMES = [
+    "rank",
+    "Ranking",
+    "TensorKappa",
+    "Skipped",
+    "Selection",
+    "KappaError",
+    "OptionError",
+    "SourceError",
+    "SourceNotFoundError",
+    "RankingFileError",
+    "BackendError",
+    "ComputeError",
+    "MissingExtraError",
+    "Interrupted",
+    "__version__",
+]
+
+HEAVY_OR_OPTIONAL = {"matplotlib", "pandas", "peft", "rich", "scipy", "transformers", "triton", "typer"}
+
+# torch comes first, so that only what kappa_fast adds to it is counted.
+IMPORT_AFTER_TORCH = """
+import json, sys, time
+import torch
+before, start = set(sys.modules), time.process_time()
+import kappa_fast
+seconds = time.process_time() - start
+print(json.dumps({"seconds": seconds, "added": sorted({m.partition(".")[0] for m in set(sys.modules) - before})}))
+"""
+
+
+def test_the_public_names_are_these_in_the_order_of_the_pipeline():
+    assert kappa_fast.__all__ == PUBLIC_NAMES
+
+
+def test_every_public_name_exists_and_is_listed_by_dir():
+    assert set(PUBLIC_NAMES) <= set(dir(kappa_fast))
+    assert [name for name in PUBLIC_NAMES if not hasattr(kappa_fast, name)] == []
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    assert not hasattr(kappa_fast, "no_such_name")
+
+
+def test_importing_takes_under_a_second_beyond_torch_and_loads_no_optional_package(run_python, root):
+    for _ in range(3):  # the least of three: a busy machine may be slow once
+        report = json.loads(run_python(IMPORT_AFTER_TORCH, cwd=root))
+        assert HEAVY_OR_OPTIONAL.isdisjoint(report["added"])
+        if report["seconds"] < 1.0:
+            break
+    assert report["seconds"] < 1.0
