@@ -1,0 +1,236 @@
+"""The reference backend: torch operations, one matrix after the other, on the CPU or any torch device.
+
+Per-matrix results depend on nothing but the matrix (and the number of threads). The thresholds were measured on two
+AVX-512 cores with MKL; docs/numerics.md has the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from .base import Factor, Operand, Rung, Tensor
+
+CHOLESKY32 = Rung("cholesky32", "cholesky", torch.float32, 2)
+CHOLESKY64 = Rung("cholesky64", "cholesky", torch.float64, 2)
+LU64 = Rung("lu64", "lu", torch.float64, 1)
+QR64 = Rung("qr64", "qr", torch.float64, 2)
+
+# Below this ratio of sides trained matrices have kappa under about 100, where a float32 Gram still resolves them.
+SLENDER = 0.8
+# Entries within 2**-SAFE..2**SAFE are used as they are: their squares, summed, stay far inside float32.
+SAFE = 20
+TILE = 256  # columns of a lower-triangle tile: 91 ms at 5632 x 2048 in float32, where the full product takes 128
+PANEL = 256  # 2048 x 2048: 23 ms in float32 and 49 in float64, where cholesky_ex takes 57 and 88
+CHUNK_BYTES = 1 << 20  # rows converted at a time: they stay in cache (full conversion took 3 to 5 times as long)
+GRAM_CHUNK_BYTES = 32 << 20
+
+
+class TorchBackend:
+    """See base.Backend for what each operation promises."""
+
+    name = "torch"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def rungs(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Rung, ...]:
+        m, n = shape
+        if m == n:
+            return (LU64,)
+        if n < SLENDER * m and dtype != torch.float64:
+            return (CHOLESKY32, CHOLESKY64, QR64)
+        return (CHOLESKY64, QR64)
+
+    def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        m, n = shape
+        return 8 * (3 * n * n if m == n else n * n + 2 * m * n)
+
+    def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
+        return [_prepare(weight.detach().to(self.device)) for weight in weights]
+
+    def gram(self, operands: Sequence[Operand], dtype: torch.dtype, chunk: int | None = None) -> list[Tensor]:
+        return [_gram(a.tensor, dtype, chunk) for a in operands]
+
+    def cholesky(self, grams: Sequence[Tensor]) -> list[bool]:
+        return [_cholesky(g) for g in grams]
+
+    def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> list[Factor | None]:
+        return [_factor(a.tensor, rung) for a, rung in zip(operands, rungs, strict=True)]
+
+    def product(self, factors: Sequence[Factor], blocks: Sequence[Tensor]) -> list[Tensor]:
+        return [_product(f, x) for f, x in zip(factors, blocks, strict=True)]
+
+    def solve(self, factors: Sequence[Factor], blocks: Sequence[Tensor]) -> list[Tensor]:
+        return [_solve(f, x) for f, x in zip(factors, blocks, strict=True)]
+
+    def departure(
+        self, operands: Sequence[Operand], factors: Sequence[Factor], blocks: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return [_departure(a.tensor, f, x) for a, f, x in zip(operands, factors, blocks, strict=True)]
+
+    def apply(self, operands: Sequence[Operand], blocks: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
+        return [_apply(a.tensor, x) for a, x in zip(operands, blocks, strict=True)]
+
+    def project(self, bases: Sequence[Tensor], blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        coefficients, remains = [], []
+        for basis, block in zip(bases, blocks, strict=True):
+            first = basis.T @ block
+            block = block - basis @ first
+            second = basis.T @ block
+            coefficients.append(first + second)
+            remains.append(block - basis @ second)
+        return coefficients, remains
+
+    def orthonormalize(
+        self, blocks: Sequence[Tensor], scales: Sequence[float], drop: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        return [_orthonormalize(w, scale * drop) for w, scale in zip(blocks, scales, strict=True)]
+
+    def weighted_squares(
+        self, operands: Sequence[Operand], left: Sequence[Tensor], right: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return [_weighted_squares(a.tensor, x, y) for a, x, y in zip(operands, left, right, strict=True)]
+
+
+def _prepare(weight: Tensor) -> Operand:
+    if weight.dtype.itemsize == 1:  # float8 has no arithmetic of its own; bfloat16 holds every float8 value
+        weight = weight.to(torch.bfloat16)
+    rows, columns = weight.shape
+    # A square matrix is turned so that its columns are contiguous: LU takes it as it is (46 ms instead of 65 at 2048).
+    turn = rows < columns or (rows == columns and weight.stride(1) == 1)
+    tall = weight.T if turn else weight
+    low, high = torch.aminmax(weight)
+    peak = max(-float(low), float(high))
+    if not math.isfinite(peak):
+        return Operand(tall, 0, False, peak)
+    exponent = math.frexp(peak)[1]
+    if peak == 0 or abs(exponent) <= SAFE:
+        return Operand(tall, 0, True, peak)
+    # Two factors, since 2**1074 alone is beyond float64; exact but for entries 2**-1000 below the largest.
+    half = exponent // 2
+    wide = tall.to(torch.float64)
+    scaled = wide.mul(2.0**-half).mul_(2.0 ** -(exponent - half))
+    exact = bool(torch.equal(scaled.mul(2.0**half).mul_(2.0 ** (exponent - half)), wide))
+    if weight.dtype != torch.float64:  # every narrower entry keeps its bits in float32 unless it is 2**-126 below the peak
+        narrow = scaled.to(torch.float32)
+        scaled = narrow if torch.equal(narrow.to(torch.float64), scaled) else scaled
+    return Operand(scaled, exponent, True, math.ldexp(peak, -exponent), exact)
+
+
+def _row_chunks(a: Tensor, limit: int, itemsize: int) -> Iterator[tuple[int, int]]:
+    m, n = a.shape
+    rows = max(16, min(m, limit // max(1, n * itemsize)))
+    for start in range(0, m, rows):
+        yield start, min(start + rows, m)
+
+
+def _gram(a: Tensor, dtype: torch.dtype, chunk: int | None = None) -> Tensor:
+    n = a.shape[1]
+    g = a.new_zeros((n, n), dtype=dtype)
+    if chunk is not None:
+        return _gram_in_chunks(a.to(dtype), g, chunk)
+    for start, stop in _row_chunks(a, GRAM_CHUNK_BYTES, dtype.itemsize):
+        rows = a[start:stop].to(dtype)
+        for j in range(0, n, TILE):
+            g[j:, j : j + TILE].addmm_(rows[:, j:].T, rows[:, j : j + TILE])
+    return g
+
+
+def _gram_in_chunks(a: Tensor, g: Tensor, chunk: int) -> Tensor:
+    # A product that accumulates into g may add its terms one by one to what is there, so that early terms are rounded
+    # m times; a sum of separate products rounds each term at most chunk + m / chunk times, whatever the library does.
+    for start in range(0, a.shape[0], chunk):
+        rows = a[start : start + chunk]
+        for j in range(0, a.shape[1], TILE):
+            g[j:, j : j + TILE] += rows[:, j:].T @ rows[:, j : j + TILE]
+    return g
+
+
+def _cholesky(g: Tensor) -> bool:
+    n = g.shape[0]
+    panel = PANEL if n > 2 * PANEL else n
+    for j in range(0, n, panel):
+        e = min(j + panel, n)
+        block, info = torch.linalg.cholesky_ex(g[j:e, j:e])
+        if int(info) != 0:
+            return False
+        g[j:e, j:e] = block
+        g[j:e, e:] = 0
+        if e < n:
+            below = torch.linalg.solve_triangular(block.T, g[e:, j:e], upper=True, left=False)
+            g[e:, j:e] = below
+            for c in range(e, n, 2 * panel):
+                d = min(c + 2 * panel, n)
+                g[c:, c:d].addmm_(below[c - e :], below[c - e : d - e].T, alpha=-1)
+    return True
+
+
+def _factor(a: Tensor, rung: Rung) -> Factor | None:
+    n = a.shape[1]
+    if rung.kind == "cholesky":
+        g = _gram(a, rung.dtype)
+        return Factor(rung, n, g) if _cholesky(g) else None
+    wide = a.to(rung.dtype)
+    if rung.kind == "qr":
+        r = torch.linalg.qr(wide, mode="r").R
+        return Factor(rung, n, r.T) if bool((r.diagonal() != 0).all()) else None
+    lu, pivots, info = torch.linalg.lu_factor_ex(wide)
+    return Factor(rung, n, (wide, lu, pivots)) if int(info) == 0 else None
+
+
+def _product(f: Factor, x: Tensor) -> Tensor:
+    if f.rung.kind == "lu":
+        a = f.data[0]
+        return a.T @ (a @ x)
+    return f.data @ (f.data.T @ x)
+
+
+def _solve(f: Factor, x: Tensor) -> Tensor:
+    if f.rung.kind == "lu":
+        _, lu, pivots = f.data
+        return torch.linalg.lu_solve(lu, pivots, torch.linalg.lu_solve(lu, pivots, x, adjoint=True))
+    y = torch.linalg.solve_triangular(f.data, x, upper=False)
+    return torch.linalg.solve_triangular(f.data.T, y, upper=True)
+
+
+def _departure(a: Tensor, f: Factor, x: Tensor) -> Tensor:
+    if f.rung.kind == "lu":
+        wide, lu, pivots = f.data
+        return wide @ torch.linalg.lu_solve(lu, pivots, x) - x
+    y = torch.linalg.solve_triangular(f.data.T, x, upper=True)
+    z = torch.zeros_like(x)
+    for start, stop in _row_chunks(a, CHUNK_BYTES, f.rung.dtype.itemsize):
+        rows = a[start:stop].to(f.rung.dtype)
+        z.addmm_(rows.T, rows @ y)
+    return torch.linalg.solve_triangular(f.data, z, upper=False) - x
+
+
+def _apply(a: Tensor, x: Tensor) -> tuple[Tensor, float]:
+    out = x.new_empty((a.shape[0], x.shape[1]), dtype=torch.float64)
+    x = x.to(torch.float64)
+    squares = x.new_zeros(())
+    for start, stop in _row_chunks(a, CHUNK_BYTES, 8):
+        rows = a[start:stop].to(torch.float64)
+        torch.mm(rows, x, out=out[start:stop])
+        flat = (rows if rows.is_contiguous() else rows.T).reshape(-1)
+        squares += torch.dot(flat, flat)
+    return out, math.sqrt(float(squares))
+
+
+def _orthonormalize(w: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    q, r = torch.linalg.qr(w)
+    u, s, vh = torch.linalg.svd(r)
+    keep = int((s > floor).sum())
+    return q @ u[:, :keep], s[:keep, None] * vh[:keep]
+
+
+def _weighted_squares(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    total = left.new_zeros(left.shape[1], dtype=torch.float64)
+    narrow = right.to(torch.float32)
+    for start, stop in _row_chunks(a, CHUNK_BYTES, 4):
+        rows = a[start:stop].to(torch.float32)
+        total += (left[start:stop] * ((rows * rows) @ narrow)).sum(dim=0)
+    return total

@@ -1,0 +1,51 @@
+"""The last rung and the first one for tiny matrices: a full singular value decomposition in float64 on the CPU.
+
+Also what can be said without any arithmetic: zero matrices, zero columns, repeated columns.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from ..backends.base import Operand, Tensor
+
+METHOD = "svd64"
+
+
+def backward_error(n: int) -> float:
+    """Bound on |computed - true| / sigma_max for the singular values of LAPACK's float64 SVD.
+
+    LAPACK states p(m, n) u with a "modestly growing" p (Users' Guide, section 4.9). p = 4 + sqrt(n) / 2 is four times
+    what was seen on matrices with known spectra, n = 2 to 2048 (docs/numerics.md); a model, not a proof.
+    """
+    return (4 + math.sqrt(n) / 2) * 2.0**-53
+
+
+def decompose(a: Operand) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, n), singular values (n,) descending, V (n, n), float64 on the CPU."""
+    u, s, vh = torch.linalg.svd(a.tensor.to("cpu", torch.float64), full_matrices=False)
+    return u, s, vh.T
+
+
+def singular_reason(a: Operand) -> str | None:
+    """Why the matrix is singular beyond any doubt, or None: a zero or a repeated column (exact comparison).
+
+    Repeated rows of a tall matrix mean nothing; for a square one they are looked for as well.
+    """
+    if a.peak == 0:
+        return "all entries are zero"
+    m, n = a.shape
+    tensor = a.tensor.to("cpu", torch.float64)
+    for side, name in ((tensor, "column"), (tensor.T, "row")):
+        if name == "row" and m > n:
+            break
+        lines = np.ascontiguousarray(side.T.numpy()) + 0.0  # -0.0 + 0.0 is 0.0: both zeros compare as one
+        if not lines.any(axis=1).all():
+            return f"a {name} is zero"
+        packed = lines.view(np.dtype((np.void, lines.dtype.itemsize * lines.shape[1]))).ravel()
+        if len(np.unique(packed)) < len(packed):
+            return f"two {name}s are equal"
+    return None

@@ -1,0 +1,230 @@
+"""From a wave of weights to kappa with an interval: the cheapest rung that resolves each matrix, then up.
+
+A matrix climbs when a factorization breaks down, when the factor turns out not to describe the weights well enough
+(departure), or when its interval is still wider than asked for; never because an estimate "stopped moving", which
+proves nothing. The last rung is an exact float64 SVD.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..backends.base import Backend, Factor, Operand, Rung, Tensor
+from ..entries import Status
+from . import certify as proofs
+from . import exact
+from .bounds import norm_factor
+from .krylov import WIDTH, Extreme, gaussian_block, largest
+from .polish import Triplets, polish, ratio_bound, sensitivities
+
+log = logging.getLogger("kappa_fast")
+
+EXACT_BELOW = 32  # smaller sides: one SVD costs less than a ladder of launches
+# Shares of the allowed width: each end's excess (relative, of sigma^2) and the departure, with 4 rtol to spend in all.
+END_SHARE = 1.2
+DEPARTURE_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What an entry needs: an interval of relative half-width ``rtol``, unless kappa provably exceeds ``cutoff``."""
+
+    rtol: float
+    certify: bool = False
+    cutoff: float = math.inf
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What is known of one matrix. Singular values are in the units of the weights."""
+
+    status: Status
+    kappa: float
+    lower: float
+    upper: float
+    sigma_max: float
+    sigma_min: float
+    method: str
+    certified: bool = False
+    sensitivity: float = math.nan
+
+    @property
+    def half_width(self) -> float:
+        return (self.upper - self.lower) / 2 / self.kappa if self.status == "ok" else math.inf
+
+
+@dataclass
+class _Climber:
+    """One matrix on its way up."""
+
+    position: int
+    dtype: torch.dtype
+    operand: Operand
+    rungs: tuple[Rung, ...]
+    best: Resolution | None = None
+    triplets: Triplets | None = None
+    done: bool = field(default=False)
+
+    def keep(self, found: Resolution, triplets: Triplets) -> None:
+        """A later rung replaces the estimate; bounds can only tighten."""
+        if self.best is not None:
+            found = replace(found, lower=max(found.lower, self.best.lower), upper=min(found.upper, self.best.upper))
+        self.best, self.triplets = found, triplets
+
+
+def resolve(backend: Backend, weights: Sequence[Tensor], goal: Goal) -> list[Resolution]:
+    """Resolve one wave: 2-D weights of any shape, float dtype and strides; none is changed."""
+    operands = backend.prepare(weights)
+    results: list[Resolution | None] = [_trivial(a) for a in operands]
+    climbers = [
+        _Climber(i, weights[i].dtype, a, backend.rungs(a.shape, weights[i].dtype) if a.shape[1] >= EXACT_BELOW else ())
+        for i, a in enumerate(operands)
+        if results[i] is None
+    ]
+    _climb(backend, [c for c in climbers if c.rungs], goal)
+    for climber in climbers:
+        if not climber.done:
+            _finish_exactly(backend, climber, goal)
+    _measure_sensitivity(backend, [c for c in climbers if c.best is not None and c.best.status == "ok"])
+    for climber in climbers:
+        found = climber.best
+        assert found is not None  # the exact rung always answers
+        if goal.certify and found.status == "ok" and climber.triplets is not None:
+            found = proofs.certified(backend, climber.operand, found, goal.rtol)
+        results[climber.position] = _unscaled(found, climber.operand.exponent)
+    return [r for r in results if r is not None]
+
+
+def _trivial(a: Operand) -> Resolution | None:
+    if not a.finite:
+        return Resolution("non_finite", math.nan, math.nan, math.nan, math.nan, math.nan, "none")
+    if a.peak == 0:
+        return Resolution("rank_deficient", math.inf, math.inf, math.inf, 0.0, 0.0, "zero", certified=True)
+    if a.shape[1] == 1:
+        sigma = float(torch.linalg.vector_norm(a.tensor, dtype=torch.float64))
+        found = Resolution("ok", 1.0, 1.0, 1.0, sigma, sigma, "vector", certified=True, sensitivity=0.0)
+        return _unscaled(found, a.exponent)
+    return None
+
+
+def _climb(backend: Backend, climbers: Sequence[_Climber], goal: Goal) -> None:
+    level = 0
+    active = list(climbers)
+    while active:
+        rungs = [c.rungs[level] for c in active]
+        factors = backend.factor([c.operand for c in active], rungs)
+        sound = [(c, f) for c, f in zip(active, factors, strict=True) if f is not None]
+        _use_factors(backend, sound, goal)
+        level += 1
+        active = [c for c in active if not c.done and len(c.rungs) > level]
+
+
+def _use_factors(backend: Backend, pairs: Sequence[tuple[_Climber, Factor]], goal: Goal) -> None:
+    """Both ends, the polish and the interval for every matrix whose factor describes it well enough."""
+    departures = _departures(backend, pairs, DEPARTURE_SHARE * goal.rtol)
+    kept = [(c, f, d) for (c, f), d in zip(pairs, departures, strict=True) if d <= DEPARTURE_SHARE * goal.rtol]
+    if not kept:
+        return
+    climbers, factors = [c for c, _, _ in kept], [f for _, f, _ in kept]
+    tops, bottoms = _ends(backend, factors, END_SHARE * goal.rtol)
+    usable = [math.isfinite(t.theta * b.theta) and t.theta * b.theta > 0 for t, b in zip(tops, bottoms, strict=True)]
+    polished = backend.solve(factors, [b.vectors for b in bottoms])
+    found = polish(backend, [c.operand for c in climbers], [t.vectors for t in tops], polished)
+    for (climber, factor, departure), top, bottom, triplets, good in zip(
+        kept, tops, bottoms, found, usable, strict=True
+    ):
+        if good and triplets.sigma_min > 0:
+            resolution = _interval(factor.rung, departure, top, bottom, triplets)
+            climber.keep(resolution, triplets)
+            climber.done = resolution.half_width <= goal.rtol or resolution.lower > goal.cutoff
+
+
+def _departures(backend: Backend, pairs: Sequence[tuple[_Climber, Factor]], limit: float) -> list[float]:
+    """Bounds on ||M||_2 from a Gaussian block; where M X is too large, from M M X, which overestimates far less."""
+    blocks = [gaussian_block(f.n, WIDTH, salt=2).to(device=backend.device, dtype=f.rung.dtype) for _, f in pairs]
+    bounds = [math.inf] * len(pairs)
+    factor = norm_factor(WIDTH) / math.sqrt(WIDTH)
+    active = list(range(len(pairs)))
+    for power in (1, 2):
+        images = backend.departure(
+            [pairs[i][0].operand for i in active], [pairs[i][1] for i in active], [blocks[i] for i in active]
+        )
+        for i, image in zip(active, images, strict=True):
+            norm = float(torch.linalg.matrix_norm(image.double()))
+            blocks[i] = image
+            if math.isfinite(norm):
+                bounds[i] = min(bounds[i], (factor * norm) ** (1 / power))
+        active = [i for i in active if limit < bounds[i] < 0.5]
+        if not active:
+            break
+    return bounds
+
+
+def _ends(backend: Backend, factors: Sequence[Factor], tolerance: float) -> tuple[list[Extreme], list[Extreme]]:
+    units = [f.rung.unit_roundoff for f in factors]
+    tops = largest(backend, backend.product, factors, lambda i, _: 2 * units[i], tolerance, salt=0)
+
+    def noise(i: int, theta: float) -> float:
+        return 2 * units[i] * math.sqrt(max(1.0, theta * tops[i].theta))
+
+    return tops, largest(backend, backend.solve, factors, noise, tolerance, salt=1)
+
+
+def _interval(rung: Rung, departure: float, top: Extreme, bottom: Extreme, triplets: Triplets) -> Resolution:
+    """Lower end: proven by the polish. Upper end: the Krylov bounds of both ends, widened by the departure."""
+    if rung.power == 2:
+        widening = math.sqrt((1 + departure) / (1 - departure))
+    else:
+        widening = 1 / (1 - departure)  # the top end used the weights themselves
+    upper = math.sqrt(top.theta * (1 + top.excess) * bottom.theta * (1 + bottom.excess)) * widening
+    kappa = triplets.sigma_max / triplets.sigma_min
+    upper = max(upper, kappa)
+    return Resolution("ok", kappa, triplets.lower, upper, triplets.sigma_max, triplets.sigma_min, rung.name)
+
+
+def _finish_exactly(backend: Backend, climber: _Climber, goal: Goal) -> None:
+    a = climber.operand
+    u, s, v = exact.decompose(a)
+    high, low = float(s[0]), float(s[-1])
+    error = exact.backward_error(a.shape[1]) * high
+    norm = float(torch.linalg.vector_norm(s))
+    wide = a.tensor.to("cpu", torch.float64)
+    reached = [float(torch.linalg.vector_norm(wide @ x)) for x in (v[:, 0], v[:, -1])]
+    one = v.new_ones(1)
+    lower = ratio_bound(a.shape, norm, reached[0], reached[1], v[:, 0], v[:, -1], one, one)
+    if low <= error:
+        reason = exact.singular_reason(a)
+        method = f"{exact.METHOD}: {reason}" if reason else exact.METHOD
+        proven = math.inf if reason else lower
+        climber.best = Resolution("rank_deficient", math.inf, proven, math.inf, high, low, method, reason is not None)
+        climber.triplets = None
+    else:
+        kappa = high / low
+        upper = (high + error) / (low - error)
+        lower = min(lower, kappa)
+        ends = (t.to(a.tensor.device) for t in (u[:, 0], v[:, 0], u[:, -1], v[:, -1]))
+        climber.keep(
+            Resolution("ok", kappa, lower, upper, high, low, exact.METHOD), Triplets(high, low, lower, *ends)
+        )
+    climber.done = True
+
+
+def _measure_sensitivity(backend: Backend, climbers: Sequence[_Climber]) -> None:
+    pairs = [(c, c.triplets) for c in climbers if c.triplets is not None]
+    values = sensitivities(backend, [c.operand for c, _ in pairs], [c.dtype for c, _ in pairs], [t for _, t in pairs])
+    for (climber, _), value in zip(pairs, values, strict=True):
+        assert climber.best is not None
+        climber.best = replace(climber.best, sensitivity=value)
+
+
+def _unscaled(found: Resolution, exponent: int) -> Resolution:
+    if exponent == 0:
+        return found
+    half = exponent // 2
+    back = [x * 2.0**half * 2.0 ** (exponent - half) for x in (found.sigma_max, found.sigma_min)]
+    return replace(found, sigma_max=back[0], sigma_min=back[1])
