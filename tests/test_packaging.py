@@ -146,21 +146,23 @@ def test_kernels_are_found_and_neither_hide_nor_take_in_a_foreign_package(instal
     assert json.loads(run_python(LOOK, cwd=cwd, python=python, env=env)) == {**alone, "foreign": str(foreign)}
 
 
-@pytest.mark.parametrize("builder", ["setup.py", None], ids=["beside a stray setup.py", "alone"])
-def test_an_empty_room_in_site_packages_does_not_take_in_a_foreign_package(builder, root, tmp_path):
-    add_foreign_kernels(tmp_path)
-    if builder:
-        (tmp_path / builder).write_text("")
+@pytest.mark.parametrize(
+    ("source_tree", "bare", "taken"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_only_a_bare_folder_of_a_source_tree_is_taken_for_the_room(source_tree, bare, taken, root, tmp_path):
+    foreign = add_foreign_kernels(tmp_path)
+    if bare:
+        foreign.unlink()
+    if source_tree:
+        (tmp_path / "setup.py").touch()
     package = tmp_path / "kappa_fast" / "kernels"
     shutil.copytree(root / "kappa_fast" / "kernels", package)
-
-    locations = [str(package)]
     spec = importlib.util.spec_from_file_location(
-        "empty_room", package / "__init__.py", submodule_search_locations=locations
+        "room", package / "__init__.py", submodule_search_locations=[str(package)]
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert list(module.__path__) == locations
+    assert module.__path__ == [str(package), *([str(foreign.parent)] if taken else [])]
 
 
 def test_transformers_works_from_the_clone_and_takes_the_room_for_no_package(clone, run_python):
@@ -246,11 +248,17 @@ def made(root, tmp_path):
     return tmp_path
 
 
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run make as from a terminal, whatever make runs the tests."""
+    outer = ("MAKE", "MFLAGS", "PYTHON", "CONSTRAINTS")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
+    return subprocess.run(["make", "-C", str(folder), *arguments], env=environment, capture_output=True, text=True)
+
+
 def dry_run(folder: Path, *arguments: str) -> str:
-    command = ["make", "--dry-run", "-C", str(folder), "demo", *arguments]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    environment = {name: value for name, value in environment.items() if name not in ("PYTHON", "CONSTRAINTS")}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    done = make(folder, "--dry-run", "demo", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_make_installs_nothing_into_an_environment_that_is_up_to_date(made):
@@ -283,7 +291,7 @@ def test_make_refuses_an_old_python_in_words(made):
     pretend = "import sys; sys.version_info = (3, 10, 1); exec(sys.argv[1])"
     old.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{pretend}" "$2"\n')
     old.chmod(0o755)
-    done = subprocess.run(["make", "demo", f"PYTHON={old}"], cwd=made, capture_output=True, text=True)
+    done = make(made, "demo", f"PYTHON={old}")
     assert done.returncode != 0
     assert f"needs Python 3.11 or newer, but {old} is 3.10" in done.stderr
 
