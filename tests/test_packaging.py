@@ -179,13 +179,16 @@ print(LlamaForCausalLM.__name__, spec and spec.origin)
     assert not foreign.startswith(str(clone))
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(built):
+def test_the_wheel_holds_the_package_and_nothing_else(built, clone):
     with zipfile.ZipFile(built[1]) as wheel:
         names = wheel.namelist()
         metadata = wheel.read(f"kappa_fast-{__version__}.dist-info/METADATA").decode()
         scripts = wheel.read(f"kappa_fast-{__version__}.dist-info/entry_points.txt").decode()
     assert {name.split("/")[0] for name in names} == {"kappa_fast", f"kappa_fast-{__version__}.dist-info"}
-    assert {"kappa_fast/py.typed", "kappa_fast/kernels/__init__.py", "kappa_fast/kernels/probe.py"} <= set(names)
+    modules = {str(module.relative_to(clone)) for module in clone.glob("kappa_fast/**/*.py")}
+    kernels = {f"kappa_fast/kernels/{kernel.name}" for kernel in clone.glob("kernels/*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules | kernels
+    assert "kappa_fast/py.typed" in names
     assert f"kappa_fast-{__version__}.dist-info/licenses/LICENSE" in names
     assert "kappa-fast = kappa_fast.cli:main" in scripts
     assert f"Version: {__version__}\n" in metadata
