@@ -105,13 +105,14 @@ class Backend(Protocol):
     def apply(self, operands: Sequence[Operand], blocks: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
         """A X with every product and sum in float64, blocks (n, b), results (m, b); and ||A||_F to a relative 1e-6."""
 
+    def normal(self, operands: Sequence[Operand], blocks: Sequence[Tensor]) -> list[Tensor]:
+        """A^T (A X) in the dtype of the blocks (n, b), float32 or float64."""
+
     def project(self, bases: Sequence[Tensor], blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Two passes of Gram-Schmidt against orthonormal bases (n, k): coefficients (k, b) and what remains (n, b)."""
 
-    def orthonormalize(
-        self, blocks: Sequence[Tensor], scales: Sequence[float], drop: float
-    ) -> list[tuple[Tensor, Tensor]]:
-        """W = Q B with Q orthonormal (n, r): directions of W below ``drop * scale`` are left out, so r <= b."""
+    def orthonormalize(self, blocks: Sequence[Tensor], floors: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+        """W = Q B with Q orthonormal (n, r): directions of W at or below its floor are left out, so r <= b."""
 
     def weighted_squares(self, operands: Sequence[Operand], left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
         """sum_ij A_ij^2 l_ik r_jk for every column k of left (m, k) and right (n, k): shape (k,), float64."""

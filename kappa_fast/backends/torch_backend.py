@@ -74,6 +74,9 @@ class TorchBackend:
     def apply(self, operands: Sequence[Operand], blocks: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
         return [_apply(a.tensor, x) for a, x in zip(operands, blocks, strict=True)]
 
+    def normal(self, operands: Sequence[Operand], blocks: Sequence[Tensor]) -> list[Tensor]:
+        return [_normal(a.tensor, x) for a, x in zip(operands, blocks, strict=True)]
+
     def project(self, bases: Sequence[Tensor], blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         coefficients, remains = [], []
         for basis, block in zip(bases, blocks, strict=True):
@@ -84,10 +87,8 @@ class TorchBackend:
             remains.append(block - basis @ second)
         return coefficients, remains
 
-    def orthonormalize(
-        self, blocks: Sequence[Tensor], scales: Sequence[float], drop: float
-    ) -> list[tuple[Tensor, Tensor]]:
-        return [_orthonormalize(w, scale * drop) for w, scale in zip(blocks, scales, strict=True)]
+    def orthonormalize(self, blocks: Sequence[Tensor], floors: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+        return [_orthonormalize(w, floor) for w, floor in zip(blocks, floors, strict=True)]
 
     def weighted_squares(
         self, operands: Sequence[Operand], left: Sequence[Tensor], right: Sequence[Tensor]
@@ -122,6 +123,7 @@ def _prepare(weight: Tensor) -> Operand:
 
 def _row_chunks(a: Tensor, limit: int, itemsize: int) -> Iterator[tuple[int, int]]:
     m, n = a.shape
+    limit = limit if a.device.type == "cpu" else 256 * limit  # an accelerator wants few large products
     rows = max(16, min(m, limit // max(1, n * itemsize)))
     for start in range(0, m, rows):
         yield start, min(start + rows, m)
@@ -183,9 +185,9 @@ def _factor(a: Tensor, rung: Rung) -> Factor | None:
 
 def _product(f: Factor, x: Tensor) -> Tensor:
     if f.rung.kind == "lu":
-        a = f.data[0]
-        return a.T @ (a @ x)
-    return f.data @ (f.data.T @ x)
+        a = f.data[0]  # column-major, see _prepare
+        return a.T @ (x.T @ a.T).T
+    return f.data @ (x.T @ f.data).T  # L^T x as a product from the left: 0.8 ms instead of 1.4 at 2048
 
 
 def _solve(f: Factor, x: Tensor) -> Tensor:
@@ -201,11 +203,15 @@ def _departure(a: Tensor, f: Factor, x: Tensor) -> Tensor:
         wide, lu, pivots = f.data
         return wide @ torch.linalg.lu_solve(lu, pivots, x) - x
     y = torch.linalg.solve_triangular(f.data.T, x, upper=True)
+    return torch.linalg.solve_triangular(f.data, _normal(a, y), upper=False) - x
+
+
+def _normal(a: Tensor, x: Tensor) -> Tensor:
     z = torch.zeros_like(x)
-    for start, stop in _row_chunks(a, CHUNK_BYTES, f.rung.dtype.itemsize):
-        rows = a[start:stop].to(f.rung.dtype)
-        z.addmm_(rows.T, rows @ y)
-    return torch.linalg.solve_triangular(f.data, z, upper=False) - x
+    for start, stop in _row_chunks(a, CHUNK_BYTES, x.dtype.itemsize):
+        rows = a[start:stop].to(x.dtype)
+        z.addmm_(rows.T, rows @ x)
+    return z
 
 
 def _apply(a: Tensor, x: Tensor) -> tuple[Tensor, float]:
@@ -222,6 +228,10 @@ def _apply(a: Tensor, x: Tensor) -> tuple[Tensor, float]:
 
 def _orthonormalize(w: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     q, r = torch.linalg.qr(w)
+    if float(r.diagonal().abs().min()) > 1e3 * floor:  # nothing near the floor: no need to know the singular values
+        return q, r
+    if not bool(torch.isfinite(r).all()):
+        return q[:, :0], r[:0]
     u, s, vh = torch.linalg.svd(r)
     keep = int((s > floor).sum())
     return q @ u[:, :keep], s[:keep, None] * vh[:keep]

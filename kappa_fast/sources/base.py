@@ -51,3 +51,4 @@ class Source:
     skipped: tuple[Skipped, ...]
     num_parameters: int
     metadata: Mapping[str, Any]
+    in_memory: bool = True  # False where load() brings a tensor into memory that was not there before

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -19,8 +20,8 @@ from .bounds import excess, start_overlap
 WIDTH = 16
 MAX_BLOCKS = 32  # trained and random weights need 4 to 17 at rtol 1e-2, 21 to 23 at 1e-6
 CHECK_FROM = 2  # products before the first look at the bound
-CANCELLED = 1e-2
-DROP = 16.0  # directions below DROP * n * u of the operator's norm are rounding, not information
+CANCELLED = 1e-2  # below this share of the operator's norm a direction is orthogonalized once more
+DROP = 16.0  # directions below DROP u of the operator's norm are rounding, not information
 
 
 @dataclass
@@ -34,19 +35,46 @@ class Extreme:
 
 
 @dataclass
-class _Space:
+class Space:
     """A growing Krylov basis of one matrix."""
 
     basis: Tensor  # (n, capacity); the first ``size`` columns are in use
     projected: Tensor  # (capacity, capacity) float64 on the CPU, upper block triangle of T
+    block: Tensor  # (n, w), the newest, not yet in the basis
     start: int
-    overlap: float
     size: int = 0
-    block: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, w), the newest, not yet in the basis
     coupling: Tensor = field(default_factory=lambda: torch.empty(0))  # (w, width of the block before), B
     scale: float = 0.0
+    dropped: bool = False
     next_check: int = CHECK_FROM
     last_look: tuple[int, float] = (0, 0.0)  # step and log10(excess) of the last look at the bound
+
+    @classmethod
+    def begin(cls, backend: Backend, n: int, dtype: torch.dtype, width: int, blocks: int, salt: int) -> Space:
+        """A space that starts from a Gaussian block and has room for ``blocks`` products."""
+        width = min(width, n)
+        start = gaussian_block(n, width, salt).to(device=backend.device, dtype=dtype)
+        block = torch.linalg.qr(start).Q
+        capacity = min(n, blocks * width)
+        projected = torch.zeros((capacity, capacity), dtype=torch.float64, device="cpu")
+        return cls(block.new_empty((n, capacity)), projected, block, width)
+
+    def append(self) -> None:
+        self.basis[:, self.size : self.size + self.block.shape[1]] = self.block
+        self.size += self.block.shape[1]
+
+    @property
+    def filled(self) -> Tensor:
+        return self.basis[:, : self.size]
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (k,), ascending, and eigenvectors (k, k) of the projected operator, float64 on the CPU."""
+        upper = torch.triu(self.projected[: self.size, : self.size])
+        return torch.linalg.eigh(upper + torch.triu(upper, 1).T)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Ritz vectors (n, j) from coefficients (k, j)."""
+        return self.filled @ coefficients.to(self.basis)
 
     def schedule(self, step: int, excess: float, tolerance: float) -> None:
         """Look again when the decay seen so far would reach the tolerance; soon while a look costs next to nothing."""
@@ -57,25 +85,45 @@ class _Space:
         self.next_check = step + min(max(wait, 1), 1 if step < 6 else 4)
         self.last_look = (step, level)
 
-    def append(self) -> None:
-        self.basis[:, self.size : self.size + self.block.shape[1]] = self.block
-        self.size += self.block.shape[1]
 
-    def ritz(self) -> tuple[Tensor, Tensor]:
-        upper = torch.triu(self.projected[: self.size, : self.size])
-        return torch.linalg.eigh(upper + torch.triu(upper, 1).T)
-
-
-Operator = Callable[[Sequence[Factor], Sequence[Tensor]], list[Tensor]]
-
-
+@lru_cache(maxsize=16)  # a model has few shapes; a block is 16 n numbers
 def gaussian_block(n: int, width: int, salt: int) -> Tensor:
     """A standard Gaussian (n, width) block in float64 on the CPU that depends on its arguments alone.
 
-    Its own generator: the global random state is neither read nor moved.
+    Its own generator: the global random state is neither read nor moved. Never write to it: it is shared.
     """
-    generator = torch.Generator().manual_seed((n * 1_000_003 + width) * 8 + salt)
-    return torch.randn(n, width, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed((n * 1_000_003 + width) * 8 + salt)
+    return torch.randn(n, width, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def expand(backend: Backend, spaces: Sequence[Space], operator: Callable[[list[Tensor]], list[Tensor]]) -> list[bool]:
+    """One product with the newest blocks and its orthogonalization; True for a space that is full or invariant."""
+    for space in spaces:
+        space.append()
+    images = operator([space.block for space in spaces])
+    bases = [space.filled for space in spaces]
+    coefficients, rest = backend.project(bases, images)
+    for space, columns in zip(spaces, coefficients, strict=True):
+        width = columns.shape[1]
+        space.projected[: space.size, space.size - width : space.size] = columns.to("cpu", torch.float64)
+        largest_here = float(columns.abs().max())
+        space.scale = max(space.scale, largest_here) if math.isfinite(largest_here) else math.inf
+    floors = [DROP * float(torch.finfo(s.basis.dtype).eps) / 2 * s.scale for s in spaces]
+    pairs = backend.orthonormalize(rest, floors)
+    ended = []
+    for space, (q, b) in zip(spaces, pairs, strict=True):
+        if q.shape[1] and float(torch.linalg.vector_norm(b, dim=1).min()) < CANCELLED * space.scale:
+            # What was nearly cancelled carries rounding of the size of the basis: once more, now at unit length.
+            q, r = torch.linalg.qr(backend.project([space.filled], [q])[1][0])
+            b = r @ b
+        space.coupling = b.to("cpu", torch.float64)
+        space.dropped |= b.shape[0] < b.shape[1]
+        space.block = q
+        ended.append(q.shape[1] == 0 or not math.isfinite(space.scale) or space.size + q.shape[1] > space.basis.shape[1])
+    return ended
+
+
+Operator = Callable[[Sequence[Factor], Sequence[Tensor]], list[Tensor]]
 
 
 def largest(
@@ -92,75 +140,33 @@ def largest(
     noise(i, theta): the relative rounding error of one application to matrix i whose largest eigenvalue is theta.
     salt: tells the start blocks of different ends apart.
     """
-    spaces = [_begin(backend, factor, salt) for factor in factors]
-    results: list[Extreme | None] = [None] * len(factors)
+    spaces = [Space.begin(backend, f.n, f.rung.dtype, WIDTH, MAX_BLOCKS, salt) for f in factors]
+    results: dict[int, Extreme] = {}
     active = list(range(len(factors)))
     step = 0
     while active:
         step += 1
-        ended = _expand(backend, operator, [factors[i] for i in active], [spaces[i] for i in active])
+        chosen = [factors[i] for i in active]
+        ended = expand(backend, [spaces[i] for i in active], lambda blocks, chosen=chosen: operator(chosen, blocks))  # type: ignore[misc]
         going = []
         for i, over in zip(active, ended, strict=True):
-            if step < spaces[i].next_check and not over:
-                going.append(i)
-                continue
-            result = _extract(spaces[i], lambda theta, i=i: noise(i, theta), tolerance)  # type: ignore[misc]
-            if over or result.converged:
-                results[i] = result
-            else:
-                spaces[i].schedule(step, result.excess, tolerance)
-                going.append(i)
+            if over or step >= spaces[i].next_check:
+                found = _extract(spaces[i], lambda theta, i=i: noise(i, theta), tolerance)  # type: ignore[misc]
+                if over or found.converged:
+                    results[i] = found
+                    continue
+                spaces[i].schedule(step, found.excess, tolerance)
+            going.append(i)
         active = going
-    return [r for r in results if r is not None]
+    return [results[i] for i in range(len(factors))]
 
 
-def _begin(backend: Backend, factor: Factor, salt: int) -> _Space:
-    n, width = factor.n, min(WIDTH, factor.n)
-    start = gaussian_block(n, width, salt).to(device=backend.device, dtype=factor.rung.dtype)
-    block = torch.linalg.qr(start).Q
-    capacity = min(n, MAX_BLOCKS * width)
-    space = _Space(
-        basis=block.new_empty((n, capacity)),
-        projected=torch.zeros((capacity, capacity), dtype=torch.float64),
-        start=width,
-        overlap=start_overlap(n, width),
-    )
-    space.block = block
-    return space
-
-
-def _expand(
-    backend: Backend, operator: Operator, factors: Sequence[Factor], spaces: Sequence[_Space]
-) -> list[bool]:
-    """One product and one reorthogonalization for all; True for a space that is full or invariant."""
-    for space in spaces:
-        space.append()
-    images = operator(factors, [space.block for space in spaces])
-    bases = [space.basis[:, : space.size] for space in spaces]
-    coefficients, rest = backend.project(bases, images)
-    for space, columns in zip(spaces, coefficients, strict=True):
-        width = columns.shape[1]
-        space.projected[: space.size, space.size - width : space.size] = columns.to("cpu", torch.float64)
-        space.scale = max(space.scale, float(columns.abs().max()))
-    drops = [DROP * f.rung.unit_roundoff for f in factors]
-    pairs = backend.orthonormalize(rest, [s.scale for s in spaces], max(drops))
-    ended = []
-    for space, basis, (q, b) in zip(spaces, bases, pairs, strict=True):
-        if q.shape[1] and float(torch.linalg.vector_norm(b[-1])) < CANCELLED * space.scale:
-            # What was nearly cancelled carries rounding of the size of the basis: once more, now at unit length.
-            q, r = torch.linalg.qr(backend.project([basis], [q])[1][0])
-            b = r @ b
-        space.coupling = b.to("cpu", torch.float64)
-        space.block = q
-        ended.append(q.shape[1] == 0 or space.size + q.shape[1] > space.basis.shape[1])
-    return ended
-
-
-def _extract(space: _Space, noise: Callable[[float], float], tolerance: float) -> Extreme:
+def _extract(space: Space, noise: Callable[[float], float], tolerance: float) -> Extreme:
+    if not math.isfinite(space.scale):
+        return Extreme(math.nan, math.inf, space.filled[:, : space.start], False)
     theta, vectors = space.ritz()
     top = float(theta[-1])
-    above = excess(theta, vectors, space.coupling, space.start, space.overlap, noise(top))
-    converged = above <= tolerance
-    wanted = vectors[:, -min(WIDTH, space.size) :].to(space.basis)
-    return Extreme(top, above, space.basis[:, : space.size] @ wanted, converged)
-
+    overlap = start_overlap(space.basis.shape[0], space.start)
+    left_out = DROP * float(torch.finfo(space.basis.dtype).eps) / 2 if space.dropped else 0.0
+    above = excess(theta, vectors, space.coupling, space.start, overlap, noise(top) + left_out)
+    return Extreme(top, above, space.combine(vectors[:, -WIDTH:]), above <= tolerance)

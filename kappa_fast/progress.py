@@ -1,0 +1,93 @@
+"""Telling the user how far rank() is: a bar on a terminal, a callable, or nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from .errors import OptionError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress callable receives after every wave.
+
+    operations: floating point operations of the exact Gram matrices and factorizations that stand for the work.
+    """
+
+    matrices_done: int
+    matrices_total: int
+    operations_done: float
+    operations_total: float
+    seconds: float
+
+
+ProgressOption = bool | Callable[[Progress], None] | None
+
+
+class Tracker:
+    """Counts finished matrices and reports them."""
+
+    def __init__(self, total: int, operations: float, report: Callable[[Progress], None] | None) -> None:
+        self._started = time.perf_counter()
+        self._total, self._operations = total, operations
+        self._done, self._done_operations = 0, 0.0
+        self._report = report
+
+    @property
+    def done(self) -> int:
+        return self._done
+
+    def advance(self, matrices: int, operations: float) -> None:
+        self._done += matrices
+        self._done_operations += operations
+        if self._report is not None:
+            seconds = time.perf_counter() - self._started
+            self._report(Progress(self._done, self._total, self._done_operations, self._operations, seconds))
+
+
+@contextmanager
+def tracking(option: ProgressOption, total: int, operations: float) -> Iterator[Tracker]:
+    """A Tracker that reports as the option ``progress`` of rank() says.
+
+    Raises:
+        OptionError: ``option`` is neither a bool, None nor a callable.
+    """
+    if option is None:
+        option = sys.stderr.isatty()
+    if option is False:
+        yield Tracker(total, operations, None)
+    elif option is True:
+        with _bar(total, operations) as report:
+            yield Tracker(total, operations, report)
+    elif callable(option):
+        yield Tracker(total, operations, option)
+    else:
+        raise OptionError(f"progress={option!r}: give True, False, None or a callable that takes a Progress")
+
+
+@contextmanager
+def _bar(total: int, operations: float) -> Iterator[Callable[[Progress], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("ranking"),
+        BarColumn(),
+        TextColumn("{task.fields[matrices]}/{task.fields[total_matrices]} matrices"),
+        TextColumn("{task.fields[gflop]:,.0f} Gflop"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("rank", total=operations, matrices=0, total_matrices=total, gflop=operations / 1e9)
+
+        def report(p: Progress) -> None:
+            bar.update(task, completed=p.operations_done, matrices=p.matrices_done)
+
+        yield report

@@ -1,0 +1,72 @@
+"""Waves: groups of matrices that are worked on together under a memory budget."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from .errors import OptionError
+
+T = TypeVar("T")
+
+LARGEST_DEFAULT = 1 << 30  # on a CPU nothing is won by larger waves, and caches are lost
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_bytes(value: int | str | None) -> int | None:
+    """A number of bytes from an int or a text such as "2GB", "512 MiB", "1.5G"; None stays None.
+
+    Raises:
+        OptionError: the text is no size, or the size is not positive.
+    """
+    if value is None:
+        return None
+    size: float | None = None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([KMGT]?)(I?)B?\s*", value.upper())
+        if match:
+            number, unit, binary = match.groups()
+            size = float(number) * (1024 ** " KMGT".index(unit) if binary and unit else _UNITS[unit])
+    elif isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    if size is None or size < 1:
+        raise OptionError(f"memory_budget={value!r} is no size in bytes; give a positive int or a text such as '2GB'")
+    return int(size)
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes that a wave may take: most of what is free on an accelerator, a quarter of what is free on a CPU, at most 1 GiB."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    try:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, OSError):  # macOS does not tell
+        free = LARGEST_DEFAULT
+    return min(free // 4, LARGEST_DEFAULT)
+
+
+def cut(items: Sequence[T], size: Callable[[T], int], budget: int) -> Iterator[list[T]]:
+    """Consecutive items whose sizes (bytes) add up to at most ``budget``; an item larger than that goes alone."""
+    wave: list[T] = []
+    used = 0
+    for item in items:
+        need = size(item)
+        if wave and used + need > budget:
+            yield wave
+            wave, used = [], 0
+        wave.append(item)
+        used += need
+    if wave:
+        yield wave
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for the ways in which torch and Python say that memory ran out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
