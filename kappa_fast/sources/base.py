@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..entries import Index, Skipped
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a reader finds it, before anything is decided about it.
+
+    names: all names of the tensor, the first is the one it is called by.  take(index): that part of it, detached.
+    problem: why it cannot be ranked as it is, or None.  parent: the module that owns it, where there is one.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    device: torch.device
+    take: Callable[[Index], torch.Tensor] = field(repr=False, compare=False)
+    problem: str | None = None
+    parent: torch.nn.Module | None = field(default=None, repr=False, compare=False)
+    embedding: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Everything that a reader found: tensors in the order of the model, and what is known about the architecture."""
+
+    tensors: Sequence[Stored]
+    num_parameters: int
+    config: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    in_memory: bool = True
 
 
 @dataclass(frozen=True)
