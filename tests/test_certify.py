@@ -1,0 +1,300 @@
+"""Every piece of a proof holds against exact arithmetic, whatever estimates or factors it was given."""
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+import mpmath as mp
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from spectra import SPECTRA, contains, cosines, gaussian, graded, hilbert, prescribed, singular_values
+
+from kappa_fast.backends.torch_backend import TorchBackend
+from kappa_fast.spectrum import certify
+from kappa_fast.spectrum.certify import (
+    certified,
+    chunk_rows,
+    gamma,
+    gram_with_error,
+    largest_eigenvalue,
+    norm_bound,
+    preconditioned_smallest,
+    residual_norm,
+    smallest_eigenvalue,
+)
+from kappa_fast.spectrum.ladder import Goal, Resolution, resolve
+
+BACKEND = TorchBackend(torch.device("cpu"))
+
+
+def operand(matrix):
+    return BACKEND.prepare([matrix])[0]
+
+
+def exactly(matrix):
+    """Rows of exact fractions."""
+    return [[Fraction(x) for x in row] for row in matrix.tolist()]
+
+
+def exact_difference(computed, left, right):
+    """The matrix computed - left right^T, entries rounded once from the exact value; only on and below the diagonal."""
+    c, a, b = exactly(computed), exactly(left), exactly(right)
+    entries = [
+        [float(c[i][j] - sum(x * y for x, y in zip(a[i], b[j], strict=True))) for j in range(i + 1)]
+        for i in range(len(c))
+    ]
+    full = torch.zeros(computed.shape, dtype=torch.float64)
+    for i, row in enumerate(entries):
+        full[i, : i + 1] = torch.tensor(row, dtype=torch.float64)
+    return full + torch.tril(full, -1).T
+
+
+def norm(symmetric):
+    return float(torch.linalg.eigvalsh(symmetric).abs().max())
+
+
+def eigenvalues(symmetric):
+    with mp.workdps(50):
+        return sorted(mp.eigsy(mp.matrix(symmetric.tolist()), eigvals_only=True))
+
+
+def test_gamma_bounds_the_compounded_rounding_of_a_sum():
+    for k in (1, 5, 1000, 10**6):
+        compounded = (1 + Fraction(2) ** -53) ** min(k, 1000) - 1
+        assert Fraction(gamma(k)) >= compounded * (1 - Fraction(2) ** -50)
+        assert gamma(k) == pytest.approx(k * 2.0**-53)
+
+
+@pytest.mark.parametrize("m", [1, 31, 32, 1000, 4096, 30522, 10**6])
+def test_chunks_keep_the_number_of_roundings_near_its_least(m):
+    k = chunk_rows(m)
+    assert 32 <= k <= 256
+    assert k + m / k <= max(65, 2.2 * math.sqrt(m), 1.1 * (256 + m / 256))
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        gaussian(300, 3),
+        torch.full((700, 3), 1 / 3, dtype=torch.float64),  # every sum is rounded the same way
+        (1 + torch.arange(600).double().reshape(200, 3) * 2.0**-30),
+        graded(200, 4, 1e8, 1e6),
+        1e-150 * gaussian(60, 3),  # squares underflow: scaled first
+        gaussian(40, 5).bfloat16(),
+    ],
+    ids=["gaussian", "thirds", "cancelling low bits", "graded", "tiny", "bfloat16"],
+)
+def test_the_error_of_the_gram_matrix_is_within_its_bound(matrix):
+    a = operand(matrix)
+    product = gram_with_error(BACKEND, a)
+    columns = a.tensor.double().T
+    assert norm(exact_difference(product.lower, columns, columns)) <= product.error
+    assert product.trace >= float(sum(x * x for row in exactly(columns) for x in row))
+
+
+@pytest.mark.parametrize("m", [100, 3000])
+def test_the_bound_on_the_error_of_the_gram_matrix_is_small(m):
+    product = gram_with_error(BACKEND, operand(gaussian(m, 8)))
+    assert product.error <= (2 * math.sqrt(m) + 60) * 2.0**-53 * product.trace
+
+
+def lower_factor(symmetric):
+    return torch.linalg.cholesky(symmetric)
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 33, 40])
+@pytest.mark.parametrize("kind", ["cholesky", "shifted cholesky", "perturbed", "zero", "unrelated"])
+def test_the_residual_of_any_factor_is_within_its_bound(n, kind):
+    matrix = gaussian(2 * n, n).T @ gaussian(2 * n, n)
+    factor = {
+        "cholesky": lambda: lower_factor(matrix),
+        "shifted cholesky": lambda: lower_factor(matrix + 1e-9 * torch.eye(n)),
+        "perturbed": lambda: lower_factor(matrix) * (1 + 1e-7 * gaussian(n, n, 1)),
+        "zero": lambda: torch.zeros(n, n, dtype=torch.float64),
+        "unrelated": lambda: torch.tril(gaussian(n, n, 2)),
+    }[kind]()
+    true = norm(exact_difference(matrix, factor, factor))
+    bound = residual_norm(matrix, factor)
+    assert true <= bound
+    assert bound <= 3 * math.sqrt(n) * true + 1e-12 * float(matrix.trace())
+
+
+def test_the_residual_reads_the_lower_triangle_only():
+    matrix = gaussian(80, 40).T @ gaussian(80, 40)
+    factor = lower_factor(matrix)
+    hidden = torch.tril(matrix) + torch.triu(torch.full_like(matrix, math.nan), 1)
+    assert residual_norm(hidden, factor) == residual_norm(matrix, factor)
+
+
+def test_the_residual_of_many_chunks_is_the_residual():
+    n = 300
+    factor = torch.tril(gaussian(n, n))
+    matrix = factor @ factor.T + torch.diag(torch.linspace(0, 1, n, dtype=torch.float64))
+    full = torch.linalg.matrix_norm(matrix - factor @ factor.T)
+    assert float(full) <= residual_norm(matrix, factor) <= 1.01 * math.sqrt(2) * float(full)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 0.9, 0.999999, 1.0, 1.000001, 2.0])
+def test_a_proven_smallest_eigenvalue_never_exceeds_the_true_one(shift):
+    a = operand(graded(30, 8, 3, 10))
+    product = gram_with_error(BACKEND, a)
+    true = singular_values(a.tensor)[-1] ** 2
+    proven = smallest_eigenvalue(BACKEND, product, shift * float(true))
+    assert mp.mpf(proven) <= true
+    if shift < 1:
+        assert proven >= shift * float(true) - 10 * product.error
+    if shift > 1:
+        assert proven == -math.inf
+
+
+@pytest.mark.parametrize("bound", [0.5, 0.999999, 1.0, 1.000001, 1.1, 3.0])
+def test_a_proven_largest_eigenvalue_never_falls_below_the_true_one(bound):
+    a = operand(graded(30, 8, 3, 10))
+    product = gram_with_error(BACKEND, a)
+    true = singular_values(a.tensor)[0] ** 2
+    proven = largest_eigenvalue(BACKEND, product, bound * float(true))
+    assert mp.mpf(proven) >= true
+    if bound > 1:
+        assert proven <= bound * float(true) * (1 + 1e-13) + 10 * product.error
+    if bound < 1:
+        assert proven == math.inf
+
+
+@pytest.mark.parametrize("estimate", [1e-3, 0.5, 0.99, 1.0, 1.01, 5.0])
+def test_the_norm_is_bounded_from_above_whatever_the_estimate(estimate):
+    a = operand(gaussian(50, 10))
+    product = gram_with_error(BACKEND, a)
+    true = singular_values(a.tensor)[0]
+    proven = norm_bound(BACKEND, product, estimate * float(true), 1e-3)
+    assert mp.mpf(proven) >= true
+    assert proven <= math.sqrt(product.trace) * 1.001
+    if estimate == 1:
+        assert proven <= float(true) * (1 + 1e-3)
+
+
+class Sloppy(TorchBackend):
+    """A backend whose Cholesky claims success and returns a factor that is wrong by a relative ``error``."""
+
+    def __init__(self, error):
+        super().__init__(torch.device("cpu"))
+        self.error = error
+
+    def cholesky(self, grams):
+        sound = super().cholesky(grams)
+        for g in grams:
+            g.mul_(1 + self.error)
+        return [True] * len(sound)
+
+
+@pytest.mark.parametrize("error", [1e-12, 1e-6, 1e-3, 0.5])
+def test_a_proof_survives_a_library_that_factors_wrongly(error):
+    matrix = prescribed("log-uniform", 60, 40, 100)
+    (found,) = resolve(BACKEND, [matrix.matrix], Goal(1e-2))
+    proven = certified(Sloppy(error), operand(matrix.matrix), replace(found, **scaled(matrix.matrix, found)), 1e-2)
+    assert proven.certified  # the preconditioned product needs a factor for norms only, where the trace will do
+    assert contains(proven.lower, matrix.kappa, proven.upper)
+    assert (proven.half_width <= 1e-2) == (error < 0.1)
+
+
+def scaled(matrix, found):
+    """Singular values in the units of the operand, which certified() works in."""
+    factor = 2.0 ** -operand(matrix).exponent
+    return {"sigma_max": found.sigma_max * factor, "sigma_min": found.sigma_min * factor}
+
+
+@pytest.mark.parametrize("kappa", [1, 10, 1e4, 1e7, 1e10, 1e12, 1e14])
+@pytest.mark.parametrize("spectrum", ["geometric", "one small", "clustered"])
+def test_the_preconditioned_bound_never_exceeds_the_smallest_singular_value(spectrum, kappa):
+    a = operand(prescribed(spectrum, 24, 24, kappa).matrix)
+    true = singular_values(a.tensor)[-1]
+    proven = preconditioned_smallest(BACKEND, a, float(true), 1e-3)
+    assert mp.mpf(proven) <= true
+    if kappa <= 1e10:
+        assert proven >= float(true) * (1 - 1e-2)
+
+
+@pytest.mark.parametrize("lie", [1e-6, 0.1, 0.999, 1.001, 10.0, 1e6])
+def test_the_preconditioned_bound_survives_a_wrong_estimate(lie):
+    a = operand(hilbert(8))
+    true = singular_values(a.tensor)[-1]
+    assert mp.mpf(preconditioned_smallest(BACKEND, a, lie * float(true), 1e-3)) <= true
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        torch.ones(40, 33, dtype=torch.float64),
+        hilbert(33),
+        torch.diag(torch.tensor([1.0, 1e-200, 0.0], dtype=torch.float64)),
+    ],
+    ids=["constant", "hilbert 33", "zero on the diagonal"],
+)
+def test_what_float64_cannot_tell_from_singular_is_not_bounded_from_below(matrix):
+    assert preconditioned_smallest(BACKEND, operand(matrix), 1e-17, 1e-3) == 0
+
+
+@given(
+    spectrum=st.sampled_from(list(SPECTRA)),
+    shape=st.sampled_from([(8, 8), (12, 5), (40, 32), (36, 36)]),
+    decades=st.integers(0, 13),
+    high=st.floats(0.05, 20),
+    low=st.floats(0.05, 20),
+    rtol=st.sampled_from([1e-1, 1e-2, 1e-6]),
+)
+def test_a_proof_holds_even_if_the_estimates_were_wrong(spectrum, shape, decades, high, low, rtol):
+    matrix = prescribed(spectrum, *shape, 10.0**decades)
+    a = operand(matrix.matrix)
+    values = torch.linalg.svdvals(a.tensor)
+    sigma_max, sigma_min = high * float(values[0]), low * float(values[-1])
+    lie = Resolution("ok", 1.0, 1.0, 1.0, sigma_max, sigma_min, "lie")
+    proven = certified(BACKEND, a, lie, rtol)
+    assert proven.certified or decades > 8
+    assert contains(proven.lower, matrix.kappa, proven.upper) or not proven.certified
+
+
+@pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("kappa", [1, 10, 1e3, 1e6])
+@pytest.mark.parametrize("shape", [(192, 192), (256, 192), (400, 192)])
+def test_proofs_are_as_tight_as_asked_for_up_to_a_million(shape, kappa, rtol):
+    matrix = prescribed("log-uniform", *shape, kappa)
+    (found,) = resolve(BACKEND, [matrix.matrix], Goal(rtol, certify=True))
+    assert found.certified
+    assert found.half_width <= rtol
+    assert contains(found.lower, matrix.kappa, found.upper)
+
+
+@pytest.mark.parametrize("kappa", [1e8, 1e9, 1e10])
+def test_proofs_reach_one_percent_up_to_ten_billion(kappa):
+    matrix = prescribed("geometric", 192, 192, kappa)
+    (found,) = resolve(BACKEND, [matrix.matrix], Goal(1e-2, certify=True))
+    assert found.certified
+    assert found.half_width <= 1e-2
+    assert contains(found.lower, matrix.kappa, found.upper)
+
+
+def test_orthogonal_matrices_are_proven_to_lie_next_to_one():
+    (found,) = resolve(BACKEND, [cosines(200)], Goal(1e-4, certify=True))
+    assert found.certified
+    assert 1 <= found.lower <= found.upper <= 1 + 2e-4
+
+
+def test_without_a_proof_the_estimate_stays_as_it_was(monkeypatch):
+    matrix = prescribed("geometric", 40, 40, 10).matrix
+    (found,) = resolve(BACKEND, [matrix], Goal(1e-2))
+    monkeypatch.setattr(certify, "preconditioned_smallest", lambda *_: 0.0)
+    monkeypatch.setattr(certify, "smallest_eigenvalue", lambda *_: -math.inf)
+    assert certified(BACKEND, operand(matrix), found, 1e-2) is found
+
+
+def test_entries_that_scaling_pushed_out_of_range_bar_a_proof():
+    matrix = torch.eye(40, dtype=torch.float64) + 0.1 * gaussian(40, 40)
+    matrix[3, 5] = 1e-300
+    matrix *= 1e150
+    matrix[7, 8] = 1e-200
+    a = operand(matrix)
+    assert not a.exact
+    (found,) = resolve(BACKEND, [matrix], Goal(1e-2, certify=True))
+    assert found.status == "ok"
+    assert not found.certified
