@@ -30,7 +30,7 @@ TRANSPOSED: dict[str, Layout] = {
     "openai_privacy_filter": "columns",
 }
 CONTIGUOUS_QKV = {"phi3", "phi4_multimodal", "phi4mm", "phimoe"}
-FUSED_QKV = re.compile(r"(?:^|\.)(?:query_key_value|qkv_proj|qkv|Wqkv|W_pack|c_attn|in_proj)(?:\.weight|_weight)?$")
+FUSED_QKV = re.compile(r"(?:^|\.)(?:(?:query_key_value|qkv_proj|qkv|Wqkv|W_pack|c_attn)(?:\.weight)?|in_proj_weight)$")
 
 
 @dataclass(frozen=True)
