@@ -1,0 +1,296 @@
+"""Every operation of the torch backend agrees with its plain float64 twin, for ragged sizes, dtypes and layouts."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from spectra import gaussian, graded, growing, prescribed
+
+from kappa_fast.backends import get_backend
+from kappa_fast.backends.base import Rung
+from kappa_fast.backends.torch_backend import CHOLESKY32, CHOLESKY64, LU64, QR64, TorchBackend
+from kappa_fast.errors import BackendError
+
+BACKEND = TorchBackend(torch.device("cpu"))
+SHAPES = [(33, 33), (127, 33), (129, 127), (513, 129), (700, 513), (1500, 260)]
+STORED = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
+
+
+def operand(matrix):
+    return BACKEND.prepare([matrix])[0]
+
+
+def wide(a):
+    return a.tensor.double()
+
+
+def factored(a, rung):
+    (factor,) = BACKEND.factor([a], [rung])
+    assert factor is not None
+    return factor
+
+
+def close(got, want, units, unit=2.0**-53):
+    """Whether the difference is within so many units roundoff of the largest entry."""
+    return float((got.double() - want).abs().max()) <= units * unit * float(want.abs().max())
+
+
+@pytest.mark.parametrize("name", ["auto", "torch"])
+def test_the_torch_backend_goes_by_these_names(name):
+    backend = get_backend(name, torch.device("cpu"))
+    assert (backend.name, backend.device) == ("torch", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("name", "message"), [("triton", "not part of this version"), ("numpy", "'numpy' is unknown")])
+def test_other_backends_are_refused_with_the_names_that_work(name, message):
+    with pytest.raises(BackendError, match=message + ".*backend='torch'|" + message + ".*'torch'"):
+        get_backend(name, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [*STORED, *FLOAT8])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (40, 7), (7, 40)])
+def test_a_prepared_matrix_is_tall_and_has_the_values_of_the_weight(shape, dtype):
+    weight = gaussian(*shape).to(dtype)
+    a = operand(weight)
+    assert a.shape == (max(shape), min(shape))
+    stored = weight.double()
+    assert torch.equal(
+        wide(a) * 2.0**a.exponent, stored if a.tensor.shape == shape and shape[0] != shape[1] else stored.T
+    )
+    assert a.finite
+    assert a.exact
+    assert a.peak == float(stored.abs().max()) * 2.0**-a.exponent
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (9, 9)])
+def test_entries_of_common_size_are_used_where_they_lie(shape):
+    weight = gaussian(*shape).float()
+    assert operand(weight).tensor.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_the_columns_of_a_square_matrix_are_contiguous(layout):
+    weight = gaussian(9, 9)
+    weight = weight.T if layout == "columns" else weight
+    assert operand(weight).tensor.stride() == (1, 9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float64, 1e-300),
+        (torch.float64, 1e300),
+        (torch.float64, 5e-324),
+        (torch.float32, 1e-38),
+        (torch.float32, 1e-44),
+        (torch.float32, 1e30),
+        (torch.bfloat16, 1e-39),
+        (torch.bfloat16, 1e37),
+        (torch.float16, 6e-8),
+    ],
+)
+def test_extreme_sizes_are_scaled_by_a_power_of_two_without_rounding(dtype, size):
+    weight = (gaussian(8, 5).clamp(-3, 3).mul(4).round() * 0.25).mul(size).to(dtype)
+    a = operand(weight)
+    assert a.exact
+    assert 0.5 <= a.peak < 1
+    half = a.exponent // 2
+    assert torch.equal(wide(a) * 2.0**half * 2.0 ** (a.exponent - half), weight.double())
+
+
+def test_entries_that_scaling_pushes_out_of_range_are_noticed():
+    weight = torch.ones(4, 3, dtype=torch.float64)
+    weight[0, 0], weight[1, 1] = 1e300, 1e-300
+    assert not operand(weight).exact
+
+
+def test_narrow_weights_keep_float32_unless_it_cannot_hold_them():
+    tiny = torch.full((4, 3), 1e-30, dtype=torch.float32)
+    assert operand(tiny).tensor.dtype == torch.float32
+    spread = tiny.clone()
+    spread[0, 0] = 1e30
+    spread[1, 1] = 1e-42
+    assert operand(spread).tensor.dtype == torch.float64
+    assert operand(spread).exact
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(dtype, value) for dtype in [*STORED, torch.float8_e5m2] for value in (math.nan, math.inf, -math.inf)]
+    + [(torch.float8_e4m3fn, math.nan)],  # which has no infinity
+)
+def test_entries_that_are_not_finite_are_noticed(dtype, value):
+    weight = gaussian(6, 4)
+    weight[2, 3] = value
+    assert not operand(weight.to(dtype)).finite
+
+
+def test_a_weight_that_requires_grad_is_prepared_without_a_graph():
+    a = operand(gaussian(6, 4).requires_grad_())
+    assert not a.tensor.requires_grad
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gram_matrix_fills_its_lower_triangle(shape, dtype, stored):
+    a = operand(gaussian(*shape).to(stored))
+    (g,) = BACKEND.gram([a], dtype)
+    assert g.dtype == dtype
+    assert close(torch.tril(g), torch.tril(wide(a).T @ wide(a)), 4 * math.sqrt(shape[0]), UNIT[dtype])
+
+
+@pytest.mark.parametrize("chunk", [7, 32, 1000])
+def test_the_gram_matrix_in_chunks_is_the_gram_matrix(chunk):
+    a = operand(gaussian(300, 270).bfloat16())
+    (g,) = BACKEND.gram([a], torch.float64, chunk=chunk)
+    assert close(torch.tril(g), torch.tril(wide(a).T @ wide(a)), 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, 33, 127, 513, 700, 1030])
+def test_cholesky_factors_in_place_and_clears_what_is_above(n, dtype):
+    g = gaussian(n + 20, n)
+    g = (g.T @ g + n * torch.eye(n, dtype=torch.float64)).to(dtype)
+    factor = torch.tril(g) + torch.triu(torch.full_like(g, math.nan), 1)  # above the diagonal nothing may be read
+    assert BACKEND.cholesky([factor]) == [True]
+    assert torch.equal(factor, torch.tril(factor))
+    assert close(factor.double() @ factor.double().T, g.double(), 8 * math.sqrt(n), UNIT[dtype])
+
+
+@pytest.mark.parametrize("at", [0, 40, 300, 599])
+def test_cholesky_says_where_a_pivot_is_not_positive(at):
+    definite = torch.eye(600, dtype=torch.float64)
+    indefinite = definite.clone()
+    indefinite[at, at] = -1
+    assert BACKEND.cholesky([indefinite, definite]) == [False, True]
+
+
+def test_cholesky_refuses_what_is_not_a_number():
+    assert BACKEND.cholesky([torch.full((40, 40), math.nan, dtype=torch.float64)]) == [False]
+
+
+RUNGS = [CHOLESKY32, CHOLESKY64, QR64, LU64]
+
+
+@pytest.mark.parametrize(("shape", "rung"), [(s, r) for s in SHAPES for r in RUNGS if (s[0] == s[1]) == (r is LU64)])
+def test_product_and_solve_are_those_of_the_gram_matrix(shape, rung):
+    n, unit = shape[1], rung.unit_roundoff
+    a = operand(prescribed("geometric", *shape, 10).matrix)
+    factor, x = factored(a, rung), gaussian(n, 16).to(rung.dtype)
+    gram = wide(a).T @ wide(a)
+    (product,), (solution,) = BACKEND.product([factor], [x]), BACKEND.solve([factor], [x])
+    assert product.dtype == solution.dtype == rung.dtype
+    assert close(product, gram @ x.double(), 40 * n, unit)
+    assert close(solution, torch.linalg.solve(gram, x.double()), 100 * 40 * n, unit)
+
+
+@pytest.mark.parametrize(("shape", "rung"), [(s, r) for s in SHAPES for r in RUNGS if (s[0] == s[1]) == (r is LU64)])
+def test_departure_measures_how_far_the_factor_is_from_the_matrix(shape, rung):
+    a = operand(prescribed("geometric", *shape, 10).matrix)
+    factor, x = factored(a, rung), gaussian(shape[1], 16).to(rung.dtype)
+    (own,) = BACKEND.departure([a], [factor], [x])
+    assert float(own.abs().max()) <= 1000 * math.sqrt(shape[1]) * rung.unit_roundoff * float(x.abs().max())
+
+    # Of 1.5 A instead of A: M = (1.5^power - 1) I.
+    other = replace(a, tensor=1.5 * wide(a))
+    if rung is LU64:  # keeps the matrix that it applies
+        factor = replace(factor, data=(other.tensor, *factor.data[1:]))
+    (moved,) = BACKEND.departure([other], [factor], [x])
+    assert close(moved, (1.5**rung.power - 1) * x.double(), 1000 * math.sqrt(shape[1]), rung.unit_roundoff)
+
+
+def test_a_factorization_that_breaks_down_is_none_and_the_others_go_on():
+    singular, sound = torch.zeros(40, 40, dtype=torch.float64), gaussian(40, 40)
+    singular[0, 0] = 1
+    tall = torch.zeros(60, 40, dtype=torch.float64)
+    tall[0, 0] = 1
+    factors = BACKEND.factor([operand(m) for m in (singular, sound, tall, tall)], [LU64, LU64, CHOLESKY64, QR64])
+    assert [f is None for f in factors] == [True, False, True, True]
+
+
+def test_a_float32_factor_of_a_matrix_beyond_its_reach_shows_a_large_departure():
+    a = operand(prescribed("log-uniform", 192, 96, 1e3).matrix.float())
+    (factor,) = BACKEND.factor([a], [CHOLESKY32])
+    if factor is not None:
+        (departure,) = BACKEND.departure([a], [factor], [torch.randn(96, 16)])
+        assert float(torch.linalg.vector_norm(departure)) > 1e-3
+
+
+def test_element_growth_shows_in_the_departure():
+    a = operand(growing(56))
+    (departure,) = BACKEND.departure([a], [factored(a, LU64)], [gaussian(56, 16)])
+    assert float(departure.abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("turned", [False, True])
+def test_apply_multiplies_in_float64_and_measures_the_matrix(shape, stored, turned):
+    weight = graded(*shape, 1e3, 1e3).to(stored)
+    a = operand(weight.T.contiguous() if turned else weight)
+    x = gaussian(shape[1], 12).float()
+    ((image, norm),) = BACKEND.apply([a], [x])
+    assert image.dtype == torch.float64
+    error = (image - wide(a) @ x.double()).abs()
+    assert bool((error <= shape[1] * 2.0**-53 * (wide(a).abs() @ x.double().abs())).all())
+    assert norm == pytest.approx(float(torch.linalg.vector_norm(wide(a))), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_normal_applies_the_gram_matrix(shape, dtype):
+    a = operand(gaussian(*shape).float())
+    x = gaussian(shape[1], 4).to(dtype)
+    (image,) = BACKEND.normal([a], [x])
+    assert image.dtype == dtype
+    assert close(image, wide(a).T @ (wide(a) @ x.double()), 20 * math.sqrt(shape[0]), UNIT[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [33, 127, 513])
+def test_project_splits_a_block_into_what_lies_in_the_basis_and_what_does_not(n, dtype):
+    basis = torch.linalg.qr(gaussian(n, 20)).Q.to(dtype)
+    block = (1e4 * basis.double() @ gaussian(20, 6) + gaussian(n, 6, 1)).to(dtype)
+    (coefficients,), (rest,) = BACKEND.project([basis], [block])
+    unit = UNIT[dtype]
+    assert close(basis.double() @ coefficients.double() + rest.double(), block.double(), 60, unit)
+    assert float((basis.T @ rest).abs().max()) <= 100 * unit * float(torch.linalg.vector_norm(rest))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, 16])
+def test_orthonormalize_keeps_as_many_directions_as_rise_above_the_floor(rank):
+    block = gaussian(60, rank) @ gaussian(rank, 16, 1) + 1e-12 * gaussian(60, 16, 2)
+    ((q, b),) = BACKEND.orthonormalize([block], [1e-9])
+    assert (q.shape, b.shape) == ((60, rank), (rank, 16))
+    assert torch.allclose(q.T @ q, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-13)
+    assert float((q @ b - block).abs().max()) < 1e-9
+
+
+def test_orthonormalize_finds_nothing_in_a_block_that_is_not_finite():
+    ((q, b),) = BACKEND.orthonormalize([torch.full((20, 4), math.nan)], [1e-9])
+    assert (q.shape, b.shape) == ((20, 0), (0, 4))
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weighted_squares_are_the_literal_sums(shape, stored):
+    a = operand(gaussian(*shape).to(stored))
+    left, right = gaussian(a.shape[0], 3, 1) ** 2, gaussian(a.shape[1], 3, 2) ** 2
+    (sums,) = BACKEND.weighted_squares([a], [left], [right])
+    assert sums.dtype == torch.float64
+    assert sums.tolist() == pytest.approx(torch.einsum("ij,ik,jk->k", wide(a) ** 2, left, right).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stored", [*STORED, *FLOAT8])
+@pytest.mark.parametrize("shape", [(64, 64), (65, 64), (200, 64), (2000, 64)])
+def test_the_ladder_climbs_in_precision_and_its_workspace_covers_the_costliest_factor(shape, stored):
+    rungs = BACKEND.rungs(shape, stored)
+    assert all(isinstance(rung, Rung) for rung in rungs)
+    assert [r.unit_roundoff for r in rungs] == sorted((r.unit_roundoff for r in rungs), reverse=True)
+    assert rungs[-1].dtype == torch.float64
+    assert all(r.dtype == torch.float64 for r in rungs) or stored != torch.float64
+    assert BACKEND.workspace(shape, stored) >= 8 * shape[1] ** 2 + 8 * shape[0] * shape[1]
