@@ -51,9 +51,10 @@ class BudgetedTop:
 
 
 def expected_kappa(shape: tuple[int, int]) -> float:
-    """kappa of a large Gaussian matrix of this shape, (1 + sqrt(b)) / (1 - sqrt(b)) with b the ratio of its sides.
+    """Kappa of a large Gaussian matrix of this shape, (1 + sqrt(b)) / (1 - sqrt(b)) with b the ratio of its sides.
 
-    Only the order of work depends on it: Marchenko and Pastur's edges, as in Edelman, SIAM J. Matrix Anal. Appl. 9 (1988).
+    Only the order of work depends on it: the edges of Marchenko and Pastur, as in Edelman, SIAM J. Matrix Anal.
+    Appl. 9 (1988).
     """
     root = math.sqrt(min(shape) / max(shape))
     return (1 + root) / (1 - root) if root < 1 else math.inf

@@ -29,6 +29,8 @@ from .waves import cut, default_budget, is_out_of_memory, parse_bytes
 
 log = logging.getLogger("kappa_fast")
 
+LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
 Score = Literal["kappa"] | Callable[[TensorKappa], float]
 Patterns = str | Sequence[str] | None
 
@@ -85,9 +87,20 @@ def rank(
         Interrupted: Ctrl-C; its ``partial`` is the Ranking of what was done.
         NotImplementedError: a parameter is sharded (DTensor, ZeRO), or cache or process_group was given.
     """
-    settings = dict(top=top, top_per_group=top_per_group, rtol=rtol, certify=certify, fused=fused, min_dim=min_dim)
-    settings |= dict(max_dim=max_dim, embeddings=embeddings, routers=routers, include=include, exclude=exclude)
-    settings |= dict(score=score if isinstance(score, str) else getattr(score, "__name__", "callable"))
+    settings: dict[str, Any] = {
+        "top": top,
+        "top_per_group": top_per_group,
+        "rtol": rtol,
+        "certify": certify,
+        "score": score if isinstance(score, str) else getattr(score, "__name__", "callable"),
+        "include": include,
+        "exclude": exclude,
+        "embeddings": embeddings,
+        "routers": routers,
+        "fused": fused,
+        "min_dim": min_dim,
+        "max_dim": max_dim,
+    }
     _check(top, rtol, certify, score, cache, process_group)
     filters = Filters(include, exclude, embeddings, routers, fused, min_dim, max_dim)
     started = time.perf_counter()
@@ -147,7 +160,7 @@ class _Run:
             cutoff = group.cutoff(self.entries)
             if bounds is None and math.isfinite(cutoff):
                 bounds = self._probe(rest, cutoff)
-                rest.sort(key=lambda i: (bounds[i], self.source.matrices[i].key))  # type: ignore[index]
+                rest.sort(key=lambda i: (bounds[i], self.source.matrices[i].key))
             batch, rest = rest[: group.count], rest[group.count :]
             hopeless = [i for i in batch if bounds is not None and bounds[i] > cutoff]
             self._bound(hopeless, bounds or {}, tracker)
@@ -186,7 +199,7 @@ class _Run:
         try:
             return resolve(self._backend_for(self._where(matrices[0])), [m.load() for m in matrices], goal)
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) and not isinstance(error, torch.linalg.LinAlgError):
+            if not is_out_of_memory(error) and not isinstance(error, LINALG_ERROR):
                 raise
             if len(wave) == 1:
                 raise _failure(matrices[0], error) from error

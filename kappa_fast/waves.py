@@ -39,7 +39,7 @@ def parse_bytes(value: int | str | None) -> int | None:
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes that a wave may take: most of what is free on an accelerator, a quarter of what is free on a CPU, at most 1 GiB."""
+    """Bytes that a wave may take: most of what is free on an accelerator; on a CPU a quarter of it, at most 1 GiB."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.8)
     try:

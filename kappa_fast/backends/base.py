@@ -114,5 +114,7 @@ class Backend(Protocol):
     def orthonormalize(self, blocks: Sequence[Tensor], floors: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
         """W = Q B with Q orthonormal (n, r): directions of W at or below its floor are left out, so r <= b."""
 
-    def weighted_squares(self, operands: Sequence[Operand], left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
+    def weighted_squares(
+        self, operands: Sequence[Operand], left: Sequence[Tensor], right: Sequence[Tensor]
+    ) -> list[Tensor]:
         """sum_ij A_ij^2 l_ik r_jk for every column k of left (m, k) and right (n, k): shape (k,), float64."""

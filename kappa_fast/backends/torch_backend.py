@@ -115,7 +115,9 @@ def _prepare(weight: Tensor) -> Operand:
     wide = tall.to(torch.float64)
     scaled = wide.mul(2.0**-half).mul_(2.0 ** -(exponent - half))
     exact = bool(torch.equal(scaled.mul(2.0**half).mul_(2.0 ** (exponent - half)), wide))
-    if weight.dtype != torch.float64:  # every narrower entry keeps its bits in float32 unless it is 2**-126 below the peak
+    if (
+        weight.dtype != torch.float64
+    ):  # every narrower entry keeps its bits in float32 unless it is 2**-126 below the peak
         narrow = scaled.to(torch.float32)
         scaled = narrow if torch.equal(narrow.to(torch.float64), scaled) else scaled
     return Operand(scaled, exponent, True, math.ldexp(peak, -exponent), exact)

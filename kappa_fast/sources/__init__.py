@@ -40,7 +40,9 @@ def open_source(
     notes: dict[str, str] = {}
     candidates = [t for t in inventory.tensors if len(t.shape) >= 2]
     if not candidates:
-        raise SourceError(f"the {inventory.metadata['kind']} holds no parameter with two or more dimensions: nothing to rank")
+        raise SourceError(
+            f"the {inventory.metadata['kind']} holds no parameter with two or more dimensions: nothing to rank"
+        )
     for stored in candidates:
         reason = filters.reason(stored, shapes)
         if reason is not None:

@@ -52,7 +52,7 @@ def read_checkpoint(path: Path) -> Inventory:
     """
     if not path.exists():
         raise SourceNotFoundError(
-            f"{path}: no such file or directory. Hub ids are not resolved yet: download the model and give its directory"
+            f"{path}: no such file or directory; hub ids are not resolved yet: give the directory of a downloaded model"
         )
     if path.is_dir():
         files, expected = _files_of(path)
@@ -70,7 +70,9 @@ def read_checkpoint(path: Path) -> Inventory:
             tensors[item.name], homes[item.name] = item, file
     for name, file in (expected or {}).items():
         if homes.get(name) != file:
-            raise SourceError(f"the index of {path} says that {name!r} is in {file.name}, but it is not: download it again")
+            raise SourceError(
+                f"the index of {path} says that {name!r} is in {file.name}, but it is not: download it again"
+            )
     found = list(tensors.values())
     metadata = {
         "kind": "directory" if path.is_dir() else "file",
@@ -112,7 +114,7 @@ class _Shard:
                 raise SourceNotFoundError(f"{self.path}: no such file") from error
             except (SafetensorError, OSError, ValueError) as error:
                 raise SourceError(
-                    f"{self.path} is no readable safetensors file ({error}): it is truncated or damaged, download it again"
+                    f"{self.path} is no readable safetensors file ({error}): truncated or damaged, download it again"
                 ) from error
         return self._handle
 
@@ -132,7 +134,9 @@ class _Shard:
             except SourceError:
                 raise
             except Exception as error:  # the file changed under the map, or the disk failed
-                raise SourceError(f"{name!r} could not be read from {self.path} ({error}): download it again") from error
+                raise SourceError(
+                    f"{name!r} could not be read from {self.path} ({error}): download it again"
+                ) from error
 
         return take
 
@@ -158,7 +162,7 @@ def _files_of(directory: Path) -> tuple[list[Path], dict[str, Path] | None]:
 
 
 def _read_index(index: Path) -> dict[str, Path]:
-    """Names and the shards they are in. A shard may be a link (the hub's cache is made of them), its name may not wander."""
+    """Names and the shards they are in. A shard may be a link, as in the hub's cache; its name may not wander off."""
     try:
         document = json.loads(index.read_bytes())
         weight_map = document["weight_map"]
@@ -194,8 +198,8 @@ def _not_safetensors(path: Path) -> SourceError:
     if path.name.endswith(PICKLED):
         command = (
             'python -c "import torch, safetensors.torch as s; '
-            f"s.save_file({{k: v.clone().contiguous() for k, v in torch.load('{path.name}', weights_only=True).items()}}, "
-            "'model.safetensors')\""
+            f"weights = torch.load('{path.name}', map_location='cpu', weights_only=True); "
+            "s.save_file({k: v.clone().contiguous() for k, v in weights.items()}, 'model.safetensors')\""
         )
         return SourceError(f"{path} is a pickled checkpoint, which can run code when it is read; convert it: {command}")
     return SourceError(f"{path} is no .safetensors file: give one, or the directory of a model")

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 
 from ..entries import Index
-from .base import Stored
 from . import names
+from .base import Stored
 
 Layout = Literal["rows", "columns", "interleaved"]  # of gate and up; the latter two for experts stored transposed
 ALL = slice(None)
@@ -62,7 +62,9 @@ def cut(stored: Stored, shapes: Mapping[str, tuple[int, ...]], config: Mapping[s
         return _stack(stored, shapes, config, split)
     if len(shape) > 3:
         flat = (shape[0], stored.numel // shape[0])
-        return Cut((Part("", (), flat),), f"{len(shape)} dimensions of unknown meaning: flattened to {flat[0]} x {flat[1]}")
+        return Cut(
+            (Part("", (), flat),), f"{len(shape)} dimensions of unknown meaning: flattened to {flat[0]} x {flat[1]}"
+        )
     experts = _flat_experts(stored, config)
     if experts:
         return Cut(experts)
@@ -85,9 +87,7 @@ def _stack(stored: Stored, shapes: Mapping[str, tuple[int, ...]], config: Mappin
         return Cut(whole.parts, note)
     halves = _halves(rows, columns, layout)
     return Cut(
-        tuple(
-            Part(f"[{e}].{label}", (e, *index), half) for e in range(experts) for label, index, half in halves
-        )
+        tuple(Part(f"[{e}].{label}", (e, *index), half) for e in range(experts) for label, index, half in halves)
     )
 
 
@@ -134,9 +134,7 @@ def _flat_experts(stored: Stored, config: Mapping[str, Any]) -> tuple[Part, ...]
     if not isinstance(count, int) or count < 1 or rows % count or not re.search(r"\.(?:w1|v1|w2)$", stored.name):
         return ()
     height = rows // count
-    return tuple(
-        Part(f"[{e}]", (slice(e * height, (e + 1) * height), ALL), (height, columns)) for e in range(count)
-    )
+    return tuple(Part(f"[{e}]", (slice(e * height, (e + 1) * height), ALL), (height, columns)) for e in range(count))
 
 
 def _dense(stored: Stored, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], split: bool) -> Cut:
@@ -158,7 +156,9 @@ def _dense(stored: Stored, shapes: Mapping[str, tuple[int, ...]], config: Mappin
     for label, size in zip("qkv", sizes, strict=True):
         piece = slice(start, start + size)
         parts.append(
-            Part(f".{label}", (piece, ALL), (size, columns)) if along == 0 else Part(f".{label}", (ALL, piece), (rows, size))
+            Part(f".{label}", (piece, ALL), (size, columns))
+            if along == 0
+            else Part(f".{label}", (ALL, piece), (rows, size))
         )
         start += size
     return Cut(tuple(parts))
@@ -170,7 +170,11 @@ def _qkv_sizes(stored: Stored, config: Mapping[str, Any]) -> tuple[tuple[int, ..
     kind = type(stored.parent).__name__ if stored.parent is not None else ""
     if stored.name.endswith("in_proj_weight") and rows == 3 * columns and kind in ("", "MultiheadAttention"):
         return (columns,) * 3, 0  # torch.nn.MultiheadAttention
-    if stored.name.endswith("c_attn.weight") and columns == 3 * rows and (kind == "Conv1D" or model_type(config) == "gpt2"):
+    if (
+        stored.name.endswith("c_attn.weight")
+        and columns == 3 * rows
+        and (kind == "Conv1D" or model_type(config) == "gpt2")
+    ):
         return (rows,) * 3, 1
     if stored.name.endswith("qkv_proj.weight") and model_type(config) in CONTIGUOUS_QKV:
         heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")

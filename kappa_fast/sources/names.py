@@ -22,7 +22,9 @@ _ADAPTER = re.compile(
     r"(?:^|[._])(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_[a-z]+|modules_to_save|ia3_l|vera_[A-Za-z]+|hada_\w+"
     r"|lokr_\w+|oft_\w+|boft_\w+|prompt_encoder|prompt_embeddings|adaption_\w+|trainable_tokens_\w+)(?:\.|$)"
 )
-_CONVOLUTION = re.compile(r"(?:^|\.)conv\w*(?:\.\d+)?\.weight$|\.(?:patch_embeddings?\.projection|patch_embed\.proj)\.weight$")
+_CONVOLUTION = re.compile(
+    r"(?:^|\.)conv\w*(?:\.\d+)?\.weight$|\.(?:patch_embeddings?\.projection|patch_embed\.proj)\.weight$"
+)
 _MASK = re.compile(r"(?:^|\.)(?:attn|attention|self_attn)\.(?:bias|masked_bias)$|(?:^|\.)(?:inv_freq|position_ids)$")
 
 # Last words of names that belong to the codes of a quantized weight, by what they are called on disk.
@@ -109,7 +111,9 @@ def scale_of(name: str, names: Collection[str]) -> str | None:
         return name.removesuffix("_blocks") + "_scales"
     prefix, _, last = name.rpartition(".")
     candidates = [f"{name}.{suffix}" for suffix in SCALE_SUFFIXES]
-    candidates += [f"{name}_{suffix.removeprefix('weight_')}" for suffix in SCALE_SUFFIXES if suffix.startswith("weight_")]
+    candidates += [
+        f"{name}_{suffix.removeprefix('weight_')}" for suffix in SCALE_SUFFIXES if suffix.startswith("weight_")
+    ]
     if last in ("weight", "qweight", "weight_packed"):
         candidates += [f"{prefix}.{suffix}" if prefix else suffix for suffix in SCALE_SUFFIXES]
     return next((c for c in candidates if c in names and c != name), None)

@@ -41,7 +41,14 @@ def stored(
     refuse_sharded(names[0], tensor)
     clean = tuple(dict.fromkeys(base_name(name) for name in names))
     return Stored(
-        clean, tuple(tensor.shape), tensor.dtype, tensor.device, taker(tensor), problem(tensor, parent), parent, embedding
+        clean,
+        tuple(tensor.shape),
+        tensor.dtype,
+        tensor.device,
+        taker(tensor),
+        problem(tensor, parent),
+        parent,
+        embedding,
     )
 
 

@@ -1,1 +1,1 @@
-"""The numerics, written once over the operations of a backend: extreme singular values with an interval around kappa."""
+"""The numerics, written once over the operations of a backend: kappa with an interval around it."""

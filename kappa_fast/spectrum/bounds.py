@@ -40,11 +40,11 @@ def _overlap_of_chi(n: int, width: int) -> float:
 
 
 def norm_factor(width: int) -> float:
-    """c with ||M||_F <= c ||M X||_F / sqrt(b), for a Gaussian X of width b, outside of probability FAILURE.
+    """The c with ||M||_F <= c ||M X||_F / sqrt(b), for a Gaussian X of width b, outside of probability FAILURE.
 
-    ||M X||_F^2 is a sum of chi-square(b) variables weighted with the squared singular values of M. It is most likely to be small
-    when one of them carries all the weight, so c^2 = b / (FAILURE-quantile of chi-square(b)), bounded in closed form:
-    the distribution function of chi-square(b) at x is at most (x/2)^(b/2) / Gamma(b/2 + 1).
+    ||M X||_F^2 is a sum of chi-square(b) variables weighted with the squared singular values of M. It is most likely
+    to be small when one of them carries all the weight, so c^2 = b / (FAILURE-quantile of chi-square(b)), bounded in
+    closed form: the distribution function of chi-square(b) at x is at most (x/2)^(b/2) / Gamma(b/2 + 1).
     """
     a = width / 2
     log_quantile = math.log(2) + (math.log(FAILURE) + math.lgamma(a + 1)) / a
@@ -52,7 +52,7 @@ def norm_factor(width: int) -> float:
 
 
 def excess(theta: Tensor, vectors: Tensor, coupling: Tensor, start: int, overlap: float, noise: float) -> float:
-    """d such that the largest eigenvalue lies in [theta_max, theta_max (1 + d)] unless the start missed its vector.
+    """D such that the largest eigenvalue lies in [theta_max, theta_max (1 + d)] unless the start missed its vector.
 
     theta (k,), vectors (k, k): eigenpairs of T = V^T H V, ascending, float64, for a Krylov basis V whose first
     ``start`` columns span the start block.  coupling (r, w): B of H V = V T + Q B E^T, E the last w columns.

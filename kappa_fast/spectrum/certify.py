@@ -24,14 +24,16 @@ if TYPE_CHECKING:
     from .ladder import Resolution
 
 U = 2.0**-53
-OUT = 1 + 1e-5  # covers the rounding of sums of up to 1e10 terms of one sign, of square roots and of this module's scalars
+OUT = (
+    1 + 1e-5
+)  # covers the rounding of sums of up to 1e10 terms of one sign, of square roots and of this module's scalars
 TINY = 1e-280  # more than all underflows of one product together
 OUT_ULP = 1 + 4 * U
 WIDENINGS = (0.25, 1.0, 4.0, 25.0)  # of rtol: how far the proof may stay behind the estimate, tried in turn
 
 
 def gamma(k: float) -> float:
-    """k u / (1 - k u), the relative error of k roundings."""
+    """K u / (1 - k u), the relative error of k roundings."""
     return k * U / (1 - k * U)
 
 
@@ -59,7 +61,7 @@ def gram_with_error(backend: Backend, a: Operand) -> _Product:
 
 
 def residual_norm(matrix: Tensor, factor: Tensor) -> float:
-    """Proven bound on ||M - L L^T||_2: M symmetric (n, n), its lower triangle given; L (n, n) lower triangular, float64."""
+    """Proven bound on ||M - L L^T||_2: M symmetric, its lower triangle given; L lower triangular; (n, n), float64."""
     n = matrix.shape[0]
     k = chunk_rows(n)
     squares = 0.0
@@ -71,7 +73,8 @@ def residual_norm(matrix: Tensor, factor: Tensor) -> float:
             rest -= factor[j:, c:d] @ factor[j:e, c:d].T
         rest[: e - j] = torch.tril(rest[: e - j])
         squares += 2 * float(torch.linalg.vector_norm(rest)) ** 2
-    size = float(torch.linalg.vector_norm(factor)) ** 2 + float(matrix.diagonal().abs().sum()) + math.sqrt(squares)
+    # |M| <= |L| |L|^T + |M - L L^T| entrywise, so M needs no norm of its own.
+    size = 2 * float(torch.linalg.vector_norm(factor)) ** 2 + 2 * math.sqrt(squares)
     return (math.sqrt(squares) + gamma(k + math.ceil(n / k) + 2) * size) * OUT + TINY
 
 
@@ -101,16 +104,13 @@ def largest_eigenvalue(backend: Backend, product: _Product, bound: float) -> flo
 
 
 def norm_bound(backend: Backend, product: _Product, estimate: float, rtol: float) -> float:
-    """Proven upper bound of the 2-norm whose square is lambda_max of ``product``; ``estimate`` of the norm from below."""
+    """Proven upper bound of sqrt(lambda_max) of the matrix behind ``product``; ``estimate`` of it from below."""
     best = product.trace + product.error
     for widening in WIDENINGS:
         proven = largest_eigenvalue(backend, product, estimate**2 * (1 + widening * rtol))
         if proven < best:
             return math.sqrt(proven) * OUT_ULP
     return math.sqrt(best) * OUT
-
-
-
 
 
 def certified(backend: Backend, a: Operand, found: Resolution, rtol: float) -> Resolution:

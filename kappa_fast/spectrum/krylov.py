@@ -119,7 +119,9 @@ def expand(backend: Backend, spaces: Sequence[Space], operator: Callable[[list[T
         space.coupling = b.to("cpu", torch.float64)
         space.dropped |= b.shape[0] < b.shape[1]
         space.block = q
-        ended.append(q.shape[1] == 0 or not math.isfinite(space.scale) or space.size + q.shape[1] > space.basis.shape[1])
+        ended.append(
+            q.shape[1] == 0 or not math.isfinite(space.scale) or space.size + q.shape[1] > space.basis.shape[1]
+        )
     return ended
 
 

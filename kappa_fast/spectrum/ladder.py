@@ -177,10 +177,8 @@ def _ends(backend: Backend, factors: Sequence[Factor], tolerance: float) -> tupl
 
 def _interval(rung: Rung, departure: float, top: Extreme, bottom: Extreme, triplets: Triplets) -> Resolution:
     """Lower end: proven by the polish. Upper end: the Krylov bounds of both ends, widened by the departure."""
-    if rung.power == 2:
-        widening = math.sqrt((1 + departure) / (1 - departure))
-    else:
-        widening = 1 / (1 - departure)  # the top end used the weights themselves
+    # With power 1 the top end used the weights themselves, and the departure concerns the bottom alone.
+    widening = math.sqrt((1 + departure) / (1 - departure)) if rung.power == 2 else 1 / (1 - departure)
     upper = math.sqrt(top.theta * (1 + top.excess) * bottom.theta * (1 + bottom.excess)) * widening
     kappa = triplets.sigma_max / triplets.sigma_min
     upper = max(upper, kappa)
@@ -208,9 +206,7 @@ def _finish_exactly(backend: Backend, climber: _Climber, goal: Goal) -> None:
         upper = (high + error) / (low - error)
         lower = min(lower, kappa)
         ends = (t.to(a.tensor.device) for t in (u[:, 0], v[:, 0], u[:, -1], v[:, -1]))
-        climber.keep(
-            Resolution("ok", kappa, lower, upper, high, low, exact.METHOD), Triplets(high, low, lower, *ends)
-        )
+        climber.keep(Resolution("ok", kappa, lower, upper, high, low, exact.METHOD), Triplets(high, low, lower, *ends))
     climber.done = True
 
 

@@ -1,7 +1,7 @@
 """Measure with the weights themselves: Rayleigh-Ritz with A in float64, whatever the vectors came from.
 
-The error of an approximate factor enters the polished values squared, and ||A x|| / ||A v|| is a lower bound of kappa for
-any x and v, so the lower end of every interval is proven, including the rounding of this very measurement.
+The error of an approximate factor enters the polished values squared, and ||A x|| / ||A v|| is a lower bound of kappa
+for any unit x and v, so the lower end of every interval is proven, including the rounding of this very measurement.
 """
 
 from __future__ import annotations

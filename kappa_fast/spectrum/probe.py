@@ -1,6 +1,7 @@
 """Cheap lower bounds of kappa, for matrices that need not be resolved because they cannot be among the lowest.
 
-A few steps of block Krylov on A^T A itself, no Gram matrix, no factorization: any x and v give kappa >= ||A x|| / ||A v||.
+A few steps of block Krylov on A^T A itself, no Gram matrix, no factorization: kappa >= ||A x|| / ||A v|| for any
+unit vectors x and v.
 """
 
 from __future__ import annotations
@@ -50,5 +51,5 @@ def _prove(
     images = backend.apply([operands[i] for i, _ in found], [pair for _, pair in found])
     for (i, pair), (image, norm) in zip(found, images, strict=True):
         wide, one = pair.double(), image.new_ones(1)
-        reached = [float(torch.linalg.vector_norm(image[:, j])) for j in (0, 1)]
-        bounds[i] = ratio_bound(operands[i].shape, norm, *reached, wide[:, 0], wide[:, 1], one, one)
+        high, low = (float(torch.linalg.vector_norm(image[:, j])) for j in (0, 1))
+        bounds[i] = ratio_bound(operands[i].shape, norm, high, low, wide[:, 0], wide[:, 1], one, one)
