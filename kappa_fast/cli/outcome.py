@@ -1,0 +1,86 @@
+"""What every command does with success, failure, Ctrl-C and a reader that went away."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from ..errors import Interrupted, KappaError, OptionError
+
+FAILURE, WRONG_USE, INTERRUPTED = 1, 2, 130
+
+
+@contextmanager
+def outcome(debug: bool) -> Iterator[None]:
+    """Run the body of a command; whatever ends it becomes an exit code and at most one line on stderr.
+
+    Warnings become a line each. With ``debug`` the traceback and the log of kappa_fast are shown as well.
+
+    Raises:
+        typer.Exit: with 1 after an error, 2 after an OptionError, 130 after Ctrl-C.
+    """
+    with warnings.catch_warnings(), _logged(debug):
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = _show_warning
+        try:
+            yield
+            sys.stdout.flush()  # here, where a failure still has an exit code
+        except typer.Exit:
+            raise
+        except BrokenPipeError:
+            _discard_output()  # `| head` has seen enough, and the work is done
+        except KeyboardInterrupt as stop:
+            typer.echo(str(stop) if isinstance(stop, Interrupted) else "interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            typer.echo(f"error: {_in_one_line(error)}", err=True)
+            _flush_or_discard_output()  # a full disk
+            raise typer.Exit(WRONG_USE if isinstance(error, OptionError) else FAILURE) from None
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, (KappaError, NotImplementedError, OSError)) and text:
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+
+
+@contextmanager
+def _logged(debug: bool) -> Iterator[None]:
+    log, handler = logging.getLogger("kappa_fast"), logging.StreamHandler()
+    level = log.level
+    if debug:
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def _flush_or_discard_output() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
+
+
+def _discard_output() -> None:
+    # What is left in the buffer would raise once more when the interpreter closes the stream.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -1,0 +1,185 @@
+"""``kappa-fast rank PATH``: rank a checkpoint, print the table, keep the result."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections import Counter
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ..errors import Interrupted, OptionError, RankingFileError
+from .outcome import outcome
+
+if TYPE_CHECKING:
+    from ..ranking import Ranking
+
+
+class Certify(StrEnum):
+    """Which intervals are to be proven."""
+
+    NO = "no"
+    ALL = "all"
+    SELECTION = "selection"
+
+
+class Fused(StrEnum):
+    """What becomes of fused projections."""
+
+    SPLIT = "split"
+    STORED = "stored"
+
+
+class BackendName(StrEnum):
+    """The backends of this version."""
+
+    AUTO = "auto"
+    TORCH = "torch"
+
+
+def rank(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A .safetensors file, or a directory of them.", show_default=False)
+    ],
+    top: Annotated[
+        str | None,
+        typer.Option(metavar="N|SHARE", help="Resolve only the lowest N (10), or that share of all (0.2)."),
+    ] = None,
+    top_per_group: Annotated[
+        bool, typer.Option("--top-per-group", help="--top counts within each group of like matrices.")
+    ] = False,
+    rtol: Annotated[float, typer.Option(help="Relative half-width that each interval is to reach.")] = 1e-2,
+    certify: Annotated[
+        Certify, typer.Option(help="Prove the intervals in float64: none, all, or those of the --top.")
+    ] = Certify.NO,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Only names in which this is found; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="No names in which this is found; repeatable.")
+    ] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Rank embeddings and output heads too.")] = False,
+    routers: Annotated[bool, typer.Option("--routers", help="Rank the routers of mixtures of experts too.")] = False,
+    fused: Annotated[
+        Fused, typer.Option(help="Fused projections: their parts, or the tensor as stored.")
+    ] = Fused.SPLIT,
+    min_dim: Annotated[int, typer.Option(help="Skip matrices whose smaller side is below this.")] = 16,
+    max_dim: Annotated[int | None, typer.Option(help="Skip matrices whose larger side is above this.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = None,
+    backend: Annotated[BackendName, typer.Option(help="What computes.")] = BackendName.AUTO,
+    memory_budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory to take beside the weights, such as 2GB.")
+    ] = None,
+    progress: Annotated[
+        bool | None, typer.Option("--progress/--no-progress", help="A bar on stderr; by default on a terminal.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the ranking to this file.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 40,
+    all_rows: Annotated[bool, typer.Option("--all", help="All rows of the table, whatever --limit says.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log.")] = False,
+) -> None:
+    """Rank a checkpoint's matrices by condition number.
+
+    Ctrl-C stops; what is done by then goes to the --json FILE, marked as partial.
+    """
+    with outcome(debug):
+        count = _top(top)
+        if json is not None:
+            _check_writable(json)
+        from ..pipeline import rank as rank_weights  # torch takes a second: not before everything else is checked
+
+        try:
+            ranking = rank_weights(
+                path,
+                top=count,
+                top_per_group=top_per_group,
+                rtol=rtol,
+                certify=_certify(certify),
+                include=include,
+                exclude=exclude,
+                embeddings=embeddings,
+                routers=routers,
+                fused=fused.value,
+                min_dim=min_dim,
+                max_dim=max_dim,
+                device=device,
+                backend=backend.value,
+                memory_budget=memory_budget,
+                progress=progress,
+            )
+        except Interrupted as stop:
+            raise _kept(stop, json) from stop
+        if json is not None:
+            ranking.to_json(json)
+        _print(ranking, None if all_rows else limit)
+        for line in summary(ranking, rtol):
+            typer.echo(line)
+        if json is not None:
+            typer.echo(f"written to {json}")
+
+
+def summary(ranking: Ranking, rtol: float) -> list[str]:
+    """What the table does not say: how well and how fast it was ranked, and what was left out for which reasons."""
+    status = Counter[str](entry.status for entry in ranking)
+    reached = sum(entry.status == "ok" and (entry.upper - entry.lower) / 2 <= rtol * entry.kappa for entry in ranking)
+    parts = [f"{reached} of {status['ok']} intervals within rtol {rtol:g}"]
+    names = {"rank_deficient": "rank deficient", "bounded": "only bounded", "non_finite": "with NaN or inf"}
+    parts += [f"{status[key]} {words}" for key, words in names.items() if status[key]]
+    metadata = ranking.metadata
+    where = f"{', '.join(metadata['device'])}, threads: {metadata['threads']}"
+    lines = [", ".join(parts), f"{metadata['seconds']:.2f} s ({where})"]
+    reasons = Counter(skipped.reason for skipped in ranking.skipped)
+    return lines + [f"skipped: {number} {reason}" for reason, number in reasons.most_common()]
+
+
+def _top(text: str | None) -> int | float | None:
+    if text is None:
+        return None
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    raise OptionError(f"--top {text}: give a count such as 10, or a share of all matrices such as 0.2")
+
+
+def _certify(choice: Certify) -> bool | Literal["selection"]:
+    return "selection" if choice is Certify.SELECTION else choice is Certify.ALL
+
+
+def _check_writable(path: Path) -> None:
+    """Find out now, not after an hour of work, that the ranking cannot be written (it replaces the file at once)."""
+    target = Path(os.path.realpath(path))
+    if path.name == "-" or target.is_dir():
+        raise OptionError(f"--json {path}: give the name of a file to write the ranking to")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise RankingFileError(
+            f"--json {path} cannot be written: {error.strerror}; choose another directory"
+        ) from error
+
+
+def _kept(stop: Interrupted, json: Path | None) -> Interrupted:
+    """The same interruption, with what became of the partial ranking."""
+    done = str(stop).partition(" (")[0]
+    if json is None:
+        return Interrupted(f"{done}; --json FILE would have kept them", stop.partial)
+    if not len(stop.partial):
+        return Interrupted(f"{done}; {json} was not written", stop.partial)
+    stop.partial.to_json(json)
+    return Interrupted(f"{done} and written to {json}, marked as partial", stop.partial)
+
+
+def _print(ranking: Ranking, limit: int | None) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(ranking.table(limit))
+    else:  # for grep and awk: no name is shortened
+        typer.echo(ranking.to_text(limit, width=10_000))

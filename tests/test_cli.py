@@ -1,0 +1,399 @@
+"""The command line: options, exit codes, one-line errors, pipes, and Ctrl-C."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import kappa_fast
+from kappa_fast import backends, pipeline
+from kappa_fast.cli import app
+from kappa_fast.cli import rank as rank_command
+from kappa_fast.cli.rank import BackendName
+
+COMMAND = [sys.executable, "-m", "kappa_fast"]
+
+# Every wave holds one matrix, and the third waits to be interrupted by a signal from outside.
+WAITING = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have switched it off for its background jobs
+from kappa_fast import pipeline
+from kappa_fast.cli import main
+resolve, waves = pipeline.resolve, []
+
+def waiting(*arguments):
+    waves.append(1)
+    if len(waves) == 3:
+        print("ready", file=sys.stderr, flush=True)
+        time.sleep(120)
+    return resolve(*arguments)
+
+pipeline.resolve = waiting
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Five matrices in two groups, and one that is too small."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"layers.{i}.up.weight": torch.randn(48, 24, generator=generator) for i in range(3)}
+    weights |= {f"layers.{i}.square.weight": torch.randn(32, 32, generator=generator) for i in range(2)}
+    weights["tiny.weight"] = torch.randn(4, 32, generator=generator)
+    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
+    save_file(weights, path)
+    return path
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run the command line in this process: ``cli("rank", path)`` returns exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            app([str(argument) for argument in arguments], prog_name="kappa-fast")
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fails the test if anything is ranked."""
+    monkeypatch.setattr(pipeline, "rank", lambda *_, **__: pytest.fail("ranked, though it was known to be in vain"))
+
+
+def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_rank_prints_every_matrix_and_a_summary_and_is_quiet_on_stderr_in_a_pipe(checkpoint):
+    done = run("rank", checkpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("layers.0.up", "layers.1.up", "layers.2.up", "layers.0.square", "layers.1.square"):
+        assert f" {name}.weight " in done.stdout
+    assert "5 ranked, 0 of them proven, 1 skipped" in done.stdout
+    assert "5 of 5 intervals within rtol 0.01" in done.stdout
+    assert re.search(r"^\d+\.\d\d s \(cpu, threads: \d+\)$", done.stdout, re.MULTILINE)
+    assert "skipped: 1 too small: its smaller side is below min_dim=16" in done.stdout
+    assert not re.search("\x1b", done.stdout)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_on_a_terminal_there_is_a_bar_with_matrices_and_the_time_left(checkpoint):
+    import pty
+
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    environment.pop("NO_COLOR", None)
+    child = subprocess.Popen([*COMMAND, "rank", checkpoint], stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # what Linux says where others say "end of file"
+            break
+        if not chunk:
+            break
+        seen += chunk
+    os.close(ours)
+    assert child.wait(60) == 0
+    assert re.search(r"5/5 matrices.*ETA", seen.decode(), re.DOTALL)
+
+
+def test_version_and_help_cost_next_to_nothing_beyond_the_import(root, run_python):
+    code = """
+import time
+import kappa_fast
+start = time.process_time()
+from kappa_fast.cli import app
+for arguments in (["--version"], ["--help"], ["rank", "--help"], ["demo", "--help"]):
+    try:
+        app(arguments, prog_name="kappa-fast")
+    except SystemExit as stop:
+        assert not stop.code
+print(time.process_time() - start)
+"""
+    said = run_python(code, cwd=root)
+    assert said.startswith(f"kappa-fast {kappa_fast.__version__}\n")
+    assert "Usage: kappa-fast rank" in said
+    assert "Usage: kappa-fast demo" in said
+    assert float(said.split()[-1]) < 0.5
+
+
+def test_without_a_command_the_help_is_shown_as_wrong_use(cli):
+    code, out, err = cli()
+    assert code in (0, 2)  # typer changed its mind
+    assert "Commands:" in out + err
+
+
+def test_every_option_of_rank_that_fits_a_command_line_is_there_with_the_same_default():
+    python = inspect.signature(kappa_fast.rank).parameters
+    shell = inspect.signature(rank_command.rank).parameters
+    assert set(python) - set(shell) == {"source", "score", "cache", "process_group"}
+    for name in set(python) & set(shell) - {"certify"}:
+        assert shell[name].default == python[name].default, name
+    assert rank_command._certify(shell["certify"].default) is python["certify"].default
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--top", "3"], {"top": 3}),
+        (["--top", "0.2"], {"top": 0.2}),
+        (["--top", "1"], {"top": 1}),
+        (["--top", "1.0"], {"top": 1.0}),
+        (["--top-per-group"], {"top_per_group": True}),
+        (["--rtol", "1e-3"], {"rtol": 1e-3}),
+        (["--certify", "all"], {"certify": True}),
+        (["--certify", "selection", "--top", "2"], {"certify": "selection", "top": 2}),
+        (["--include", "a", "--include", "b"], {"include": ["a", "b"]}),
+        (["--exclude", "a$"], {"exclude": ["a$"]}),
+        (["--embeddings", "--routers"], {"embeddings": True, "routers": True}),
+        (["--fused", "stored"], {"fused": "stored"}),
+        (["--min-dim", "2", "--max-dim", "100"], {"min_dim": 2, "max_dim": 100}),
+        (["--device", "cpu"], {"device": "cpu"}),
+        (["--backend", "torch"], {"backend": "torch"}),
+        (["--memory-budget", "2GB"], {"memory_budget": "2GB"}),
+        (["--progress"], {"progress": True}),
+        (["--no-progress"], {"progress": False}),
+        ([], {}),
+    ],
+)
+def test_every_option_reaches_rank(arguments, expected, cli, checkpoint, monkeypatch):
+    seen = {}
+
+    def rank(source, **options):
+        seen.update(options, source=source)
+        return kappa_fast.Ranking([], (), {"seconds": 0.0, "device": ["cpu"], "threads": 2})
+
+    monkeypatch.setattr(pipeline, "rank", rank)
+    code, _, err = cli("rank", checkpoint, *arguments)
+    assert (code, err) == (0, "")
+    assert seen["source"] == checkpoint
+    defaults = {name: p.default for name, p in inspect.signature(kappa_fast.rank).parameters.items()}
+    for name, value in seen.items():
+        if name != "source":
+            want = expected.get(name, defaults[name])
+            assert (value, type(value)) == (want, type(want)), name
+
+
+def test_options_have_their_effect(cli, checkpoint):
+    code, out, _ = cli("rank", checkpoint, "--include", "up", "--exclude", r"\.2\.", "--certify", "all", "--min-dim", 1)
+    assert code == 0
+    assert "2 ranked, 2 of them proven, 4 skipped" in out
+    assert "skipped: 3 matched by none of the include patterns" in out
+    code, out, _ = cli("rank", checkpoint, "--top", 1)
+    assert code == 0
+    assert re.search(r"[1-4] only bounded", out)
+
+
+@pytest.mark.parametrize("name", list(BackendName))
+def test_every_backend_that_can_be_named_exists(name):
+    assert backends.get_backend(name.value, torch.device("cpu")).device.type == "cpu"
+
+
+def test_limit_and_all_set_the_rows_of_the_table(cli, checkpoint):
+    names = [entry.key for entry in kappa_fast.rank(checkpoint)]
+    _, two, _ = cli("rank", checkpoint, "--limit", 2)
+    assert [name for name in names if name in two] == names[:2]
+    _, everything, _ = cli("rank", checkpoint, "--limit", 2, "--all")
+    assert [name for name in names if name in everything] == names
+
+
+def test_json_holds_the_ranking_and_comes_beside_the_table(cli, checkpoint, tmp_path):
+    file = tmp_path / "ranking.json"
+    code, out, err = cli("rank", checkpoint, "--json", file)
+    assert (code, err) == (0, "")
+    assert f"written to {file}" in out
+    kept = kappa_fast.Ranking.from_json(file)
+    assert list(kept) == list(kappa_fast.rank(checkpoint))
+    assert not kept.metadata["partial"]
+
+
+def fails(result, code: int, message: str) -> None:
+    """The exit code, nothing on stdout, and exactly one line on stderr."""
+    assert result[0] == code, result
+    assert result[1] == ""
+    assert re.fullmatch(rf"error: .*{message}.*\n", result[2]), result[2]
+
+
+def test_a_missing_file_is_named(cli, tmp_path):
+    missing = tmp_path / "missing.safetensors"
+    fails(cli("rank", missing), 1, re.escape(str(missing)))
+
+
+def test_a_truncated_file_is_named(cli, checkpoint, tmp_path):
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(checkpoint.read_bytes()[:-100])
+    fails(cli("rank", truncated), 1, re.escape(str(truncated)))
+
+
+def test_an_option_that_rank_refuses_is_wrong_use(cli, checkpoint):
+    fails(cli("rank", checkpoint, "--rtol", 2), 2, "rtol=2.0")
+    fails(cli("rank", checkpoint, "--top", 0), 2, "top=0")
+    fails(cli("rank", checkpoint, "--certify", "selection"), 2, "top=")
+    fails(cli("rank", checkpoint, "--memory-budget", "much"), 2, "memory_budget='much'")
+    fails(cli("rank", checkpoint, "--device", "toaster"), 2, "device='toaster'")
+
+
+def test_a_top_that_is_no_number_is_wrong_use(cli, checkpoint, no_work):
+    fails(cli("rank", checkpoint, "--top", "most"), 2, "--top most: give a count such as 10, or a share")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "nosuch"], r"'nosuch' is not one of 'auto', 'torch'"),
+        (["--certify", "maybe"], r"'maybe' is not one of 'no', 'all', 'selection'"),
+        (["--fused", "half"], r"'half' is not one of 'split', 'stored'"),
+        (["--limit", "0"], r"Invalid value for '--limit'"),
+        (["--rtol", "small"], r"Invalid value for '--rtol'"),
+        (["--no-such-option"], r"No such option:? '?--no-such-option"),
+    ],
+)
+def test_what_cannot_be_parsed_is_wrong_use(arguments, message, cli, checkpoint, no_work):
+    code, out, err = cli("rank", checkpoint, *arguments)
+    assert (code, out) == (2, "")
+    assert re.search(message, err)
+    assert "Traceback" not in err
+
+
+def test_a_json_file_that_cannot_be_written_is_found_out_before_the_work(cli, checkpoint, tmp_path, no_work):
+    fails(
+        cli("rank", checkpoint, "--json", tmp_path / "nowhere" / "r.json"), 1, "r.json cannot be written: No such file"
+    )
+    fails(cli("rank", checkpoint, "--json", checkpoint / "r.json"), 1, "r.json cannot be written: Not a directory")
+    fails(cli("rank", checkpoint, "--json", tmp_path), 2, "give the name of a file")
+    fails(cli("rank", checkpoint, "--json", "-"), 2, "--json -: give the name of a file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_nobody_expected_is_one_line_and_the_traceback_comes_with_debug(cli, checkpoint, monkeypatch):
+    def rank(*_, **__):
+        raise ZeroDivisionError("one line\nand another")
+
+    monkeypatch.setattr(pipeline, "rank", rank)
+    fails(cli("rank", checkpoint), 1, r"ZeroDivisionError: one line and another \(--debug shows where\)")
+    code, _, err = cli("rank", checkpoint, "--debug")
+    assert code == 1
+    assert "Traceback" in err
+    assert "in rank" in err
+
+
+def test_a_sharded_parameter_is_a_failure_in_one_line(cli, checkpoint, monkeypatch):
+    def rank(*_, **__):
+        raise NotImplementedError("'w' is sharded: rank the checkpoint")
+
+    monkeypatch.setattr(pipeline, "rank", rank)
+    fails(cli("rank", checkpoint), 1, "'w' is sharded: rank the checkpoint")
+
+
+def test_a_warning_is_one_line_and_no_failure(cli, checkpoint, monkeypatch):
+    rank = pipeline.rank
+
+    def warning(*arguments, **options):
+        warnings.warn("float64 cannot prove\nthis", stacklevel=2)
+        return rank(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "rank", warning)
+    code, _, err = cli("rank", checkpoint)
+    assert (code, err) == (0, "warning: float64 cannot prove this\n")
+
+
+def test_debug_shows_the_log_and_takes_it_away_again(cli, checkpoint, monkeypatch):
+    rank = pipeline.rank
+
+    def logging(*arguments, **options):
+        pipeline.log.info("a wave failed")
+        return rank(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "rank", logging)
+    before = (pipeline.log.level, list(pipeline.log.handlers))
+    assert cli("rank", checkpoint)[2] == ""
+    assert cli("rank", checkpoint, "--debug")[2] == "a wave failed\n"
+    assert (pipeline.log.level, pipeline.log.handlers) == before
+
+
+def interrupt(*arguments: object) -> tuple[int, str, str]:
+    """Run in a process of its own, interrupted from outside in its third wave."""
+    command = [sys.executable, "-c", WAITING, *map(str, arguments), "--memory-budget", "1"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ready = child.stderr.readline()
+    assert ready == "ready\n", ready + child.communicate()[1]
+    time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    return child.returncode, out, err
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_so(checkpoint, tmp_path):
+    file = tmp_path / "partial.json"
+    code, out, err = interrupt("rank", checkpoint, "--json", file)
+    assert (code, out) == (130, "")
+    assert err == f"interrupted: 2 of 5 matrices are done and written to {file}, marked as partial\n"
+    partial = kappa_fast.Ranking.from_json(file)
+    assert partial.metadata["partial"] is True
+    whole = kappa_fast.rank(checkpoint)
+    assert [entry for entry in whole if entry.key in partial] == list(partial)
+    assert len(partial) == 2
+
+
+def test_ctrl_c_without_a_file_says_how_to_keep_it(checkpoint):
+    code, out, err = interrupt("rank", checkpoint)
+    assert (code, out) == (130, "")
+    assert err == "interrupted: 2 of 5 matrices are done; --json FILE would have kept them\n"
+
+
+def test_ctrl_c_before_the_first_matrix_leaves_the_file_of_an_earlier_run(cli, checkpoint, tmp_path, monkeypatch):
+    def resolve(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "resolve", resolve)
+    file = tmp_path / "ranking.json"
+    file.write_text(json.dumps({"kept": 1}))
+    code, out, err = cli("rank", checkpoint, "--json", file)
+    assert (code, out) == (130, "")
+    assert err == f"interrupted: 0 of 5 matrices are done; {file} was not written\n"
+    assert json.loads(file.read_text()) == {"kept": 1}
+
+
+def test_ctrl_c_while_the_source_is_opened_is_clean_too(cli, checkpoint, monkeypatch):
+    def open_source(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "open_source", open_source)
+    assert cli("rank", checkpoint) == (130, "", "interrupted\n")
+
+
+def test_a_reader_that_goes_away_is_no_error(checkpoint):
+    child = subprocess.Popen([*COMMAND, "rank", checkpoint], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child.stdout.close()
+    assert child.stderr.read() == ""
+    child.stderr.close()
+    assert child.wait(60) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_a_full_disk_under_stdout_is_a_failure_in_one_line(checkpoint):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "rank", checkpoint], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*No space left on device\n", done.stderr)
