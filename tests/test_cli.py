@@ -216,6 +216,19 @@ def test_limit_and_all_set_the_rows_of_the_table(cli, checkpoint):
     assert [name for name in names if name in everything] == names
 
 
+def test_reasons_for_skipping_are_counted_over_layers_and_the_rare_ones_together():
+    reasons = [f"scales of layers.{i}.q.weight, not a weight" for i in range(5)]
+    reasons += ["too small: its smaller side is below min_dim=16"] * 3 + [f"reason {i}" for i in "abcdefgh"]
+    skipped = [kappa_fast.Skipped("w", (2, 2), reason) for reason in reasons]
+    ranking = kappa_fast.Ranking([], skipped, {"seconds": 0.0, "device": ["cpu"], "threads": 2})
+    assert rank_command.summary(ranking, 1e-2)[2:] == [
+        "skipped: 5 scales of layers.*.q.weight, not a weight",
+        "skipped: 3 too small: its smaller side is below min_dim=16",
+        *(f"skipped: 1 reason {i}" for i in "abcdef"),
+        "skipped: 2 for other reasons, which the --json FILE lists",
+    ]
+
+
 def test_json_holds_the_ranking_and_comes_beside_the_table(cli, checkpoint, tmp_path):
     file = tmp_path / "ranking.json"
     code, out, err = cli("rank", checkpoint, "--json", file)

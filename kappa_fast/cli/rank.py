@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -17,6 +18,9 @@ from .outcome import outcome
 
 if TYPE_CHECKING:
     from ..ranking import Ranking
+
+
+MOST_REASONS = 8  # lines of the summary
 
 
 class Certify(StrEnum):
@@ -132,8 +136,11 @@ def summary(ranking: Ranking, rtol: float) -> list[str]:
     metadata = ranking.metadata
     where = f"{', '.join(metadata['device'])}, threads: {metadata['threads']}"
     lines = [", ".join(parts), f"{metadata['seconds']:.2f} s ({where})"]
-    reasons = Counter(skipped.reason for skipped in ranking.skipped)
-    return lines + [f"skipped: {number} {reason}" for reason, number in reasons.most_common()]
+    # "scales of layers.3.q_proj.weight" and its like are one reason, not one for every layer.
+    reasons = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", skipped.reason) for skipped in ranking.skipped).most_common()
+    lines += [f"skipped: {number} {reason}" for reason, number in reasons[:MOST_REASONS]]
+    rest = sum(number for _, number in reasons[MOST_REASONS:])
+    return lines + ([f"skipped: {rest} for other reasons, which the --json FILE lists"] if rest else [])
 
 
 def _top(text: str | None) -> int | float | None:
