@@ -1,0 +1,250 @@
+"""Ranking: every matrix of a model in the order of its condition number."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from . import serialize
+from .entries import Skipped, Status, TensorKappa
+from .errors import OptionError, RankingFileError, missing_extra
+from .selection import Selection, select
+from .units import UnitName
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .report.table import RankingTable
+
+# Entries that are known come first, so that the first k of a ranking with top=k are exactly those k.
+_STATUS_ORDER: dict[Status, int] = {"ok": 0, "rank_deficient": 1, "bounded": 2, "non_finite": 3}
+
+
+@dataclass(frozen=True, init=False, eq=False, repr=False)
+class Ranking(Sequence[TensorKappa]):
+    """The matrices of a model, ascending score: an immutable sequence of TensorKappa.
+
+    First the resolved entries by score, then the rank-deficient ones (kappa inf), then the "bounded" ones by their
+    lower bound, then the non-finite ones. Ties are broken by key, so the order does not depend on the order of
+    ``entries``.
+
+    ``ranking[0]`` is an entry, ``ranking[:10]`` a tuple of entries (a part of a ranking has no metadata of its own),
+    ``ranking["layers.0.mlp.experts.down_proj[3]"]`` the entry with that key, and ``key in ranking`` works too. Two
+    rankings are equal if entries, skipped parameters and metadata are, nan equal to nan.
+
+    Args:
+        entries: the ranked matrices, in any order, with unique keys.
+        skipped: what was left out, and why.
+        metadata: plain JSON (text, numbers, bools, None, lists, dicts with text keys); it is copied and cannot be
+            changed afterwards. nan and inf become the texts "nan" and "inf".
+
+    Raises:
+        OptionError: two entries share a key, a score or a lower bound that decides the order is nan, or the metadata
+            is no plain JSON.
+    """
+
+    entries: tuple[TensorKappa, ...]
+    skipped: tuple[Skipped, ...]
+    metadata: Mapping[str, Any]
+    _positions: dict[str, int]
+
+    def __init__(
+        self,
+        entries: Iterable[TensorKappa],
+        skipped: Iterable[Skipped] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        ordered = tuple(sorted(entries, key=_sort_key))
+        positions = {entry.key: i for i, entry in enumerate(ordered)}
+        if len(positions) < len(ordered):
+            twice = next(entry.key for i, entry in enumerate(ordered) if positions[entry.key] != i)
+            raise OptionError(f"two entries have the key {twice!r}: give each matrix its own name and part")
+        # A frozen dataclass can be filled in no other way.
+        object.__setattr__(self, "entries", ordered)
+        object.__setattr__(self, "skipped", tuple(skipped))
+        object.__setattr__(self, "metadata", serialize.freeze(dict(metadata or {}), "metadata"))
+        object.__setattr__(self, "_positions", positions)
+
+    @overload
+    def __getitem__(self, index: int | str) -> TensorKappa: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TensorKappa, ...]: ...
+    def __getitem__(self, index: int | str | slice) -> TensorKappa | tuple[TensorKappa, ...]:
+        """The entry at a position or with a key, or a tuple of entries for a slice.
+
+        Raises:
+            IndexError: no such position.
+            KeyError: no such key; if a parameter of that name was skipped, the message says why.
+        """
+        if not isinstance(index, str):
+            return self.entries[index]
+        if index in self._positions:
+            return self.entries[self._positions[index]]
+        reasons = [skipped.reason for skipped in self.skipped if skipped.name == index]
+        why = f"it was skipped: {reasons[0]}" if reasons else "entry.key lists the keys there are"
+        raise KeyError(f"no entry {index!r} in this ranking; {why}")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[TensorKappa]:
+        return iter(self.entries)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._positions if isinstance(item, str) else item in self.entries
+
+    def __eq__(self, other: object) -> bool:
+        return self._document() == other._document() if isinstance(other, Ranking) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ranking, (self.entries, self.skipped, serialize.thaw(self.metadata))
+
+    def __repr__(self) -> str:
+        resolved = [entry.kappa for entry in self.entries if entry.status == "ok"]
+        parts = [f"{len(self)} matrices"]
+        if resolved:
+            parts.append(f"kappa {min(resolved):.4g} to {max(resolved):.4g}")
+        for status, words in (("rank_deficient", "rank deficient"), ("bounded", "only bounded"), ("non_finite", "nan")):
+            count = sum(entry.status == status for entry in self.entries)
+            parts += [f"{count} {words}"] if count else []
+        return f"Ranking({', '.join([*parts, f'{len(self.skipped)} skipped'])})"
+
+    def __str__(self) -> str:
+        return self.to_text(limit=40)
+
+    def select(
+        self,
+        *,
+        num_tensors: int | None = None,
+        top_p: float | None = None,
+        max_kappa: float | None = None,
+        max_params: float | None = None,
+        per_group: bool = False,
+        unit: UnitName = "matrix",
+    ) -> Selection:
+        """The matrices to train: the lowest scores within exactly one budget.
+
+        Args:
+            num_tensors: how many units; all of them if there are fewer.
+            top_p: a fraction of the units in (0, 1], rounded down but at least one.
+            max_kappa: every unit whose kappa is at most this.
+            max_params: how many weights, as a count (int) or as a fraction (float in (0, 1]) of all parameters of the
+                model, ranked or not. Units are taken in score order up to the first that does not fit any more.
+            per_group: apply the budget within each group (same layer type) on its own. max_params is shared out in
+                proportion to the weights that each group has in the ranking.
+            unit: what is taken or left as a whole: "matrix" (an entry), "expert" (all matrices of one expert; those
+                outside of experts on their own) or "parameter" (the stored tensor). The kappa and the score of a unit
+                are the geometric means over its matrices.
+
+        Rank-deficient units come last and only num_tensors and top_p reach them. Units with a nan or inf in
+        their weights are never selected. A unit with a matrix that was not resolved (``top``) is not selected either:
+        where it could belong to the selection, the error says which ``top`` is needed.
+
+        Raises:
+            OptionError: not exactly one budget, a value out of range, nothing fits the budget, or the ranking was not
+                resolved far enough.
+
+        Warns:
+            UserWarning: the ranking was interrupted, so matrices are missing.
+        """
+        return select(
+            self.entries,
+            self.metadata,
+            num_tensors=num_tensors,
+            top_p=top_p,
+            max_kappa=max_kappa,
+            max_params=max_params,
+            per_group=per_group,
+            unit=unit,
+        )
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the ranking to a file, replacing it all at once.
+
+        Raises:
+            RankingFileError: the file cannot be written.
+        """
+        serialize.write_document(path, self._document())
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Ranking:
+        """Read what ``to_json`` wrote, or the condition_numbers.json of the reference implementation.
+
+        The latter knows neither sizes nor errors: its entries have shape (0, 0), numel 0, the interval [1, inf] and
+        the method "reference", and max_params cannot be used on them.
+
+        Raises:
+            SourceNotFoundError: there is no such file.
+            RankingFileError: the file is damaged, of another kind, or from a newer version.
+        """
+        file = Path(path)
+        raw = serialize.read_json(file)
+        if serialize.is_reference(raw):
+            metadata = {"source": {"kind": "reference"}, "settings": {"score": "kappa"}, "partial": False}
+            return cls(serialize.decode_reference(raw, file), (), metadata)
+        document = serialize.check_format(raw, file, serialize.RANKING_FORMAT)
+        entries = serialize.decode_entries(document.get("entries"), file)
+        skipped = serialize.decode_skipped(document.get("skipped"), file)
+        try:
+            return cls(entries, skipped, serialize.get_object(document, "metadata", file))
+        except OptionError as error:
+            raise RankingFileError(f"{file}: {error}") from error
+
+    def _document(self) -> dict[str, Any]:
+        return {
+            "format": serialize.RANKING_FORMAT,
+            "version": serialize.VERSION,
+            "metadata": serialize.thaw(self.metadata),
+            "skipped": [serialize.encode_skipped(skipped) for skipped in self.skipped],
+            "entries": [serialize.encode_entry(entry) for entry in self.entries],
+        }
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row per entry in order, ``key`` and then every field of TensorKappa as columns.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise missing_extra("pandas", "dataframe", "Ranking.to_dataframe()") from error
+        names = [item.name for item in fields(TensorKappa)]
+        rows = [[entry.key, *(getattr(entry, name) for name in names)] for entry in self.entries]
+        return pandas.DataFrame(rows, columns=["key", *names])
+
+    def table(self, limit: int | None = None) -> RankingTable:
+        """The first ``limit`` entries (None: all) as something ``rich`` prints, fitted to the width it prints at.
+
+        Raises:
+            OptionError: ``limit`` is no count.
+        """
+        from .report.table import RankingTable
+
+        return RankingTable(self, limit)
+
+    def to_text(self, limit: int | None = None, width: int = 100) -> str:
+        """The table as plain text, ``width`` columns wide. ``str(ranking)`` is the text with limit=40.
+
+        Raises:
+            OptionError: ``limit`` is no count, or the width leaves no room for the table.
+        """
+        return self.table(limit).to_text(width)
+
+
+def _sort_key(entry: TensorKappa) -> tuple[int, float, str]:
+    if entry.status == "non_finite":
+        return _STATUS_ORDER[entry.status], 0.0, entry.key
+    what = "lower" if entry.status == "bounded" else "score"
+    value = getattr(entry, what)
+    if value != value:
+        raise OptionError(
+            f"the {what} of {entry.key} (shape {entry.shape}) is nan, which has no place in an order: "
+            "return a number from the score, or exclude the tensor"
+        )
+    return _STATUS_ORDER[entry.status], value, entry.key

@@ -1,0 +1,1 @@
+"""What people see of a ranking: the table."""

@@ -1,0 +1,198 @@
+"""The table of a ranking: one line per matrix, fitted to the width of the page."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
+from typing import TYPE_CHECKING
+
+from ..entries import TensorKappa
+from ..errors import OptionError
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
+
+    from ..ranking import Ranking
+
+_MIN_NAME = 12
+_MIN_TAIL = 8
+_MIN_WIDTH = 60
+_RIGHT = ("#", "score", "kappa", "sens.")
+_DISPENSABLE = ("method", "sens.", "dtype")
+_STYLES = {"ok": "", "rank_deficient": "yellow", "bounded": "dim", "non_finite": "red"}
+
+
+@dataclass(frozen=True)
+class RankingTable:
+    """The first ``limit`` entries of a ranking (None: all), printed by a ``rich.console.Console`` or ``to_text``.
+
+    Columns: position; key, shortened in the middle where the page is too narrow; shape and dtype; kappa; the interval,
+    its ends rounded outward; whether it is proven; the sensitivity; the method, or the status of an entry without a
+    finite kappa. Entries ranked by another score show it too. Pages too narrow for all that lose the last columns.
+
+    Raises:
+        OptionError: ``limit`` is no count.
+    """
+
+    ranking: Ranking
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        limit = self.limit
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
+            raise OptionError(f"limit={limit!r}: give a count of rows, or None for all")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = self.ranking.entries[: self.limit]
+        columns, gap, room = _fit(self._columns(shown), options.max_width)
+        table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
+        for header in columns:
+            justify: JustifyMethod = "right" if header in _RIGHT else "left"
+            # Wide characters (CJK) take two columns each: what shorten() left too long is cut here.
+            limit = room if header == "tensor" else None
+            table.add_column(Text(header, "bold"), justify=justify, no_wrap=True, max_width=limit)
+        for entry, *cells in zip(shown, *columns.values(), strict=True):
+            table.add_row(*map(Text, cells), style=_STYLES[entry.status])
+        if shown:
+            yield table
+        yield from map(Text, self._summary(len(shown)))
+
+    def to_text(self, width: int = 100) -> str:
+        """The table as text without colors, ``width`` columns wide.
+
+        Raises:
+            OptionError: less than 60 columns.
+        """
+        from rich.console import Console
+
+        if width < _MIN_WIDTH:
+            raise OptionError(f"width={width!r}: the table needs at least {_MIN_WIDTH} columns")
+        page = io.StringIO()
+        console = Console(file=page, width=width, color_system=None, force_terminal=False, force_jupyter=False)
+        console.print(self)
+        return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+
+    def _columns(self, shown: Sequence[TensorKappa]) -> dict[str, list[str]]:
+        columns = {
+            "#": [str(i) for i in range(1, len(shown) + 1)],
+            "tensor": [printable(entry.key) for entry in shown],
+            "shape": ["x".join(map(str, entry.shape)) if entry.numel else "?" for entry in shown],
+            "dtype": [_short_dtype(entry.dtype) for entry in shown],
+            "score": [format_number(entry.score) if _is_settled(entry) else "?" for entry in shown],
+            "kappa": [format_number(entry.kappa, max(4, _digits(entry))) for entry in shown],
+            "interval": [format_interval(entry) for entry in shown],
+            "proven": [("yes" if entry.certified else "no") if _is_settled(entry) else "-" for entry in shown],
+            "sens.": [format_relative(entry.sensitivity) for entry in shown],
+            "method": [_how(entry) for entry in shown],
+        }
+        if all(entry.score == entry.kappa for entry in self.ranking if _is_settled(entry)):
+            del columns["score"]
+        return columns
+
+    def _summary(self, shown: int) -> Iterable[str]:
+        ranking = self.ranking
+        if len(ranking) > shown:
+            yield f"... {len(ranking) - shown} more"
+        proven = sum(entry.certified for entry in ranking)
+        counts = [f"{len(ranking)} ranked", f"{proven} of them proven", f"{len(ranking.skipped)} skipped"]
+        yield ", ".join(counts) + (" (ranking.skipped says why)" if ranking.skipped else "")
+        if ranking.metadata.get("partial"):
+            yield "interrupted: matrices are missing"
+
+
+def _is_settled(entry: TensorKappa) -> bool:
+    return entry.status in ("ok", "rank_deficient")
+
+
+def _how(entry: TensorKappa) -> str:
+    return printable(entry.method) if entry.status == "ok" else entry.status.removeprefix("rank_")
+
+
+def _short_dtype(dtype: str) -> str:
+    """bf16, f32, e4m3fn: what is left of a name once everybody knows it is a float."""
+    return printable(dtype.removeprefix("float8_").replace("bfloat", "bf").replace("float", "f"))
+
+
+def _fit(columns: dict[str, list[str]], width: int) -> tuple[dict[str, list[str]], int, int]:
+    """The columns that fit into ``width``, the gap between them (2 where all fits, else 1), and the room for keys."""
+    kept = dict(columns)
+    longest = max(map(len, ("tensor", *columns["tensor"])))
+
+    def room(gap: int) -> int:
+        others = [max(map(len, (header, *cells))) for header, cells in kept.items() if header != "tensor"]
+        return width - sum(others) - gap * len(others)
+
+    gap = 2 if room(2) >= longest else 1
+    for header in _DISPENSABLE:
+        if room(gap) < min(longest, _MIN_NAME):
+            del kept[header]
+    left = max(room(gap), _MIN_NAME)
+    kept["tensor"] = [shorten(key, left) for key in columns["tensor"]]
+    return kept, gap, left
+
+
+def printable(text: str) -> str:
+    """``text`` with everything escaped that is no visible character: names come from files of strangers."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def shorten(text: str, width: int) -> str:
+    """``text``, or its two ends around "..." in ``width`` characters; the layer number stays where there is room."""
+    if len(text) <= width:
+        return text
+    head = (width - 3) // 2
+    layer = re.match(r".*?(?<![^.])\d+(?![^.])", text)
+    if layer and layer.end() + 3 + _MIN_TAIL <= width:
+        head = layer.end()
+    return f"{text[:head]}...{text[head + 3 - width :]}"
+
+
+def format_number(value: float, digits: int = 4, rounding: str = ROUND_HALF_EVEN) -> str:
+    """``value`` to ``digits`` significant digits: "14.28", "80120", "8.012e15", "inf", "nan"."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    rounded = Context(prec=digits, rounding=rounding).create_decimal_from_float(value)
+    # 14 as 14.00: a column of numbers has the same digits throughout.
+    rounded = rounded.quantize(Decimal(1).scaleb(rounded.adjusted() - digits + 1))
+    if -3 <= rounded.adjusted() < 6:
+        return f"{rounded:f}"
+    mantissa, _, exponent = f"{rounded:e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def format_interval(entry: TensorKappa) -> str:
+    """The interval of an entry, rounded outward: what is printed holds the true kappa whenever the interval does."""
+    if entry.status == "non_finite" or (entry.lower <= 1 and math.isinf(entry.upper)):
+        return "-"
+    digits = _digits(entry)
+    lower = format_number(entry.lower, digits, ROUND_FLOOR)
+    upper = format_number(entry.upper, digits, ROUND_CEILING)
+    return f">= {lower}" if upper == "inf" else lower if lower == upper else f"{lower}..{upper}"
+
+
+def format_relative(value: float) -> str:
+    """A relative change as a percentage: "<0.1%", "5.3%", "540%"; from ten times on as a factor: "13x"."""
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else "inf"
+    if value < 0.001:
+        return "<0.1%"
+    if value >= 10:
+        return f"{format_number(value, 2)}x"
+    return f"{100 * value:.1f}%" if value < 0.1 else f"{100 * value:.0f}%"
+
+
+def _digits(entry: TensorKappa) -> int:
+    """Significant digits that show the width of the interval: one more than its ends have in common."""
+    width = (entry.upper - entry.lower) / max(entry.lower, 1.0)
+    if not width < 1:
+        return 3
+    return 5 if width <= 1e-4 else max(3, 1 + math.ceil(-math.log10(width)))

@@ -1,0 +1,329 @@
+"""Selection: the matrices that a budget takes from a ranking, and what is to be trained besides or left out."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from . import serialize
+from .cuts import Cut, Pool, cut_by_count, cut_by_kappa, cut_by_params, fraction_count
+from .entries import TensorKappa
+from .errors import OptionError, RankingFileError
+from .units import Unit, UnitName, make_units
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Selection:
+    """Matrices to train, in the order of the ranking they were selected from.
+
+    Two selections are equal if all their fields are, nan equal to nan.
+
+    Attributes:
+        entries: the selected matrices.
+        boundary_certain: no interval straddles the cut, so exact kappas would select the same matrices. For max_kappa
+            the cut is its value; for max_params it must also be certain which matrix was the first that did not fit.
+            Scores other than kappa have no interval: then True only if the kappas are exactly known or nothing was
+            left over. False for a ranking that was interrupted.
+        settings: the budget, its value, per_group, unit, and the source of the ranking.
+        include: patterns of parameters that are trained besides; they name parameters of the model, ranked or not.
+        exclude: patterns of parameters that are not trained; they win over the entries and over ``include``.
+    """
+
+    entries: tuple[TensorKappa, ...]
+    boundary_certain: bool
+    settings: Mapping[str, Any]
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # A frozen dataclass can be filled in no other way.
+        object.__setattr__(self, "entries", tuple(self.entries))
+        object.__setattr__(self, "include", tuple(self.include))
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "settings", serialize.freeze(dict(self.settings), "settings"))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parameters that hold the selected matrices, each once, in order."""
+        return tuple(dict.fromkeys(entry.name for entry in self.entries))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the selected entries, in order."""
+        return tuple(entry.key for entry in self.entries)
+
+    @property
+    def num_params(self) -> int:
+        """The number of selected weights; 0 if unknown (entries from the reference implementation's file)."""
+        return sum(entry.numel for entry in self.entries)
+
+    @property
+    def kappa_range(self) -> tuple[float, float]:
+        """The smallest and the largest kappa of the selection, (nan, nan) if it is empty."""
+        kappas = [entry.kappa for entry in self.entries]
+        return (min(kappas), max(kappas)) if kappas else (math.nan, math.nan)
+
+    def including(self, *patterns: str) -> Selection:
+        """The same selection plus every parameter of the model whose name matches (``re.search``).
+
+        Meant for what is not ranked: embeddings of new tokens, the head, norms, biases. The patterns are kept in
+        ``include`` and meet the names when the selection meets the model.
+
+        Raises:
+            OptionError: a pattern is no regular expression.
+        """
+        _compile(patterns)
+        return replace(self, include=self.include + patterns)
+
+    def excluding(self, *patterns: str) -> Selection:
+        """The same selection without every parameter whose name matches (``re.search``).
+
+        Entries whose key, name or alias matches are dropped now; the patterns are kept in ``exclude`` for the
+        parameters of the model. What they name stays out whatever ``include`` says.
+
+        Raises:
+            OptionError: a pattern is no regular expression.
+        """
+        compiled = _compile(patterns)
+        kept = tuple(entry for entry in self.entries if not any(_matches(pattern, entry) for pattern in compiled))
+        return replace(self, entries=kept, exclude=self.exclude + patterns)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[TensorKappa]:
+        return iter(self.entries)
+
+    def __eq__(self, other: object) -> bool:
+        return self._document() == other._document() if isinstance(other, Selection) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = (self.entries, self.boundary_certain, serialize.thaw(self.settings), self.include, self.exclude)
+        return Selection, fields
+
+    def __repr__(self) -> str:
+        weights = f"{self.num_params:,} weights" if all(entry.numel for entry in self.entries) else "sizes unknown"
+        parts = [f"{len(self)} matrices of {len(self.names)} parameters", weights]
+        if self.entries:
+            low, high = self.kappa_range
+            parts.append(f"kappa {low:.4g} to {high:.4g}")
+        if "budget" in self.settings:
+            parts.append(f"{self.settings['budget']}={self.settings.get('value')}")
+        parts += [f"including {', '.join(self.include)}"] if self.include else []
+        parts += [f"excluding {', '.join(self.exclude)}"] if self.exclude else []
+        parts.append("boundary certain" if self.boundary_certain else "boundary uncertain")
+        return f"Selection({'; '.join(parts)})"
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the selection to a file, replacing it all at once.
+
+        Raises:
+            RankingFileError: the file cannot be written.
+        """
+        serialize.write_document(path, self._document())
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Selection:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            SourceNotFoundError: there is no such file.
+            RankingFileError: the file is damaged, of another kind, or from a newer version.
+        """
+        file = Path(path)
+        document = serialize.check_format(serialize.read_json(file), file, serialize.SELECTION_FORMAT)
+        texts = ("a list of texts", serialize.read_texts)
+        selection = cls(
+            entries=tuple(serialize.decode_entries(document.get("entries"), file)),
+            boundary_certain=serialize.get_value(
+                document, "boundary_certain", file, "true or false", serialize.read_flag
+            ),
+            settings=serialize.get_object(document, "settings", file),
+            include=serialize.get_value(document, "include", file, *texts),
+            exclude=serialize.get_value(document, "exclude", file, *texts),
+        )
+        try:
+            _compile((*selection.include, *selection.exclude))
+        except OptionError as error:
+            raise RankingFileError(f"{file}: {error}") from error
+        return selection
+
+    def _document(self) -> dict[str, Any]:
+        return {
+            "format": serialize.SELECTION_FORMAT,
+            "version": serialize.VERSION,
+            "settings": serialize.thaw(self.settings),
+            "boundary_certain": self.boundary_certain,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "entries": [serialize.encode_entry(entry) for entry in self.entries],
+        }
+
+
+def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except (re.error, TypeError) as error:
+            raise OptionError(f"{pattern!r} is no regular expression ({error}): re.escape(name) makes one") from error
+    return compiled
+
+
+def _matches(pattern: re.Pattern[str], entry: TensorKappa) -> bool:
+    return any(pattern.search(name) for name in (entry.key, entry.name, *entry.aliases))
+
+
+def select(
+    entries: Sequence[TensorKappa],
+    metadata: Mapping[str, Any],
+    *,
+    num_tensors: int | None,
+    top_p: float | None,
+    max_kappa: float | None,
+    max_params: float | None,
+    per_group: bool,
+    unit: UnitName,
+) -> Selection:
+    """What ``Ranking.select`` promises, for the entries and the metadata of a ranking."""
+    budgets = dict(num_tensors=num_tensors, top_p=top_p, max_kappa=max_kappa, max_params=max_params)
+    budget = _the_budget(budgets)
+    units = make_units(entries, unit)
+    if not any(item.status != "non_finite" for item in units):
+        reason = "has no entries (ranking.skipped says why)" if not units else "has only entries with a nan or inf"
+        raise OptionError(f"there is nothing to select: the ranking {reason}")
+    params = _params(budget.value, metadata, units) if budget.name == "max_params" else 0
+    pools = _pools(units, per_group)
+    cuts = [_cut(pool, budget, params * pool.numel // max(1, sum(item.numel for item in units))) for pool in pools]
+    if any(cut.needed for cut in cuts):
+        by_entry = unit == "matrix" and all(pool.horizon > -math.inf for pool in pools)
+        top = _needed_top(budget, cuts, pools, per_group) if by_entry else None
+        advice = "without top" if top is None else f"with top={top}" + (", top_per_group=True" if per_group else "")
+        raise OptionError(f"select({budget}) reaches beyond what was resolved: rank again {advice}, or select less")
+    chosen = {entry.key for cut in cuts for item in cut.chosen for entry in item.members}
+    if not chosen:
+        raise OptionError(f"select({budget}) selects nothing: {_nothing_fits(budget, params, pools)}")
+    partial = bool(metadata.get("partial"))
+    if partial:
+        # stacklevel: past this function and Ranking.select, to whoever called it.
+        warnings.warn(
+            "the ranking was interrupted, so matrices that belong to the selection may be missing: rank again",
+            stacklevel=3,
+        )
+    settings = {"budget": budget.name, "value": budget.value, "per_group": bool(per_group), "unit": unit}
+    settings |= {"source": metadata["source"]} if "source" in metadata else {}
+    return Selection(
+        entries=tuple(entry for entry in entries if entry.key in chosen),
+        boundary_certain=not partial and all(cut.certain for cut in cuts),
+        settings=settings,
+    )
+
+
+@dataclass(frozen=True)
+class _Budget:
+    name: str
+    value: int | float
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value!r}"
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and value == value and abs(value) != math.inf
+
+
+def _is_count(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
+
+
+_BUDGETS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "num_tensors": ("a count, an int from 1 on", _is_count),
+    "top_p": ("a fraction in (0, 1]", lambda value: _is_number(value) and 0 < value <= 1),
+    "max_kappa": ("a condition number, from 1 on and finite", lambda value: _is_number(value) and value >= 1),
+    "max_params": (
+        "a count of weights (int from 1 on) or a fraction of all parameters (float in (0, 1])",
+        lambda value: _is_count(value) or (isinstance(value, float) and 0 < value <= 1),
+    ),
+}
+
+
+def _the_budget(budgets: Mapping[str, Any]) -> _Budget:
+    given = [name for name, value in budgets.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) if given else "none"
+        raise OptionError(f"select() takes exactly one of {', '.join(budgets)}, and got {found}")
+    name, value = given[0], budgets[given[0]]
+    expected, is_valid = _BUDGETS[name]
+    if not is_valid(value):
+        raise OptionError(f"{name}={value!r}: give {expected}")
+    # 1 is all for top_p but one for rank(top=...), so a fraction stays a float.
+    return _Budget(name, int(value) if isinstance(value, Integral) and name != "top_p" else float(value))
+
+
+def _params(value: float, metadata: Mapping[str, Any], units: Sequence[Unit]) -> int:
+    """``max_params`` as a count."""
+    unknown = [entry for item in units for entry in item.members if not entry.numel]
+    if unknown:
+        raise OptionError(
+            f"max_params needs sizes, and the size of {unknown[0].key} is unknown (method {unknown[0].method!r}): "
+            "rank the model itself, or use num_tensors, top_p or max_kappa"
+        )
+    if isinstance(value, int):
+        return value
+    total: Any = metadata.get("num_parameters")
+    if not _is_count(total):
+        raise OptionError(
+            f"max_params={value!r} is a fraction, but metadata['num_parameters'] does not say of how many: give an int"
+        )
+    return math.floor(value * int(total))
+
+
+def _pools(units: Sequence[Unit], per_group: bool) -> list[Pool]:
+    groups: dict[str, list[Unit]] = {}
+    for item in units:
+        groups.setdefault(item.group if per_group else "", []).append(item)
+    return [Pool.of(group) for group in groups.values()]
+
+
+def _cut(pool: Pool, budget: _Budget, params: int) -> Cut:
+    if budget.name == "num_tensors":
+        return cut_by_count(pool, int(budget.value))
+    if budget.name == "top_p":
+        return cut_by_count(pool, fraction_count(pool.size, budget.value))
+    if budget.name == "max_kappa":
+        return cut_by_kappa(pool, budget.value)
+    return cut_by_params(pool, params)
+
+
+def _needed_top(budget: _Budget, cuts: Sequence[Cut], pools: Sequence[Pool], per_group: bool) -> int | float | None:
+    """The ``top`` of rank() that resolves enough entries; None if that is all of them."""
+    needed = max(cut.needed for cut in cuts)
+    if needed >= max(len(pool.ranked) + len(pool.bounded) for pool in pools):
+        return None
+    # One count for groups of different sizes would resolve too much; rank() rounds a fraction as select() does.
+    return budget.value if per_group and budget.name == "top_p" else needed
+
+
+def _nothing_fits(budget: _Budget, params: int, pools: Sequence[Pool]) -> str:
+    first = [(pool, pool.regular[0]) for pool in pools if pool.regular]
+    if not first:
+        return "no matrix of full rank is resolved; num_tensors and top_p select rank-deficient ones too"
+    if budget.name == "max_kappa":
+        lowest = min((item for pool in pools for item in pool.regular), key=lambda item: (item.kappa, item.key))
+        return f"the smallest kappa is {lowest.kappa!r}, of {lowest.key}"
+    total = sum(pool.numel for pool in pools)
+    needs = [(-(-item.numel * total // pool.numel), item) for pool, item in first]
+    need, item = min(needs, key=lambda pair: (pair[0], pair[1].key))
+    return (
+        f"{params:,} weights have no room for {item.key} with {item.numel:,}, which comes first; "
+        f"the smallest max_params that selects something is {need}"
+    )

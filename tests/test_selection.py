@@ -1,0 +1,627 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+from collections.abc import Sequence
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import mpmath
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from make_entries import bounded, make_entry, non_finite
+
+from kappa_fast.cuts import fraction_count
+from kappa_fast.entries import TensorKappa
+from kappa_fast.errors import OptionError
+from kappa_fast.ranking import Ranking
+from kappa_fast.selection import Selection
+from kappa_fast.units import expert_of, geometric_mean
+
+TEN = [make_entry(f"w{i}", 2.0 + i, shape=(16, 2 + i)) for i in range(10)]
+BUDGETS = ("num_tensors", "top_p", "max_kappa", "max_params")
+
+
+def ranking(entries: Sequence[TensorKappa], **metadata: Any) -> Ranking:
+    return Ranking(entries, (), {"num_parameters": sum(entry.numel for entry in entries), **metadata})
+
+
+def around(name: str, kappa: float, relative: float, **fields: Any) -> TensorKappa:
+    return make_entry(name, kappa, lower=kappa * (1 - relative), upper=kappa * (1 + relative), **fields)
+
+
+@st.composite
+def resolved_entries(draw: st.DrawFn) -> list[TensorKappa]:
+    """Resolved entries of several groups and sizes, with ties."""
+    kappas = draw(st.lists(st.sampled_from([2.0, 3.0, 3.0, 4.5]) | st.floats(1.0, 1e6), min_size=1, max_size=12))
+    groups, rows = st.sampled_from(["q", "k", "mlp"]), st.integers(1, 9)
+    return [
+        make_entry(f"w{i}", kappa, group=draw(groups), shape=(draw(rows), draw(rows))) for i, kappa in enumerate(kappas)
+    ]
+
+
+def test_no_budget_and_two_budgets_are_refused():
+    with pytest.raises(
+        OptionError, match="takes exactly one of num_tensors, top_p, max_kappa, max_params, and got none"
+    ):
+        ranking(TEN).select()
+    with pytest.raises(OptionError, match="and got top_p and max_params"):
+        ranking(TEN).select(top_p=0.1, max_params=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("num_tensors", [0, -1, 2.0, True, "3", math.nan]),
+        ("top_p", [0, 0.0, 1.1, -0.1, math.nan, True, "0.2", 2]),
+        ("max_kappa", [0.99, -1, math.inf, math.nan, "5", True]),
+        ("max_params", [0, -5, 0.0, 1.5, -0.1, math.nan, True, "10", math.inf]),
+    ],
+)
+def test_a_budget_out_of_its_range_is_refused(name, values):
+    for value in values:
+        with pytest.raises(OptionError, match=rf"{name}=.*: give a "):
+            ranking(TEN).select(**{name: value})
+
+
+def test_an_unknown_unit_is_refused():
+    with pytest.raises(OptionError, match="unit='layer' is unknown: use one of 'matrix', 'expert', 'parameter'"):
+        ranking(TEN).select(num_tensors=1, unit="layer")
+
+
+def test_nothing_to_select_is_an_error_that_says_why():
+    with pytest.raises(OptionError, match="nothing to select: the ranking has no entries"):
+        ranking([]).select(num_tensors=1)
+    with pytest.raises(OptionError, match="nothing to select: the ranking has only entries with a nan or inf"):
+        ranking([non_finite("a")]).select(num_tensors=1)
+
+
+def test_num_tensors_takes_that_many_or_all_there_are():
+    assert ranking(TEN).select(num_tensors=3).keys == ("w0", "w1", "w2")
+    assert len(ranking(TEN).select(num_tensors=99)) == 10
+
+
+@pytest.mark.parametrize(("top_p", "count"), [(0.05, 1), (0.1, 1), (0.29, 2), (0.3, 3), (0.999, 9), (1.0, 10), (1, 10)])
+def test_top_p_rounds_down_and_takes_at_least_one(top_p, count):
+    assert len(ranking(TEN).select(top_p=top_p)) == count
+
+
+@given(st.integers(1, 500), st.floats(0.0, 1.0, exclude_min=True))
+def test_a_fraction_means_as_many_as_it_does_for_peft(size, fraction):
+    # The rule of KappaTuneSelector.get_best_targets(top_p=...).
+    assert fraction_count(size, fraction) == max(1, int(size * fraction))
+    assert 1 <= fraction_count(size, fraction) <= size
+
+
+@given(resolved_entries(), st.integers(1, 14))
+def test_the_selected_are_a_prefix_of_the_ranking(entries, count):
+    whole = ranking(entries)
+    assert whole.select(num_tensors=count).entries == whole.entries[:count]
+
+
+@given(resolved_entries(), st.randoms(), st.sampled_from(["matrix", "expert", "parameter"]), st.booleans())
+def test_the_order_of_the_entries_that_came_in_changes_no_selection(entries, chance, unit, per_group):
+    shuffled = list(entries)
+    chance.shuffle(shuffled)
+    for budget in ({"top_p": 0.4}, {"max_params": 0.7}):
+        assert outcome(ranking(shuffled), unit=unit, per_group=per_group, **budget) == outcome(
+            ranking(entries), unit=unit, per_group=per_group, **budget
+        )
+
+
+def outcome(whole: Ranking, **budget: Any) -> Selection | str:
+    try:
+        return whole.select(**budget)
+    except OptionError as error:
+        return str(error)
+
+
+def test_ties_are_broken_by_key():
+    assert ranking([make_entry("b", 3.0), make_entry("a", 3.0)]).select(num_tensors=1).keys == ("a",)
+
+
+@given(resolved_entries(), st.floats(1.0, 1e6))
+def test_max_kappa_takes_exactly_those_up_to_it(entries, value):
+    expected = {entry.key for entry in entries if entry.kappa <= value}
+    if expected:
+        assert set(ranking(entries).select(max_kappa=value).keys) == expected
+    else:
+        with pytest.raises(OptionError, match=r"select\(max_kappa=.*\) selects nothing: the smallest kappa is"):
+            ranking(entries).select(max_kappa=value)
+
+
+def test_max_kappa_reads_kappa_where_the_ranking_is_sorted_by_another_score():
+    scored = ranking(
+        [make_entry("a", 50.0, score=1.0), make_entry("b", 5.0, score=2.0), make_entry("c", 4.0, score=3.0)]
+    )
+    assert scored.select(max_kappa=10).keys == ("b", "c")
+    assert scored.select(num_tensors=2).keys == ("a", "b")
+
+
+@given(resolved_entries(), st.integers(1, 400))
+def test_max_params_takes_the_longest_prefix_that_fits(entries, budget):
+    whole = ranking(entries)
+    sums = list(itertools.accumulate(entry.numel for entry in whole))
+    count = sum(total <= budget for total in sums)
+    if count:
+        selection = whole.select(max_params=budget)
+        assert selection.entries == whole.entries[:count]
+        assert selection.num_params == sums[count - 1] <= budget
+    else:
+        message = rf"{budget} weights have no room for {whole[0].key} with {sums[0]}, .* something is {sums[0]}$"
+        with pytest.raises(OptionError, match=message):
+            whole.select(max_params=budget)
+        assert whole.select(max_params=sums[0]).keys == (whole[0].key,)
+
+
+def test_max_params_stops_at_the_first_that_does_not_fit_even_if_a_later_one_would():
+    entries = [
+        make_entry("a", 1.0, shape=(4, 4)),
+        make_entry("big", 2.0, shape=(40, 40)),
+        make_entry("c", 3.0, shape=(4, 4)),
+    ]
+    assert ranking(entries).select(max_params=100).keys == ("a",)
+
+
+def test_a_fraction_is_of_all_parameters_of_the_model():
+    whole = Ranking(
+        [make_entry("a", 2.0, shape=(10, 10)), make_entry("b", 3.0, shape=(10, 10))], (), {"num_parameters": 1000}
+    )
+    assert whole.select(max_params=0.2).keys == ("a", "b")
+    assert whole.select(max_params=0.1999).keys == ("a",)
+    assert whole.select(max_params=1.0).keys == ("a", "b")
+    with pytest.raises(OptionError, match="1 weights have no room for a with 100"):
+        whole.select(max_params=1)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"num_parameters": None}, {"num_parameters": 0}])
+def test_a_fraction_of_an_unknown_number_is_refused(metadata):
+    with pytest.raises(
+        OptionError, match=r"max_params=0\.5 is a fraction, but metadata\['num_parameters'\] does not say"
+    ):
+        Ranking(TEN, (), metadata).select(max_params=0.5)
+    assert Ranking(TEN, (), metadata).select(max_params=32).keys == ("w0",)
+
+
+def test_max_params_on_the_file_of_the_reference_implementation_says_that_sizes_are_unknown(tmp_path):
+    (tmp_path / "c.json").write_text('{"a": 2.0, "b": 3.0}')
+    whole = Ranking.from_json(tmp_path / "c.json")
+    with pytest.raises(OptionError, match=r"the size of a is unknown \(method 'reference'\): rank the model itself"):
+        whole.select(max_params=0.5)
+    selection = whole.select(top_p=0.5)
+    assert selection.keys == ("a",)
+    assert not selection.boundary_certain
+    assert (selection.num_params, "sizes unknown" in repr(selection)) == (0, True)
+
+
+@given(resolved_entries(), st.integers(1, 4))
+def test_per_group_is_the_same_as_selecting_in_each_group(entries, count):
+    together = set(ranking(entries).select(num_tensors=count, per_group=True).keys)
+    for group in {entry.group for entry in entries}:
+        members = [entry for entry in entries if entry.group == group]
+        alone = set(ranking(members).select(num_tensors=count).keys)
+        assert {entry.key for entry in members} & together == alone
+
+
+@given(resolved_entries(), st.integers(1, 400))
+def test_per_group_shares_max_params_out_by_the_weights_of_each_group(entries, budget):
+    whole = ranking(entries)
+    total = sum(entry.numel for entry in entries)
+    expected: set[str] = set()
+    for group in {entry.group for entry in entries}:
+        members = [entry for entry in whole if entry.group == group]
+        left = budget * sum(entry.numel for entry in members) // total
+        for entry in members:
+            if entry.numel > left:
+                break
+            left -= entry.numel
+            expected.add(entry.key)
+    if expected:
+        selection = whole.select(max_params=budget, per_group=True)
+        assert set(selection.keys) == expected
+        assert selection.num_params <= budget
+        assert list(selection) == [entry for entry in whole if entry.key in expected]
+    else:
+        with pytest.raises(OptionError, match=r"smallest max_params that selects something is \d+$") as caught:
+            whole.select(max_params=budget, per_group=True)
+        enough = int(str(caught.value).split()[-1])
+        assert len(whole.select(max_params=enough, per_group=True)) >= 1
+        with pytest.raises(OptionError):
+            whole.select(max_params=enough - 1, per_group=True)
+
+
+def test_top_p_per_group_counts_in_each_group():
+    entries = [make_entry(f"q{i}", 100.0 + i, group="q") for i in range(4)]
+    entries += [make_entry(f"m{i}", 2.0 + i, group="m") for i in range(10)]
+    selected = ranking(entries).select(top_p=0.25, per_group=True)
+    assert selected.keys == ("m0", "m1", "q0")
+
+
+def fused_experts() -> list[TensorKappa]:
+    """Two fused experts and an attention matrix; expert 1 has the lowest matrix, expert 0 the lower mean."""
+    parts = {"gate_up_proj": (".gate", ".up"), "down_proj": ("",)}
+    kappas = {0: iter([4.0, 4.0, 4.0]), 1: iter([2.0, 8.0, 9.0])}
+    entries = [
+        make_entry(
+            f"layers.0.mlp.experts.{name}",
+            next(kappas[expert]),
+            part=f"[{expert}]{half}",
+            group=f"{name}{half}",
+            shape=(8, 4),
+        )
+        for name, halves in parts.items()
+        for expert in (0, 1)
+        for half in halves
+    ]
+    return [*entries, make_entry("layers.0.self_attn.q_proj.weight", 5.0, group="q", shape=(4, 4))]
+
+
+def test_an_expert_is_taken_as_a_whole_by_the_geometric_mean_of_its_matrices():
+    whole = ranking(fused_experts())
+    assert whole.select(num_tensors=1).keys == ("layers.0.mlp.experts.gate_up_proj[1].gate",)
+    selection = whole.select(num_tensors=1, unit="expert")
+    assert sorted(selection.keys) == [
+        "layers.0.mlp.experts.down_proj[0]",
+        "layers.0.mlp.experts.gate_up_proj[0].gate",
+        "layers.0.mlp.experts.gate_up_proj[0].up",
+    ]
+    assert set(selection.names) == {"layers.0.mlp.experts.down_proj", "layers.0.mlp.experts.gate_up_proj"}
+    # (2 * 8 * 9)^(1/3) = 5.24: the attention matrix comes before the other expert.
+    assert len(whole.select(num_tensors=2, unit="expert")) == 4
+    assert len(whole.select(max_kappa=5.24, unit="expert")) == 4
+    assert len(whole.select(max_kappa=5.25, unit="expert")) == 7
+    assert len(whole.select(max_params=3 * 32 + 15, unit="expert")) == 3
+
+
+def test_a_parameter_is_taken_as_a_whole():
+    selection = ranking(fused_experts()).select(num_tensors=1, unit="parameter")
+    assert selection.names == ("layers.0.mlp.experts.gate_up_proj",)
+    assert len(selection) == 4
+
+
+def test_experts_of_one_kind_share_a_group():
+    whole = ranking(fused_experts())
+    selection = whole.select(num_tensors=1, unit="expert", per_group=True)
+    assert len(selection) == 4
+    assert "layers.0.self_attn.q_proj.weight" in selection.keys
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "expert"),
+    [
+        ("model.layers.7.mlp.experts.gate_up_proj", "[3].gate", "model.layers.7.mlp.experts[3]"),
+        ("model.layers.7.mlp.experts.gate_up_proj", "[3].up", "model.layers.7.mlp.experts[3]"),
+        ("model.layers.7.mlp.experts.down_proj", "[3]", "model.layers.7.mlp.experts[3]"),
+        ("model.layers.7.mlp.experts.3.gate_proj.weight", "", "model.layers.7.mlp.experts[3]"),
+        ("model.layers.7.mlp.experts.3.gate_up_proj.weight", ".gate", "model.layers.7.mlp.experts[3]"),
+        ("model.layers.7.block_sparse_moe.experts.31.w1.weight", "", "model.layers.7.block_sparse_moe.experts[31]"),
+        ("encoder.block.1.layer.1.mlp.experts.expert_5.wi.weight", "", "encoder.block.1.layer.1.mlp.experts[5]"),
+        ("transformer.blocks.2.ffn.experts.mlp.w1", "[4]", "transformer.blocks.2.ffn.experts[4]"),
+        ("model.layers.0.block_sparse_moe.input_linear.weight", "[2]", "model.layers.0.block_sparse_moe[2]"),
+        ("model.layers.0.block_sparse_moe.output_linear.weight", "[2]", "model.layers.0.block_sparse_moe[2]"),
+        ("experts.0.weight", "", "experts[0]"),
+        ("mlp.experts", "[0]", "mlp.experts[0]"),
+        ("features.conv1.weight", "[2]", "features.conv1.weight[2]"),
+        ("model.layers.7.mlp.shared_experts.gate_proj.weight", "", None),
+        ("model.layers.7.mlp.shared_experts.0.gate_proj.weight", "", None),
+        ("model.layers.7.self_attn.qkv_proj.weight", ".q", None),
+    ],
+)
+def test_the_expert_of_a_matrix_is_read_from_its_name(name, part, expert):
+    assert expert_of(make_entry(name, part=part)) == expert
+
+
+def test_fused_and_unfused_checkpoints_select_the_same_experts():
+    fused = ranking(fused_experts()).select(num_tensors=2, unit="expert")
+    single = [
+        replace(
+            entry,
+            name=entry.name.replace("experts.", f"experts.{entry.part[1]}.") + f".{entry.part[4:]}.weight",
+            part="",
+        )
+        if entry.part
+        else entry
+        for entry in fused_experts()
+    ]
+    unfused = ranking(single).select(num_tensors=2, unit="expert")
+    assert sorted(entry.kappa for entry in fused) == sorted(entry.kappa for entry in unfused)
+
+
+@given(st.lists(st.floats(1e-300, 1.7976931348623157e308), min_size=1, max_size=6), st.randoms())
+def test_the_geometric_mean_lies_between_its_numbers_in_any_order(values, chance):
+    mean = geometric_mean(values)
+    shuffled = list(values)
+    chance.shuffle(shuffled)
+    assert geometric_mean(shuffled) == mean
+    assert min(values) * (1 - 1e-12) <= mean
+    assert mean / (1 + 1e-12) <= max(values)
+    exact = mpmath.root(mpmath.fprod(mpmath.mpf(value) for value in values), len(values))
+    assert abs(mean - exact) <= 1e-12 * exact
+
+
+def test_scores_without_a_geometric_mean_are_refused_for_units_of_several_matrices():
+    entries = [make_entry("a", 5.0, part=".q", score=-1.0), make_entry("a", 6.0, part=".k", score=2.0)]
+    with pytest.raises(OptionError, match=r"the scores of a have no geometric mean, because one of them is -1\.0"):
+        ranking(entries).select(num_tensors=1, unit="parameter")
+    assert ranking(entries).select(num_tensors=1).keys == ("a.q",)
+
+
+def test_rank_deficient_entries_come_last_and_only_counts_reach_them():
+    whole = ranking([make_entry("d", math.inf), make_entry("a", 5.0), make_entry("b", 1e9)])
+    assert whole.select(num_tensors=2).keys == ("a", "b")
+    assert whole.select(num_tensors=3).keys == ("a", "b", "d")
+    assert whole.select(top_p=1.0).keys == ("a", "b", "d")
+    assert whole.select(max_kappa=1e300).keys == ("a", "b")
+    assert whole.select(max_params=1.0).keys == ("a", "b")
+    for budget in ({"max_kappa": 1e300}, {"max_params": 1.0}):
+        with pytest.raises(OptionError, match="no matrix of full rank is resolved; num_tensors and top_p select"):
+            ranking([make_entry("d", math.inf)]).select(**budget)
+
+
+def test_non_finite_entries_are_never_selected_but_count_for_top_p():
+    whole = ranking([make_entry("a", 5.0), make_entry("b", 6.0), non_finite("n"), non_finite("m")])
+    assert whole.select(num_tensors=4).keys == ("a", "b")
+    assert whole.select(top_p=0.5).keys == ("a", "b")
+    assert whole.select(max_kappa=1e300).keys == ("a", "b")
+    assert whole.select(max_params=1.0).keys == ("a", "b")
+
+
+def test_one_bad_matrix_decides_for_its_unit():
+    entries = [make_entry("a", 2.0, part=".q"), non_finite("a", part=".k"), make_entry("b", 9.0, part=".q")]
+    entries += [make_entry("b", math.inf, part=".k"), make_entry("c", 50.0)]
+    whole = ranking(entries)
+    assert whole.select(num_tensors=1, unit="parameter").names == ("c",)
+    assert whole.select(num_tensors=3, unit="parameter").names == ("b", "c")
+
+
+def resolved_to(entries: Sequence[TensorKappa], top: int, slack: float) -> list[TensorKappa]:
+    """What rank(top=top) gives: for the rest a lower bound between the last of the top and their own kappa."""
+    ordered = list(Ranking(entries))
+    cutoff = ordered[min(top, len(ordered)) - 1].kappa
+    return [
+        *ordered[:top],
+        *(bounded(e.name, cutoff + slack * (e.kappa - cutoff), group=e.group, shape=e.shape) for e in ordered[top:]),
+    ]
+
+
+def test_a_selection_beyond_what_was_resolved_says_which_top_it_needs():
+    part = ranking(resolved_to(TEN, 3, 0.5))
+    assert part.select(num_tensors=3).keys == ("w0", "w1", "w2")
+    with pytest.raises(
+        OptionError, match=r"select\(num_tensors=5\) reaches beyond .*: rank again with top=5, or select less"
+    ):
+        part.select(num_tensors=5)
+    with pytest.raises(OptionError, match=r"select\(top_p=0\.4\) reaches beyond .*: rank again with top=4,"):
+        part.select(top_p=0.4)
+    with pytest.raises(OptionError, match="rank again without top"):
+        part.select(num_tensors=99)
+    with pytest.raises(OptionError, match=r"top=5, top_per_group=True"):
+        part.select(num_tensors=5, per_group=True)
+    with pytest.raises(OptionError, match=r"top=0\.5, top_per_group=True"):
+        part.select(top_p=0.5, per_group=True)
+    with pytest.raises(OptionError, match=r"select\(max_params=1\.0\) .* without top"):
+        part.select(max_params=1.0)
+    with pytest.raises(OptionError, match=r"select\(max_kappa=5\) .* with top=6"):
+        ranking(
+            [*TEN[:3], bounded("x", 4.5), bounded("y", 4.9), *(bounded(f"z{i}", 6.0 + i) for i in range(5))]
+        ).select(max_kappa=5)
+
+
+@given(
+    resolved_entries(),
+    st.integers(1, 12),
+    st.floats(0.0, 1.0),
+    st.sampled_from([{"num_tensors": 3}, {"top_p": 0.5}, {"max_kappa": 4.0}, {"max_params": 60}, {"max_params": 0.3}]),
+)
+def test_a_partly_resolved_ranking_selects_what_the_whole_one_does_or_names_a_top_that_does(
+    entries, top, slack, budget
+):
+    expected = outcome(ranking(entries), **budget)
+    part = outcome(ranking(resolved_to(entries, top, slack)), **budget)
+    if isinstance(part, str) and "rank again" in part:
+        advised = part.partition("with top=")[2].partition(",")[0]
+        top = int(advised) if advised else len(entries)
+        part = outcome(ranking(resolved_to(entries, top, slack)), **budget)
+    if isinstance(expected, Selection):
+        assert isinstance(part, Selection), part
+        assert part.keys == expected.keys
+    else:
+        assert isinstance(part, str)
+        assert "selects nothing" in part
+
+
+def test_a_bound_beyond_the_cut_does_not_matter():
+    part = ranking([make_entry("a", 2.0), make_entry("b", 3.0), bounded("c", 2.5), bounded("d", 9.0)])
+    assert part.select(num_tensors=1).keys == ("a",)
+    assert part.select(max_kappa=2.2).keys == ("a",)
+    with pytest.raises(OptionError, match="with top=2"):
+        part.select(num_tensors=2)
+
+
+def test_a_unit_with_an_unresolved_matrix_is_bounded():
+    entries = [
+        make_entry("a", 4.0, part=".q"),
+        make_entry("a", 4.0, part=".k"),
+        make_entry("b", 2.0, part=".q"),
+        bounded("b", 8.5, part=".k"),
+    ]
+    # b is at least sqrt(2 * 8.5) = 4.12.
+    assert ranking(entries).select(num_tensors=1, unit="parameter").names == ("a",)
+    with pytest.raises(OptionError, match="rank again without top"):
+        ranking(entries).select(num_tensors=2, unit="parameter")
+    undecided = [*entries[:3], bounded("b", 7.5, part=".k")]
+    with pytest.raises(OptionError, match="rank again without top"):
+        ranking(undecided).select(num_tensors=1, unit="parameter")
+
+
+def test_a_ranking_resolved_per_group_selects_per_group_and_not_across():
+    entries = [make_entry("q0", 100.0, group="q"), make_entry("m0", 2.0, group="m")]
+    entries += [bounded("q1", 110.0, group="q"), bounded("m1", 3.0, group="m")]
+    assert ranking(entries).select(num_tensors=1, per_group=True).keys == ("m0", "q0")
+    assert ranking(entries).select(num_tensors=1).keys == ("m0",)
+    with pytest.raises(OptionError, match="with top=2, or"):
+        ranking(entries).select(num_tensors=2)
+
+
+def test_bounds_of_kappa_decide_nothing_where_another_score_orders():
+    part = ranking([make_entry("a", 5.0, score=1.0), bounded("b", 7.0)])
+    with pytest.raises(OptionError, match="rank again without top"):
+        part.select(num_tensors=1)
+    assert part.select(max_kappa=6.0).keys == ("a",)
+
+
+def test_an_interrupted_ranking_warns_and_is_never_certain():
+    with pytest.warns(UserWarning, match="the ranking was interrupted, so matrices .* may be missing") as caught:
+        selection = ranking(TEN, partial=True).select(num_tensors=3)
+    assert caught[0].filename == __file__
+    assert not selection.boundary_certain
+
+
+def test_the_boundary_is_certain_if_no_interval_straddles_it():
+    entries = [around("a", 10.0, 0.01), around("b", 10.1, 0.01), around("c", 20.0, 0.01)]
+    certain = [ranking(entries).select(num_tensors=count).boundary_certain for count in (1, 2, 3)]
+    assert certain == [False, True, True]
+    assert ranking([*entries[:2], bounded("c", 20.0)]).select(num_tensors=2).boundary_certain
+    assert not ranking([*entries[:2], bounded("c", 10.15)]).select(num_tensors=2).boundary_certain
+
+
+def test_the_boundary_of_max_kappa_is_its_value():
+    entries = [around("a", 10.0, 0.01), around("b", 11.0, 0.01)]
+    assert ranking(entries).select(max_kappa=10.5).boundary_certain
+    assert not ranking(entries).select(max_kappa=10.05).boundary_certain
+    assert not ranking(entries).select(max_kappa=10.95).boundary_certain
+
+
+def test_the_boundary_of_max_params_needs_to_know_what_did_not_fit():
+    big, small = around("big", 20.0, 0.01, shape=(9, 9)), around("small", 20.1, 0.01, shape=(2, 2))
+    entries = [around("a", 10.0, 0.01, shape=(4, 4)), big, small]
+    # Were small ahead of big, it would fit: big is not certainly the one to stop at.
+    assert ranking(entries).select(max_params=30).keys == ("a",)
+    assert not ranking(entries).select(max_params=30).boundary_certain
+    assert ranking(entries).select(max_params=17).boundary_certain
+    assert ranking([*entries[:2], around("small", 30.0, 0.01, shape=(2, 2))]).select(max_params=30).boundary_certain
+
+
+@given(resolved_entries(), st.data())
+def test_a_certain_selection_is_what_any_true_kappas_within_the_intervals_would_give(entries, data):
+    widths = [data.draw(st.sampled_from([0.0, 0.01, 0.3])) for _ in entries]
+    known = [around(e.name, e.kappa, w, group=e.group, shape=e.shape) for e, w in zip(entries, widths, strict=True)]
+    truth = [
+        make_entry(e.name, data.draw(st.floats(max(1.0, e.lower), e.upper)), group=e.group, shape=e.shape)
+        for e in known
+    ]
+    budget = data.draw(st.sampled_from([{"num_tensors": 2}, {"top_p": 0.5}, {"max_kappa": 4.0}, {"max_params": 50}]))
+    per_group = data.draw(st.booleans())
+    selection = outcome(ranking(known), per_group=per_group, **budget)
+    if isinstance(selection, Selection) and selection.boundary_certain:
+        expected = ranking(truth).select(per_group=per_group, **budget)
+        assert set(selection.keys) == set(expected.keys)
+
+
+def test_another_score_is_certain_only_if_kappas_are_exact_or_nothing_is_left():
+    exact = [make_entry("a", 5.0, score=1.0), make_entry("b", 6.0, score=0.5)]
+    vague = [around("a", 5.0, 0.01, score=1.0), around("b", 6.0, 0.01, score=0.5)]
+    assert ranking(exact).select(num_tensors=1).boundary_certain
+    assert not ranking(vague).select(num_tensors=1).boundary_certain
+    assert ranking(vague).select(num_tensors=2).boundary_certain
+
+
+def test_units_are_certain_by_the_means_of_their_intervals():
+    entries = [around("a", 10.0, 0.05, part=part) for part in (".q", ".k")]
+    entries += [around("b", 11.5, 0.05, part=part) for part in (".q", ".k")]
+    assert ranking(entries).select(num_tensors=1, unit="parameter").boundary_certain
+    entries[-1] = around("b", 11.5, 0.3, part=".k")
+    assert not ranking(entries).select(num_tensors=1, unit="parameter").boundary_certain
+
+
+def test_a_selection_tells_names_keys_sizes_and_kappas():
+    entries = [
+        make_entry("experts.w1", 2.0, part="[0]"),
+        make_entry("q", 3.0),
+        make_entry("experts.w1", 4.0, part="[1]"),
+        make_entry("other", 9.0),
+    ]
+    selection = ranking(entries, source={"fingerprint": "f00"}).select(num_tensors=3)
+    assert len(selection) == 3
+    assert list(selection) == list(selection.entries)
+    assert selection.keys == ("experts.w1[0]", "q", "experts.w1[1]")
+    assert selection.names == ("experts.w1", "q")
+    assert selection.num_params == 3 * 512
+    assert selection.kappa_range == (2.0, 4.0)
+    assert dict(selection.settings) == {
+        "budget": "num_tensors",
+        "value": 3,
+        "per_group": False,
+        "unit": "matrix",
+        "source": {"fingerprint": "f00"},
+    }
+    assert repr(selection) == (
+        "Selection(3 matrices of 2 parameters; 1,536 weights; kappa 2 to 4; num_tensors=3; boundary certain)"
+    )
+
+
+def test_excluding_drops_entries_by_key_name_or_alias_and_keeps_the_patterns():
+    entries = [
+        make_entry("a", 2.0, part="[0]"),
+        make_entry("a", 3.0, part="[1]"),
+        make_entry("embed", 4.0, aliases=("lm_head",)),
+    ]
+    selection = ranking(entries).select(num_tensors=3)
+    assert selection.excluding(r"\[0\]").keys == ("a[1]", "embed")
+    assert selection.excluding("^a$").keys == ("embed",)
+    assert selection.excluding("lm_head").keys == ("a[0]", "a[1]")
+    both = selection.excluding("lm_head").excluding("norm", "bias")
+    assert both.exclude == ("lm_head", "norm", "bias")
+    assert len(selection) == 3
+    assert "excluding lm_head, norm, bias" in repr(both)
+
+
+def test_excluding_everything_leaves_an_empty_selection():
+    empty = ranking(TEN).select(num_tensors=2).excluding("w").including("norm")
+    assert (len(empty), empty.names, empty.num_params) == (0, (), 0)
+    assert all(math.isnan(value) for value in empty.kappa_range)
+    assert "including norm; excluding w" in repr(empty)
+
+
+def test_including_keeps_the_patterns_for_the_model():
+    selection = ranking(TEN).select(num_tensors=2)
+    more = selection.including("embed_tokens").including(r"norm\.weight$", "bias")
+    assert more.include == ("embed_tokens", r"norm\.weight$", "bias")
+    assert more.entries == selection.entries
+    assert selection.include == ()
+
+
+@pytest.mark.parametrize("pattern", ["(", "*", 3, None])
+@pytest.mark.parametrize("method", ["including", "excluding"])
+def test_a_pattern_that_is_no_regular_expression_is_refused(method, pattern):
+    selection = ranking(TEN).select(num_tensors=2)
+    with pytest.raises(OptionError, match=r"is no regular expression \(.*\): re\.escape\(name\) makes one"):
+        getattr(selection, method)(pattern)
+
+
+def test_nothing_in_a_selection_can_be_changed():
+    selection = ranking(TEN).select(num_tensors=2)
+    with pytest.raises(FrozenInstanceError):
+        selection.entries = ()
+    with pytest.raises(TypeError):
+        selection.settings["value"] = 3
+    with pytest.raises(TypeError):
+        hash(selection)
+
+
+def test_copies_and_pickles_are_equal_and_other_things_are_not():
+    selection = ranking(TEN).select(num_tensors=2).including("norm")
+    assert pickle.loads(pickle.dumps(selection)) == selection
+    assert copy.deepcopy(selection) == selection
+    assert selection != ranking(TEN).select(num_tensors=2)
+    assert selection != selection.entries
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_every_budget_is_remembered_as_it_was_given(name):
+    value = {"num_tensors": 2, "top_p": 0.25, "max_kappa": 4.0, "max_params": 0.5}[name]
+    selection = ranking(TEN).select(**{name: value})
+    assert (selection.settings["budget"], selection.settings["value"]) == (name, value)
