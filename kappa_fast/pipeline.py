@@ -26,6 +26,7 @@ from .sources.base import Matrix, Source
 from .spectrum.ladder import Goal, Resolution, resolve
 from .spectrum.probe import lower_bounds
 from .waves import cut, default_budget, is_out_of_memory, parse_bytes
+from .workers import each_on_one_thread, fits_one_thread
 
 log = logging.getLogger("kappa_fast")
 
@@ -188,16 +189,33 @@ class _Run:
         return float(m) * n * n + n**3 / 3
 
     def _resolve(self, positions: Sequence[int], goal: Goal, tracker: Tracker) -> None:
+        def keep(position: int, found: Resolution) -> None:
+            self.entries[position] = self._entry(self.source.matrices[position], found, goal)
+            tracker.advance(1, self._operations(position))
+
         for wave in self._waves(positions):
-            for position, found in zip(wave, self._attempt(wave, goal), strict=True):
-                self.entries[position] = self._entry(self.source.matrices[position], found, goal)
-                tracker.advance(1, self._operations(position))
+            single, shared = self._divide(wave)
+            with contextlib.closing(each_on_one_thread(lambda i: self._attempt([i], goal)[0], single)) as results:
+                for position, found in results:
+                    keep(position, found)
+            for part in shared:
+                for position, found in zip(part, self._attempt(part, goal), strict=True):
+                    keep(position, found)
+
+    def _divide(self, wave: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+        """On a CPU the small matrices by themselves, for one thread each, and the large ones one by one."""
+        if self._where(self.source.matrices[wave[0]]).type != "cpu":
+            return [], [list(wave)]
+        single = [i for i in wave if fits_one_thread(self.source.matrices[i].shape)]
+        large = [[i] for i in wave if not fits_one_thread(self.source.matrices[i].shape)]
+        return sorted(single, key=self._operations, reverse=True), large  # the longest first: no core waits at the end
 
     def _attempt(self, wave: Sequence[int], goal: Goal) -> list[Resolution]:
         """One wave; when memory runs out, in halves."""
         matrices = [self.source.matrices[i] for i in wave]
         try:
-            return resolve(self._backend_for(self._where(matrices[0])), [m.load() for m in matrices], goal)
+            with _undisturbed_thread():
+                return resolve(self._backend_for(self._where(matrices[0])), [m.load() for m in matrices], goal)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) and not isinstance(error, LINALG_ERROR):
                 raise
@@ -210,10 +228,17 @@ class _Run:
     def _probe(self, positions: Sequence[int], cutoff: float) -> dict[int, float]:
         bounds: dict[int, float] = {}
         for wave in self._waves(positions):
-            matrices = [self.source.matrices[i] for i in wave]
-            found = lower_bounds(self._backend_for(self._where(matrices[0])), [m.load() for m in matrices], cutoff)
-            bounds |= dict(zip(wave, found, strict=True))
+            single, shared = self._divide(wave)
+            with contextlib.closing(each_on_one_thread(lambda i: self._bounds([i], cutoff)[0], single)) as results:
+                bounds.update(results)
+            for part in shared:
+                bounds |= dict(zip(part, self._bounds(part, cutoff), strict=True))
         return bounds
+
+    def _bounds(self, wave: Sequence[int], cutoff: float) -> list[float]:
+        weights = [self.source.matrices[i].load() for i in wave]
+        with _undisturbed_thread():
+            return lower_bounds(self._backend_for(self._where(self.source.matrices[wave[0]])), weights, cutoff)
 
     def _bound(self, positions: Sequence[int], bounds: Mapping[int, float], tracker: Tracker) -> None:
         nan = math.nan
@@ -282,15 +307,26 @@ class _Run:
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """No autograd, and none of the caller's shortcuts: a bfloat16 or TF32 product must not pass for a float32 one."""
-    kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     precision = torch.get_float32_matmul_precision()
+    with _undisturbed_thread():
+        if precision == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
+@contextlib.contextmanager
+def _undisturbed_thread() -> Iterator[None]:
+    """The part of it that torch keeps for each thread."""
+    kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if precision != "highest":
-            torch.set_float32_matmul_precision("highest")
-            stack.callback(torch.set_float32_matmul_precision, precision)
         yield
 
 

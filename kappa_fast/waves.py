@@ -13,7 +13,8 @@ from .errors import OptionError
 
 T = TypeVar("T")
 
-LARGEST_DEFAULT = 1 << 30  # on a CPU nothing is won by larger waves, and caches are lost
+LARGEST_DEFAULT = 1 << 30  # or SHARE for each thread: on a CPU a wave only has to keep all cores busy
+SHARE = 256 << 20
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -39,14 +40,14 @@ def parse_bytes(value: int | str | None) -> int | None:
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes that a wave may take: most of what is free on an accelerator; on a CPU a quarter of it, at most 1 GiB."""
+    """Bytes that a wave may take: most of what is free on an accelerator; on a CPU up to a quarter of it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.8)
     try:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (ValueError, OSError):  # macOS does not tell
         free = LARGEST_DEFAULT
-    return min(free // 4, LARGEST_DEFAULT)
+    return min(free // 4, max(LARGEST_DEFAULT, SHARE * torch.get_num_threads()))
 
 
 def cut(items: Sequence[T], size: Callable[[T], int], budget: int) -> Iterator[list[T]]:
