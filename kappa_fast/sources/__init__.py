@@ -14,7 +14,7 @@ from ..entries import Skipped
 from ..errors import OptionError, SourceError
 from .base import Inventory, Matrix, Source, Stored
 from .checkpoint import read_checkpoint
-from .filters import Filters
+from .filters import Filters, Surroundings
 from .layouts import Part, cut
 from .module import read_module
 from .names import group_of, layer_of
@@ -30,25 +30,27 @@ def open_source(
 
     Raises:
         OptionError: ``source`` is of a kind that cannot hold a model.
-        SourceError: the source cannot be read, or holds no matrix at all.
+        SourceNotFoundError: there is no such path, or the index of a checkpoint names a shard that is not there.
+        SourceError: the source cannot be read, or has no parameter with two or more dimensions.
         NotImplementedError: a parameter is sharded.
     """
     inventory = _read(source)
-    shapes = {name: t.shape for t in inventory.tensors for name in t.names}
+    around = Surroundings.of(inventory)
     matrices: list[Matrix] = []
     skipped: list[Skipped] = []
     notes: dict[str, str] = {}
     candidates = [t for t in inventory.tensors if len(t.shape) >= 2]
     if not candidates:
         raise SourceError(
-            f"the {inventory.metadata['kind']} holds no parameter with two or more dimensions: nothing to rank"
+            f"{_called(inventory)} holds no parameter with two or more dimensions, so there is nothing to rank: "
+            "pass the model itself, or the directory with its weights"
         )
     for stored in candidates:
-        reason = filters.reason(stored, shapes)
+        reason = filters.reason(stored, around)
         if reason is not None:
             skipped.append(Skipped(stored.name, stored.shape, reason))
             continue
-        pieces = cut(stored, shapes, inventory.config, filters.fused == "split")
+        pieces = cut(stored, around.shapes, inventory.config, filters.fused == "split")
         if pieces.note:
             notes[group_of(stored.name)] = pieces.note
         reasons = [filters.size_reason(part.shape) for part in pieces.parts]
@@ -70,11 +72,18 @@ def _read(source: object) -> Inventory:
     if isinstance(source, Mapping):
         return read_mapping(source)
     if isinstance(source, (str, os.PathLike)):
-        return read_checkpoint(Path(source))
+        if not os.fspath(source):
+            raise OptionError("the path of the checkpoint is empty: give a .safetensors file or a directory with them")
+        return read_checkpoint(Path(os.fsdecode(source)))
     raise OptionError(
-        f"a {type(source).__name__} is no model: give an nn.Module, a mapping of names to tensors, a .safetensors file "
-        "or a directory with them"
+        f"source is of type {type(source).__name__}, which is no model: give an nn.Module, a mapping of names to "
+        "tensors, a .safetensors file or a directory with them"
     )
+
+
+def _called(inventory: Inventory) -> str:
+    metadata = inventory.metadata
+    return str(metadata.get("path") or metadata.get("class") or f"the {metadata['kind']}")
 
 
 def _matrix(stored: Stored, part: Part) -> Matrix:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..entries import Index, Skipped
+
+Role = Literal["adapter", "embedding", "head", "router"]
 
 
 @dataclass(frozen=True)
 class Stored:
     """A tensor as a reader finds it, before anything is decided about it.
 
-    names: all names of the tensor, the first is the one it is called by.  take(index): that part of it, detached.
-    problem: why it cannot be ranked as it is, or None.  parent: the module that owns it, where there is one.
+    Attributes:
+        names: all names of the tensor, without the wrappers of PEFT; the first is the one it is called by.
+        take: ``take(index)`` reads that part of it, detached.
+        problem: why its values are no weights, or None.
+        parent: the module that owns it, where there is one.
+        model_type: ``config.model_type`` of the nearest module around it that has a config.
+        roles: what it is for, as far as the model itself tells; names may tell more.
     """
 
     names: tuple[str, ...]
@@ -26,7 +34,8 @@ class Stored:
     take: Callable[[Index], torch.Tensor] = field(repr=False, compare=False)
     problem: str | None = None
     parent: torch.nn.Module | None = field(default=None, repr=False, compare=False)
-    embedding: bool = False
+    model_type: str | None = None
+    roles: frozenset[Role] = frozenset()
 
     @property
     def name(self) -> str:
@@ -34,21 +43,30 @@ class Stored:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """Everything that a reader found: tensors in the order of the model, and what is known about the architecture."""
+    """Everything that a reader found.
+
+    Attributes:
+        tensors: in the order of the model.
+        num_parameters: weights of the whole model, each tensor counted once.
+        config: the model's config as a plain dict, {} if there is none.
+        metadata: what is known about the source, in plain JSON.
+        in_memory: False where ``take`` brings a tensor into memory that was not there before.
+        buffers: names of what lies beside the tensors and is no candidate itself.
+        in_peft: whether PEFT has wrapped the model, which makes more names those of adapters.
+    """
 
     tensors: Sequence[Stored]
     num_parameters: int
     config: Mapping[str, Any]
     metadata: Mapping[str, Any]
     in_memory: bool = True
+    buffers: Collection[str] = ()
+    in_peft: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -13,11 +17,21 @@ import torch
 from ..entries import Index
 from ..errors import SourceError, SourceNotFoundError
 from .base import Inventory, Stored
-from .tensors import fingerprint, plain_config
+from .names import has_adapters, in_model_order
+from .tensors import count_weights, fingerprint, own_names, plain_config
 
-INDEX = "model.safetensors.index.json"
+INDEX_ENDING = ".safetensors.index.json"
+INDEX = "model" + INDEX_ENDING
 SINGLE = "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CONVERT = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    "weights = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+    "save_file({k: v.clone().contiguous() for k, v in weights.get('state_dict', weights).items()}, sys.argv[2])"
+)
+ALL = slice(None)
+
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 
 # What safetensors calls its dtypes; one that is missing here is skipped with that reason.
 DTYPES: dict[str, str] = {
@@ -50,30 +64,28 @@ def read_checkpoint(path: Path) -> Inventory:
         SourceNotFoundError: the path or a shard that the index names does not exist.
         SourceError: it is no model, damaged, pickled, or its index is wrong.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         raise SourceNotFoundError(
-            f"{path}: no such file or directory; hub ids are not resolved yet: give the directory of a downloaded model"
+            f"{path}: no such file or directory. If this is the id of a model on a hub: ids are not resolved yet, "
+            "download the model and give its directory"
         )
-    if path.is_dir():
-        files, expected = _files_of(path)
-    elif path.name.endswith(".safetensors"):
-        files, expected = [path], None
-    else:
-        raise _not_safetensors(path)
-    config = _read_config((path if path.is_dir() else path.parent) / "config.json")
+    directory = path if path.is_dir() else path.parent
+    files, expected = _files_of(path)
+    config = _read_config(directory / "config.json")
     tensors: dict[str, Stored] = {}
     homes: dict[str, Path] = {}
     for file in files:
-        for item in _Shard(file).tensors(expected):
+        for item in Shard(file).tensors(expected):
             if item.name in tensors:
                 raise SourceError(f"{item.name!r} is in both {homes[item.name]} and {file}: remove the stale file")
             tensors[item.name], homes[item.name] = item, file
     for name, file in (expected or {}).items():
         if homes.get(name) != file:
             raise SourceError(
-                f"the index of {path} says that {name!r} is in {file.name}, but it is not: download it again"
+                f"the index of {directory} says that {name!r} is in {file.name}, but it is not: download it again"
             )
-    found = list(tensors.values())
+    own = own_names([name] for name in tensors)
+    found = [replace(tensors[name], names=own[name]) for name in in_model_order(tensors)]
     metadata = {
         "kind": "directory" if path.is_dir() else "file",
         "path": str(path),
@@ -81,18 +93,30 @@ def read_checkpoint(path: Path) -> Inventory:
         "model_type": config.get("model_type"),
         "fingerprint": fingerprint(found),
     }
-    return Inventory(found, sum(t.numel for t in found), config, metadata, in_memory=False)
+    return Inventory(found, count_weights(found), config, metadata, in_memory=False, in_peft=has_adapters(tensors))
 
 
-class _Shard:
-    """One safetensors file, opened when it is first read from and kept open (a memory map, no copy)."""
+class Shard:
+    """One safetensors file, mapped into memory when it is read from.
+
+    The map is dropped after ``MAPPED`` bytes, so that the pages that were read do not pile up, and made anew. A file
+    that has changed since its header was read is refused: a shorter one would end the process (SIGBUS).
+    """
+
+    MAPPED = 1 << 30
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle: Any = None
+        self._served = 0
+        self._stamp: tuple[int, int, int] | None = None
 
     def tensors(self, expected: Mapping[str, Path] | None) -> list[Stored]:
-        """Everything in the file, in the order of its names; what an index does not list carries that problem."""
+        """Everything in the file; what an index does not list carries that problem.
+
+        Raises:
+            SourceError: the file is damaged.
+        """
         found = []
         handle = self._open()
         for name in handle.keys():  # noqa: SIM118 - not a dict
@@ -100,106 +124,165 @@ class _Shard:
             dtype = getattr(torch, DTYPES.get(part.get_dtype(), ""), None)
             stray = expected is not None and name not in expected
             note = f"in {self.path.name}, but not listed in the index" if stray else None
-            shape = tuple(part.get_shape())
-            found.append(Stored((name,), shape, dtype, torch.device("cpu"), self._taker(name), note))
+            take = partial(self.take, name)
+            found.append(Stored((name,), tuple(part.get_shape()), dtype, torch.device("cpu"), take, note))
+        self._handle = None  # a model may have more shards than a process may have open files
         return found
+
+    def take(self, name: str, index: Index) -> torch.Tensor:
+        """A tensor or the indexed part of it, as a view of the map.
+
+        Raises:
+            SourceError: the file has changed, or cannot be read.
+        """
+        try:
+            if self._look() != self._stamp:
+                raise OSError("it has changed since it was opened")
+            part = self._open().get_slice(name)
+            if not index:
+                tensor: torch.Tensor = part[...]
+            elif isinstance(index[0], slice):
+                tensor = part[index[0]][(ALL, *index[1:])]
+            else:  # one expert: the reader skips the others
+                tensor = part[index[0] : index[0] + 1][(0, *index[1:])]
+        except Exception as error:  # safetensors has several for a file that is not what its header says
+            raise SourceError(
+                f"{name!r} cannot be read from {self.path} ({error}): check the file, rank again"
+            ) from error
+        self._served += tensor.nbytes
+        if self._served > self.MAPPED:
+            self._handle, self._served = None, 0
+        return tensor
+
+    def _look(self) -> tuple[int, int, int]:
+        found = self.path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
     def _open(self) -> Any:
         if self._handle is None:
             from safetensors import SafetensorError, safe_open
 
             try:
+                self._stamp = self._stamp or self._look()
                 self._handle = safe_open(self.path, framework="pt", device="cpu")
-            except FileNotFoundError as error:
-                raise SourceNotFoundError(f"{self.path}: no such file") from error
             except (SafetensorError, OSError, ValueError) as error:
                 raise SourceError(
                     f"{self.path} is no readable safetensors file ({error}): truncated or damaged, download it again"
                 ) from error
         return self._handle
 
-    def _taker(self, name: str) -> Callable[[Index], torch.Tensor]:
-        def take(index: Index) -> torch.Tensor:
-            try:
-                handle = self._open()
-                # Only a leading number or slice lets the reader skip the rest of a stack.
-                if index and (not isinstance(index[0], slice) or index[0] != slice(None)):
-                    lead = index[0]
-                    part = handle.get_slice(name)[lead if isinstance(lead, slice) else slice(lead, lead + 1)]
-                    rest = (0 if not isinstance(lead, slice) else slice(None), *index[1:])
-                    tensor: torch.Tensor = part[rest]
-                    return tensor
-                whole: torch.Tensor = handle.get_tensor(name)
-                return whole[index] if index else whole
-            except SourceError:
-                raise
-            except Exception as error:  # the file changed under the map, or the disk failed
-                raise SourceError(
-                    f"{name!r} could not be read from {self.path} ({error}): download it again"
-                ) from error
 
-        return take
-
-
-def _files_of(directory: Path) -> tuple[list[Path], dict[str, Path] | None]:
-    index = directory / INDEX
-    if index.is_file():
-        expected = _read_index(index)
-        return sorted(set(expected.values())), expected
-    files = sorted(p for p in directory.iterdir() if p.name.endswith(".safetensors") and p.is_file())
-    indices = sorted(directory.glob("*.safetensors.index.json"))
-    if not (directory / SINGLE).is_file() and indices:
-        expected = _read_index(indices[0])
-        return sorted(set(expected.values())), expected
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE], None
+def _files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
+    """The files to read, in order, and where an index says that each tensor is; None without an index."""
+    if not path.is_dir():
+        if path.name.endswith(INDEX_ENDING):
+            return _listed(path)
+        if path.name.endswith(".safetensors") and path.is_file():
+            return [path], None
+        raise _not_safetensors(path)
+    indices = sorted(path.glob("*" + INDEX_ENDING))
+    if path / INDEX in indices:
+        return _listed(path / INDEX)
+    if (path / SINGLE).is_file():
+        return [path / SINGLE], None
+    if len(indices) > 1:
+        listed = ", ".join(index.name for index in indices)
+        raise SourceError(f"{path} has several indices ({listed}): give the path of one of them")
+    if indices:
+        return _listed(indices[0])
+    files = sorted(p for p in path.glob("*.safetensors") if p.is_file())
     if not files:
-        pickled = sorted(p for p in directory.iterdir() if p.name.endswith(PICKLED))
-        if pickled:
-            raise _not_safetensors(pickled[0])
-        raise SourceError(f"{directory} holds no .safetensors file: give the directory of a model")
+        raise _no_weights(path)
+    _check_complete(files)
     return files, None
 
 
+def _listed(index: Path) -> tuple[list[Path], dict[str, Path]]:
+    expected = _read_index(index)
+    return sorted(set(expected.values())), expected
+
+
 def _read_index(index: Path) -> dict[str, Path]:
-    """Names and the shards they are in. A shard may be a link, as in the hub's cache; its name may not wander off."""
+    """Names and the shards they are in, all of them files of the same directory."""
     try:
         document = json.loads(index.read_bytes())
         weight_map = document["weight_map"]
-        items = [(str(name), str(shard)) for name, shard in weight_map.items()]
+        items = [(name, shard) for name, shard in weight_map.items() if isinstance(shard, str)]
+        if len(items) < len(weight_map):
+            raise TypeError("a shard is no file name")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{index} is no index of a sharded checkpoint ({error!r}): download it again") from error
     if not items:
         raise SourceError(f"{index} lists no tensors: download it again")
-    expected: dict[str, Path] = {}
-    for name, shard in items:
-        parts = PurePosixPath(shard).parts
-        wanders = PureWindowsPath(shard).is_absolute() or PureWindowsPath(shard).drive or "\\" in shard
-        if not parts or ".." in parts or os.path.isabs(shard) or wanders or not shard.endswith(".safetensors"):
-            raise SourceError(f"{index} puts {name!r} into {shard!r}, which is no safetensors file in its directory")
-        expected[name] = index.parent / shard
-    missing = sorted({file.name for file in expected.values() if not file.is_file()})
+    shards = {shard: index.parent / shard for _, shard in items}
+    for shard, file in shards.items():
+        if file.name.endswith(PICKLED):
+            raise _not_safetensors(file)
+        if not _stays_inside(shard, index.parent) or not shard.endswith(".safetensors"):
+            raise SourceError(
+                f"{index} names the shard {shard!r}, which is no .safetensors file inside of its directory: "
+                "it is not read; correct the index, or bring the files together"
+            )
+    missing = sorted(shard for shard, file in shards.items() if not file.is_file())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise SourceNotFoundError(f"{index} names {missing[0]}{more}, which is not there: finish the download")
-    return expected
+    return {name: shards[shard] for name, shard in items}
+
+
+def _stays_inside(shard: str, directory: Path) -> bool:
+    """Whether a shard lies in the directory, links resolved; the hub's cache links from snapshots to its blobs."""
+    windows = PureWindowsPath(shard)
+    if not shard or windows.drive or windows.root or "\\" in shard or ".." in PurePosixPath(shard).parts:
+        return False
+    base = directory.resolve()
+    allowed = [base]
+    if base.parent.name == "snapshots":
+        allowed += [base.parents[1] / "blobs", base.parents[2] / "blobs"]
+    target = (directory / shard).resolve()
+    return any(target.is_relative_to(place) for place in allowed)
+
+
+def _check_complete(files: Sequence[Path]) -> None:
+    """Without an index, the names of shards (model-00001-of-00003.safetensors) tell whether one is missing."""
+    numbers: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if found := _NUMBERED.fullmatch(file.name):
+            numbers.setdefault((found["stem"], int(found["count"])), set()).add(int(found["number"]))
+    for (stem, count), present in numbers.items():
+        missing = sorted(set(range(1, count + 1)) - present)
+        if missing and 0 not in present:
+            raise SourceNotFoundError(
+                f"{files[0].parent} has {len(present)} of {count} shards {stem}-*.safetensors, number {missing[0]} is "
+                "not there: finish the download"
+            )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return plain_config(json.loads(path.read_bytes()))
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read ({error}): repair it, or move it away to rank without it") from error
+    return plain_config(found) if isinstance(found, Mapping) else {}
+
+
+def _no_weights(directory: Path) -> SourceError:
+    pickled = sorted(p for p in directory.iterdir() if p.name.endswith(PICKLED) and p.is_file())
+    if pickled:
+        return _not_safetensors(pickled[0])
+    inner = sorted(p.parent.name for p in directory.glob("*/*.safetensors"))
+    if inner:
+        return SourceError(f"{directory} holds no .safetensors file itself, but {inner[0]} does: give that directory")
+    return SourceError(f"{directory} holds no .safetensors file: give the directory of a model")
 
 
 def _not_safetensors(path: Path) -> SourceError:
     if path.name.endswith(PICKLED):
-        command = (
-            'python -c "import torch, safetensors.torch as s; '
-            f"weights = torch.load('{path.name}', map_location='cpu', weights_only=True); "
-            "s.save_file({k: v.clone().contiguous() for k, v in weights.items()}, 'model.safetensors')\""
+        target = path.with_suffix(".safetensors")
+        command = f"python -c {shlex.quote(CONVERT)} {shlex.quote(str(path))} {shlex.quote(str(target))}"
+        return SourceError(
+            f"{path} is pickled, which can run code when it is read; it is refused. Convert it: {command}"
         )
-        return SourceError(f"{path} is a pickled checkpoint, which can run code when it is read; convert it: {command}")
     return SourceError(f"{path} is no .safetensors file: give one, or the directory of a model")

@@ -6,10 +6,11 @@ down_proj sibling. Where none of them tells, it is ranked as stored, and a note 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -17,20 +18,8 @@ from ..entries import Index
 from . import names
 from .base import Stored
 
-Layout = Literal["rows", "columns", "interleaved"]  # of gate and up; the latter two for experts stored transposed
 ALL = slice(None)
-
-# model_type -> layout of fused gate_up_proj experts, where it is not gate rows first.
-TRANSPOSED: dict[str, Layout] = {
-    "gpt_oss": "interleaved",
-    "llama4": "columns",
-    "llama4_text": "columns",
-    "aria": "columns",
-    "aria_text": "columns",
-    "openai_privacy_filter": "columns",
-}
-CONTIGUOUS_QKV = {"phi3", "phi4_multimodal", "phi4mm", "phimoe"}
-FUSED_QKV = re.compile(r"(?:^|\.)(?:(?:query_key_value|qkv_proj|qkv|Wqkv|W_pack|c_attn)(?:\.weight)?|in_proj_weight)$")
+Along = Literal["rows", "columns"]
 
 
 @dataclass(frozen=True)
@@ -44,146 +33,203 @@ class Part:
 
 @dataclass(frozen=True)
 class Cut:
-    """All parts of one parameter, and a note where the layout had to be left as it is."""
+    """All parts of one parameter, and a note where the layout is a guess or had to be left as it is."""
 
     parts: tuple[Part, ...]
     note: str | None = None
 
 
+class _Fused(NamedTuple):
+    """How a fused matrix is put together: the pieces one after the other, or taking turns row by row."""
+
+    labels: tuple[str, ...]
+    sizes: tuple[int, ...]
+    along: Along
+    interleaved: bool = False
+
+
+_GATE_UP = re.compile(r"(?:^|\.)gate_up_proj(?:\.weight)?$")
+# In families that call the two something else.
+_GATE_UP_OF = {
+    "jetmoe": re.compile(r"\.mlp\.input_linear\.weight$"),
+    "granitemoe": re.compile(r"\.(?:block_sparse_moe|shared_mlp)\.input_linear\.weight$"),
+}
+_GATE_UP_OF |= dict.fromkeys(("granitemoeshared", "granitemoehybrid", "granitemoe_swa"), _GATE_UP_OF["granitemoe"])
+_DOWN = {"gate_up_proj": "down_proj", "input_linear": "output_linear"}
+
+# Experts stored transposed ([experts, in, 2 x width]): in these the columns of gate and up alternate, ...
+_ALTERNATING = {"gpt_oss"}
+# ... and in these all of gate comes first. The two cannot be told apart by shape.
+_GATE_COLUMNS_FIRST = {
+    *("aria", "aria_text", "llama4", "llama4_text", "openai_privacy_filter"),
+    *("qwen3_vl_moe", "qwen3_vl_moe_text"),  # so on disk
+}
+
+_FUSED_QKV = re.compile(
+    r"(?:^|[._])(?:query_key_value|qkv(?:_proj|_linear)?|Wqkv|W_pack|c_attn|att_proj)(?:\.weight)?$|(?:^|\.)in_proj_weight$"
+)
+# All rows of q, then those of k, then those of v. GPT-NeoX, BLOOM, Falcon, MiniMax and CodeGen alternate head by head.
+_QKV_ROWS = {
+    "dbrx": re.compile(r"\.Wqkv\.weight$"),
+    "modernbert": re.compile(r"\.Wqkv\.weight$"),
+    "mpt": re.compile(r"\.Wqkv\.weight$"),
+    "phi3": re.compile(r"\.qkv_proj\.weight$"),
+    "phi4_multimodal": re.compile(r"\.qkv_proj\.weight$"),
+}
+# The same along columns, because Conv1D keeps its weight transposed.
+_QKV_COLUMNS = dict.fromkeys(
+    ("decision_transformer", "gpt2", "imagegpt", "openai-gpt"), re.compile(r"\.c_attn\.weight$")
+)
+_KV_ROWS = {"jetmoe": re.compile(r"\.kv_proj\.weight$")}
+# The projection that follows attention: its input is as wide as q.
+_AFTER_ATTENTION = ("o_proj.weight", "out_proj.weight")
+
+_DBRX_EXPERTS = re.compile(r"^(?P<ffn>(?:.*\.)?ffn)\.experts\.mlp\.(?:w1|v1|w2)$")
+_KNOWN_STACK = re.compile(r"expert|moe|(?:input|output)_linear")
+
+
 def cut(stored: Stored, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], split: bool) -> Cut:
     """The matrices in a parameter with two or more dimensions.
 
-    shapes: of all tensors by name, to look at siblings.  split: whether fused projections are taken apart.
+    Args:
+        stored: the parameter; no dimension of it may be 0.
+        shapes: of all tensors by name, to look at siblings.
+        config: the model's config, for parameters that do not know the type of the model around them.
+        split: whether fused projections are taken apart.
     """
     shape = stored.shape
-    if _is_convolution(stored):
-        return Cut((Part("", (), (shape[0], stored.numel // shape[0])),))
-    if len(shape) == 3:
-        return _stack(stored, shapes, config, split)
+    flat = (shape[0], stored.numel // shape[0])
+    if len(shape) > 2 and (note := _convolution(stored)) is not None:
+        return Cut((Part("", (), flat),), note or None)
     if len(shape) > 3:
-        flat = (shape[0], stored.numel // shape[0])
-        return Cut(
-            (Part("", (), flat),), f"{len(shape)} dimensions of unknown meaning: flattened to {flat[0]} x {flat[1]}"
-        )
-    experts = _flat_experts(stored, config)
-    if experts:
-        return Cut(experts)
-    return _dense(stored, shapes, config, split)
+        return Cut((Part("", (), flat),), f"{len(shape)} dimensions of unknown meaning, flattened like a convolution")
+    heights = _experts_below_each_other(stored, shapes)
+    if len(shape) == 2 and heights is None:
+        fused, note = _fused(stored, shape, shapes, config) if split else (None, None)
+        return Cut(tuple(_pieces("", (), flat, fused)), note)
+    fused, note = None, None
+    if heights is not None:
+        slots: list[Index] = [(slice(start, start + heights), ALL) for start in range(0, shape[0], heights)]
+        inner = (heights, shape[1])
+    else:
+        slots, inner = [(expert,) for expert in range(shape[0])], (shape[1], shape[2])
+        fused, note = _fused(stored, inner, shapes, config) if split else (None, None)
+        if stored.parent is None and not _KNOWN_STACK.search(stored.name):
+            note = note or "3 dimensions, taken for a stack of matrices"
+    parts = [part for e, slot in enumerate(slots) for part in _pieces(f"[{e}]", slot, inner, fused)]
+    return Cut(tuple(parts), note)
 
 
-def _is_convolution(stored: Stored) -> bool:
+def _convolution(stored: Stored) -> str | None:
+    """None if it is no convolution; else a note, "" where there is no doubt."""
     if stored.parent is not None:
-        return isinstance(stored.parent, torch.nn.modules.conv._ConvNd)
-    return len(stored.shape) > 2 and names.is_convolution(stored.name)
+        return "" if isinstance(stored.parent, torch.nn.modules.conv._ConvNd) else None
+    if not names.is_convolution(stored.name):
+        return None
+    return "taken for a convolution by its name" if len(stored.shape) == 3 else ""
 
 
-def _stack(stored: Stored, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], split: bool) -> Cut:
-    experts, rows, columns = stored.shape
-    whole = Cut(tuple(Part(f"[{e}]", (e,), (rows, columns)) for e in range(experts)))
-    if not re.search(r"(?:^|\.)gate_up_proj(?:\.weight)?$", stored.name) or not split:
-        return whole
-    layout, note = _gate_up_layout(stored, shapes, config)
-    if layout is None:
-        return Cut(whole.parts, note)
-    halves = _halves(rows, columns, layout)
-    return Cut(
-        tuple(Part(f"[{e}].{label}", (e, *index), half) for e in range(experts) for label, index, half in halves)
-    )
+def _experts_below_each_other(stored: Stored, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """DBRX keeps all experts of a layer in one 2-D parameter: the rows of one of them, as its router tells."""
+    found = _DBRX_EXPERTS.search(stored.name)
+    router = shapes.get(f"{found['ffn']}.router.layer.weight", ()) if found else ()
+    if len(stored.shape) != 2 or len(router) != 2 or stored.shape[0] % router[0]:
+        return None
+    return stored.shape[0] // router[0]
 
 
-def _halves(rows: int, columns: int, layout: Layout) -> list[tuple[str, tuple[slice, slice], tuple[int, int]]]:
-    if layout == "rows":
-        h = rows // 2
-        return [("gate", (slice(0, h), ALL), (h, columns)), ("up", (slice(h, rows), ALL), (rows - h, columns))]
-    h = columns // 2
-    if layout == "columns":
-        return [("gate", (ALL, slice(0, h)), (rows, h)), ("up", (ALL, slice(h, columns)), (rows, columns - h))]
-    return [("gate", (ALL, slice(0, columns, 2)), (rows, h)), ("up", (ALL, slice(1, columns, 2)), (rows, columns - h))]
+def _pieces(label: str, slot: Index, shape: tuple[int, int], fused: _Fused | None) -> list[Part]:
+    if fused is None:
+        return [Part(label, slot, shape)]
+    rows, columns = shape
+    parts = []
+    ends = list(itertools.accumulate(fused.sizes))
+    for i, (piece, size, end) in enumerate(zip(fused.labels, fused.sizes, ends, strict=True)):
+        taken = slice(i, ends[-1], len(ends)) if fused.interleaved else slice(end - size, end)
+        index = (taken, ALL) if fused.along == "rows" else (ALL, taken)
+        parts.append(
+            Part(f"{label}.{piece}", (*slot, *index), (size, columns) if fused.along == "rows" else (rows, size))
+        )
+    return parts
+
+
+def _fused(
+    stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> tuple[_Fused | None, str | None]:
+    """How a matrix of the parameter is put together; None if it is no fused one, or with a note if nothing tells."""
+    kind = stored.model_type or model_type(config) or ""
+    if _GATE_UP.search(stored.name) or _matches(_GATE_UP_OF, kind, stored.name):
+        return _gate_up(stored, shape, shapes, kind)
+    if _FUSED_QKV.search(stored.name) or _matches(_KV_ROWS, kind, stored.name):
+        fused = _qkv(stored, shape, shapes, kind)
+        return fused, None if fused else "fused q, k and v, interleaved or of unknown layout: ranked as stored"
+    return None, None
+
+
+def _gate_up(
+    stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], kind: str
+) -> tuple[_Fused | None, str | None]:
+    along, alternating, note = _gate_up_layout(stored, shape, shapes, kind)
+    size = shape[0] if along == "rows" else shape[1]
+    if along is None or alternating is None or size % 2:
+        return None, "gate and up cannot be told apart by module, model type or shapes: ranked as stored"
+    up_first = kind == "phi4_multimodal_audio" or (kind == "phi4_multimodal" and "audio" in stored.name)
+    labels = ("up", "gate") if up_first else ("gate", "up")
+    return _Fused(labels, (size // 2, size // 2), along, alternating), note
 
 
 def _gate_up_layout(
-    stored: Stored, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
-) -> tuple[Layout | None, str | None]:
-    """From the module, the model type, or the sibling; None with a note where they leave it open."""
-    _, rows, columns = stored.shape
-    layout: Layout | None = None
+    stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], kind: str
+) -> tuple[Along | None, bool | None, str | None]:
+    """Along which dimension the halves lie, whether they alternate (None: unknown for both), and a note on a guess."""
     transposed = getattr(stored.parent, "is_transposed", None)
-    if isinstance(transposed, bool):
-        concatenated = getattr(stored.parent, "is_concatenated", True)
-        layout = "rows" if not transposed else "columns" if concatenated else "interleaved"
-    elif model_type(config) in TRANSPOSED:
-        layout = TRANSPOSED[str(model_type(config))]
-    else:
-        down = shapes.get(stored.name.replace("gate_up_proj", "down_proj"))
-        fits_rows = down is not None and len(down) == 3 and rows == 2 * down[2] and columns == down[1]
-        fits_columns = down is not None and len(down) == 3 and columns == 2 * down[1] and rows == down[2]
-        if fits_rows and (not fits_columns or model_type(config)):
-            layout = "rows"
-    if layout is None or (rows if layout == "rows" else columns) % 2:
-        return None, "gate and up could not be told apart from module, model type or shapes: ranked as stored"
-    return layout, None
+    concatenated = getattr(stored.parent, "is_concatenated", None)
+    if isinstance(transposed, bool) and isinstance(concatenated, bool):  # transformers' experts say it themselves
+        return "columns" if transposed else "rows", not concatenated, None
+    along = _along_of_sibling(stored.name, shape, shapes)
+    if along is None and stored.name.endswith("input_linear.weight"):
+        along = "rows"
+    if kind in _ALTERNATING:
+        return along or "columns", True, None
+    if kind in _GATE_COLUMNS_FIRST:
+        return along or "columns", False, None
+    if along == "columns":
+        return along, None, None
+    return along, False, None if kind else "gate is taken to come first, as is usual"
 
 
-def _flat_experts(stored: Stored, config: Mapping[str, Any]) -> tuple[Part, ...]:
-    """DBRX keeps its experts one below the other in a 2-D parameter."""
-    count = getattr(stored.parent, "moe_num_experts", None)
-    if count is None and model_type(config) == "dbrx":
-        ffn = config.get("ffn_config")
-        count = ffn.get("moe_num_experts") if isinstance(ffn, Mapping) else None
-    rows, columns = stored.shape
-    if not isinstance(count, int) or count < 1 or rows % count or not re.search(r"\.(?:w1|v1|w2)$", stored.name):
-        return ()
-    height = rows // count
-    return tuple(Part(f"[{e}]", (slice(e * height, (e + 1) * height), ALL), (height, columns)) for e in range(count))
+def _along_of_sibling(name: str, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]) -> Along | None:
+    fused, down = next((pair for pair in _DOWN.items() if pair[0] in name), ("", ""))
+    sibling = shapes.get(name.replace(fused, down), ()) if fused else ()
+    if len(sibling) < 2:
+        return None
+    if shape == (2 * sibling[-1], sibling[-2]):
+        return "rows"
+    return "columns" if shape == (sibling[-1], 2 * sibling[-2]) else None
 
 
-def _dense(stored: Stored, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], split: bool) -> Cut:
-    rows, columns = stored.shape
-    whole = Cut((Part("", (), (rows, columns)),))
-    if not split:
-        return whole
-    if re.search(r"(?:^|\.)gate_up_proj\.weight$", stored.name):
-        down = shapes.get(stored.name.replace("gate_up_proj", "down_proj"))
-        if down is None or len(down) != 2 or rows != 2 * down[1]:
-            return Cut(whole.parts, "gate and up could not be told apart from shapes: ranked as stored")
-        return Cut(tuple(Part(f".{label}", index, half) for label, index, half in _halves(rows, columns, "rows")))
-    if not FUSED_QKV.search(stored.name):
-        return whole
-    sizes, along = _qkv_sizes(stored, config)
-    if not sizes:
-        return Cut(whole.parts, "fused q, k, v whose layout is interleaved or unknown: ranked as stored")
-    parts, start = [], 0
-    for label, size in zip("qkv", sizes, strict=True):
-        piece = slice(start, start + size)
-        parts.append(
-            Part(f".{label}", (piece, ALL), (size, columns))
-            if along == 0
-            else Part(f".{label}", (ALL, piece), (rows, size))
-        )
-        start += size
-    return Cut(tuple(parts))
+def _qkv(stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], kind: str) -> _Fused | None:
+    rows, columns = shape
+    owner = type(stored.parent).__name__ if stored.parent is not None else ""
+    if stored.name.endswith("in_proj_weight") and rows == 3 * columns and owner in ("", "MultiheadAttention"):
+        return _Fused(("q", "k", "v"), (columns,) * 3, "rows")  # torch.nn.MultiheadAttention
+    if _matches(_QKV_COLUMNS, kind, stored.name) and columns in (2 * rows, 3 * rows):
+        labels = ("k", "v") if columns == 2 * rows else ("q", "k", "v")  # attention to an encoder has a q of its own
+        return _Fused(labels, (rows,) * len(labels), "columns")
+    if _matches(_KV_ROWS, kind, stored.name) and rows % 2 == 0:
+        return _Fused(("k", "v"), (rows // 2,) * 2, "rows")
+    if not _matches(_QKV_ROWS, kind, stored.name):
+        return None
+    block = stored.name.removesuffix(".weight").rpartition(".")[0]
+    after = next((shapes[f"{block}.{n}"] for n in _AFTER_ATTENTION if len(shapes.get(f"{block}.{n}", ())) == 2), None)
+    q = after[1] if after is not None else columns if rows == 3 * columns else rows
+    if q >= rows or (rows - q) % 2:
+        return None
+    return _Fused(("q", "k", "v"), (q, (rows - q) // 2, (rows - q) // 2), "rows")
 
 
-def _qkv_sizes(stored: Stored, config: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
-    """Sizes of contiguous q, k and v, and the dimension along which they lie; () where they are not contiguous."""
-    rows, columns = stored.shape
-    kind = type(stored.parent).__name__ if stored.parent is not None else ""
-    if stored.name.endswith("in_proj_weight") and rows == 3 * columns and kind in ("", "MultiheadAttention"):
-        return (columns,) * 3, 0  # torch.nn.MultiheadAttention
-    if (
-        stored.name.endswith("c_attn.weight")
-        and columns == 3 * rows
-        and (kind == "Conv1D" or model_type(config) == "gpt2")
-    ):
-        return (rows,) * 3, 1
-    if stored.name.endswith("qkv_proj.weight") and model_type(config) in CONTIGUOUS_QKV:
-        heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
-        if isinstance(heads, int) and heads > 0:
-            groups = groups if isinstance(groups, int) else heads
-            head = config.get("head_dim") or columns // heads
-            if (heads + 2 * groups) * head == rows:
-                return (heads * head, groups * head, groups * head), 0
-    return (), 0
+def _matches(table: Mapping[str, re.Pattern[str]], kind: str, name: str) -> bool:
+    return kind in table and table[kind].search(name) is not None
 
 
 def model_type(config: Mapping[str, Any]) -> str | None:

@@ -2,45 +2,114 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
-from .base import Inventory
-from .tensors import fingerprint, identity, plain_config, stored
+from .base import Inventory, Role, Stored
+from .filters import is_router_module
+from .names import has_adapters
+from .tensors import fingerprint, identity, own_names, plain_config, sharded, store
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in the model a parameter is: its owner, what that is for, and the type of the model around it."""
+
+    owner: torch.nn.Module
+    roles: frozenset[Role]
+    model_type: str | None
 
 
 def read_module(model: torch.nn.Module) -> Inventory:
     """The parameters of a model, tied ones once with all their names.
 
     Raises:
-        NotImplementedError: a parameter is sharded (DTensor, ZeRO-3).
+        NotImplementedError: a parameter is sharded (DTensor, FSDP, ZeRO-3).
     """
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise NotImplementedError(sharded(name or type(model).__name__, "FSDP"))
+    places = _places(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     groups: dict[object, list[str]] = {}
-    found: dict[str, tuple[torch.nn.Parameter, torch.nn.Module]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-            found[name] = parameter, module
-            groups.setdefault(identity(parameter), []).append(name)
-    # A module that is used twice has its parameters under both names, but named_modules() shows it once.
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        members = groups.setdefault(identity(parameter), [])
-        if name not in members:
-            members.append(name)
-    head = _output_head(model)
-    tensors = []
-    for key, names in groups.items():
-        parameter, module = next(found[name] for name in names if name in found)
-        embedding = any(isinstance(found[n][1], torch.nn.Embedding) for n in names if n in found)
-        embedding = embedding or (head is not None and identity(head) == key)
-        tensors.append(stored(tuple(names), parameter, module, embedding))
+    for name, parameter in parameters.items():
+        groups.setdefault(identity(parameter), []).append(name)
+    own = own_names(groups.values())
+    heads = {identity(weight) for weight in _output_heads(model)}
+    tensors = [
+        _stored(own[names[0]], parameters[names[0]], [places[name.rpartition(".")[0]] for name in names], key in heads)
+        for key, names in groups.items()
+    ]
     config = plain_config(getattr(model, "config", None))
-    metadata = {"kind": "module", "class": type(model).__name__, "model_type": config.get("model_type")}
-    return Inventory(tensors, sum(t.numel for t in tensors), config, {**metadata, "fingerprint": fingerprint(tensors)})
+    model_type = config.get("model_type") or next((p.model_type for p in places.values() if p.model_type), None)
+    metadata = {
+        "kind": "module",
+        "class": type(model).__name__,
+        "model_type": model_type,
+        "fingerprint": fingerprint(tensors),
+    }
+    buffers = own_names([name] for name, _ in model.named_buffers(remove_duplicate=False)).values()
+    return Inventory(
+        tensors,
+        sum(t.numel for t in tensors),
+        config,
+        metadata,
+        buffers=[name for names in buffers for name in names],
+        in_peft=has_adapters(parameters),
+    )
 
 
-def _output_head(model: torch.nn.Module) -> torch.Tensor | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        weight = getattr(getter(), "weight", None) if callable(getter) else None
-    except (AttributeError, NotImplementedError, TypeError):  # a model without one may say so in any of these ways
-        return None
-    return weight if isinstance(weight, torch.Tensor) else None
+def _stored(names: tuple[str, ...], parameter: torch.Tensor, places: list[_Place], head: bool) -> Stored:
+    roles: set[Role] = {role for place in places for role in place.roles}
+    if head:
+        roles.add("head")
+    return store(names, parameter, places[0].owner, places[0].model_type, frozenset(roles))
+
+
+def _places(model: torch.nn.Module) -> dict[str, _Place]:
+    """By the name of the module that holds a parameter."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[str, _Place] = {}
+    for name, module in modules.items():
+        above, _, last = name.rpartition(".")
+        parent = places[above] if name else None
+        found = getattr(getattr(module, "config", None), "model_type", None)
+        model_type = found if isinstance(found, str) else parent.model_type if parent else None
+        owner = module
+        if isinstance(module, torch.nn.utils.parametrize.ParametrizationList) and above:
+            owner = modules[above.rpartition(".")[0]]  # X of X.parametrizations.weight
+        roles = set(_roles(module, is_root=parent is None))
+        if parent is not None:
+            roles |= parent.roles & {"adapter"}
+            roles |= {"router"} if above and is_router_module(parent.owner) else set()
+            roles |= {"adapter"} if last in _adapter_words(parent.owner) else set()
+        places[name] = _Place(owner, frozenset(roles), model_type)
+    return places
+
+
+def _roles(module: torch.nn.Module, *, is_root: bool) -> Iterator[Role]:
+    kind = type(module).__name__
+    looked_up = isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) or kind.endswith("Embedding")
+    if looked_up and not isinstance(module, torch.nn.modules.conv._ConvNd):
+        yield "embedding"
+    if not is_root and is_router_module(module):
+        yield "router"
+
+
+def _adapter_words(module: torch.nn.Module) -> tuple[str, ...]:
+    """What a layer of PEFT calls the children that it adds: every such layer lists them."""
+    words = getattr(module, "adapter_layer_names", ())
+    return tuple(words) if isinstance(words, (tuple, list)) else ()
+
+
+def _output_heads(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        getter = getattr(type(module), "get_output_embeddings", None)
+        try:
+            weight = getattr(getter(module), "weight", None) if callable(getter) else None
+        except (AttributeError, NotImplementedError, TypeError):  # a model without one may say so in any of these ways
+            continue
+        if isinstance(weight, torch.Tensor):
+            yield weight

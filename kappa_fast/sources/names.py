@@ -3,47 +3,49 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])(?P<stem>(?:expert_)?)\d+(?![^.])")
+_LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
+_DIGITS = re.compile(r"([0-9]+)")
 
 # Wrappers that put themselves between a module and its weight; the weight keeps the name it has without them.
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.|$)")
 
-_EMBEDDING = re.compile(
-    r"(?:^|\.)(?:embed_tokens(?:_per_layer)?|embed_in|embed_out|embed_positions|wte|wpe|tok_embeddings|token_embedding"
-    r"|word_embeddings(?:_layernorm)?|position_embeddings?|positional_embedding(?:_vlm)?|token_type_embeddings|pos_embed"
-    r"|cls_token|relative_attention_bias|lm_head)(?:\.(?:decoder\.)?weight)?$"
-    r"|^(?:model\.)?(?:shared|output)\.weight$|(?:^|\.)predictions\.decoder\.weight$"
+# What PEFT puts around or beside the weights, and the first words of what its methods add to them.
+_PEFT = re.compile(r"^base_model\.|\.base_layer\.|\.modules_to_save\.|\.original_module\.|(?:^|\.)lora_")
+_ADAPTER = re.compile(r"(?:^|\.)(?:lora_|modules_to_save(?:\.|$))")
+_ADAPTER_IN_PEFT = re.compile(
+    r"^prompt_encoder\.|(?:^|\.)(?:adamss|adaption|beft|boft|bone|c3a|deft|delora|fourierft|frod|glora|gralora|hada|hira"
+    r"|hra|ia3|lily|ln_tuning|lokr|miss|oft|osf|peanut|poly|prompt_embeddings|psoft|pvera|randlora|road|shadow|shira"
+    r"|supertuning|tinylora|trainable_tokens|unilora|vblora|vera|waveft|xlora)(?:_|\.|$)"
 )
-_ROUTER = re.compile(r"(?:^|\.)(?:router|[a-z_]+_router|shared_expert_gate)(?:\.|$)")
-_GATE = re.compile(r"^(?P<block>.*)\.gate(?:\.wg)?\.weight$")
-_ADAPTER = re.compile(
-    r"(?:^|[._])(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_[a-z]+|modules_to_save|ia3_l|vera_[A-Za-z]+|hada_\w+"
-    r"|lokr_\w+|oft_\w+|boft_\w+|prompt_encoder|prompt_embeddings|adaption_\w+|trainable_tokens_\w+)(?:\.|$)"
-)
-_CONVOLUTION = re.compile(
-    r"(?:^|\.)conv\w*(?:\.\d+)?\.weight$|\.(?:patch_embeddings?\.projection|patch_embed\.proj)\.weight$"
-)
-_MASK = re.compile(r"(?:^|\.)(?:attn|attention|self_attn)\.(?:bias|masked_bias)$|(?:^|\.)(?:inv_freq|position_ids)$")
 
-# Last words of names that belong to the codes of a quantized weight, by what they are called on disk.
-SCALE_SUFFIXES = (
-    "weight_scale_inv",
-    "weight_scale_2",
-    "weight_scale",
-    "weight_global_scale",
-    "weight_zero_point",
-    "weight_shape",
-    "input_scale",
-    "scales",
-    "qzeros",
-    "g_idx",
-    "SCB",
-    "absmax",
-    "quant_map",
-    "nested_absmax",
-    "nested_quant_map",
+# The component that owns the tensor, such as "embed_tokens", "word_embeddings", "pos_embed", "relative_attention_bias".
+_EMBEDDING = re.compile(
+    r"(?:\w+_)?(?:emb|embs|embed|embeds|embedding|embeddings|embedder)(?:_\w+)?|wte|wpe|\w*position_bias_table"
+    r"|relative_attention_bias|rel_pos_[hw]|(?:cls|mask|class|dist)_tokens?"
+)
+# ... and what holds one of these words but projects, normalizes or cuts into patches instead of looking up.
+_NO_EMBEDDING = re.compile(
+    r"patch|conv|proj|norm|dense|linear|transform|mapping|dropout|rotary|time|bbox|class_embed|decoder_embed$"
+)
+_SHARED = re.compile(r"(?:^|model\.)shared\.weight$")
+_HEAD = re.compile(
+    r"(?:^|\.)(?:\w+_)?(?:lm_head|unembed|vocab_projector|codec_head)(?:\.(?:decoder|out_proj))?(?:\.weight)?$"
+    r"|(?:^|\.)(?:embed_out|(?:predictions|mlm_score)\.decoder|pred_layer\.proj)\.weight$"
+)
+# What heads are called too, but other projections as well.
+_VAGUE_HEAD = re.compile(r"(?:^|\.)(?:output|decoder|output_projection|proj_out|head)\.weight$")
+
+_ROUTER = re.compile(r"(?:^|\.)(?:[a-z_]+_)?router(?:\.|$)|(?:^|\.)shared_experts?_gate(?:\.|$)")
+_GATE = re.compile(r"^(?P<block>(?:.*\.)?)gate(?:\.wg)?\.weight$")
+_MOE = re.compile(r"moe|expert|sparse")
+
+_CONVOLUTION = re.compile(r"conv(?!er|ne)|patch_embed(?:dings?)?\.(?:proj|projection)\.")
+_BUFFER = re.compile(
+    r"(?:^|\.)(?:attn|attention|self_attn)\.(?:bias|masked_bias)$|(?:^|[._])(?:inv_freq|(?:attn|causal|attention)_mask)$"
+    r"|(?:^|[._])(?:position_ids|(?:cos|sin)_cached|freqs_cis|running_(?:mean|var)|num_batches_tracked)$"
 )
 
 
@@ -53,32 +55,60 @@ def base_name(name: str) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """The first number among the components of the name."""
-    found = _NUMBER.search(name)
-    return int(found.group()) if found else None
+    """The first number among the components of the name that does not count experts."""
+    for found in _LAYER.finditer(name):
+        if not name[: found.start()].endswith("experts."):
+            return int(found.group())
+    return None
 
 
 def group_of(name: str) -> str:
-    """The name with its numbers as ``*``."""
-    return _NUMBER.sub("*", name)
+    """The name with its numbers as ``*``; digits inside a word (w1, conv2) stay."""
+    return _NUMBER.sub(r"\g<stem>*", name)
+
+
+def in_model_order(names: Iterable[str]) -> list[str]:
+    """Sorted with numbers by value, so that layer 2 comes before layer 10."""
+
+    def by_value(name: str) -> tuple[list[tuple[int, str]], str]:
+        words = _DIGITS.split(name)  # every second one is a number
+        return [(int(word), "") if i % 2 else (-1, word) for i, word in enumerate(words)], name
+
+    return sorted(names, key=by_value)
 
 
 def is_embedding(name: str) -> bool:
-    """True for embeddings, positional ones too, and output heads."""
-    return _EMBEDDING.search(name) is not None
+    """True for tables that are looked up: of tokens, positions, segments."""
+    words = [word for word in name.split(".") if word not in ("weight", "weights")]
+    owner = words[-1] if words else ""
+    found = _EMBEDDING.fullmatch(owner) is not None and _NO_EMBEDDING.search(owner) is None
+    return (found and owner != "embed_out") or _SHARED.search(name) is not None
+
+
+def is_output_head(name: str, as_an_embedding: bool) -> bool:
+    """True for the projection onto the vocabulary; ``as_an_embedding`` tells that some embedding has the same shape."""
+    return _HEAD.search(name) is not None or (as_an_embedding and _VAGUE_HEAD.search(name) is not None)
 
 
 def is_router(name: str, names: Collection[str]) -> bool:
-    """True for the router of a mixture of experts; a plain ``gate`` is one where its block has experts."""
+    """True for the router of a mixture of experts; a plain ``gate`` is one where its block is known to have experts."""
     if _ROUTER.search(name):
         return True
     gate = _GATE.match(name)
-    return gate is not None and any(other.startswith(gate["block"] + ".expert") for other in names)
+    if gate is None:
+        return False
+    owner = gate["block"].rstrip(".").rpartition(".")[2]
+    return _MOE.search(owner) is not None or any(other.startswith(gate["block"] + "expert") for other in names)
 
 
-def is_adapter(name: str) -> bool:
-    """True for the tensors that PEFT adds to a model."""
-    return _ADAPTER.search(name) is not None
+def has_adapters(names: Iterable[str]) -> bool:
+    """True if PEFT has wrapped the model that has these names."""
+    return any(_PEFT.search(name) for name in names)
+
+
+def is_adapter(name: str, in_peft: bool) -> bool:
+    """True for the tensors that PEFT adds to a model; ``in_peft`` as ``has_adapters`` found."""
+    return _ADAPTER.search(name) is not None or (in_peft and _ADAPTER_IN_PEFT.search(name) is not None)
 
 
 def is_convolution(name: str) -> bool:
@@ -86,34 +116,6 @@ def is_convolution(name: str) -> bool:
     return _CONVOLUTION.search(name) is not None
 
 
-def is_mask(name: str) -> bool:
-    """True for buffers that a state dict holds beside the weights."""
-    return _MASK.search(name) is not None
-
-
-def scale_owner(name: str, names: Collection[str]) -> str | None:
-    """The weight whose scales (or zero points, ...) this tensor holds, or None if it is no such tensor."""
-    if name.endswith("_scales") and name.removesuffix("_scales") + "_blocks" in names:
-        return name.removesuffix("_scales") + "_blocks"
-    prefix, _, last = name.rpartition(".")
-    if last not in SCALE_SUFFIXES:
-        return None
-    for codes in ("weight", "qweight", "weight_packed", "weight_blocks"):
-        candidate = f"{prefix}.{codes}" if prefix else codes
-        if candidate in names:
-            return candidate
-    return prefix if prefix in names else None
-
-
-def scale_of(name: str, names: Collection[str]) -> str | None:
-    """The scales that lie beside a weight, or None."""
-    if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in names:
-        return name.removesuffix("_blocks") + "_scales"
-    prefix, _, last = name.rpartition(".")
-    candidates = [f"{name}.{suffix}" for suffix in SCALE_SUFFIXES]
-    candidates += [
-        f"{name}_{suffix.removeprefix('weight_')}" for suffix in SCALE_SUFFIXES if suffix.startswith("weight_")
-    ]
-    if last in ("weight", "qweight", "weight_packed"):
-        candidates += [f"{prefix}.{suffix}" if prefix else suffix for suffix in SCALE_SUFFIXES]
-    return next((c for c in candidates if c in names and c != name), None)
+def is_buffer(name: str) -> bool:
+    """True for masks, rotary tables and statistics, which a state dict holds beside the weights."""
+    return _BUFFER.search(name) is not None

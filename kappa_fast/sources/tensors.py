@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..entries import Index
 from ..errors import SourceError
-from .base import Inventory, Stored
-from .names import base_name
+from . import codes
+from .base import Inventory, Role, Stored
+from .names import base_name, has_adapters, is_buffer
+
+# Attributes in which quantized parameters, or the modules that own them, keep what their codes need.
+_OF_PARAMETER = ("quant_state", "SCB")
+_OF_MODULE = ("weight_scale_inv", "weight_scale", "SCB", "scales", "scale")
 
 
 def read_mapping(weights: Mapping[str, torch.Tensor]) -> Inventory:
@@ -24,44 +30,54 @@ def read_mapping(weights: Mapping[str, torch.Tensor]) -> Inventory:
     groups: dict[object, list[str]] = {}
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise SourceError(
-                f"the mapping holds {name!r}: {type(tensor).__name__}, but names and tensors are wanted: "
-                "pass model.state_dict() or what safetensors.torch.load_file() returns"
-            )
+            raise SourceError(_no_tensor(name, tensor))
         groups.setdefault(identity(tensor), []).append(name)
-    tensors = [stored(tuple(names), weights[names[0]], None) for names in groups.values()]
-    count = sum(t.numel for t in tensors)
-    return Inventory(tensors, count, {}, {"kind": "mapping", "fingerprint": fingerprint(tensors)})
+    own = own_names(groups.values())
+    tensors = [store(own[names[0]], weights[names[0]]) for names in groups.values()]
+    metadata = {"kind": "mapping", "model_type": None, "fingerprint": fingerprint(tensors)}
+    return Inventory(tensors, count_weights(tensors), {}, metadata, in_peft=has_adapters(weights))
 
 
-def stored(
-    names: tuple[str, ...], tensor: torch.Tensor, parent: torch.nn.Module | None, embedding: bool = False
+def store(
+    names: tuple[str, ...],
+    tensor: torch.Tensor,
+    parent: torch.nn.Module | None = None,
+    model_type: str | None = None,
+    roles: frozenset[Role] = frozenset(),
 ) -> Stored:
-    """A tensor in memory as the rest of the room wants it."""
+    """A tensor in memory as the rest of the room wants it.
+
+    Raises:
+        NotImplementedError: it is sharded.
+    """
     refuse_sharded(names[0], tensor)
-    clean = tuple(dict.fromkeys(base_name(name) for name in names))
-    return Stored(
-        clean,
-        tuple(tensor.shape),
-        tensor.dtype,
-        tensor.device,
-        taker(tensor),
-        problem(tensor, parent),
-        parent,
-        embedding,
-    )
+    lazy = isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
+    shape = (0, 0) if lazy else tuple(tensor.shape)
+    problem = "lazy and without a shape yet: run the model once" if lazy else _problem(tensor, parent)
+    return Stored(names, shape, tensor.dtype, tensor.device, _taker(tensor), problem, parent, model_type, roles)
 
 
-def taker(tensor: torch.Tensor) -> Callable[[Index], torch.Tensor]:
-    """A function that gives a detached view of a part."""
-    return lambda index: tensor.detach()[index] if index else tensor.detach()
+def own_names(groups: Iterable[Collection[str]]) -> dict[str, tuple[str, ...]]:
+    """For the first name of each group of tied names, all of them without the wrappers of PEFT.
+
+    Where two different tensors would get the same name, the later one keeps the wrappers in it.
+    """
+    tied = [tuple(names) for names in groups]
+    taken = {name for names in tied for name in names if base_name(name) == name}
+    own: dict[str, tuple[str, ...]] = {}
+    for names in tied:
+        short = {name: base_name(name) for name in names}
+        kept = [s if s == name or s not in taken or s in names else name for name, s in short.items()]
+        taken.update(kept)
+        own[names[0]] = tuple(dict.fromkeys(kept))
+    return own
 
 
 def identity(tensor: torch.Tensor) -> object:
     """Equal for tensors that are the same weights under two names."""
     try:
         address = tensor.data_ptr()
-    except (RuntimeError, NotImplementedError):  # subclasses without storage
+    except (RuntimeError, NotImplementedError, ValueError):  # subclasses and layouts without storage
         address = 0
     if address == 0 or tensor.numel() == 0:
         return id(tensor)
@@ -69,32 +85,40 @@ def identity(tensor: torch.Tensor) -> object:
 
 
 def refuse_sharded(name: str, tensor: torch.Tensor) -> None:
-    """Raise for weights of which this process holds only a part."""
-    kind = type(tensor).__name__
-    if hasattr(tensor, "ds_shape") or kind in ("DTensor", "ShardedTensor", "FlatParameter"):
-        shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-        how = "ZeRO-3" if hasattr(tensor, "ds_shape") else kind
-        raise NotImplementedError(
-            f"{name!r} of shape {shape} is sharded over several processes ({how}), which is not supported yet: "
-            "rank the checkpoint directory, or the model before it is sharded"
-        )
+    """Raise for weights of which this process holds only a part.
+
+    Raises:
+        NotImplementedError: the tensor is a DTensor, belongs to FSDP1, or to ZeRO-3 and is not gathered.
+    """
+    kind = next((c.__name__ for c in type(tensor).__mro__ if c.__name__ in ("DTensor", "ShardedTensor")), None)
+    if kind is None and (type(tensor).__name__ == "FlatParameter" or hasattr(tensor, "_is_flat_param")):
+        kind = "FSDP"
+    shape = tuple(getattr(tensor, "ds_shape", ()))
+    if kind is None and shape and tuple(tensor.shape) != shape:
+        kind = "ZeRO-3"
+    if kind is not None:
+        raise NotImplementedError(sharded(f"{name} of shape {shape or tuple(tensor.shape)}", kind))
 
 
-def problem(tensor: torch.Tensor, parent: torch.nn.Module | None) -> str | None:
-    """Why the values of a tensor in memory are no weights as they stand, or None."""
-    for attribute in ("quant_state", "SCB"):
-        if getattr(tensor, attribute, None) is not None:
-            return f"quantized codes that need their scales ({attribute}); quantized formats are not supported yet"
-    kind = type(tensor)
-    if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        return f"quantized or other tensor subclass {kind.__name__}; quantized formats are not supported yet"
-    if tensor.layout != torch.strided:
-        return f"stored as {tensor.layout}: only dense tensors are ranked"
-    narrow = tensor.dtype.itemsize == 1 or not tensor.is_floating_point()
-    for attribute in ("weight_scale_inv", "weight_scale", "SCB", "scales", "scale"):
-        if narrow and parent is not None and isinstance(getattr(parent, attribute, None), torch.Tensor):
-            return f"quantized codes that need their scales ({attribute}); quantized formats are not supported yet"
-    return None
+def sharded(what: str, kind: str) -> str:
+    """The message for weights that are spread over processes in one of the usual ways."""
+    return (
+        f"{what} is sharded over several processes ({kind}), which is not supported yet: "
+        "rank the checkpoint directory, or the model before it is sharded or after it is gathered"
+    )
+
+
+def count_weights(tensors: Iterable[Stored]) -> int:
+    """How many weights a checkpoint or state dict holds: floats, and codes that have scales, but not the scales."""
+    tensors = list(tensors)
+    names = {name for t in tensors for name in t.names}
+    scales = {c for t in tensors if codes.may_be_codes(t.dtype) for n in t.names for c in codes.companions(n, names)}
+    count = 0
+    for t in tensors:
+        quantized = codes.may_be_codes(t.dtype) and any(codes.companions(name, names) for name in t.names)
+        weights = quantized or (t.dtype is not None and t.dtype.is_floating_point and not is_buffer(t.name))
+        count += t.numel if weights and scales.isdisjoint(t.names) else 0
+    return count
 
 
 def fingerprint(tensors: Iterable[Stored]) -> str:
@@ -114,3 +138,29 @@ def plain_config(config: Any) -> dict[str, Any]:
         return {}
     text = found.get("text_config")
     return {**text, **found} if isinstance(text, Mapping) else dict(found)
+
+
+def _taker(tensor: torch.Tensor) -> Callable[[Index], torch.Tensor]:
+    return lambda index: tensor.detach()[index] if index else tensor.detach()
+
+
+def _no_tensor(name: object, value: object) -> str:
+    what = f"the mapping holds {name!r}: {type(value).__name__}, but names and tensors are wanted"
+    if isinstance(value, Mapping):
+        return f"{what}: pass the inner mapping, source[{name!r}], if those are the weights"
+    return f"{what}: pass model.state_dict() or what safetensors.torch.load_file() returns"
+
+
+def _problem(tensor: torch.Tensor, parent: torch.nn.Module | None) -> str | None:
+    """Why the values of a tensor in memory are no weights as they stand, or None."""
+    found = [attribute for attribute in _OF_PARAMETER if getattr(tensor, attribute, None) is not None]
+    if parent is not None and codes.may_be_codes(tensor.dtype):
+        found += [a for a in _OF_MODULE if isinstance(getattr(parent, a, None), torch.Tensor)]
+    if found:
+        return codes.codes_reason(found)
+    kind = type(tensor)
+    if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return f"quantized or other tensor subclass {kind.__name__}; {codes.NOT_SUPPORTED}"
+    if tensor.layout != torch.strided:
+        return f"stored as {str(tensor.layout).removeprefix('torch.')}: only dense tensors are ranked"
+    return None

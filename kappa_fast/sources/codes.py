@@ -1,0 +1,99 @@
+"""Quantized weights: which tensors are codes, and which hold the scales without which codes mean nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+import torch
+
+NOT_SUPPORTED = "quantized formats are not supported yet"
+
+# Float formats whose values are the weights. Of eight bits only those that hold a sign and a mantissa.
+RANKED = frozenset(
+    getattr(torch, name)
+    for name in (
+        *("float64", "float32", "bfloat16", "float16"),
+        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+    )
+    if hasattr(torch, name)
+)
+
+# What the name of the codes ends in, and what a companion adds to the name as a whole, or puts beside that ending.
+_ENDING = re.compile(r"(?:qweight|weight_packed|_weight_qdata|weight|_blocks)$")
+_APPENDED = (
+    "_scale_inv",
+    "_scale",
+    "_scale_2",
+    "_scales",
+    "_global_scale",
+    "_zero_point",
+    "_shape",
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".quant_state.bitsandbytes__nf4",
+    ".quant_state.bitsandbytes__fp4",
+)
+_BESIDE = (
+    "weight_scale_inv",
+    "weight_scale",
+    "weight_scale_2",
+    "weight_global_scale",
+    "weight_zero_point",
+    "weight_shape",
+    "_weight_scale",
+    "_weight_zero_point",
+    "scale_weight",
+    "scale_inv",
+    "scale",
+    "SCB",
+    "scales",
+    "qzeros",
+    "g_idx",
+    "_scales",
+)
+
+
+def may_be_codes(dtype: torch.dtype | None) -> bool:
+    """True for dtypes in which quantized weights are stored."""
+    return dtype is not None and not dtype.is_complex and (not dtype.is_floating_point or dtype.itemsize == 1)
+
+
+def companions(name: str, names: Collection[str]) -> list[str]:
+    """Those of ``names`` that hold scales, zero points and the like of the codes called ``name``."""
+    stem = _ENDING.sub("", name)
+    candidates = [name + suffix for suffix in _APPENDED]
+    candidates += [stem + suffix for suffix in _BESIDE if stem != name]
+    return [candidate for candidate in dict.fromkeys(candidates) if candidate != name and candidate in names]
+
+
+def scales_reason(companion: str) -> str:
+    """Why a companion is not ranked. It speaks of the last word of the name only, so that reasons can be counted."""
+    return f"scales or zero points of quantized weights ({_last_word(companion)}), not a weight"
+
+
+def codes_reason(companion_names: Collection[str]) -> str:
+    """Why codes that have companions are not ranked."""
+    listed = ", ".join(sorted({_last_word(name) for name in companion_names}))
+    return f"quantized codes that need their scales ({listed}); {NOT_SUPPORTED}"
+
+
+def dtype_reason(dtype: torch.dtype | None) -> str | None:
+    """Why values of this dtype are no weights, or None."""
+    if dtype is None:
+        return "stored in a dtype that torch does not have"
+    if dtype in RANKED:
+        return None
+    called = str(dtype).removeprefix("torch.")
+    if dtype.is_complex:
+        return f"complex numbers ({called})"
+    if dtype.is_floating_point:
+        return f"{called} holds scales or packed codes, no weights: {NOT_SUPPORTED}"
+    return f"{called} values: codes, indices or a mask, no weights"
+
+
+def _last_word(name: str) -> str:
+    words = name.split(".")
+    return ".".join(words[-2:]) if words[-1].startswith("bitsandbytes__") else words[-1]
