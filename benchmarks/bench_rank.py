@@ -18,7 +18,7 @@ import kappa_fast
 
 pytest.importorskip("peft", reason="the peer to compare with: pip install 'kappa_fast[bench]'")
 
-ROUNDS = 5
+ROUNDS = 3
 MODELS = {
     "MiniLM": workloads.minilm,
     "TinyLlama-1.1B, 2 layers, trained-like": lambda: workloads.tinyllama("trained"),
