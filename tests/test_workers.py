@@ -1,0 +1,81 @@
+"""Matrices side by side, one thread each: results, threads, failures and interruptions."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from kappa_fast.workers import each_on_one_thread, fits_one_thread
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield before
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("shape", [(384, 384), (2048, 5632), (5632, 2048)])
+def test_matrices_of_small_models_get_one_thread_each_whichever_side_is_longer(shape):
+    assert fits_one_thread(shape)
+
+
+def test_a_matrix_of_a_large_model_keeps_all_cores_busy():
+    assert not fits_one_thread((14336, 4096))
+
+
+def test_every_item_comes_back_with_its_own_result(threads):
+    assert dict(each_on_one_thread(lambda i: i * i, range(20))) == {i: i * i for i in range(20)}
+
+
+def test_nothing_to_do_is_no_error(threads):
+    assert list(each_on_one_thread(abs, [])) == []
+
+
+def test_each_task_runs_on_one_thread_of_torch_and_off_the_main_thread(threads):
+    seen = dict(each_on_one_thread(lambda _: (torch.get_num_threads(), threading.current_thread().name), range(4)))
+    assert {count for count, _ in seen.values()} == {1}
+    assert all(name.startswith("kappa_fast") for _, name in seen.values())
+
+
+def test_new_threads_start_with_the_callers_number_of_threads_afterwards(threads):
+    list(each_on_one_thread(abs, range(4)))
+    found: list[int] = []
+    worker = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    worker.start()
+    worker.join()
+    assert found == [threads]
+
+
+def test_a_failure_reaches_the_caller_and_drops_what_has_not_begun(threads):
+    begun: list[int] = []
+
+    def task(i: int) -> int:
+        begun.append(i)
+        if i == 0:
+            raise ValueError("the first one fails")
+        return i
+
+    with pytest.raises(ValueError, match="the first one fails"):
+        for _ in each_on_one_thread(task, range(1000)):
+            pass
+    assert len(begun) < 1000
+
+
+def test_an_iterator_that_is_closed_early_waits_for_its_tasks_and_drops_the_rest(threads):
+    begun: list[int] = []
+    ended: list[int] = []
+
+    def task(i: int) -> int:
+        begun.append(i)
+        torch.randn(200, 200).double() @ torch.ones(200, 200, dtype=torch.float64)
+        ended.append(i)
+        return i
+
+    results = each_on_one_thread(task, range(1000))
+    next(results)
+    results.close()
+    assert sorted(begun) == sorted(ended)
+    assert len(begun) < 1000
