@@ -1,21 +1,28 @@
 """kappa_fast: the condition number of every weight matrix of a model, fast, with the certainty of each number."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .entries import Skipped, TensorKappa
-from .errors import (
-    BackendError,
-    ComputeError,
-    Interrupted,
-    KappaError,
-    MissingExtraError,
-    OptionError,
-    RankingFileError,
-    SourceError,
-    SourceNotFoundError,
-)
-from .pipeline import rank
-from .ranking import Ranking
-from .selection import Selection
+
+if TYPE_CHECKING:
+    from .entries import Skipped, TensorKappa
+    from .errors import (
+        BackendError,
+        ComputeError,
+        Interrupted,
+        KappaError,
+        MissingExtraError,
+        OptionError,
+        RankingFileError,
+        SourceError,
+        SourceNotFoundError,
+    )
+    from .pipeline import rank
+    from .ranking import Ranking
+    from .selection import Selection
 
 __all__ = [
     "rank",
@@ -34,3 +41,18 @@ __all__ = [
     "Interrupted",
     "__version__",
 ]
+
+_HOMES = {"rank": "pipeline", "Ranking": "ranking", "Selection": "selection"}
+_HOMES |= {"TensorKappa": "entries", "Skipped": "entries"}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, so that `kappa-fast --help` need not wait for torch.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
