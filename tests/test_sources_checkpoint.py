@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 
 from kappa_fast.errors import OptionError, SourceError, SourceNotFoundError
 from kappa_fast.sources import Filters, open_source
-from kappa_fast.sources.checkpoint import Shard
+from kappa_fast.sources.checkpoint import DTYPES, Shard
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -170,9 +169,9 @@ def test_codes_and_scales_of_a_checkpoint_are_skipped(tmp_path):
     assert open_source(tmp_path, Filters()).num_parameters == 512
 
 
-def test_a_dtype_that_torch_lacks_is_skipped(tmp_path):
-    header = json.dumps({"w": {"dtype": "F4", "shape": [32, 32], "data_offsets": [0, 512]}}).encode()
-    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(512))
+def test_a_dtype_that_torch_lacks_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setitem(DTYPES, "F16", "float4_of_tomorrow")
+    save_file({"w": torch.ones(16, 16).half()}, tmp_path / "m.safetensors")
     assert reasons(tmp_path) == {"w": "stored in a dtype that torch does not have"}
 
 
@@ -285,6 +284,7 @@ def test_a_missing_shard_is_noticed_without_an_index_too(sharded):
         "",
         ".",
         "model.txt",
+        "a\0.safetensors",
     ],
 )
 def test_an_index_cannot_reach_outside_of_its_directory(shard, tmp_path):
@@ -397,6 +397,14 @@ def test_a_directory_without_weights_is_no_model_and_one_below_it_is_pointed_at(
     (tmp_path / "unet").mkdir()
     save_file(MODEL, tmp_path / "unet" / "diffusion.safetensors")
     assert refused(tmp_path) == f"{tmp_path} holds no .safetensors file itself, but unet does: give that directory"
+
+
+def test_a_directory_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def forbid(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", forbid)
+    assert refused(tmp_path) == f"{tmp_path} cannot be read (Permission denied): ask for the right to, or copy it"
 
 
 def test_a_directory_called_like_a_file_is_searched_as_a_directory(tmp_path):

@@ -261,6 +261,7 @@ def test_words_that_peft_uses_too_mean_nothing_outside_of_it():
 def test_wrappers_of_peft_are_taken_out_of_names_unless_two_tensors_would_share_one():
     assert base_name("a.q_proj.base_layer.weight") == "a.q_proj.weight"
     assert base_name("lm_head.original_module.weight") == "lm_head.weight"
+    assert base_name("embed_tokens.token_adapter.base_layer.weight") == "embed_tokens.weight"
     assert base_name("experts.base_layer.base_layer.gate_up_proj") == "experts.gate_up_proj"
     assert base_name("base_layers.0.weight") == "base_layers.0.weight"
     both = weights(q__base_layer__weight=SQUARE, q__weight=SQUARE)

@@ -136,7 +136,7 @@ def test_the_nearest_config_decides_in_a_module_of_several_models():
 
 
 def test_a_text_config_inside_of_a_config_counts(tmp_path):
-    config = {"text_config": {"model_type": "gpt_oss"}}
+    config = {"model_type": "some_vision_model", "text_config": {"model_type": "gpt_oss"}}
     source = checkpoint(tmp_path, config, experts__gate_up_proj=(2, 4, 6), experts__down_proj=(2, 3, 4))
     assert matrices(source)["experts.gate_up_proj[0].up"].index == (0, slice(None), slice(1, 6, 2))
 

@@ -163,6 +163,34 @@ def test_a_checkpoint_of_the_model_gives_the_same_matrices(family, tmp_path):
         assert torch.equal(m.load(), next(other for other in live.matrices if other.key == m.key).load())
 
 
+SPLIT_ON_DISK = [
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama4_text",
+    "granitemoe",
+    "jetmoe",
+    "phi3",
+    "gpt2",
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SPLIT_ON_DISK)
+def test_what_transformers_writes_holds_the_same_matrices_whatever_they_are_called_there(name, tmp_path):
+    model = build(name)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    seen = lambda source: collections.Counter(  # noqa: E731
+        (m.shape, float(m.load().double().sum()), float(m.load().double().square().sum()))
+        for m in open_source(source, Filters()).matrices
+    )
+    assert seen(tmp_path) == seen(model)
+    reasons = lambda source: {s.reason for s in open_source(source, Filters()).skipped}  # noqa: E731
+    assert reasons(tmp_path) == reasons(model)
+
+
 def changed(model: torch.nn.Module, choose: Callable[[str], bool], factor: float) -> torch.Tensor:
     """The logits when the matrices that are chosen by their group are multiplied by a factor."""
     other = copy.deepcopy(model)

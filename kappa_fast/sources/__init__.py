@@ -50,7 +50,7 @@ def open_source(
         if reason is not None:
             skipped.append(Skipped(stored.name, stored.shape, reason))
             continue
-        pieces = cut(stored, around.shapes, inventory.config, filters.fused == "split")
+        pieces = cut(stored, around.shapes, filters.fused == "split")
         if pieces.note:
             notes[group_of(stored.name)] = pieces.note
         reasons = [filters.size_reason(part.shape) for part in pieces.parts]

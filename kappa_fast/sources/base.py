@@ -23,7 +23,7 @@ class Stored:
         take: ``take(index)`` reads that part of it, detached.
         problem: why its values are no weights, or None.
         parent: the module that owns it, where there is one.
-        model_type: ``config.model_type`` of the nearest module around it that has a config.
+        model_types: ``config.model_type`` of the model around it, then that of the text model in it; () if unknown.
         roles: what it is for, as far as the model itself tells; names may tell more.
     """
 
@@ -34,7 +34,7 @@ class Stored:
     take: Callable[[Index], torch.Tensor] = field(repr=False, compare=False)
     problem: str | None = None
     parent: torch.nn.Module | None = field(default=None, repr=False, compare=False)
-    model_type: str | None = None
+    model_types: tuple[str, ...] = ()
     roles: frozenset[Role] = frozenset()
 
     @property
@@ -53,7 +53,6 @@ class Inventory:
     Attributes:
         tensors: in the order of the model.
         num_parameters: weights of the whole model, each tensor counted once.
-        config: the model's config as a plain dict, {} if there is none.
         metadata: what is known about the source, in plain JSON.
         in_memory: False where ``take`` brings a tensor into memory that was not there before.
         buffers: names of what lies beside the tensors and is no candidate itself.
@@ -62,7 +61,6 @@ class Inventory:
 
     tensors: Sequence[Stored]
     num_parameters: int
-    config: Mapping[str, Any]
     metadata: Mapping[str, Any]
     in_memory: bool = True
     buffers: Collection[str] = ()

@@ -18,7 +18,7 @@ from ..entries import Index
 from ..errors import SourceError, SourceNotFoundError
 from .base import Inventory, Stored
 from .names import has_adapters, in_model_order
-from .tensors import count_weights, fingerprint, own_names, plain_config
+from .tensors import count_weights, fingerprint, model_types_in, own_names
 
 INDEX_ENDING = ".safetensors.index.json"
 INDEX = "model" + INDEX_ENDING
@@ -70,8 +70,11 @@ def read_checkpoint(path: Path) -> Inventory:
             "download the model and give its directory"
         )
     directory = path if path.is_dir() else path.parent
-    files, expected = _files_of(path)
-    config = _read_config(directory / "config.json")
+    try:
+        files, expected = _files_of(path)
+    except PermissionError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror}): ask for the right to, or copy it") from error
+    model_types = _model_types(directory / "config.json")
     tensors: dict[str, Stored] = {}
     homes: dict[str, Path] = {}
     for file in files:
@@ -85,15 +88,15 @@ def read_checkpoint(path: Path) -> Inventory:
                 f"the index of {directory} says that {name!r} is in {file.name}, but it is not: download it again"
             )
     own = own_names([name] for name in tensors)
-    found = [replace(tensors[name], names=own[name]) for name in in_model_order(tensors)]
+    found = [replace(tensors[name], names=own[name], model_types=model_types) for name in in_model_order(tensors)]
     metadata = {
         "kind": "directory" if path.is_dir() else "file",
         "path": str(path),
         "files": [file.name for file in files],
-        "model_type": config.get("model_type"),
+        "model_type": next(iter(model_types), None),
         "fingerprint": fingerprint(found),
     }
-    return Inventory(found, count_weights(found), config, metadata, in_memory=False, in_peft=has_adapters(tensors))
+    return Inventory(found, count_weights(found), metadata, in_memory=False, in_peft=has_adapters(tensors))
 
 
 class Shard:
@@ -159,17 +162,18 @@ class Shard:
         return found.st_ino, found.st_size, found.st_mtime_ns
 
     def _open(self) -> Any:
-        if self._handle is None:
+        handle = self._handle
+        if handle is None:
             from safetensors import SafetensorError, safe_open
 
             try:
                 self._stamp = self._stamp or self._look()
-                self._handle = safe_open(self.path, framework="pt", device="cpu")
+                self._handle = handle = safe_open(self.path, framework="pt", device="cpu")
             except (SafetensorError, OSError, ValueError) as error:
                 raise SourceError(
                     f"{self.path} is no readable safetensors file ({error}): truncated or damaged, download it again"
                 ) from error
-        return self._handle
+        return handle
 
 
 def _files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
@@ -223,7 +227,7 @@ def _read_index(index: Path) -> dict[str, Path]:
                 f"{index} names the shard {shard!r}, which is no .safetensors file inside of its directory: "
                 "it is not read; correct the index, or bring the files together"
             )
-    missing = sorted(shard for shard, file in shards.items() if not file.is_file())
+    missing = sorted(shard for shard, file in shards.items() if not os.path.isfile(file))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise SourceNotFoundError(f"{index} names {missing[0]}{more}, which is not there: finish the download")
@@ -233,7 +237,14 @@ def _read_index(index: Path) -> dict[str, Path]:
 def _stays_inside(shard: str, directory: Path) -> bool:
     """Whether a shard lies in the directory, links resolved; the hub's cache links from snapshots to its blobs."""
     windows = PureWindowsPath(shard)
-    if not shard or windows.drive or windows.root or "\\" in shard or ".." in PurePosixPath(shard).parts:
+    if (
+        not shard
+        or "\0" in shard
+        or windows.drive
+        or windows.root
+        or "\\" in shard
+        or ".." in PurePosixPath(shard).parts
+    ):
         return False
     base = directory.resolve()
     allowed = [base]
@@ -258,14 +269,14 @@ def _check_complete(files: Sequence[Path]) -> None:
             )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _model_types(path: Path) -> tuple[str, ...]:
     if not path.is_file():
-        return {}
+        return ()
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read ({error}): repair it, or move it away to rank without it") from error
-    return plain_config(found) if isinstance(found, Mapping) else {}
+    return model_types_in(found)
 
 
 def _no_weights(directory: Path) -> SourceError:

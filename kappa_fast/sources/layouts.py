@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -88,13 +88,12 @@ _DBRX_EXPERTS = re.compile(r"^(?P<ffn>(?:.*\.)?ffn)\.experts\.mlp\.(?:w1|v1|w2)$
 _KNOWN_STACK = re.compile(r"expert|moe|(?:input|output)_linear")
 
 
-def cut(stored: Stored, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], split: bool) -> Cut:
+def cut(stored: Stored, shapes: Mapping[str, tuple[int, ...]], split: bool) -> Cut:
     """The matrices in a parameter with two or more dimensions.
 
     Args:
         stored: the parameter; no dimension of it may be 0.
         shapes: of all tensors by name, to look at siblings.
-        config: the model's config, for parameters that do not know the type of the model around them.
         split: whether fused projections are taken apart.
     """
     shape = stored.shape
@@ -105,7 +104,7 @@ def cut(stored: Stored, shapes: Mapping[str, tuple[int, ...]], config: Mapping[s
         return Cut((Part("", (), flat),), f"{len(shape)} dimensions of unknown meaning, flattened like a convolution")
     heights = _experts_below_each_other(stored, shapes)
     if len(shape) == 2 and heights is None:
-        fused, note = _fused(stored, shape, shapes, config) if split else (None, None)
+        fused, note = _fused(stored, shape, shapes) if split else (None, None)
         return Cut(tuple(_pieces("", (), flat, fused)), note)
     fused, note = None, None
     if heights is not None:
@@ -113,7 +112,7 @@ def cut(stored: Stored, shapes: Mapping[str, tuple[int, ...]], config: Mapping[s
         inner = (heights, shape[1])
     else:
         slots, inner = [(expert,) for expert in range(shape[0])], (shape[1], shape[2])
-        fused, note = _fused(stored, inner, shapes, config) if split else (None, None)
+        fused, note = _fused(stored, inner, shapes) if split else (None, None)
         if stored.parent is None and not _KNOWN_STACK.search(stored.name):
             note = note or "3 dimensions, taken for a stack of matrices"
     parts = [part for e, slot in enumerate(slots) for part in _pieces(f"[{e}]", slot, inner, fused)]
@@ -154,32 +153,32 @@ def _pieces(label: str, slot: Index, shape: tuple[int, int], fused: _Fused | Non
 
 
 def _fused(
-    stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+    stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[_Fused | None, str | None]:
     """How a matrix of the parameter is put together; None if it is no fused one, or with a note if nothing tells."""
-    kind = stored.model_type or model_type(config) or ""
-    if _GATE_UP.search(stored.name) or _matches(_GATE_UP_OF, kind, stored.name):
-        return _gate_up(stored, shape, shapes, kind)
-    if _FUSED_QKV.search(stored.name) or _matches(_KV_ROWS, kind, stored.name):
-        fused = _qkv(stored, shape, shapes, kind)
+    if _GATE_UP.search(stored.name) or _matches(_GATE_UP_OF, stored):
+        return _gate_up(stored, shape, shapes)
+    if _FUSED_QKV.search(stored.name) or _matches(_KV_ROWS, stored):
+        fused = _qkv(stored, shape, shapes)
         return fused, None if fused else "fused q, k and v, interleaved or of unknown layout: ranked as stored"
     return None, None
 
 
 def _gate_up(
-    stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], kind: str
+    stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[_Fused | None, str | None]:
-    along, alternating, note = _gate_up_layout(stored, shape, shapes, kind)
+    along, alternating, note = _gate_up_layout(stored, shape, shapes)
     size = shape[0] if along == "rows" else shape[1]
     if along is None or alternating is None or size % 2:
         return None, "gate and up cannot be told apart by module, model type or shapes: ranked as stored"
-    up_first = kind == "phi4_multimodal_audio" or (kind == "phi4_multimodal" and "audio" in stored.name)
+    kinds = set(stored.model_types)
+    up_first = "phi4_multimodal_audio" in kinds or ("phi4_multimodal" in kinds and "audio" in stored.name)
     labels = ("up", "gate") if up_first else ("gate", "up")
     return _Fused(labels, (size // 2, size // 2), along, alternating), note
 
 
 def _gate_up_layout(
-    stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], kind: str
+    stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Along | None, bool | None, str | None]:
     """Along which dimension the halves lie, whether they alternate (None: unknown for both), and a note on a guess."""
     transposed = getattr(stored.parent, "is_transposed", None)
@@ -189,13 +188,13 @@ def _gate_up_layout(
     along = _along_of_sibling(stored.name, shape, shapes)
     if along is None and stored.name.endswith("input_linear.weight"):
         along = "rows"
-    if kind in _ALTERNATING:
+    if not _ALTERNATING.isdisjoint(stored.model_types):
         return along or "columns", True, None
-    if kind in _GATE_COLUMNS_FIRST:
+    if not _GATE_COLUMNS_FIRST.isdisjoint(stored.model_types):
         return along or "columns", False, None
     if along == "columns":
         return along, None, None
-    return along, False, None if kind else "gate is taken to come first, as is usual"
+    return along, False, None if stored.model_types else "gate is taken to come first, as is usual"
 
 
 def _along_of_sibling(name: str, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]) -> Along | None:
@@ -208,17 +207,17 @@ def _along_of_sibling(name: str, shape: tuple[int, int], shapes: Mapping[str, tu
     return "columns" if shape == (sibling[-1], 2 * sibling[-2]) else None
 
 
-def _qkv(stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], kind: str) -> _Fused | None:
+def _qkv(stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]) -> _Fused | None:
     rows, columns = shape
     owner = type(stored.parent).__name__ if stored.parent is not None else ""
     if stored.name.endswith("in_proj_weight") and rows == 3 * columns and owner in ("", "MultiheadAttention"):
         return _Fused(("q", "k", "v"), (columns,) * 3, "rows")  # torch.nn.MultiheadAttention
-    if _matches(_QKV_COLUMNS, kind, stored.name) and columns in (2 * rows, 3 * rows):
+    if _matches(_QKV_COLUMNS, stored) and columns in (2 * rows, 3 * rows):
         labels = ("k", "v") if columns == 2 * rows else ("q", "k", "v")  # attention to an encoder has a q of its own
         return _Fused(labels, (rows,) * len(labels), "columns")
-    if _matches(_KV_ROWS, kind, stored.name) and rows % 2 == 0:
+    if _matches(_KV_ROWS, stored) and rows % 2 == 0:
         return _Fused(("k", "v"), (rows // 2,) * 2, "rows")
-    if not _matches(_QKV_ROWS, kind, stored.name):
+    if not _matches(_QKV_ROWS, stored):
         return None
     block = stored.name.removesuffix(".weight").rpartition(".")[0]
     after = next((shapes[f"{block}.{n}"] for n in _AFTER_ATTENTION if len(shapes.get(f"{block}.{n}", ())) == 2), None)
@@ -228,11 +227,5 @@ def _qkv(stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int,
     return _Fused(("q", "k", "v"), (q, (rows - q) // 2, (rows - q) // 2), "rows")
 
 
-def _matches(table: Mapping[str, re.Pattern[str]], kind: str, name: str) -> bool:
-    return kind in table and table[kind].search(name) is not None
-
-
-def model_type(config: Mapping[str, Any]) -> str | None:
-    """config.model_type, or None."""
-    found = config.get("model_type")
-    return found if isinstance(found, str) else None
+def _matches(table: Mapping[str, re.Pattern[str]], stored: Stored) -> bool:
+    return any(kind in table and table[kind].search(stored.name) for kind in stored.model_types)

@@ -10,16 +10,16 @@ import torch
 from .base import Inventory, Role, Stored
 from .filters import is_router_module
 from .names import has_adapters
-from .tensors import fingerprint, identity, own_names, plain_config, sharded, store
+from .tensors import fingerprint, identity, model_types_in, own_names, sharded, store
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where in the model a parameter is: its owner, what that is for, and the type of the model around it."""
+    """Where in the model a parameter is: its owner, what that is for, and the types of the model around it."""
 
     owner: torch.nn.Module
     roles: frozenset[Role]
-    model_type: str | None
+    model_types: tuple[str, ...]
 
 
 def read_module(model: torch.nn.Module) -> Inventory:
@@ -42,19 +42,16 @@ def read_module(model: torch.nn.Module) -> Inventory:
         _stored(own[names[0]], parameters[names[0]], [places[name.rpartition(".")[0]] for name in names], key in heads)
         for key, names in groups.items()
     ]
-    config = plain_config(getattr(model, "config", None))
-    model_type = config.get("model_type") or next((p.model_type for p in places.values() if p.model_type), None)
     metadata = {
         "kind": "module",
         "class": type(model).__name__,
-        "model_type": model_type,
+        "model_type": next((kind for place in places.values() for kind in place.model_types), None),
         "fingerprint": fingerprint(tensors),
     }
     buffers = own_names([name] for name, _ in model.named_buffers(remove_duplicate=False)).values()
     return Inventory(
         tensors,
         sum(t.numel for t in tensors),
-        config,
         metadata,
         buffers=[name for names in buffers for name in names],
         in_peft=has_adapters(parameters),
@@ -65,7 +62,7 @@ def _stored(names: tuple[str, ...], parameter: torch.Tensor, places: list[_Place
     roles: set[Role] = {role for place in places for role in place.roles}
     if head:
         roles.add("head")
-    return store(names, parameter, places[0].owner, places[0].model_type, frozenset(roles))
+    return store(names, parameter, places[0].owner, places[0].model_types, frozenset(roles))
 
 
 def _places(model: torch.nn.Module) -> dict[str, _Place]:
@@ -75,8 +72,7 @@ def _places(model: torch.nn.Module) -> dict[str, _Place]:
     for name, module in modules.items():
         above, _, last = name.rpartition(".")
         parent = places[above] if name else None
-        found = getattr(getattr(module, "config", None), "model_type", None)
-        model_type = found if isinstance(found, str) else parent.model_type if parent else None
+        model_types = model_types_in(getattr(module, "config", None)) or (parent.model_types if parent else ())
         owner = module
         if isinstance(module, torch.nn.utils.parametrize.ParametrizationList) and above:
             owner = modules[above.rpartition(".")[0]]  # X of X.parametrizations.weight
@@ -85,7 +81,7 @@ def _places(model: torch.nn.Module) -> dict[str, _Place]:
             roles |= parent.roles & {"adapter"}
             roles |= {"router"} if above and is_router_module(parent.owner) else set()
             roles |= {"adapter"} if last in _adapter_words(parent.owner) else set()
-        places[name] = _Place(owner, frozenset(roles), model_type)
+        places[name] = _Place(owner, frozenset(roles), model_types)
     return places
 
 

@@ -10,7 +10,7 @@ _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 _DIGITS = re.compile(r"([0-9]+)")
 
 # Wrappers that put themselves between a module and its weight; the weight keeps the name it has without them.
-_WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.|$)")
+_WRAPPED = re.compile(r"(?:\.token_adapter)?\.(?:base_layer|original_module)(?=\.|$)")
 
 # What PEFT puts around or beside the weights, and the first words of what its methods add to them.
 _PEFT = re.compile(r"^base_model\.|\.base_layer\.|\.modules_to_save\.|\.original_module\.|(?:^|\.)lora_")

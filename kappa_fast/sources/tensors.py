@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -35,14 +34,14 @@ def read_mapping(weights: Mapping[str, torch.Tensor]) -> Inventory:
     own = own_names(groups.values())
     tensors = [store(own[names[0]], weights[names[0]]) for names in groups.values()]
     metadata = {"kind": "mapping", "model_type": None, "fingerprint": fingerprint(tensors)}
-    return Inventory(tensors, count_weights(tensors), {}, metadata, in_peft=has_adapters(weights))
+    return Inventory(tensors, count_weights(tensors), metadata, in_peft=has_adapters(weights))
 
 
 def store(
     names: tuple[str, ...],
     tensor: torch.Tensor,
     parent: torch.nn.Module | None = None,
-    model_type: str | None = None,
+    model_types: tuple[str, ...] = (),
     roles: frozenset[Role] = frozenset(),
 ) -> Stored:
     """A tensor in memory as the rest of the room wants it.
@@ -54,7 +53,7 @@ def store(
     lazy = isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
     shape = (0, 0) if lazy else tuple(tensor.shape)
     problem = "lazy and without a shape yet: run the model once" if lazy else _problem(tensor, parent)
-    return Stored(names, shape, tensor.dtype, tensor.device, _taker(tensor), problem, parent, model_type, roles)
+    return Stored(names, shape, tensor.dtype, tensor.device, _taker(tensor), problem, parent, model_types, roles)
 
 
 def own_names(groups: Iterable[Collection[str]]) -> dict[str, tuple[str, ...]]:
@@ -129,15 +128,14 @@ def fingerprint(tensors: Iterable[Stored]) -> str:
     return digest.hexdigest()
 
 
-def plain_config(config: Any) -> dict[str, Any]:
-    """A model's config as a flat dict: what a nested text_config says stands beside what the outer one says."""
-    if config is None:
-        return {}
-    found = config if isinstance(config, Mapping) else getattr(config, "to_dict", lambda: vars(config))()
-    if not isinstance(found, Mapping):
-        return {}
-    text = found.get("text_config")
-    return {**text, **found} if isinstance(text, Mapping) else dict(found)
+def model_types_in(config: object) -> tuple[str, ...]:
+    """``model_type`` of a config, an object or what JSON made of one, and then that of its ``text_config``."""
+
+    def get(holder: object, key: str) -> object:
+        return holder.get(key) if isinstance(holder, Mapping) else getattr(holder, key, None)
+
+    found = (get(config, "model_type"), get(get(config, "text_config"), "model_type"))
+    return tuple(dict.fromkeys(kind for kind in found if isinstance(kind, str)))
 
 
 def _taker(tensor: torch.Tensor) -> Callable[[Index], torch.Tensor]:
