@@ -208,6 +208,14 @@ def test_a_file_that_is_no_safetensors_is_named(content, tmp_path):
     assert str(file) in refused(tmp_path)
 
 
+def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path):
+    entry = b'"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [%d, %d]}'
+    header = b"{" + entry % (0, 16) + b"," + entry % (16, 32) + b"}"
+    file = tmp_path / "twice.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(32))
+    assert refused(file).startswith(f"{file} is no readable safetensors file")
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_file_is_named_wherever_it_ends(share, single):

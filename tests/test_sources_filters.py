@@ -304,6 +304,13 @@ def test_the_reason_of_codes_says_what_they_lack_and_is_the_same_in_every_layer(
     }
 
 
+def test_only_whole_words_make_scales_and_only_codes_need_them():
+    source = {"a": torch.zeros(16, 16, dtype=torch.int8), "ascale": torch.randn(SQUARE)}
+    source |= {"b.weight": torch.zeros(SQUARE, dtype=torch.complex64), "b.scale": torch.randn(SQUARE)}
+    assert set(matrices(source)) == {"ascale", "b.scale"}
+    assert reasons(source)["b.weight"].startswith("complex numbers")
+
+
 def test_a_float8_weight_without_scales_is_ranked_and_a_bfloat16_one_with_them_too():
     source = {"a.weight": torch.randn(SQUARE).to(torch.float8_e4m3fn), "b.weight": torch.randn(SQUARE).bfloat16()}
     source["b.weight_scale"] = torch.ones(SQUARE)
@@ -362,6 +369,8 @@ def test_a_bias_beside_a_stack_of_experts_is_no_matrix_and_other_biases_are():
         moe__bias=(16, 32),
         linear__weight=SQUARE,
         linear__bias=SQUARE,
+        other__weight=(16, 32, 16),
+        other__bias=(17, 32),
     )
     assert reasons(source, Filters(fused="stored")) == dict.fromkeys(
         ["experts.gate_up_proj_bias", "moe.bias"], "stacked biases of experts, not a matrix"

@@ -73,6 +73,19 @@ def test_the_module_says_whether_columns_take_turns():
     assert index["[1].up"] == (1, slice(None), slice(3, 6))
 
 
+def test_an_odd_number_of_rows_has_no_halves():
+    model = nn.Module()
+    model.experts = Experts(2, 4, 3)
+    model.experts.gate_up_proj = nn.Parameter(torch.randn(2, 5, 4))
+    assert parts(matrices(model))["experts.gate_up_proj[0]"] == (5, 4)
+    assert "ranked as stored" in notes(model)["experts.gate_up_proj"]
+
+
+def test_a_stack_in_a_module_needs_no_note():
+    assert parts(matrices(nn.Bilinear(4, 5, 2))) == {"weight[0]": (4, 5), "weight[1]": (4, 5)}
+    assert notes(nn.Bilinear(4, 5, 2)) == {}
+
+
 def test_without_a_word_from_the_module_the_sibling_tells_rows():
     model = nn.Module()
     model.experts = Experts(2, 4, 3, told=False)
@@ -171,6 +184,8 @@ def test_dbrx_keeps_its_experts_below_each_other():
         (f"[{e}]", (slice(4 * e, 4 * e + 4), slice(None))) for e in range(3)
     ]
     assert_partition(source["b.ffn.experts.mlp.w1"], found)
+    uneven = weights(b__ffn__experts__mlp__w1=(13, 4), b__ffn__router__layer__weight=(3, 4))
+    assert parts(matrices(uneven))["b.ffn.experts.mlp.w1"] == (13, 4)
     alone = weights(b__ffn__experts__mlp__w1=(12, 4))
     assert parts(matrices(alone)) == {"b.ffn.experts.mlp.w1": (12, 4)}
 
@@ -221,6 +236,16 @@ def test_the_input_projections_of_torch_attention_are_split():
     assert [k for k in found if "in_proj" in k] == [f"self_attn.in_proj_weight.{piece}" for piece in "qkv"]
     assert matrices(model.state_dict()).keys() == found.keys()
     assert_partition(model.self_attn.in_proj_weight.detach(), {k: m for k, m in found.items() if "in_proj" in k})
+
+
+def test_an_in_proj_weight_of_another_module_may_mean_something_else():
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_proj_weight = nn.Parameter(torch.randn(24, 8))
+
+    assert parts(matrices(Mixer())) == {"in_proj_weight": (24, 8)}
+    assert list(notes(Mixer()).values()) == ["fused q, k and v, interleaved or of unknown layout: ranked as stored"]
 
 
 def test_a_mixers_in_proj_is_no_fused_attention():
@@ -292,3 +317,7 @@ def test_pieces_below_min_dim_are_skipped_on_their_own(tmp_path):
         ("a.qkv_proj.weight.k", (8, 32)),
         ("a.qkv_proj.weight.v", (8, 32)),
     ]
+    shapes = dict(a__qkv_proj__weight=(48, 32), a__o_proj__weight=(32, 8))
+    source = open_source(checkpoint(tmp_path, {"model_type": "phi3"}, **shapes), Filters())
+    assert [m.key for m in source.matrices] == ["a.qkv_proj.weight.k", "a.qkv_proj.weight.v"]
+    assert [s.name for s in source.skipped] == ["a.o_proj.weight", "a.qkv_proj.weight.q"]

@@ -53,6 +53,12 @@ def test_every_weight_is_counted_once_tied_ones_and_vectors_too():
     assert open_source(model.state_dict(), Filters()).num_parameters == sum(p.numel() for p in model.parameters()) + 256
 
 
+def test_buffers_and_scales_of_a_state_dict_are_no_weights_to_count():
+    source = weights(w=(16, 16), rotary__inv_freq=(8,), norm=(4,)) | {"position_ids": torch.arange(9)}
+    source |= {"q.weight": torch.zeros(16, 16, dtype=torch.int8), "q.SCB": torch.ones(16)}
+    assert open_source(source, Filters()).num_parameters == 256 + 4 + 256
+
+
 def test_a_module_and_its_state_dict_give_the_same_matrices_for_the_same_reasons():
     model = Tiny()
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "mask"}
@@ -174,9 +180,10 @@ def test_routers_are_known_by_their_class_but_a_whole_model_is_none():
         def __init__(self) -> None:
             super().__init__()
             self.body, self.pick = nn.Linear(16, 16), TopKRouter()
+            self.own = nn.Parameter(torch.randn(16, 16))
 
     assert set(reasons(ModelRouter(), Filters())) == {"pick.weight", "pick.choose.weight"}
-    assert set(matrices(ModelRouter(), Filters())) == {"body.weight"}
+    assert set(matrices(ModelRouter(), Filters())) == {"own", "body.weight"}
 
 
 def test_adapters_are_skipped_and_what_they_wrap_keeps_its_name():
@@ -201,9 +208,16 @@ def test_an_adapter_of_a_kind_unknown_by_name_is_known_by_the_layer_that_lists_i
         def __init__(self) -> None:
             super().__init__()
             self.base_layer = nn.Linear(16, 16)
-            self.new_factors = nn.ParameterDict({"default": nn.Parameter(torch.randn(16, 16))})
+            self.new_factors = nn.ModuleDict({"default": nn.Linear(16, 16)})
 
-    assert reasons(NewLayer()) == {"new_factors.default": "adapter weight"}
+    assert reasons(NewLayer()) == {"new_factors.default.weight": "adapter weight"}
+
+
+def test_a_prompt_encoder_is_an_adapter_beside_a_wrapped_model_and_nowhere_else():
+    parts = {"base_model": nn.Linear(16, 16), "prompt_encoder": nn.ModuleDict({"default": nn.Linear(16, 16)})}
+    assert reasons(nn.ModuleDict(parts)) == {"prompt_encoder.default.weight": "adapter weight"}
+    parts["image_encoder"] = parts.pop("base_model")
+    assert reasons(nn.ModuleDict(parts)) == {}
 
 
 def test_a_meta_parameter_is_skipped_and_says_where_its_values_are():
