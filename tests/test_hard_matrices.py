@@ -83,7 +83,7 @@ def test_prescribed_spectra(kappa, spectrum, certify):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_prescribed_spectra_of_all_shapes_and_seeds(shape, spectrum, certify):
     for i, kappa in enumerate(KAPPAS):
-        for seed in range(5):
+        for seed in range(2):
             assert_all_hold(prescribed(spectrum, *shape, kappa, seed=100 * i + seed), certify)
 
 
@@ -147,11 +147,12 @@ def test_orthogonal_matrices(n, certify):
 
 
 @pytest.mark.slow
-@both
-def test_orthogonal_matrices_of_all_small_sizes(certify):
-    for n in range(2, 41):
+def test_orthogonal_matrices_of_all_small_sizes():
+    for n in range(2, 37):
         for matrix in (cosines(n), torch.linalg.qr(gaussian(n, n)).Q.float(), torch.linalg.qr(gaussian(3 * n, n)).Q):
-            assert_holds(matrix, kappa_of(matrix), Goal(1e-6, certify=certify), f"orthogonal {tuple(matrix.shape)}")
+            kappa = kappa_of(matrix)
+            for certify in (False, True):
+                assert_holds(matrix, kappa, Goal(1e-6, certify=certify), f"orthogonal {tuple(matrix.shape)}")
 
 
 SIZES = [
