@@ -1,0 +1,203 @@
+"""rank() as a whole: an unchanged model, the same result in every way, top=, memory, interruptions, wrong options."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import kappa_fast
+from kappa_fast import pipeline
+from kappa_fast.pipeline import rank
+
+
+def weights(count: int = 6) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(200, 170), (180, 180), (64, 32), (40, 90), (300, 165), (48, 48)]
+    return {f"layers.{i}.w": torch.randn(*shapes[i % 6], generator=generator) for i in range(count)}
+
+
+def exact(weight: torch.Tensor) -> float:
+    sigma = torch.linalg.svdvals(weight.double())
+    return float(sigma[0] / sigma[-1])
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(3)
+    return torch.nn.Sequential(torch.nn.Linear(170, 200), torch.nn.Linear(180, 180), torch.nn.Conv2d(32, 48, 3))
+
+
+def state(net: torch.nn.Module) -> list[object]:
+    parts = [(p.detach().clone(), p.requires_grad, p.dtype, p.device, p._version) for p in net.parameters()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in net.modules()]
+    return [
+        parts,
+        hooks,
+        torch.get_rng_state(),
+        np.random.get_state()[1].copy(),
+        random.getstate(),
+        torch.get_num_threads(),
+    ]
+
+
+def assert_same(before: list[object], after: list[object]) -> None:
+    for (a, *rest), (b, *others) in zip(before[0], after[0], strict=True):
+        assert torch.equal(a, b)
+        assert rest == others
+    assert before[1] == after[1]
+    assert torch.equal(before[2], after[2])
+    assert np.array_equal(before[3], after[3])
+    assert before[4:] == after[4:]
+
+
+def test_every_interval_holds_the_exact_value_and_the_order_follows():
+    tensors = weights()
+    ranking = rank(tensors)
+    for entry in ranking:
+        kappa = exact(tensors[entry.name])
+        assert entry.lower * (1 - 1e-9) <= kappa <= entry.upper * (1 + 1e-9)
+    assert [e.kappa for e in ranking] == sorted(e.kappa for e in ranking)
+
+
+@pytest.mark.parametrize("options", [{}, {"certify": True}, {"top": 1}, {"rtol": 1e-4}])
+def test_the_model_and_all_random_states_are_what_they_were(options):
+    net = model()
+    net[0].weight.requires_grad_(False)
+    before = state(net)
+    rank(net, **options)
+    assert_same(before, state(net))
+
+
+def test_the_model_is_what_it_was_after_a_failure_too(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    net = model()
+    before = state(net)
+    monkeypatch.setattr(pipeline, "resolve", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        rank(net)
+    assert_same(before, state(net))
+
+
+def test_order_memory_and_the_callers_modes_change_no_bit():
+    tensors = weights()
+    plain = list(rank(tensors))
+    assert list(rank(dict(reversed(tensors.items())), memory_budget=1)) == plain
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert list(rank(tensors)) == plain
+    with torch.inference_mode():
+        assert list(rank(tensors)) == plain
+    with torch.device("meta"):
+        assert list(rank(tensors)) == plain
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert list(rank(tensors)) == plain
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("top", [1, 3, 0.5, 100])
+def test_top_finds_the_first_of_the_full_ranking_and_proves_bounds_of_the_rest(top):
+    tensors = weights(18)
+    count = min(18, top if isinstance(top, int) else int(18 * top))
+    full, ranking = rank(tensors), rank(tensors, top=top)
+    assert [e.key for e in ranking[:count]] == [e.key for e in full[:count]]
+    for entry in ranking:
+        if entry.status == "bounded":
+            assert entry.lower <= exact(tensors[entry.name]) * (1 + 1e-9)
+            assert entry.kappa != entry.kappa
+
+
+def test_certify_selection_proves_the_top_alone():
+    ranking = rank(weights(), top=2, certify="selection")
+    assert [e.certified for e in ranking[:2]] == [True, True]
+
+
+def test_singular_and_broken_matrices_stand_last():
+    tensors = weights(2) | {"zero": torch.zeros(20, 20), "nan": torch.full((20, 20), float("nan"))}
+    ranking = rank(tensors, top=3)
+    assert [e.status for e in ranking] == ["ok", "ok", "rank_deficient", "non_finite"]
+
+
+def test_a_score_of_ones_own_orders_the_entries():
+    ranking = rank(weights(), score=lambda entry: -entry.kappa)
+    assert [e.kappa for e in ranking] == sorted((e.kappa for e in ranking), reverse=True)
+
+
+def test_a_matrix_that_does_not_fit_into_memory_is_named(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+    monkeypatch.setattr(pipeline, "resolve", fail)
+    with pytest.raises(kappa_fast.ComputeError, match=r"not enough memory for 'layers\.0\.w' of shape \(200, 170\)"):
+        rank(weights(1))
+
+
+def test_an_interruption_carries_what_is_done(monkeypatch):
+    resolve, calls = pipeline.resolve, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return resolve(*arguments)
+
+    monkeypatch.setattr(pipeline, "resolve", interrupted)
+    with pytest.raises(kappa_fast.Interrupted, match="2 of 6 matrices are done") as stop:
+        rank(weights(), memory_budget=1)
+    assert len(stop.value.partial) == 2
+    assert stop.value.partial.metadata["partial"] is True
+
+
+def test_progress_counts_every_matrix():
+    seen = []
+    rank(weights(), progress=seen.append)
+    assert [p.matrices_done for p in seen] == [1, 2, 3, 4, 5, 6]
+    assert seen[-1].operations_done == pytest.approx(seen[-1].operations_total)
+
+
+def test_what_cannot_be_proven_is_counted_in_one_warning():
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=torch.float64)).Q for _ in "ab")
+    hard = left * torch.logspace(0, -14.5, 60, dtype=torch.float64) @ right.T
+    with pytest.warns(UserWarning, match="cannot prove the interval of 1 of the entries, 'hard' among them"):
+        rank({"hard": hard}, certify=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top": 0}, "top=0"),
+        ({"top": 1.5}, "top=1.5"),
+        ({"top": True}, "top=True"),
+        ({"rtol": 0}, "rtol=0"),
+        ({"rtol": "1"}, "rtol='1'"),
+        ({"certify": "all"}, "certify='all'"),
+        ({"certify": "selection"}, "give top= as well"),
+        ({"score": "size"}, "score='size'"),
+        ({"memory_budget": "much"}, "memory_budget='much'"),
+        ({"memory_budget": 0}, "memory_budget=0"),
+        ({"device": "meta"}, "device='meta'"),
+        ({"device": "nowhere"}, "device='nowhere'"),
+        ({"progress": 3}, "progress=3"),
+    ],
+)
+def test_an_option_that_cannot_work_is_named(options, message):
+    with pytest.raises(kappa_fast.OptionError, match=message):
+        rank(weights(1), **options)
+
+
+@pytest.mark.parametrize(("name", "message"), [("cuda", "'cuda' is unknown"), ("triton", "not part of this version")])
+def test_an_unknown_backend_is_named(name, message):
+    with pytest.raises(kappa_fast.BackendError, match=message):
+        rank(weights(1), backend=name)
+
+
+@pytest.mark.parametrize("option", ["cache", "process_group"])
+def test_what_comes_later_says_so(option):
+    with pytest.raises(NotImplementedError, match=f"{option}= is not part of this version"):
+        rank(weights(1), **{option: object()})
