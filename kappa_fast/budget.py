@@ -42,11 +42,11 @@ class BudgetedTop:
         return cls(tuple(groups))
 
     def winners(self, entries: Mapping[int, TensorKappa]) -> list[int]:
-        """Positions of the ``count`` lowest resolved entries of every group."""
+        """Positions of the ``count`` resolved entries with the lowest score of every group."""
         chosen = []
         for group in self.groups:
             resolved = [i for i in group.order if i in entries and entries[i].status == "ok"]
-            chosen += sorted(resolved, key=lambda i: (entries[i].kappa, entries[i].key))[: group.count]
+            chosen += sorted(resolved, key=lambda i: (entries[i].score, entries[i].key))[: group.count]
         return chosen
 
 

@@ -8,9 +8,9 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ from .sources import Filters, open_source
 from .sources.base import Matrix, Source
 from .spectrum.ladder import Goal, Resolution, resolve
 from .spectrum.probe import lower_bounds
+from .undisturbed import undisturbed, undisturbed_thread
 from .waves import cut, default_budget, is_out_of_memory, parse_bytes
 from .workers import each_on_one_thread, fits_one_thread
 
@@ -34,6 +35,9 @@ LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr
 
 Score = Literal["kappa"] | Callable[[TensorKappa], float]
 Patterns = str | Sequence[str] | None
+
+R = TypeVar("R")
+Work = Callable[[Backend, list[torch.Tensor]], list[R]]  # on the weights of a wave
 
 
 def rank(
@@ -88,33 +92,36 @@ def rank(
         Interrupted: Ctrl-C; its ``partial`` is the Ranking of what was done.
         NotImplementedError: a parameter is sharded (DTensor, ZeRO), or cache or process_group was given.
     """
+    _check(top, top_per_group, rtol, certify, score, cache, process_group)
+    filters = Filters(include, exclude, embeddings, routers, fused, min_dim, max_dim)
     settings: dict[str, Any] = {
         "top": top,
         "top_per_group": top_per_group,
         "rtol": rtol,
         "certify": certify,
         "score": score if isinstance(score, str) else getattr(score, "__name__", "callable"),
-        "include": include,
-        "exclude": exclude,
+        "include": include if isinstance(include, str) else filters.include,
+        "exclude": exclude if isinstance(exclude, str) else filters.exclude,
         "embeddings": embeddings,
         "routers": routers,
         "fused": fused,
         "min_dim": min_dim,
         "max_dim": max_dim,
     }
-    _check(top, rtol, certify, score, cache, process_group)
-    filters = Filters(include, exclude, embeddings, routers, fused, min_dim, max_dim)
     started = time.perf_counter()
-    with _undisturbed():
+    with undisturbed():
         opened = open_source(source, filters)
         run = _Run(opened, backend, _device(device), parse_bytes(memory_budget), progress, score)
-        budgeted = BudgetedTop.of(opened.matrices, top, top_per_group) if top is not None and score == "kappa" else None
-        certify_all = certify is True
+        budgeted = None if top is None else BudgetedTop.of(opened.matrices, top, top_per_group)
+        goal = Goal(rtol, certify is True)
         try:
-            if budgeted is None:
-                run.resolve_all(range(len(opened.matrices)), Goal(rtol, certify_all))
-            else:
-                run.resolve_top(budgeted, Goal(rtol, certify_all), prove_top=certify == "selection")
+            with run.tracking() as tracker:
+                if budgeted is None or callable(score):  # bounds of kappa say nothing of another score
+                    run.resolve_all(goal, tracker)
+                else:
+                    run.resolve_top(budgeted, goal, tracker)
+                if budgeted is not None and certify == "selection":
+                    run.prove(budgeted.winners(run.entries), goal, tracker)
         except KeyboardInterrupt as stop:
             done = f"interrupted: {len(run.entries)} of {len(opened.matrices)} matrices are done (see .partial)"
             raise Interrupted(done, run.ranking(settings, started, partial=True)) from stop
@@ -140,19 +147,22 @@ class _Run:
         self._backends: dict[torch.device, Backend] = {}
         self._backend_for(torch.device("cpu") if device is None else device)  # an unknown name fails before any work
 
-    def resolve_all(self, positions: Iterable[int], goal: Goal) -> None:
-        chosen = list(positions)
-        with self._tracking(chosen) as tracker:
-            self._resolve(chosen, goal, tracker)
+    def tracking(self) -> contextlib.AbstractContextManager[Tracker]:
+        everything = range(len(self.source.matrices))
+        return tracking(self._progress, len(everything), sum(self._operations(i) for i in everything))
 
-    def resolve_top(self, budgeted: BudgetedTop, goal: Goal, *, prove_top: bool) -> None:
+    def resolve_all(self, goal: Goal, tracker: Tracker) -> None:
+        self._resolve(range(len(self.source.matrices)), goal, tracker)
+
+    def resolve_top(self, budgeted: BudgetedTop, goal: Goal, tracker: Tracker) -> None:
         """Resolve in batches of the likeliest first; a proven lower bound above the cutoff ends a matrix's way."""
-        everything = [i for group in budgeted.groups for i in group.order]
-        with self._tracking(everything) as tracker:
-            for group in budgeted.groups:
-                self._resolve_group(group, goal, tracker)
-        if prove_top:
-            self.resolve_all(budgeted.winners(self.entries), replace(goal, certify=True))
+        for group in budgeted.groups:
+            self._resolve_group(group, goal, tracker)
+
+    def prove(self, positions: Sequence[int], goal: Goal, tracker: Tracker) -> None:
+        """Once more, with proofs: who is among the lowest is known only now."""
+        tracker.extend(len(positions), sum(self._operations(i) for i in positions))
+        self._resolve(positions, replace(goal, certify=True), tracker)
 
     def _resolve_group(self, group: TopGroup, goal: Goal, tracker: Tracker) -> None:
         rest = list(group.order)
@@ -181,26 +191,45 @@ class _Run:
         }
         return Ranking(self.entries.values(), self.source.skipped, metadata)
 
-    def _tracking(self, positions: Sequence[int]) -> contextlib.AbstractContextManager[Tracker]:
-        return tracking(self._progress, len(positions), sum(self._operations(i) for i in positions))
-
     def _operations(self, position: int) -> float:
         m, n = max(self.source.matrices[position].shape), min(self.source.matrices[position].shape)
         return float(m) * n * n + n**3 / 3
 
     def _resolve(self, positions: Sequence[int], goal: Goal, tracker: Tracker) -> None:
-        def keep(position: int, found: Resolution) -> None:
-            self.entries[position] = self._entry(self.source.matrices[position], found, goal)
-            tracker.advance(1, self._operations(position))
+        with contextlib.closing(self._results(positions, lambda b, weights: resolve(b, weights, goal))) as results:
+            for position, found in results:
+                self.entries[position] = self._entry(self.source.matrices[position], found, goal)
+                tracker.advance(1, self._operations(position))
 
+    def _results(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
+        """``work`` on every matrix, wave by wave."""
         for wave in self._waves(positions):
             single, shared = self._divide(wave)
-            with contextlib.closing(each_on_one_thread(lambda i: self._attempt([i], goal)[0], single)) as results:
-                for position, found in results:
-                    keep(position, found)
+            with contextlib.closing(self._side_by_side(single, work)) as results:
+                yield from results
             for part in shared:
-                for position, found in zip(part, self._attempt(part, goal), strict=True):
-                    keep(position, found)
+                yield from zip(part, self._attempt(part, work), strict=True)
+
+    def _side_by_side(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
+        """One thread for each matrix; those for which the others left no memory come again, one at a time."""
+
+        def attempt(i: int) -> R | None:
+            try:
+                return self._attempt([i], work)[0]
+            except ComputeError as error:
+                if not is_out_of_memory(error.__cause__):
+                    raise
+                return None
+
+        crowded: list[int] = []
+        with contextlib.closing(each_on_one_thread(attempt, positions)) as results:
+            for i, found in results:
+                if found is None:
+                    crowded.append(i)
+                else:
+                    yield i, found
+        for i in crowded:
+            yield from each_on_one_thread(lambda i: self._attempt([i], work)[0], [i])
 
     def _divide(self, wave: Sequence[int]) -> tuple[list[int], list[list[int]]]:
         """On a CPU the small matrices by themselves, for one thread each, and the large ones one by one."""
@@ -210,12 +239,12 @@ class _Run:
         large = [[i] for i in wave if not fits_one_thread(self.source.matrices[i].shape)]
         return sorted(single, key=self._operations, reverse=True), large  # the longest first: no core waits at the end
 
-    def _attempt(self, wave: Sequence[int], goal: Goal) -> list[Resolution]:
+    def _attempt(self, wave: Sequence[int], work: Work[R]) -> list[R]:
         """One wave; when memory runs out, in halves."""
         matrices = [self.source.matrices[i] for i in wave]
         try:
-            with _undisturbed_thread():
-                return resolve(self._backend_for(self._where(matrices[0])), [m.load() for m in matrices], goal)
+            with undisturbed_thread():
+                return work(self._backend_for(self._where(matrices[0])), [m.load() for m in matrices])
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) and not isinstance(error, LINALG_ERROR):
                 raise
@@ -223,22 +252,11 @@ class _Run:
                 raise _failure(matrices[0], error) from error
             log.info("a wave of %d matrices failed (%s); trying halves", len(wave), error)
         half = len(wave) // 2
-        return self._attempt(wave[:half], goal) + self._attempt(wave[half:], goal)
+        return self._attempt(wave[:half], work) + self._attempt(wave[half:], work)
 
     def _probe(self, positions: Sequence[int], cutoff: float) -> dict[int, float]:
-        bounds: dict[int, float] = {}
-        for wave in self._waves(positions):
-            single, shared = self._divide(wave)
-            with contextlib.closing(each_on_one_thread(lambda i: self._bounds([i], cutoff)[0], single)) as results:
-                bounds.update(results)
-            for part in shared:
-                bounds |= dict(zip(part, self._bounds(part, cutoff), strict=True))
-        return bounds
-
-    def _bounds(self, wave: Sequence[int], cutoff: float) -> list[float]:
-        weights = [self.source.matrices[i].load() for i in wave]
-        with _undisturbed_thread():
-            return lower_bounds(self._backend_for(self._where(self.source.matrices[wave[0]])), weights, cutoff)
+        with contextlib.closing(self._results(positions, lambda b, weights: lower_bounds(b, weights, cutoff))) as found:
+            return dict(found)
 
     def _bound(self, positions: Sequence[int], bounds: Mapping[int, float], tracker: Tracker) -> None:
         nan = math.nan
@@ -304,33 +322,15 @@ class _Run:
         return self._backends[device]
 
 
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """No autograd, and none of the caller's shortcuts: a bfloat16 or TF32 product must not pass for a float32 one."""
-    precision = torch.get_float32_matmul_precision()
-    with _undisturbed_thread():
-        if precision == "highest":
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-
-
-@contextlib.contextmanager
-def _undisturbed_thread() -> Iterator[None]:
-    """The part of it that torch keeps for each thread."""
-    kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for kind in kinds:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-def _check(top: object, rtol: object, certify: object, score: object, cache: object, process_group: object) -> None:
+def _check(
+    top: object,
+    top_per_group: object,
+    rtol: object,
+    certify: object,
+    score: object,
+    cache: object,
+    process_group: object,
+) -> None:
     if top is not None:
         count = isinstance(top, int) and not isinstance(top, bool) and top >= 1
         share = isinstance(top, float) and 0 < top <= 1
@@ -338,11 +338,13 @@ def _check(top: object, rtol: object, certify: object, score: object, cache: obj
             raise OptionError(f"top={top!r}: give a count (1 or more) or a share of all entries as a float in (0, 1]")
     if not isinstance(rtol, (int, float)) or isinstance(rtol, bool) or not 1e-8 <= rtol < 1:
         raise OptionError(f"rtol={rtol!r}: give a relative half-width from 1e-8 to below 1")
-    if certify not in (True, False, "selection"):
+    if not isinstance(top_per_group, bool):
+        raise OptionError(f"top_per_group={top_per_group!r}: give True or False")
+    if not isinstance(certify, bool) and not (isinstance(certify, str) and certify == "selection"):
         raise OptionError(f"certify={certify!r}: give True, False or 'selection'")
-    if certify == "selection" and top is None:
+    if isinstance(certify, str) and top is None:
         raise OptionError("certify='selection' proves what decides who is in the top: give top= as well")
-    if score != "kappa" and not callable(score):
+    if not callable(score) and not (isinstance(score, str) and score == "kappa"):
         raise OptionError(f"score={score!r}: give 'kappa' or a callable that takes a TensorKappa")
     if cache is not None:
         raise NotImplementedError("cache= is not part of this version: store rankings with to_json() and from_json()")
@@ -356,7 +358,7 @@ def _device(device: torch.device | str | None) -> torch.device | None:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         raise OptionError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if chosen.type in ("meta", "mps"):
         raise OptionError(f"device={device!r} has no float64 arithmetic: use 'cpu' or a CUDA device")

@@ -41,6 +41,11 @@ class Tracker:
     def done(self) -> int:
         return self._done
 
+    def extend(self, matrices: int, operations: float) -> None:
+        """More work has turned up."""
+        self._total += matrices
+        self._operations += operations
+
     def advance(self, matrices: int, operations: float) -> None:
         self._done += matrices
         self._done_operations += operations
@@ -88,6 +93,13 @@ def _bar(total: int, operations: float) -> Iterator[Callable[[Progress], None]]:
         task = bar.add_task("rank", total=operations, matrices=0, total_matrices=total, gflop=operations / 1e9)
 
         def report(p: Progress) -> None:
-            bar.update(task, completed=p.operations_done, matrices=p.matrices_done)
+            bar.update(
+                task,
+                total=p.operations_total,
+                completed=p.operations_done,
+                matrices=p.matrices_done,
+                total_matrices=p.matrices_total,
+                gflop=p.operations_total / 1e9,
+            )
 
         yield report

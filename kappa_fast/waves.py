@@ -65,7 +65,7 @@ def cut(items: Sequence[T], size: Callable[[T], int], budget: int) -> Iterator[l
         yield wave
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """True for the ways in which torch and Python say that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
