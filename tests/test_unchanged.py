@@ -1,0 +1,264 @@
+"""What rank() leaves as it was, however it ends, and the caller's modes that must not change a result."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import EVERYTHING, Experts, weights
+from torch import nn
+
+import kappa_fast
+from kappa_fast import pipeline
+from kappa_fast.pipeline import rank
+from kappa_fast.sources import open_source
+
+PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+class Busy(nn.Module):
+    """A model in the middle of its training: hooks, gradients, frozen and tied weights, several dtypes and layouts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(40, 32), nn.Linear(32, 40, bias=False)
+        self.head.weight = self.embed.weight
+        self.up, self.down = nn.Linear(32, 200), nn.Linear(200, 170).bfloat16()
+        self.square = nn.Linear(180, 180)
+        self.square.weight.requires_grad_(False)
+        self.conv = nn.Conv2d(16, 20, 3).to(memory_format=torch.channels_last)
+        self.experts = Experts(2, 32, 24)
+        self.weighted = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+        self.register_buffer("mask", torch.ones(20, 20))
+        self.up.weight.grad, self.up.bias.grad = torch.ones(200, 32), torch.ones(200)
+        self.up.register_forward_hook(lambda *_: None)
+        self.up.register_full_backward_hook(lambda *_: None)
+        self.up.weight.register_hook(lambda gradient: gradient)
+        self.conv.eval()
+
+
+def of_model(model: nn.Module) -> dict[str, Any]:
+    """All that can be told of a model without running it; tensors stand for themselves, with copies of their values."""
+    found: dict[str, Any] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        found[name] = (tensor.dtype, tensor.device, tensor.stride(), tensor.data_ptr(), tensor._version, id(tensor))
+        found[name] += (tensor.requires_grad, tensor.is_leaf, id(tensor.grad), list(tensor._backward_hooks or ()))
+        found[name] += (tensor.detach().contiguous().view(torch.uint8).numpy().tobytes(),)
+        if tensor.grad is not None:
+            found[name] += (tensor.grad.numpy().tobytes(),)
+    for name, module in model.named_modules():
+        hooks = {k: list(v) if isinstance(v, dict) else v for k, v in vars(module).items() if "hook" in k}
+        found[f"module {name}"] = (type(module), module.training, hooks, sorted(vars(module)))
+    return found
+
+
+def of_process() -> dict[str, Any]:
+    """Random states and settings of torch, numpy and Python."""
+    numpy_state = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
+        "python": random.getstate(),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "precision": [product.fp32_precision for product in PRODUCTS],
+        "autograd": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "print": torch._tensor_str.PRINT_OPTS,
+    }
+
+
+@contextlib.contextmanager
+def nothing_changes(model: nn.Module) -> Iterator[None]:
+    before = of_model(model), of_process()
+    yield
+    after = of_model(model), of_process()
+    assert after[0] == before[0]
+    assert after[1] == before[1]
+
+
+@pytest.fixture(params=["side by side", "one by one"])
+def way(request, monkeypatch) -> str:
+    """Small matrices go to threads of their own, large ones to the thread of the caller: here by decree."""
+    if request.param == "one by one":
+        monkeypatch.setattr(pipeline, "fits_one_thread", lambda _: False)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"certify": True, "rtol": 1e-4},
+        {"top": 2},
+        {"top": 0.5, "top_per_group": True, "certify": "selection"},
+        {"embeddings": True, "routers": True, "min_dim": 1, "fused": "stored"},
+        {"memory_budget": 1},
+        {"score": lambda entry: -entry.kappa},
+    ],
+    ids=lambda options: ",".join(options) or "none",
+)
+def test_a_model_in_training_is_left_as_it_was(options, way):
+    model = Busy()
+    with nothing_changes(model):
+        assert len(rank(model, **options)) > 5
+
+
+def broken(*_: object) -> list[Any]:
+    raise RuntimeError("the library is broken")
+
+
+def stopped(*_: object) -> list[Any]:
+    raise KeyboardInterrupt
+
+
+def after(calls: int, then: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    counted: list[int] = []
+
+    def call(*arguments: Any) -> Any:
+        counted.append(1)
+        return (then if len(counted) > calls else otherwise)(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+@pytest.mark.parametrize(("failure", "error"), [(broken, RuntimeError), (stopped, kappa_fast.Interrupted)])
+@pytest.mark.parametrize("options", [{}, {"top": 1}, {"certify": True}], ids=lambda o: ",".join(o) or "none")
+def test_nothing_is_left_behind_by_a_failure_or_an_interruption(calls, failure, error, options, way, monkeypatch):
+    monkeypatch.setattr(pipeline, "resolve", after(calls, failure, pipeline.resolve))
+    model = Busy()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with nothing_changes(model), pytest.raises(error):
+            rank(model, **options)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_nothing_is_left_behind_by_a_failing_probe(way, monkeypatch):
+    monkeypatch.setattr(pipeline, "lower_bounds", broken)
+    model = Busy()
+    with nothing_changes(model), pytest.raises(RuntimeError, match="the library is broken"):
+        rank(model, top=1)
+
+
+@pytest.mark.parametrize("option", ["progress", "score"])
+def test_nor_by_a_callable_that_fails(option, way):
+    model = Busy()
+    with nothing_changes(model), pytest.raises(RuntimeError, match="the library is broken"):
+        rank(model, **{option: broken})
+
+
+@pytest.mark.parametrize("options", [{"rtol": 3}, {"device": "nowhere"}, {"progress": 7}, {"memory_budget": "x"}])
+def test_nor_by_options_that_are_refused(options):
+    model = Busy()
+    with nothing_changes(model), pytest.raises(kappa_fast.OptionError):
+        rank(model, **options)
+
+
+def test_a_mapping_is_neither_changed_nor_written_to():
+    base = torch.randn(40, 60, requires_grad=True)
+    source = {"leaf": base, "grown": base * 2, "view": base.detach()[::2, 1::2], "turned": base.detach().T}
+    source |= {"one row": torch.randn(1, 40).expand(30, 40), "half": torch.randn(40, 40).half()}
+    copies = {name: tensor.detach().clone() for name, tensor in source.items()}
+    identities = {name: (id(t), t._version, t.grad_fn, t.requires_grad) for name, t in source.items()}
+    rank(source)
+    assert {name: (id(t), t._version, t.grad_fn, t.requires_grad) for name, t in source.items()} == identities
+    assert all(torch.equal(source[name], copies[name]) for name in source)
+
+
+@contextlib.contextmanager
+def default_dtype() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def default_device() -> Iterator[None]:
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def older_switch(value: str) -> Iterator[None]:
+    torch.set_float32_matmul_precision(value)
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == value
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def newer_switch(product: Any, value: str) -> Iterator[None]:
+    before = product.fp32_precision
+    product.fp32_precision = value
+    try:
+        yield
+    finally:
+        product.fp32_precision = before
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "autocast to bfloat16": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "autograd off": torch.no_grad,
+    "inference": torch.inference_mode,
+    "default dtype float64": default_dtype,
+    "default device meta": default_device,
+    "in a block of device meta": lambda: torch.device("meta"),
+    "float32 products at medium": lambda: older_switch("medium"),
+    "float32 products at high": lambda: older_switch("high"),
+    "TF32 on CUDA by the newer switch": lambda: newer_switch(PRODUCTS[0], "tf32"),
+    "bfloat16 on the CPU by the newer switch": lambda: newer_switch(PRODUCTS[1], "bf16"),
+    "deterministic algorithms": deterministic,
+}
+GIVEN = weights(tall=(300, 165), square=(180, 180), near=(200, 170), small=(48, 40))
+
+
+@pytest.mark.parametrize("top", [None, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_mode_of_the_caller_changes_a_bit_of_the_result_nor_is_changed(mode, top, way):
+    # Two matrices of the hardest kinds, one in bfloat16, whose products a shortcut would spoil.
+    source = GIVEN | {"tall16": GIVEN["tall"].bfloat16()}
+    expected = rank(source, top=top)
+    with MODES[mode]():
+        before = of_process()
+        found = rank(source, top=top)
+        assert of_process() == before
+    assert list(found) == list(expected)
+
+
+def test_the_products_that_a_mode_makes_coarse_are_seen_by_this_test():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (GIVEN["square"] @ GIVEN["square"]).dtype == torch.bfloat16
+
+
+def test_looking_for_matrices_reads_no_weight():
+    model = Busy().to("meta")
+    assert {s.reason for s in open_source(model, EVERYTHING).skipped} >= {
+        "on the meta device, without values: rank from the checkpoint"
+    }
+    assert not open_source(model, EVERYTHING).matrices
