@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spectra import SPECTRA, contains, cosines, gaussian, growing, kappa_of, prescribed, trained_like
 
-from kappa_fast.backends.torch_backend import TorchBackend
+from kappa_fast.backends.torch_backend import CHOLESKY64, TorchBackend
 from kappa_fast.spectrum import ladder
+from kappa_fast.spectrum.krylov import Extreme
 from kappa_fast.spectrum.ladder import Goal, Resolution, resolve
+from kappa_fast.spectrum.polish import Triplets
 
 BACKEND = TorchBackend(torch.device("cpu"))
 SMALL = 32
@@ -332,3 +334,26 @@ def test_small_matrices_are_exact_to_the_last_digits():
         found, kappa = one(weight, Goal(1e-2)), kappa_of(weight)
         assert contains(found.lower, kappa, found.upper)
         assert found.half_width < 1e-12 * found.kappa
+
+
+def test_an_upper_bound_below_what_the_weights_attain_is_no_bound():
+    unit = torch.ones(1, dtype=torch.float64)
+    triplets = Triplets(10.0, 1.0, 9.9, unit, unit, unit, unit)
+    end = Extreme(4.0, 0.01, unit, True)  # kappa at most 4.04 by both ends, and 9.9 attained
+    assert ladder._interval(CHOLESKY64, 0.0, end, end, triplets).upper == math.inf
+
+
+def test_a_proven_lower_end_overrules_the_upper_end_of_the_rung_before():
+    climber = ladder._Climber(0, torch.float64, None, ())
+    climber.keep(Resolution("ok", 4.0, 3.9, 4.1, 4.0, 1.0, "cholesky32"), None)
+    climber.keep(Resolution("ok", 10.0, 9.9, 10.1, 10.0, 1.0, "cholesky64"), None)
+    assert (climber.best.lower, climber.best.kappa, climber.best.upper) == (9.9, 10.0, 10.1)
+
+
+def test_columns_that_scaling_made_equal_are_not_called_equal():
+    weight = torch.eye(3, dtype=torch.float64) * 1e300
+    weight[:, 2] = weight[:, 1]
+    weight[2, 2] = 5e-324
+    found = one(weight, Goal(1e-2))
+    assert (found.status, found.certified) == ("rank_deficient", False)
+    assert found.lower < math.inf

@@ -25,6 +25,8 @@ from .polish import Triplets, polish, ratio_bound, sensitivities
 log = logging.getLogger("kappa_fast")
 
 EXACT_BELOW = 160  # up to here one SVD takes no longer than a ladder of launches: 3.1 ms and 7.0 at 160 x 160
+EXACT_SLENDER = 16  # unless rows outnumber columns by more: 32000 x 158 takes 270 ms by SVD and 46 by the ladder
+EXACT_ALWAYS = 32
 # Shares of the allowed width: each end's excess (relative, of sigma^2) and the departure, with 4 rtol to spend in all.
 END_SHARE = 1.2
 DEPARTURE_SHARE = 0.8
@@ -74,6 +76,8 @@ class _Climber:
         """A later rung replaces the estimate; bounds can only tighten."""
         if self.best is not None:
             lower, upper = max(found.lower, self.best.lower), min(found.upper, self.best.upper)
+            if lower > upper:  # lower ends are proven, so the upper one of the rung before was wrong
+                upper = max(found.upper, lower)
             found = replace(found, lower=lower, upper=upper, kappa=min(max(found.kappa, lower), upper))
         self.best, self.triplets = found, triplets
 
@@ -83,7 +87,7 @@ def resolve(backend: Backend, weights: Sequence[Tensor], goal: Goal) -> list[Res
     operands = backend.prepare(weights)
     results: list[Resolution | None] = [_trivial(a) for a in operands]
     climbers = [
-        _Climber(i, weights[i].dtype, a, backend.rungs(a.shape, weights[i].dtype) if a.shape[1] >= EXACT_BELOW else ())
+        _Climber(i, weights[i].dtype, a, () if _svd_is_cheapest(a.shape) else backend.rungs(a.shape, weights[i].dtype))
         for i, a in enumerate(operands)
         if results[i] is None
     ]
@@ -99,6 +103,11 @@ def resolve(backend: Backend, weights: Sequence[Tensor], goal: Goal) -> list[Res
             found = proofs.certified(backend, climber.operand, found, goal.rtol)
         results[climber.position] = _unscaled(found, climber.operand.exponent)
     return [r for r in results if r is not None]
+
+
+def _svd_is_cheapest(shape: tuple[int, int]) -> bool:
+    m, n = shape
+    return n < EXACT_ALWAYS or (n < EXACT_BELOW and m <= EXACT_SLENDER * n)
 
 
 def _trivial(a: Operand) -> Resolution | None:
@@ -185,7 +194,8 @@ def _interval(rung: Rung, departure: float, top: Extreme, bottom: Extreme, tripl
     widening = math.sqrt((1 + departure) / (1 - departure)) if rung.power == 2 else 1 / (1 - departure)
     upper = math.sqrt(top.theta * (1 + top.excess) * bottom.theta * (1 + bottom.excess)) * widening
     kappa = triplets.sigma_max / triplets.sigma_min
-    upper = max(upper, kappa)
+    # A bound below what the weights themselves attain says that the start missed: it is none, the next rung decides.
+    upper = math.inf if upper * (1 + 1e-12) < triplets.lower else max(upper, kappa)
     return Resolution("ok", kappa, triplets.lower, upper, triplets.sigma_max, triplets.sigma_min, rung.name)
 
 
@@ -200,7 +210,7 @@ def _finish_exactly(backend: Backend, climber: _Climber, goal: Goal) -> None:
     one = v.new_ones(1)
     lower = ratio_bound(a.shape, norm, reached[0], reached[1], v[:, 0], v[:, -1], one, one)
     if low * (1 - exact.RELATIVE) <= error:
-        reason = exact.singular_reason(a)
+        reason = exact.singular_reason(a) if a.exact else None  # what scaling made zero or equal proves nothing
         method = f"{exact.METHOD}: {reason}" if reason else exact.METHOD
         proven = math.inf if reason else lower
         climber.best = Resolution("rank_deficient", math.inf, proven, math.inf, high, low, method, reason is not None)
