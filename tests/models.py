@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,17 @@ def weights(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
     """Random tensors; a double underscore in a name stands for a dot."""
     generator = torch.Generator().manual_seed(0)
     return {name.replace("__", "."): torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Two threads in a small product wait for each other for seconds when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def matrices(source: object, filters: Filters = EVERYTHING) -> dict[str, Matrix]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import EVERYTHING, Experts, weights
+from models import EVERYTHING, Experts, one_thread, weights
 from torch import nn
 
 import kappa_fast
@@ -85,11 +85,14 @@ def nothing_changes(model: nn.Module) -> Iterator[None]:
 
 
 @pytest.fixture(params=["side by side", "one by one"])
-def way(request, monkeypatch) -> str:
+def way(request, monkeypatch) -> Iterator[str]:
     """Small matrices go to threads of their own, large ones to the thread of the caller: here by decree."""
-    if request.param == "one by one":
-        monkeypatch.setattr(pipeline, "fits_one_thread", lambda _: False)
-    return request.param
+    if request.param == "side by side":
+        yield request.param
+        return
+    monkeypatch.setattr(pipeline, "fits_one_thread", lambda _: False)
+    with one_thread():
+        yield request.param
 
 
 @pytest.mark.parametrize(

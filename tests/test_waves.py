@@ -1,0 +1,265 @@
+"""Waves: sizes as text, what fits together, and what happens when memory runs out or a library routine fails."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import one_thread, weights
+
+from kappa_fast import ComputeError, OptionError, pipeline, waves
+from kappa_fast.backends import get_backend
+from kappa_fast.backends.torch_backend import TorchBackend
+from kappa_fast.pipeline import rank
+from kappa_fast.waves import cut, default_budget, is_out_of_memory, parse_bytes
+
+GIVEN = weights(a=(200, 170), b=(180, 180), c=(64, 32), d=(40, 90), e=(300, 165))
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        (None, None),
+        (1, 1),
+        (10**15, 10**15),
+        ("1", 1),
+        ("512B", 512),
+        ("2GB", 2 * 10**9),
+        ("2gb", 2 * 10**9),
+        ("2 G", 2 * 10**9),
+        (" 2GiB ", 2 * 2**30),
+        ("1.5G", 1_500_000_000),
+        ("1.k", 1000),
+        ("512 MiB", 512 * 2**20),
+        ("3KB", 3000),
+        ("3Ki", 3072),
+        ("1TB", 10**12),
+        ("0.5TiB", 2**39),
+    ],
+)
+def test_a_size_is_a_number_or_a_text_with_a_unit(value, size):
+    assert parse_bytes(value) == size
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(0, -1, 1.5, 1e9, float("inf"), True, False, "", " ", "GB", "much", "-2GB", "0", "0.4", "0GB", "2 XB", "1e9"),
+        *("2GBB", "2G B", "1,5G", "1.2.3", "٣GB", "2\nGB x", b"2GB", [2], {}),
+    ],
+)
+def test_what_is_no_size_is_refused_and_named(value):
+    with pytest.raises(OptionError) as refusal:
+        parse_bytes(value)
+    assert str(refusal.value).startswith(f"memory_budget={value!r} is no size in bytes; give a positive int or a text")
+
+
+@given(sizes=st.lists(st.integers(0, 100)), budget=st.integers(1, 150))
+def test_waves_hold_everything_in_order_within_the_budget_and_no_two_could_be_one(sizes, budget):
+    found = list(cut(range(len(sizes)), sizes.__getitem__, budget))
+    assert [i for wave in found for i in wave] == list(range(len(sizes)))
+    assert all(wave for wave in found)
+    totals = [sum(sizes[i] for i in wave) for wave in found]
+    assert all(total <= budget or len(wave) == 1 for total, wave in zip(totals, found, strict=True))
+    firsts = [sizes[wave[0]] for wave in found[1:]]
+    assert all(total + first > budget for total, first in zip(totals, firsts, strict=False))
+
+
+def test_waves_are_cut_as_they_are_asked_for():
+    asked: list[int] = []
+
+    def size(i: int) -> int:
+        asked.append(i)
+        return 1
+
+    next(cut(range(100), size, 2))
+    assert len(asked) == 3
+
+
+def test_the_default_on_a_cpu_is_bounded_by_what_is_free(monkeypatch):
+    budget = default_budget(torch.device("cpu"))
+    assert 0 < budget <= max(waves.LARGEST_DEFAULT, waves.SHARE * torch.get_num_threads())
+    monkeypatch.setattr(waves.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": 1000}[name])
+    assert default_budget(torch.device("cpu")) == 4096 * 1000 // 4
+
+
+def test_where_nobody_tells_what_is_free_a_modest_amount_is_taken(monkeypatch):
+    def unknown(name: str) -> int:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(waves.os, "sysconf", unknown)
+    assert default_budget(torch.device("cpu")) == waves.LARGEST_DEFAULT // 4
+
+
+def test_the_default_on_a_gpu_is_most_of_what_is_free_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    assert default_budget(torch.device("cuda", 0)) == 800
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("not enough memory"), False),
+        (torch.linalg.LinAlgError("did not converge"), False),
+        (None, False),
+    ],
+)
+def test_lack_of_memory_is_told_from_other_failures(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+def test_torch_itself_runs_out_of_memory_in_one_of_these_ways():
+    with pytest.raises((RuntimeError, MemoryError)) as failure:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(failure.value)
+
+
+OUT_OF_MEMORY: list[Callable[[], BaseException]] = [
+    lambda: torch.OutOfMemoryError("CUDA out of memory"),
+    lambda: RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes"),
+    lambda: MemoryError("no more"),
+]
+NO_CONVERGENCE = lambda: torch.linalg.LinAlgError("linalg.svd: did not converge")  # noqa: E731
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whole waves go to the backend at once, as on an accelerator."""
+    monkeypatch.setattr(pipeline._Run, "_divide", lambda _, wave: ([], [list(wave)]))
+    with one_thread():
+        yield
+
+
+def refusing(
+    monkeypatch: pytest.MonkeyPatch, name: str, refuse: Callable[[Sequence[Any]], bool], make: Any
+) -> list[int]:
+    """``pipeline.<name>`` raises for some waves; the sizes of all are noted."""
+    original, sizes = getattr(pipeline, name), list[int]()
+
+    def work(backend: Any, given: Sequence[torch.Tensor], goal: Any) -> Any:
+        sizes.append(len(given))
+        if refuse(given):
+            raise make()
+        return original(backend, given, goal)
+
+    monkeypatch.setattr(pipeline, name, work)
+    return sizes
+
+
+@pytest.mark.parametrize("make", [*OUT_OF_MEMORY, NO_CONVERGENCE])
+def test_a_wave_that_fails_is_halved_until_it_works_with_the_same_result(make, whole, monkeypatch, caplog):
+    expected = list(rank(GIVEN))
+    sizes = refusing(monkeypatch, "resolve", lambda given: len(given) > 1, make)
+    with caplog.at_level(logging.INFO, "kappa_fast"):
+        assert list(rank(GIVEN)) == expected
+    assert sizes == [5, 2, 1, 1, 3, 1, 2, 1, 1]
+    assert caplog.messages[0].startswith("a wave of 5 matrices failed (")
+    assert caplog.messages[0].endswith("; trying halves")
+
+
+@pytest.mark.parametrize("make", OUT_OF_MEMORY)
+def test_a_probe_that_fails_is_halved_too(make, whole, monkeypatch):
+    source = GIVEN | weights(f=(220, 180), g=(64, 30))
+    expected = list(rank(source, top=2))
+    sizes = refusing(monkeypatch, "lower_bounds", lambda given: len(given) > 1, make)
+    assert list(rank(source, top=2)) == expected
+    assert max(sizes) > 1
+    assert sizes.count(1) > 1
+
+
+@pytest.mark.parametrize("work", ["resolve", "lower_bounds"])
+@pytest.mark.parametrize("make", OUT_OF_MEMORY)
+def test_what_its_neighbours_leave_no_memory_for_is_tried_again_alone(make, work, monkeypatch):
+    expected = list(rank(GIVEN, top=2))
+    seen: set[int] = set()
+    lock = threading.Lock()
+
+    def first_time(given: Sequence[torch.Tensor]) -> bool:
+        assert torch.get_num_threads() == 1
+        with lock:
+            new = given[0].data_ptr() not in seen
+            seen.add(given[0].data_ptr())
+            return new
+
+    refusing(monkeypatch, work, first_time, make)
+    assert list(rank(GIVEN, top=2)) == expected
+    assert seen
+
+
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
+@pytest.mark.parametrize("make", OUT_OF_MEMORY)
+def test_a_single_matrix_without_memory_is_named_with_what_to_do(make, device, request, monkeypatch):
+    if device == "accelerator":
+        request.getfixturevalue("whole")
+    refusing(monkeypatch, "resolve", lambda given: any(w.shape == (40, 90) for w in given), make)
+    with pytest.raises(ComputeError) as failure:
+        rank(GIVEN)
+    assert str(failure.value) == (
+        "there is not enough memory for 'd' of shape (40, 90), torch.float32: free memory, use another device, or "
+        "leave it out with exclude='d'"
+    )
+    assert is_out_of_memory(failure.value.__cause__)
+    assert len(rank(GIVEN, exclude="d")) == 4
+
+
+def test_a_matrix_that_a_library_routine_fails_on_is_named_and_tried_once(monkeypatch):
+    sizes = refusing(monkeypatch, "resolve", lambda given: given[0].shape == (64, 32), NO_CONVERGENCE)
+    with pytest.raises(
+        ComputeError, match=r"a library routine failed \(linalg.svd: did not converge\) on 'c' of shape"
+    ):
+        rank({"c": GIVEN["c"]})
+    assert sizes == [1]
+
+
+@pytest.mark.parametrize("work", ["resolve", "lower_bounds"])
+def test_any_other_failure_comes_through_as_it_is(work, monkeypatch):
+    refusing(monkeypatch, work, lambda _: True, lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as failure:
+        rank(GIVEN, top=2)
+    assert not isinstance(failure.value, ComputeError)
+
+
+def waves_of(source: dict[str, torch.Tensor], budget: int | str, monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    original, found = pipeline._Run._divide, list[list[Any]]()
+
+    def divide(run: Any, wave: Sequence[int]) -> Any:
+        found.append([run.source.matrices[i].shape for i in wave])
+        return original(run, wave)
+
+    monkeypatch.setattr(pipeline._Run, "_divide", divide)
+    rank(source, memory_budget=budget)
+    return found
+
+
+def test_a_wave_takes_no_more_than_the_budget(monkeypatch):
+    backend = get_backend("torch", torch.device("cpu"))
+    assert isinstance(backend, TorchBackend)
+    need = backend.workspace((100, 80), torch.float32)
+    source = {f"w{i}": torch.randn(80, 100) for i in range(5)}
+    assert [len(wave) for wave in waves_of(source, 2 * need, monkeypatch)] == [2, 2, 1]
+
+
+def test_the_weights_of_a_checkpoint_count_since_they_are_brought_into_memory(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    need = get_backend("torch", torch.device("cpu")).workspace((100, 80), torch.float32)
+    source = {f"w{i}": torch.randn(80, 100) for i in range(4)}
+    save_file(source, tmp_path / "model.safetensors")
+    assert [len(wave) for wave in waves_of(tmp_path, 2 * need + 1, monkeypatch)] == [1, 1, 1, 1]
+    assert [len(wave) for wave in waves_of(tmp_path, 2 * (need + 32000), monkeypatch)] == [2, 2]
+
+
+@pytest.mark.parametrize("budget", [1, "1B", "200KB", "1 TiB"])
+def test_the_budget_changes_no_bit(budget):
+    assert list(rank(GIVEN, memory_budget=budget)) == list(rank(GIVEN))
