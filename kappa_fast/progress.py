@@ -62,7 +62,7 @@ def tracking(option: ProgressOption, total: int, operations: float) -> Iterator[
         OptionError: ``option`` is neither a bool, None nor a callable.
     """
     if option is None:
-        option = sys.stderr.isatty()
+        option = sys.stderr is not None and sys.stderr.isatty()
     if option is False:
         yield Tracker(total, operations, None)
     elif option is True:
@@ -89,7 +89,9 @@ def _bar(total: int, operations: float) -> Iterator[Callable[[Progress], None]]:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # A terminal shows it while it moves; a pipe, which gets one only on demand, keeps its last state.
+    with RichProgress(*columns, console=console, transient=console.is_terminal) as bar:
         task = bar.add_task("rank", total=operations, matrices=0, total_matrices=total, gflop=operations / 1e9)
 
         def report(p: Progress) -> None:
