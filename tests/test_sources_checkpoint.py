@@ -293,6 +293,7 @@ def test_a_missing_shard_is_noticed_without_an_index_too(sharded):
         ".",
         "model.txt",
         "a\0.safetensors",
+        "\ud800.safetensors",
     ],
 )
 def test_an_index_cannot_reach_outside_of_its_directory(shard, tmp_path):

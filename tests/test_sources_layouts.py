@@ -12,6 +12,7 @@ from models import EVERYTHING, Config, Experts, matrices, weights
 from safetensors.torch import save_file
 from torch import nn
 
+from kappa_fast.errors import SourceError
 from kappa_fast.sources import Filters, Matrix, open_source
 
 STORED = Filters(embeddings=True, routers=True, min_dim=1, fused="stored")
@@ -321,3 +322,11 @@ def test_pieces_below_min_dim_are_skipped_on_their_own(tmp_path):
     source = open_source(checkpoint(tmp_path, {"model_type": "phi3"}, **shapes), Filters())
     assert [m.key for m in source.matrices] == ["a.qkv_proj.weight.k", "a.qkv_proj.weight.v"]
     assert [s.name for s in source.skipped] == ["a.o_proj.weight", "a.qkv_proj.weight.q"]
+
+
+def test_a_parameter_may_not_be_called_like_a_part_of_another():
+    both = weights(**{"e": (2, 16, 20), "e[1]": (16, 16), "w": (16, 16)})
+    message = r"a parameter and a part of another are both called 'e\[1\]': rename one, leave one out with exclude="
+    with pytest.raises(SourceError, match=message):
+        matrices(both)
+    assert set(matrices(both, Filters(exclude=r"^e$"))) == {"e[1]", "w"}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def open_source(
     Raises:
         OptionError: ``source`` is of a kind that cannot hold a model.
         SourceNotFoundError: there is no such path, or the index of a checkpoint names a shard that is not there.
-        SourceError: the source cannot be read, or has no parameter with two or more dimensions.
+        SourceError: the source cannot be read, has no parameter with two or more dimensions, or two with one name.
         NotImplementedError: a parameter is sharded.
     """
     inventory = _read(source)
@@ -62,6 +63,7 @@ def open_source(
                 skipped.append(Skipped(stored.name + part.label, part.shape, small))
             else:
                 matrices.append(_matrix(stored, part))
+    _check_keys(matrices)
     metadata: dict[str, Any] = {**inventory.metadata, "layouts": notes}
     return Source(tuple(matrices), tuple(skipped), inventory.num_parameters, metadata, inventory.in_memory)
 
@@ -79,6 +81,16 @@ def _read(source: object) -> Inventory:
         f"source is of type {type(source).__name__}, which is no model: give an nn.Module, a mapping of names to "
         "tensors, a .safetensors file or a directory with them"
     )
+
+
+def _check_keys(matrices: Sequence[Matrix]) -> None:
+    keys = Counter(matrix.key for matrix in matrices)
+    twice = [key for key, count in keys.items() if count > 1]
+    if twice:
+        raise SourceError(
+            f"a parameter and a part of another are both called {twice[0]!r}: rename one, leave one out with exclude=, "
+            "or rank with fused='stored'"
+        )
 
 
 def _called(inventory: Inventory) -> str:

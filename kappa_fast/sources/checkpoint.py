@@ -250,7 +250,10 @@ def _stays_inside(shard: str, directory: Path) -> bool:
     allowed = [base]
     if base.parent.name == "snapshots":
         allowed += [base.parents[1] / "blobs", base.parents[2] / "blobs"]
-    target = (directory / shard).resolve()
+    try:
+        target = (directory / shard).resolve()
+    except ValueError:  # half a surrogate pair, which no file name can hold
+        return False
     return any(target.is_relative_to(place) for place in allowed)
 
 
