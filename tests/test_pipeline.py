@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from models import one_thread
+from safetensors.torch import save_file
 
 import kappa_fast
 from kappa_fast import pipeline
@@ -174,6 +177,24 @@ def test_what_cannot_be_proven_is_counted_in_one_warning():
         ({"top": 0}, "top=0"),
         ({"top": 1.5}, "top=1.5"),
         ({"top": True}, "top=True"),
+        ({"top": -1}, "top=-1"),
+        ({"top": 0.0}, r"top=0\.0"),
+        ({"top": float("nan")}, "top=nan"),
+        ({"top": "3"}, "top='3'"),
+        ({"top": 1, "top_per_group": "no"}, "top_per_group='no'"),
+        ({"certify": 1}, "certify=1"),
+        ({"certify": np.ones(2)}, r"certify=array\(\[1\., 1\.\]\)"),
+        ({"score": None}, "score=None"),
+        ({"score": lambda entry: "low"}, r"score\(\) returned 'low' for 'layers\.0\.w'"),
+        ({"score": lambda entry: float("nan")}, r"score\(\) returned nan for 'layers\.0\.w'"),
+        ({"rtol": 1}, "rtol=1:"),
+        ({"rtol": True}, "rtol=True"),
+        ({"rtol": float("nan")}, "rtol=nan"),
+        ({"device": "hpu"}, "device='hpu' cannot be used here"),
+        ({"device": 2.5}, r"device=2\.5 cannot be used here"),
+        ({"min_dim": 0}, "min_dim=0"),
+        ({"include": "("}, r"include='\('"),
+        ({"fused": "no"}, "fused='no'"),
         ({"rtol": 0}, "rtol=0"),
         ({"rtol": "1"}, "rtol='1'"),
         ({"certify": "all"}, "certify='all'"),
@@ -195,6 +216,94 @@ def test_an_option_that_cannot_work_is_named(options, message):
 def test_an_unknown_backend_is_named(name, message):
     with pytest.raises(kappa_fast.BackendError, match=message):
         rank(weights(1), backend=name)
+
+
+def test_the_settings_are_kept_with_patterns_in_any_iterable():
+    found = rank(weights(2), include={"layers"}, exclude=(p for p in ["1$", "9"]), top=1, score=abs_kappa).metadata
+    assert found["settings"] == {
+        **dict(top=1, top_per_group=False, rtol=1e-2, certify=False, score="abs_kappa", include=("layers",)),
+        **dict(exclude=("1$", "9"), embeddings=False, routers=False, fused="split", min_dim=16, max_dim=None),
+    }
+    assert rank(weights(2), include="layers").metadata["settings"]["include"] == "layers"
+
+
+def abs_kappa(entry: kappa_fast.TensorKappa) -> float:
+    return abs(entry.kappa)
+
+
+def test_the_metadata_tell_what_was_ranked_with_what_and_can_be_written(tmp_path):
+    ranking = rank(model(), certify="selection", top=2)
+    found = ranking.metadata
+    assert found["versions"]["torch"] == torch.__version__
+    assert (found["backend"], tuple(found["device"]), found["threads"]) == ("torch", ("cpu",), torch.get_num_threads())
+    assert (found["source"]["kind"], found["partial"]) == ("module", False)
+    assert found["num_parameters"] == sum(p.numel() for p in model().parameters())
+    assert 0 < found["seconds"] < 60
+    ranking.to_json(tmp_path / "ranking.json")
+    assert kappa_fast.Ranking.from_json(tmp_path / "ranking.json") == ranking
+
+
+def test_a_module_its_state_dict_and_its_checkpoint_have_one_ranking(tmp_path):
+    save_file(model().state_dict(), tmp_path / "model.safetensors")
+    expected = list(rank(model()))
+    assert list(rank(model().state_dict())) == expected
+    assert list(rank(tmp_path)) == expected
+    assert list(rank(str(tmp_path / "model.safetensors"))) == expected
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda t: t[:180, :170].contiguous(),
+    "transposed": lambda t: t[:170, :180].T,
+    "every other": lambda t: t[::2, 1::3],
+    "overlapping rows": lambda t: torch.as_strided(t, (180, 170), (169, 1)),
+    "column-major square": lambda t: torch.as_strided(t, (180, 180), (1, 180)),
+    "convolution": lambda t: t[:180, :180].reshape(180, 20, 3, 3).contiguous(memory_format=torch.channels_last),
+    "small": lambda t: t[:40:2, :90:3],
+    "in training": lambda t: t[:180, :170].requires_grad_() * 1,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
+def test_any_strides_and_any_float_format_are_ranked_by_their_values(dtype):
+    base = torch.randn(400, 600, dtype=torch.float64).to(getattr(torch, dtype))
+    source = {}
+    for name, view in LAYOUTS.items():
+        narrow = base.dtype.itemsize == 1  # float8 can be looked at in few ways
+        source[name] = (
+            view(base.float()).to(base.dtype) if narrow and name in ("convolution", "in training") else view(base)
+        )
+    ranking = rank(source, certify=True)
+    assert {entry.name for entry in ranking} == set(LAYOUTS)
+    for entry in ranking:
+        with one_thread():
+            kappa = exact(source[entry.name].detach().flatten(1))
+        assert entry.certified
+        assert entry.lower * (1 - 1e-9) <= kappa <= entry.upper * (1 + 1e-9)
+        assert entry.kappa == pytest.approx(kappa, rel=1e-2)
+        assert entry.dtype == dtype
+
+
+def test_all_equal_rows_by_a_stride_of_zero_are_rank_deficient():
+    (entry,) = rank({"w": torch.randn(1, 40).expand(30, 40)})
+    assert (entry.status, entry.kappa, entry.upper) == ("rank_deficient", float("inf"), float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (None, kappa_fast.OptionError, "source is of type NoneType"),
+        (torch.randn(4, 4), kappa_fast.OptionError, "source is of type Tensor"),
+        (torch.nn.Linear, kappa_fast.OptionError, "source is of type type"),
+        ({}, kappa_fast.SourceError, "the mapping holds no parameter with two or more dimensions"),
+        ({"w": 3}, kappa_fast.SourceError, "the mapping holds 'w': int"),
+        (torch.nn.ReLU(), kappa_fast.SourceError, "ReLU holds no parameter"),
+        ("some-org/some-model", kappa_fast.SourceNotFoundError, "some-org/some-model: no such file .* id of a model"),
+        ("", kappa_fast.OptionError, "the path of the checkpoint is empty"),
+    ],
+)
+def test_what_is_no_model_is_named(source, error, message):
+    with pytest.raises(error, match=message):
+        rank(source)
 
 
 @pytest.mark.parametrize("option", ["cache", "process_group"])
