@@ -96,6 +96,7 @@ def test_the_first_of_the_full_ranking_come_first_to_the_last_bit(name, top):
     ranking = rank(source, top=top)
     assert lowest(ranking, count) == lowest(full, count)
     assert set(keys(ranking)) == set(source)
+    assert all(entry == full[entry.key] for entry in ranking if entry.status == "ok")
     assert_bounds_hold(ranking, true_kappas(name), count)
 
 

@@ -254,6 +254,20 @@ def test_no_mode_of_the_caller_changes_a_bit_of_the_result_nor_is_changed(mode, 
     assert list(found) == list(expected)
 
 
+def test_the_older_switch_can_be_read_during_the_work(monkeypatch):
+    # torch refuses to while the newer switches say something else, and a library it calls may want to know.
+    original, seen = pipeline.resolve, set[str]()
+
+    def resolve(*arguments: Any) -> Any:
+        seen.add(torch.get_float32_matmul_precision())
+        return original(*arguments)
+
+    monkeypatch.setattr(pipeline, "resolve", resolve)
+    with older_switch("medium"):
+        rank(GIVEN)
+    assert seen == {"highest"}
+
+
 def test_the_products_that_a_mode_makes_coarse_are_seen_by_this_test():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (GIVEN["square"] @ GIVEN["square"]).dtype == torch.bfloat16
