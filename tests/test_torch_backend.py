@@ -203,6 +203,22 @@ def test_departure_measures_how_far_the_factor_is_from_the_matrix(shape, rung):
     assert close(moved, (1.5**rung.power - 1) * x.double(), 1000 * math.sqrt(shape[1]), rung.unit_roundoff)
 
 
+@pytest.mark.parametrize(("tolerance", "dtype"), [(1e-2, torch.float32), (1e-5, torch.float64)])
+def test_products_are_computed_in_float32_only_where_the_tolerance_leaves_room(tolerance, dtype):
+    a = operand(prescribed("geometric", 129, 129, 10).matrix.float())
+    (rung,) = BACKEND.rungs(a.shape, torch.float32)
+    assert rung.product_dtype(tolerance) == dtype
+    x = gaussian(129, 16).to(dtype)
+    (product,) = BACKEND.product([factored(a, rung)], [x])
+    assert product.dtype == dtype
+    assert close(product, wide(a).T @ (wide(a) @ x.double()), 40 * 129, UNIT[dtype])
+
+
+def test_float64_weights_know_no_quick_product():
+    (rung,) = BACKEND.rungs((64, 64), torch.float64)
+    assert rung.product_dtype(0.5) == torch.float64
+
+
 def test_a_factorization_that_breaks_down_is_none_and_the_others_go_on():
     singular, sound = torch.zeros(40, 40, dtype=torch.float64), gaussian(40, 40)
     singular[0, 0] = 1

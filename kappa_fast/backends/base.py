@@ -15,12 +15,16 @@ import torch
 
 Tensor = torch.Tensor
 
+# The bound of a Krylov space cannot fall below its rounding over the overlap of its start, about 1e-2 at n = 4096.
+QUICK_MARGIN = 1e4
+
 
 @dataclass(frozen=True)
 class Rung:
     """One way to factor a matrix, as R with A = (nearly orthonormal columns) R.
 
     name: what ``TensorKappa.method`` reports.  dtype: of the factor and of everything done with it.
+    quick: a narrower dtype in which products with R^T R may be computed instead, if the factor allows for one.
     power: 2 where the factor comes from a Gram matrix or its like and the departure below bounds squared singular
     values, 1 where it bounds singular values themselves.
     """
@@ -29,10 +33,17 @@ class Rung:
     kind: str
     dtype: torch.dtype
     power: int
+    quick: torch.dtype | None = None
 
     @property
     def unit_roundoff(self) -> float:
         return float(torch.finfo(self.dtype).eps) / 2
+
+    def product_dtype(self, tolerance: float) -> torch.dtype:
+        """What products may be computed in if an eigenvalue is wanted to a relative ``tolerance``."""
+        if self.quick is not None and tolerance > QUICK_MARGIN * float(torch.finfo(self.quick).eps):
+            return self.quick
+        return self.dtype
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ class Backend(Protocol):
         """Factor every operand by its rung; None where the factorization broke down."""
 
     def product(self, factors: Sequence[Factor], blocks: Sequence[Tensor]) -> list[Tensor]:
-        """R^T R X for blocks of shape (n, b), in the rung's dtype."""
+        """R^T R X for blocks of shape (n, b), in the dtype of the blocks: the rung's, or its quick one."""
 
     def solve(self, factors: Sequence[Factor], blocks: Sequence[Tensor]) -> list[Tensor]:
         """(R^T R)^-1 X for blocks of shape (n, b), in the rung's dtype."""

@@ -16,6 +16,7 @@ Tensor = torch.Tensor
 # Per end and per matrix: the 89,088 ends of a model with 44,544 experts fail together with probability below 1e-5.
 FAILURE = 1e-10
 WIDEST = 1e30  # a relative excess beyond which the bound is called infinite
+NARROWEST, RESOLUTION, POINTS = -16.0, 0.03, 9  # decades; nine points narrow the search down to an eighth
 
 
 def start_overlap(n: int, width: int) -> float:
@@ -51,12 +52,21 @@ def norm_factor(width: int) -> float:
     return math.sqrt(width / math.exp(log_quantile))
 
 
-def excess(theta: Tensor, vectors: Tensor, coupling: Tensor, start: int, overlap: float, noise: float) -> float:
+def excess(
+    theta: Tensor,
+    vectors: Tensor,
+    coupling: Tensor,
+    start: int,
+    overlap: float,
+    noise: float,
+    tolerance: float = 1.0,
+) -> float:
     """D such that the largest eigenvalue lies in [theta_max, theta_max (1 + d)] unless the start missed its vector.
 
     theta (k,), vectors (k, k): eigenpairs of T = V^T H V, ascending, float64, for a Krylov basis V whose first
     ``start`` columns span the start block.  coupling (r, w): B of H V = V T + Q B E^T, E the last w columns.
     overlap: what ||u^T Q1|| exceeds.  noise: bound on what rounding adds to that relation, relative to theta_max.
+    tolerance: looked at first, which halves the search.
 
     For an eigenpair (lambda, u) of H with lambda above all of theta, u^T Q1 = u^T Q B E^T (lambda - T)^-1 E_1, hence
     overlap <= ||B E^T (lambda - T)^-1 E_1|| + noise theta_max / (lambda - theta_max). The right side falls as lambda
@@ -69,19 +79,27 @@ def excess(theta: Tensor, vectors: Tensor, coupling: Tensor, start: int, overlap
     behind = (theta[-1] - theta) / top  # (k,), what lambda - theta_i adds to the gap
     left = coupling @ vectors[-coupling.shape[1] :] / top  # (r, k)
     right = vectors[:start].T  # (k, start)
-    low, high = -16.0, math.log10(WIDEST)
-    for points in (24, 13, 9):  # 2, then 0.2, then 0.02 decades apart
-        exponents = torch.linspace(low, high, points, dtype=torch.float64, device="cpu")
+
+    def possible(exponents: Tensor) -> list[bool]:
         gaps = 10.0**exponents
         reach = noise / gaps
         if left.shape[0]:
             resolvent = (left[None] / (gaps[:, None] + behind)[:, None, :]) @ right
             reach = reach + torch.linalg.matrix_norm(resolvent)
-        within = (reach >= overlap).nonzero()
-        if not len(within):
-            return float(gaps[0])
-        last = int(within[-1])
-        if last == points - 1:
+        return (reach >= overlap).tolist()
+
+    low, high, middle = NARROWEST, math.log10(WIDEST), math.log10(tolerance)
+    if possible(torch.tensor([middle], dtype=torch.float64, device="cpu"))[0]:
+        low = middle
+    else:
+        high = middle
+    while high - low > RESOLUTION:
+        exponents = torch.linspace(low, high, POINTS, dtype=torch.float64, device="cpu")
+        within = possible(exponents)
+        if not any(within):
+            return 10.0**low
+        last = POINTS - 1 - within[::-1].index(True)
+        if last == POINTS - 1:
             return math.inf
         low, high = float(exponents[last]), float(exponents[last + 1])
     return 10.0**high

@@ -136,13 +136,18 @@ def largest(
     tolerance: float,
     *,
     salt: int,
+    dtypes: Sequence[torch.dtype] | None = None,
 ) -> list[Extreme]:
     """The largest eigenvalue of operator(factor) for every factor, to a relative excess of ``tolerance`` if it can.
 
     noise(i, theta): the relative rounding error of one application to matrix i whose largest eigenvalue is theta.
-    salt: tells the start blocks of different ends apart.
+    salt: tells the start blocks of different ends apart.  dtypes: of the blocks, those of the rungs if not given.
     """
-    spaces = [Space.begin(backend, f.n, f.rung.dtype, WIDTH, MAX_BLOCKS, salt) for f in factors]
+    chosen_dtypes = [f.rung.dtype for f in factors] if dtypes is None else dtypes
+    spaces = [
+        Space.begin(backend, f.n, dtype, WIDTH, MAX_BLOCKS, salt)
+        for f, dtype in zip(factors, chosen_dtypes, strict=True)
+    ]
     results: dict[int, Extreme] = {}
     active = list(range(len(factors)))
     step = 0
@@ -170,5 +175,5 @@ def _extract(space: Space, noise: Callable[[float], float], tolerance: float) ->
     top = float(theta[-1])
     overlap = start_overlap(space.basis.shape[0], space.start)
     left_out = DROP * float(torch.finfo(space.basis.dtype).eps) / 2 if space.dropped else 0.0
-    above = excess(theta, vectors, space.coupling, space.start, overlap, noise(top) + left_out)
+    above = excess(theta, vectors, space.coupling, space.start, overlap, noise(top) + left_out, tolerance)
     return Extreme(top, above, space.combine(vectors[:, -WIDTH:]), above <= tolerance)

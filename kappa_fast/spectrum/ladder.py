@@ -180,7 +180,9 @@ def _departures(backend: Backend, pairs: Sequence[tuple[_Climber, Factor]], limi
 
 def _ends(backend: Backend, factors: Sequence[Factor], tolerance: float) -> tuple[list[Extreme], list[Extreme]]:
     units = [f.rung.unit_roundoff for f in factors]
-    tops = largest(backend, backend.product, factors, lambda i, _: 2 * units[i], tolerance, salt=0)
+    quick = [f.rung.product_dtype(tolerance) for f in factors]
+    coarse = [float(torch.finfo(dtype).eps) for dtype in quick]
+    tops = largest(backend, backend.product, factors, lambda i, _: coarse[i], tolerance, salt=0, dtypes=quick)
 
     def noise(i: int, theta: float) -> float:
         return 2 * units[i] * math.sqrt(max(1.0, theta * tops[i].theta))
