@@ -78,11 +78,11 @@ def test_kappa_fast_certified(benchmark: Any, name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in MODELS if "trained" in n])
 def test_kappa_fast_top(benchmark: Any, name: str, top: float) -> None:
     """The cut at 0.2 falls among k_proj and v_proj, far below every other type; at 0.5 among the tall matrices."""
+    benchmark.name = f"test_kappa_fast_top_{top}[{name}]"
     ranking = measure(benchmark, name, lambda: kappa_fast.rank(source(name), top=top, progress=False))
     exact = truth(name)
     count = max(1, int(len(exact) * top))
     assert {e.name for e in ranking[:count]} == set(sorted(exact, key=exact.__getitem__)[:count])
-    benchmark.name = f"test_kappa_fast_top_{top}[{name}]"
     benchmark.extra_info["bounded"] = sum(e.status == "bounded" for e in ranking)
 
 
