@@ -8,7 +8,7 @@ import pytest
 import torch
 from spectra import SPECTRA, hadamard
 
-from kappa_fast.backends.base import Factor, Rung
+from kappa_fast.backends.base import Factors, Panel, Rung
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.spectrum import bounds, krylov
 from kappa_fast.spectrum.krylov import WIDTH, Extreme, gaussian_block, largest
@@ -23,20 +23,25 @@ class Counting:
 
     products: dict[int, int]
 
-    def __call__(self, factors, blocks):
-        for f in factors:
-            self.products[id(f)] = self.products.get(id(f), 0) + 1
-        return [f.data @ x for f, x in zip(factors, blocks, strict=True)]
+    def __call__(self, factors, panel):
+        for matrix in factors.data:
+            self.products[id(matrix)] = self.products.get(id(matrix), 0) + 1
+        return Panel.pack([m @ x for m, x in zip(factors.data, panel.blocks(), strict=True)])
 
 
-def factor(matrix: torch.Tensor) -> Factor:
-    return Factor(Rung("test", "dense", matrix.dtype, 2), matrix.shape[0], matrix)
+def wave(matrices) -> Factors:
+    rung = Rung("test", "dense", matrices[0].dtype, 2)
+    return Factors(rung, tuple(m.shape[0] for m in matrices), tuple(matrices))
+
+
+def constant(noise):
+    return lambda which, theta: torch.full_like(theta, noise)
 
 
 def find(matrices, tolerance=1e-3, noise=None, salt=0) -> list[Extreme]:
-    factors = [factor(m) for m in matrices]
-    units = [2 * f.rung.unit_roundoff for f in factors]
-    return largest(BACKEND, Counting({}), factors, noise or (lambda i, _: units[i]), tolerance, salt=salt)
+    factors = wave(matrices)
+    noise = noise or constant(2 * factors.rung.unit_roundoff)
+    return largest(BACKEND, Counting({}), factors, noise, tolerance, salt=salt)
 
 
 def symmetric(values: torch.Tensor) -> torch.Tensor:
@@ -107,22 +112,24 @@ def test_a_space_that_fills_everything_leaves_only_rounding(n):
 
 def test_the_identity_takes_one_product():
     counting = Counting({})
-    f = factor(torch.eye(200, dtype=torch.float64))
-    (found,) = largest(BACKEND, counting, [f], lambda i, _: 1e-15, 1e-6, salt=0)
+    matrix = torch.eye(200, dtype=torch.float64)
+    (found,) = largest(BACKEND, counting, wave([matrix]), constant(1e-15), 1e-6, salt=0)
     assert found.converged
     assert found.theta == pytest.approx(1, rel=1e-13)
-    assert counting.products[id(f)] <= 2
+    assert counting.products[id(matrix)] <= 2
 
 
 def test_every_matrix_of_a_wave_stops_on_its_own():
-    hard, easy = (factor(symmetric(spectrum(name))) for name in ("arithmetic", "one large"))
+    hard, easy = (symmetric(spectrum(name)) for name in ("arithmetic", "one large"))
     counting = Counting({})
-    largest(BACKEND, counting, [hard, easy], lambda i, _: 1e-15, 1e-4, salt=0)
+    largest(BACKEND, counting, wave([hard, easy]), constant(1e-15), 1e-4, salt=0)
     assert counting.products[id(easy)] < counting.products[id(hard)]
 
 
-def test_a_result_does_not_depend_on_the_wave():
-    matrices = [symmetric(spectrum(name)).to(t) for name in SPECTRA for t in (torch.float64, torch.float32)]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_result_does_not_depend_on_the_wave(dtype):
+    matrices = [symmetric(spectrum(name)).to(dtype) for name in SPECTRA]
+    matrices += [matrices[0][:100, :100], matrices[1][:33, :33]]
     alone = [find([m])[0] for m in matrices]
     together = find(matrices)
     backwards = find(matrices[::-1])[::-1]
@@ -134,7 +141,7 @@ def test_a_result_does_not_depend_on_the_wave():
 
 @pytest.mark.parametrize("noise", [1e-12, 1e-6, 1e-2])
 def test_noise_of_the_operator_keeps_the_excess_from_becoming_smaller(noise):
-    (found,) = find([symmetric(spectrum("one large"))], 1e-15, noise=lambda i, theta: noise)
+    (found,) = find([symmetric(spectrum("one large"))], 1e-15, noise=constant(noise))
     assert noise < found.excess < 1e3 * noise
     assert not found.converged
 
@@ -142,9 +149,10 @@ def test_noise_of_the_operator_keeps_the_excess_from_becoming_smaller(noise):
 def test_noise_is_asked_for_by_position_and_value():
     asked: dict[int, set[float]] = {0: set(), 1: set()}
 
-    def noise(i, theta):
-        asked[i].add(theta)
-        return 1e-15
+    def noise(which, theta):
+        for i, value in zip(which, theta.tolist(), strict=True):
+            asked[i].add(value)
+        return torch.full_like(theta, 1e-15)
 
     first, second = find([2 * symmetric(spectrum("one large")), symmetric(spectrum("one large"))], noise=noise)
     assert max(asked[0]) == pytest.approx(first.theta) == pytest.approx(2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spectra import SPECTRA, contains, cosines, gaussian, growing, kappa_of, prescribed, trained_like
 
 from kappa_fast.backends.torch_backend import CHOLESKY64, TorchBackend
-from kappa_fast.spectrum import ladder
+from kappa_fast.spectrum import krylov, ladder
 from kappa_fast.spectrum.krylov import Extreme
 from kappa_fast.spectrum.ladder import Goal, Resolution, resolve
 from kappa_fast.spectrum.polish import Triplets
@@ -156,7 +156,7 @@ def test_the_same_input_gives_the_same_result_whatever_the_random_state():
     first = resolve(BACKEND, a_wave(), goal)
     torch.manual_seed(12345)
     np.random.seed(1)
-    ladder.gaussian_block.cache_clear()
+    krylov.gaussian_block.cache_clear()
     assert all(map(same, resolve(BACKEND, a_wave(), goal), first))
 
 
@@ -338,7 +338,7 @@ def test_small_matrices_are_exact_to_the_last_digits():
 
 def test_an_upper_bound_below_what_the_weights_attain_is_no_bound():
     unit = torch.ones(1, dtype=torch.float64)
-    triplets = Triplets(10.0, 1.0, 9.9, unit, unit, unit, unit)
+    triplets = Triplets(10.0, 1.0, 9.9, unit, unit)
     end = Extreme(4.0, 0.01, unit, True)  # kappa at most 4.04 by both ends, and 9.9 attained
     assert ladder._interval(CHOLESKY64, 0.0, end, end, triplets).upper == math.inf
 

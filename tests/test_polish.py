@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spectra import SPECTRA, contains, gaussian, kappa_of, prescribed, trained_like
 
+from kappa_fast.backends.base import Panel
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.spectrum.polish import (
     BOTTOM_WIDTH,
@@ -33,7 +34,7 @@ def blocks(operand, contamination=0.0, seed=0, width=16):
 def polished(matrix, contamination=0.0, seed=0) -> Triplets:
     operands = BACKEND.prepare([matrix])
     top, bottom = blocks(operands[0], contamination, seed)
-    return polish(BACKEND, operands, [top], [bottom])[0]
+    return polish(BACKEND, operands, Panel.pack([top]), Panel.pack([bottom]))[0]
 
 
 def small_matrices(trials):
@@ -99,8 +100,9 @@ def test_the_measured_value_never_exceeds_kappa_beyond_rounding():
 def test_the_triplets_are_singular_triplets_of_the_matrix():
     (operand,) = BACKEND.prepare([prescribed("log-uniform", 40, 40, 1e3).matrix])
     matrix, (top, bottom) = operand.tensor, blocks(operand)
-    (found,) = polish(BACKEND, [operand], [top], [bottom])
-    for sigma, u, v in ((found.sigma_max, found.u_max, found.v_max), (found.sigma_min, found.u_min, found.v_min)):
+    (found,) = polish(BACKEND, [operand], Panel.pack([top]), Panel.pack([bottom]))
+    for j, sigma in enumerate((found.sigma_max, found.sigma_min)):
+        u, v = found.left[:, j], found.right[:, j]
         assert float(torch.linalg.vector_norm(u)) == pytest.approx(1, rel=1e-12)
         assert float(torch.linalg.vector_norm(v)) == pytest.approx(1, rel=1e-12)
         assert float(torch.linalg.vector_norm(matrix @ v - sigma * u)) <= 1e-12 * found.sigma_max
@@ -110,24 +112,21 @@ def test_the_triplets_are_singular_triplets_of_the_matrix():
 def test_vectors_of_lower_precision_are_measured_in_float64():
     operands = BACKEND.prepare([prescribed("geometric", 64, 48, 100).matrix])
     top, bottom = (block.float() for block in blocks(operands[0]))
-    (found,) = polish(BACKEND, operands, [top], [bottom])
-    assert found.v_max.dtype == found.u_min.dtype == torch.float64
+    (found,) = polish(BACKEND, operands, Panel.pack([top]), Panel.pack([bottom]))
+    assert found.right.dtype == found.left.dtype == torch.float64
     assert found.sigma_max / found.sigma_min == pytest.approx(100, rel=1e-9)
 
 
 def test_fewer_vectors_than_are_worth_measuring_are_enough():
     operands = BACKEND.prepare([prescribed("geometric", 8, 8, 10).matrix])
     top, bottom = blocks(operands[0], width=1)
-    (found,) = polish(BACKEND, operands, [top], [bottom])
+    (found,) = polish(BACKEND, operands, Panel.pack([top]), Panel.pack([bottom]))
     assert top.shape[1] < min(TOP_WIDTH, BOTTOM_WIDTH)
     assert found.lower == pytest.approx(10, rel=1e-6)
 
 
 def bound(reached_max, reached_min, norm=1.0, shape=(4, 4), length=1.0):
-    one = torch.ones(1, dtype=torch.float64)
-    vector = torch.zeros(shape[1], dtype=torch.float64)
-    vector[0] = length
-    return ratio_bound(shape, norm, reached_max, reached_min, vector, vector, one, one)
+    return ratio_bound(shape, norm, (reached_max, reached_min), (length, length), 1)
 
 
 def test_a_ratio_below_one_is_raised_to_one():
@@ -201,8 +200,8 @@ def test_sensitivity_does_not_depend_on_the_scale_of_the_weights():
 def test_sensitivity_is_the_literal_double_sum():
     matrix = gaussian(12, 7)
     found = polished(matrix)
-    gradient = torch.outer(found.u_max, found.v_max) / found.sigma_max  # of log kappa
-    gradient -= torch.outer(found.u_min, found.v_min) / found.sigma_min
+    gradient = torch.outer(found.left[:, 0], found.right[:, 0]) / found.sigma_max  # of log kappa
+    gradient -= torch.outer(found.left[:, 1], found.right[:, 1]) / found.sigma_min
     eps = torch.finfo(torch.bfloat16).eps
     expected = eps * math.sqrt(ROUNDING_VARIANCE * float((gradient * matrix).square().sum()))
     (value,) = sensitivities(BACKEND, BACKEND.prepare([matrix]), [torch.bfloat16], [found])

@@ -8,9 +8,10 @@ import torch
 from spectra import gaussian, graded, growing, prescribed
 
 from kappa_fast.backends import get_backend
-from kappa_fast.backends.base import Rung
+from kappa_fast.backends.base import Panel, Rung
 from kappa_fast.backends.torch_backend import CHOLESKY32, CHOLESKY64, LU64, QR64, TorchBackend
 from kappa_fast.errors import BackendError
+from kappa_fast.spectrum.krylov import Space
 
 BACKEND = TorchBackend(torch.device("cpu"))
 SHAPES = [(33, 33), (127, 33), (129, 127), (513, 129), (700, 513), (1500, 260)]
@@ -28,9 +29,13 @@ def wide(a):
 
 
 def factored(a, rung):
-    (factor,) = BACKEND.factor([a], [rung])
-    assert factor is not None
-    return factor
+    factors = BACKEND.factor([a], rung)
+    assert factors.data[0] is not None
+    return factors
+
+
+def panel(*blocks):
+    return Panel.pack(blocks)
 
 
 def close(got, want, units, unit=2.0**-53):
@@ -180,9 +185,9 @@ RUNGS = [CHOLESKY32, CHOLESKY64, QR64, LU64]
 def test_product_and_solve_are_those_of_the_gram_matrix(shape, rung):
     n, unit = shape[1], rung.unit_roundoff
     a = operand(prescribed("geometric", *shape, 10).matrix)
-    factor, x = factored(a, rung), gaussian(n, 16).to(rung.dtype)
+    factors, x = factored(a, rung), gaussian(n, 16).to(rung.dtype)
     gram = wide(a).T @ wide(a)
-    (product,), (solution,) = BACKEND.product([factor], [x]), BACKEND.solve([factor], [x])
+    product, solution = BACKEND.product(factors, panel(x)).data, BACKEND.solve(factors, panel(x)).data
     assert product.dtype == solution.dtype == rung.dtype
     assert close(product, gram @ x.double(), 40 * n, unit)
     assert close(solution, torch.linalg.solve(gram, x.double()), 100 * 40 * n, unit)
@@ -191,15 +196,15 @@ def test_product_and_solve_are_those_of_the_gram_matrix(shape, rung):
 @pytest.mark.parametrize(("shape", "rung"), [(s, r) for s in SHAPES for r in RUNGS if (s[0] == s[1]) == (r is LU64)])
 def test_departure_measures_how_far_the_factor_is_from_the_matrix(shape, rung):
     a = operand(prescribed("geometric", *shape, 10).matrix)
-    factor, x = factored(a, rung), gaussian(shape[1], 16).to(rung.dtype)
-    (own,) = BACKEND.departure([a], [factor], [x])
+    factors, x = factored(a, rung), gaussian(shape[1], 16).to(rung.dtype)
+    own = BACKEND.departure([a], factors, panel(x)).data
     assert float(own.abs().max()) <= 1000 * math.sqrt(shape[1]) * rung.unit_roundoff * float(x.abs().max())
 
     # Of 1.5 A instead of A: M = (1.5^power - 1) I.
     other = replace(a, tensor=1.5 * wide(a))
     if rung is LU64:  # keeps the matrix that it applies
-        factor = replace(factor, data=(other.tensor, *factor.data[1:]))
-    (moved,) = BACKEND.departure([other], [factor], [x])
+        factors = replace(factors, data=((other.tensor, *factors.data[0][1:]),))
+    moved = BACKEND.departure([other], factors, panel(x)).data
     assert close(moved, (1.5**rung.power - 1) * x.double(), 1000 * math.sqrt(shape[1]), rung.unit_roundoff)
 
 
@@ -209,7 +214,7 @@ def test_products_are_computed_in_float32_only_where_the_tolerance_leaves_room(t
     (rung,) = BACKEND.rungs(a.shape, torch.float32)
     assert rung.product_dtype(tolerance) == dtype
     x = gaussian(129, 16).to(dtype)
-    (product,) = BACKEND.product([factored(a, rung)], [x])
+    product = BACKEND.product(factored(a, rung), panel(x)).data
     assert product.dtype == dtype
     assert close(product, wide(a).T @ (wide(a) @ x.double()), 40 * 129, UNIT[dtype])
 
@@ -224,22 +229,27 @@ def test_a_factorization_that_breaks_down_is_none_and_the_others_go_on():
     singular[0, 0] = 1
     tall = torch.zeros(60, 40, dtype=torch.float64)
     tall[0, 0] = 1
-    factors = BACKEND.factor([operand(m) for m in (singular, sound, tall, tall)], [LU64, LU64, CHOLESKY64, QR64])
-    assert [f is None for f in factors] == [True, False, True, True]
+    for rung, matrices, broken in (
+        (LU64, (singular, sound), [True, False]),
+        (CHOLESKY64, (tall, gaussian(60, 40)), [True, False]),
+        (QR64, (gaussian(60, 40), tall), [False, True]),
+    ):
+        factors = BACKEND.factor([operand(m) for m in matrices], rung)
+        assert [f is None for f in factors.data] == broken
 
 
 def test_a_float32_factor_of_a_matrix_beyond_its_reach_shows_a_large_departure():
     a = operand(prescribed("log-uniform", 192, 96, 1e3).matrix.float())
-    (factor,) = BACKEND.factor([a], [CHOLESKY32])
-    if factor is not None:
-        (departure,) = BACKEND.departure([a], [factor], [torch.randn(96, 16)])
-        assert float(torch.linalg.vector_norm(departure)) > 1e-3
+    factors = BACKEND.factor([a], CHOLESKY32)
+    if factors.data[0] is not None:
+        departure = BACKEND.departure([a], factors, panel(torch.randn(96, 16)))
+        assert float(torch.linalg.vector_norm(departure.data)) > 1e-3
 
 
 def test_element_growth_shows_in_the_departure():
     a = operand(growing(56))
-    (departure,) = BACKEND.departure([a], [factored(a, LU64)], [gaussian(56, 16)])
-    assert float(departure.abs().max()) > 0.1
+    departure = BACKEND.departure([a], factored(a, LU64), panel(gaussian(56, 16)))
+    assert float(departure.data.abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -249,11 +259,12 @@ def test_apply_multiplies_in_float64_and_measures_the_matrix(shape, stored, turn
     weight = graded(*shape, 1e3, 1e3).to(stored)
     a = operand(weight.T.contiguous() if turned else weight)
     x = gaussian(shape[1], 12).float()
-    ((image, norm),) = BACKEND.apply([a], [x])
+    images, (norm,) = BACKEND.apply([a], panel(x))
+    image = images.data
     assert image.dtype == torch.float64
     error = (image - wide(a) @ x.double()).abs()
     assert bool((error <= shape[1] * 2.0**-53 * (wide(a).abs() @ x.double().abs())).all())
-    assert norm == pytest.approx(float(torch.linalg.vector_norm(wide(a))), rel=1e-6)
+    assert float(norm) == pytest.approx(float(torch.linalg.vector_norm(wide(a))), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -261,34 +272,111 @@ def test_apply_multiplies_in_float64_and_measures_the_matrix(shape, stored, turn
 def test_normal_applies_the_gram_matrix(shape, dtype):
     a = operand(gaussian(*shape).float())
     x = gaussian(shape[1], 4).to(dtype)
-    (image,) = BACKEND.normal([a], [x])
+    image = BACKEND.normal([a], panel(x)).data
     assert image.dtype == dtype
     assert close(image, wide(a).T @ (wide(a) @ x.double()), 20 * math.sqrt(shape[0]), UNIT[dtype])
 
 
+def extended(basis, block, scale=0.0):
+    return BACKEND.extend(panel(basis), panel(block), torch.tensor([scale], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [33, 127, 513])
-def test_project_splits_a_block_into_what_lies_in_the_basis_and_what_does_not(n, dtype):
+def test_extend_splits_a_block_into_what_lies_in_the_basis_and_what_does_not(n, dtype):
     basis = torch.linalg.qr(gaussian(n, 20)).Q.to(dtype)
     block = (1e4 * basis.double() @ gaussian(20, 6) + gaussian(n, 6, 1)).to(dtype)
-    (coefficients,), (rest,) = BACKEND.project([basis], [block])
-    unit = UNIT[dtype]
-    assert close(basis.double() @ coefficients.double() + rest.double(), block.double(), 60, unit)
-    assert float((basis.T @ rest).abs().max()) <= 100 * unit * float(torch.linalg.vector_norm(rest))
+    split, unit = extended(basis, block), UNIT[dtype]
+    coefficients, new, coupling = split.coefficients[0], split.new.data.double(), split.coupling[0]
+    assert split.new.data.dtype == dtype
+    assert coefficients.dtype == coupling.dtype == torch.float64
+    assert close(basis.double() @ coefficients + new @ coupling, block.double(), 60, unit)
+    assert float((basis.double().T @ new).abs().max()) <= 100 * unit
+    assert float((new.T @ new - torch.eye(6, dtype=torch.float64)).abs().max()) <= 100 * unit
+    assert float(split.scale) == pytest.approx(float(coefficients.abs().max()))
+
+
+@pytest.mark.parametrize("share", [1e-3, 1e-7, 1e-11])
+def test_what_is_nearly_cancelled_is_still_orthogonal_to_the_basis(share):
+    basis = torch.linalg.qr(gaussian(200, 48)).Q
+    block = basis @ gaussian(48, 6) + share * gaussian(200, 6, 1)
+    new = extended(basis, block).new.data
+    assert float((basis.T @ new).abs().max()) <= 1e-14
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5, 16])
-def test_orthonormalize_keeps_as_many_directions_as_rise_above_the_floor(rank):
+def test_extend_keeps_as_many_directions_as_rise_above_rounding(rank):
+    basis = torch.linalg.qr(gaussian(60, 8)).Q
     block = gaussian(60, rank) @ gaussian(rank, 16, 1) + 1e-12 * gaussian(60, 16, 2)
-    ((q, b),) = BACKEND.orthonormalize([block], [1e-9])
-    assert (q.shape, b.shape) == ((60, rank), (rank, 16))
-    assert torch.allclose(q.T @ q, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-13)
-    assert float((q @ b - block).abs().max()) < 1e-9
+    split = extended(basis, block, 1e6)
+    new, coupling = split.new.data, split.coupling[0]
+    kept = (coupling != 0).any(dim=1)
+    assert int(kept.sum()) == rank
+    assert not bool(new[:, ~kept].any())
+    assert torch.allclose(new.T @ new, torch.diag(kept.double()), rtol=0, atol=1e-13)
+    rest = block - basis @ (basis.T @ block)
+    assert float((new @ coupling - rest).abs().max()) < 1e-8
+    assert float(split.scale) == 1e6
 
 
-def test_orthonormalize_finds_nothing_in_a_block_that_is_not_finite():
-    ((q, b),) = BACKEND.orthonormalize([torch.full((20, 4), math.nan)], [1e-9])
-    assert (q.shape, b.shape) == ((20, 0), (0, 4))
+def test_extend_finds_nothing_in_a_block_that_is_not_finite():
+    split = extended(torch.linalg.qr(gaussian(20, 4)).Q, torch.full((20, 4), math.nan, dtype=torch.float64))
+    assert not bool(torch.isfinite(split.scale))
+    assert not bool(split.new.data.any())
+    assert not bool(split.coupling.any())
+
+
+def test_combine_svd_and_norms_are_those_of_every_block():
+    blocks = [gaussian(n, 5, seed=n) for n in (7, 40, 5)]
+    wave = panel(*blocks)
+    coefficients = gaussian(15, 2).reshape(3, 5, 2)
+    left, values, right = BACKEND.svd(wave)
+    for i, block in enumerate(blocks):
+        assert torch.allclose(BACKEND.combine(wave, coefficients).blocks()[i], block @ coefficients[i])
+        assert torch.allclose(BACKEND.norms(wave)[i], torch.linalg.vector_norm(block, dim=0))
+        assert torch.allclose(values[i], torch.linalg.svdvals(block))
+        assert torch.allclose(left.blocks()[i] * values[i] @ right[i].T, block)
+        assert torch.allclose(BACKEND.orthonormalize(wave).blocks()[i].abs(), torch.linalg.qr(block).Q.abs())
+
+
+def test_a_panel_gives_back_the_blocks_that_went_in():
+    blocks = [gaussian(n, 3, seed=n) for n in (4, 1, 9)]
+    wave = panel(*blocks)
+    assert all(torch.equal(a, b) for a, b in zip(wave.blocks(), blocks, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(wave.take([2, 0]).blocks(), [blocks[2], blocks[0]], strict=True))
+    assert wave.take([0, 1, 2]) is wave
+    assert torch.equal(wave.columns(1).beside(wave.columns(0, 1)).data, wave.data[:, [1, 2, 0]])
+    spread = wave.spread(torch.tensor([[1.0], [2.0], [3.0]]))
+    assert spread.flatten().tolist() == [1.0] * 4 + [2.0] + [3.0] * 9
+
+
+def lanczos(values, width, blocks, seed=0):
+    """Block columns of T and the coupling behind it, for diag(values), by the backend's own steps."""
+    wave = Space.begin(BACKEND, [len(values)], torch.float64, width, salt=seed)
+    for _ in range(blocks):
+        wave.expand(BACKEND, lambda block: Panel(values[:, None] * block.data, block.rows))
+    return wave
+
+
+def test_ritz_is_the_eigendecomposition_of_the_projection():
+    values = torch.linspace(0.1, 1, 60, dtype=torch.float64)
+    wave = lanczos(values, 4, 3)
+    ritz, basis = BACKEND.ritz(wave.columns, wave.coupling), wave.filled.data
+    projected = basis.T @ (values[:, None] * basis)
+    theta, vectors = torch.linalg.eigh(projected)
+    assert float(ritz.theta) == pytest.approx(float(theta[-1]), rel=1e-12)
+    span = ritz.vectors(3)[0]
+    assert torch.allclose(span @ span.T, vectors[:, -3:] @ vectors[:, -3:].T, rtol=0, atol=1e-9)
+    gaps = torch.tensor([[1e-3, 1.0]], dtype=torch.float64)
+    for gap, reach in zip(gaps[0], ritz.reach(gaps)[0], strict=True):
+        resolvent = torch.linalg.inv(torch.eye(12).double() * theta[-1] * (1 + gap) - projected)
+        expected = torch.linalg.matrix_norm(wave.coupling[0] @ resolvent[-4:, :4])
+        assert float(reach) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_ritz_of_a_projection_that_is_not_finite_is_none():
+    column = torch.full((1, 4, 4), math.nan, dtype=torch.float64)
+    assert bool(torch.isnan(BACKEND.ritz([column], torch.zeros(1, 4, 4, dtype=torch.float64)).theta))
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -296,7 +384,7 @@ def test_orthonormalize_finds_nothing_in_a_block_that_is_not_finite():
 def test_weighted_squares_are_the_literal_sums(shape, stored):
     a = operand(gaussian(*shape).to(stored))
     left, right = gaussian(a.shape[0], 3, 1) ** 2, gaussian(a.shape[1], 3, 2) ** 2
-    (sums,) = BACKEND.weighted_squares([a], [left], [right])
+    (sums,) = BACKEND.weighted_squares([a], panel(left), panel(right))
     assert sums.dtype == torch.float64
     assert sums.tolist() == pytest.approx(torch.einsum("ij,ik,jk->k", wide(a) ** 2, left, right).tolist(), rel=1e-5)
 

@@ -1,20 +1,23 @@
 """The backend protocol: what the numerics in spectrum/ need from a device.
 
-Every operation takes a wave, given as lists of equal length, one item per matrix, and returns lists. A result for one
-matrix must not depend on which others share its wave. spectrum/ never asks which backend it has: what differs between
-devices (which factorization is cheapest for a shape, tile sizes, streams) stays behind this protocol.
+Every operation takes a whole wave: its operands or factors as sequences, its thin blocks packed into one ``Panel``,
+what is small as one tensor on the device with a row for every matrix. A result for one matrix must not depend on which
+others share its wave. spectrum/ never asks which backend it has: what differs between devices (which factorization is
+cheapest for a shape, tile sizes, streams) stays behind this protocol. Only ``prepare``, ``factor`` and ``cholesky``
+make the host wait for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 Tensor = torch.Tensor
 
+DROP = 16.0  # directions below DROP u of the operator's norm are rounding, not information
 # The bound of a Krylov space cannot fall below its rounding over the overlap of its start, about 1e-2 at n = 4096.
 QUICK_MARGIN = 1e4
 
@@ -67,16 +70,112 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class Factor:
-    """A factorization of an operand by a rung; ``data`` belongs to the backend that made it."""
+class Panel:
+    """One thin block for every matrix of a wave, all of one width, packed row after row.
+
+    data: shape (sum of rows, width), row-major.  rows: how many of them belong to each matrix.
+    """
+
+    data: Tensor
+    rows: tuple[int, ...]
+
+    @classmethod
+    def pack(cls, blocks: Sequence[Tensor]) -> Panel:
+        """Blocks of shape (rows, width), copied unless there is only one."""
+        return cls(blocks[0] if len(blocks) == 1 else torch.cat(list(blocks)), tuple(b.shape[0] for b in blocks))
+
+    def blocks(self) -> Sequence[Tensor]:
+        """Views of shape (rows, width), one for each matrix."""
+        blocks: Sequence[Tensor] = torch.split(self.data, list(self.rows))
+        return blocks
+
+    def take(self, which: Sequence[int]) -> Panel:
+        """The blocks of some matrices; itself if they are all of them in order."""
+        if len(which) == len(self.rows):
+            return self
+        blocks = self.blocks()
+        return Panel.pack([blocks[i] for i in which])
+
+    def columns(self, start: int, stop: int | None = None) -> Panel:
+        """Some columns of every block, as a view."""
+        return Panel(self.data[:, start:stop], self.rows)
+
+    def beside(self, other: Panel) -> Panel:
+        """The blocks of both, side by side."""
+        return Panel(torch.cat([self.data, other.data], dim=1), self.rows)
+
+    def to(self, dtype: torch.dtype) -> Panel:
+        return Panel(self.data.to(dtype), self.rows)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One row of values (matrices, k) for every row of the panel: shape (sum of rows, k)."""
+        if len(self.rows) == 1:
+            return values.expand(self.rows[0], -1)
+        counts = torch.tensor(self.rows, device=values.device)
+        return values.repeat_interleave(counts, dim=0, output_size=self.data.shape[0])
+
+    @property
+    def width(self) -> int:
+        return self.data.shape[1]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Factorizations of a wave by one rung.
+
+    data: one item per matrix, which belongs to the backend that made it; None where the factorization broke down.
+    cache: what the backend likes to keep with this selection of matrices.
+    """
 
     rung: Rung
-    n: int
-    data: Any
+    ns: tuple[int, ...]
+    data: tuple[Any, ...]
+    cache: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def take(self, which: Sequence[int]) -> Factors:
+        if len(which) == len(self.ns):
+            return self
+        return Factors(self.rung, tuple(self.ns[i] for i in which), tuple(self.data[i] for i in which))
+
+
+class Extension(NamedTuple):
+    """A block split by a basis V: block = V coefficients + new coupling, ``new`` orthonormal and orthogonal to V.
+
+    coefficients (w, k, b), coupling (w, b, b), float64; scale (w,): the largest coefficient met so far.
+    A direction left out is a zero column of ``new`` and a zero row of ``coupling``.
+    """
+
+    coefficients: Tensor
+    new: Panel
+    coupling: Tensor
+    scale: Tensor
+
+
+class Ritz(Protocol):
+    """Eigenpairs of a wave's projected operators T of order k. theta (w,): the largest, nan if T is not finite."""
+
+    theta: Tensor
+
+    def reach(self, gaps: Tensor) -> Tensor:
+        """||B E^T (lambda - T)^-1 E_1||_F at lambda = theta (1 + gap), for gaps (w, p): shape (w, p), see bounds.py."""
+
+    def vectors(self, count: int) -> Tensor:
+        """Orthonormal (w, k, min(count, k)) that span the eigenvectors of the largest values, the largest last."""
+
+
+def dense_projection(columns: Sequence[Tensor]) -> Tensor:
+    """T as (w, k, k) from its block columns as Backend.ritz takes them; only the upper triangle counts."""
+    w, k, _ = columns[-1].shape
+    upper = columns[-1].new_zeros((w, k, k))
+    for column in columns:
+        stop, width = column.shape[1:]
+        upper[:, :stop, stop - width : stop] = column
+    upper = torch.triu(upper)
+    return upper + torch.triu(upper, 1).mT
 
 
 class Backend(Protocol):
-    """Operations on a wave. n x b blocks are dense; b is small (16 or so)."""
+    """Operations on a wave of w matrices. Blocks are thin: b is 16 or less."""
 
     name: str
     device: torch.device
@@ -99,33 +198,48 @@ class Backend(Protocol):
     def cholesky(self, grams: Sequence[Tensor]) -> list[bool]:
         """Factor G = L L^T in place (lower triangle, zeros above); False where a pivot was not positive."""
 
-    def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> list[Factor | None]:
-        """Factor every operand by its rung; None where the factorization broke down."""
+    def factor(self, operands: Sequence[Operand], rung: Rung) -> Factors:
+        """Factor every operand by the rung."""
 
-    def product(self, factors: Sequence[Factor], blocks: Sequence[Tensor]) -> list[Tensor]:
-        """R^T R X for blocks of shape (n, b), in the dtype of the blocks: the rung's, or its quick one."""
+    def product(self, factors: Factors, blocks: Panel) -> Panel:
+        """R^T R X for blocks (n, b), in the dtype of the blocks: the rung's, or its quick one."""
 
-    def solve(self, factors: Sequence[Factor], blocks: Sequence[Tensor]) -> list[Tensor]:
-        """(R^T R)^-1 X for blocks of shape (n, b), in the rung's dtype."""
+    def solve(self, factors: Factors, blocks: Panel) -> Panel:
+        """(R^T R)^-1 X for blocks (n, b), in the rung's dtype."""
 
-    def departure(
-        self, operands: Sequence[Operand], factors: Sequence[Factor], blocks: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def departure(self, operands: Sequence[Operand], factors: Factors, blocks: Panel) -> Panel:
         """M X, where M says how far R is from being a factor of A: M = R^-T A^T A R^-1 - I (power 2), or A R^-1 - I."""
 
-    def apply(self, operands: Sequence[Operand], blocks: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
+    def apply(self, operands: Sequence[Operand], blocks: Panel) -> tuple[Panel, Tensor]:
         """A X with every product and sum in float64, blocks (n, b), results (m, b); and ||A||_F to a relative 1e-6."""
 
-    def normal(self, operands: Sequence[Operand], blocks: Sequence[Tensor]) -> list[Tensor]:
+    def normal(self, operands: Sequence[Operand], blocks: Panel) -> Panel:
         """A^T (A X) in the dtype of the blocks (n, b), float32 or float64."""
 
-    def project(self, bases: Sequence[Tensor], blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Two passes of Gram-Schmidt against orthonormal bases (n, k): coefficients (k, b) and what remains (n, b)."""
+    def orthonormalize(self, blocks: Panel) -> Panel:
+        """An orthonormal basis of the columns of every block, in their dtype; for blocks of full rank."""
 
-    def orthonormalize(self, blocks: Sequence[Tensor], floors: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
-        """W = Q B with Q orthonormal (n, r): directions of W at or below its floor are left out, so r <= b."""
+    def extend(self, bases: Panel, blocks: Panel, scale: Tensor) -> Extension:
+        """Split blocks (n, b) by orthonormal bases (n, k), to working precision.
 
-    def weighted_squares(
-        self, operands: Sequence[Operand], left: Sequence[Tensor], right: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """sum_ij A_ij^2 l_ik r_jk for every column k of left (m, k) and right (n, k): shape (k,), float64."""
+        Directions below DROP u of ``scale``, the largest coefficient met so far, or of the largest in these blocks,
+        are rounding and left out.
+        """
+
+    def combine(self, bases: Panel, coefficients: Tensor) -> Panel:
+        """V C for coefficients (w, k, j), in the dtype of the bases."""
+
+    def svd(self, blocks: Panel) -> tuple[Panel, Tensor, Tensor]:
+        """U (m, b), singular values (w, b) descending, V (w, b, b) of blocks (m, b) in float64."""
+
+    def norms(self, blocks: Panel) -> Tensor:
+        """Lengths of all columns, float64: shape (w, b)."""
+
+    def ritz(self, columns: Sequence[Tensor], coupling: Tensor) -> Ritz:
+        """Eigenpairs of T, whose block columns j (from the top down to the diagonal block) have shape (w, (j+1) b, b).
+
+        coupling: B of H V = V T + Q B E^T, shape (w, b, b).
+        """
+
+    def weighted_squares(self, operands: Sequence[Operand], left: Panel, right: Panel) -> Tensor:
+        """sum_ij A_ij^2 l_ik r_jk for every column k of left (m, k) and right (n, k): shape (w, k), float64."""

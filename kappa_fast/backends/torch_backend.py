@@ -7,12 +7,13 @@ AVX-512 cores with MKL; docs/numerics.md has the table.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from .base import Factor, Operand, Rung, Tensor
+from .base import DROP, Extension, Factors, Operand, Panel, Ritz, Rung, Tensor, dense_projection
 
 CHOLESKY32 = Rung("cholesky32", "cholesky", torch.float32, 2)
 CHOLESKY64 = Rung("cholesky64", "cholesky", torch.float64, 2)
@@ -24,6 +25,8 @@ QR64 = Rung("qr64", "qr", torch.float64, 2)
 SLENDER = 0.8
 # Entries within 2**-SAFE..2**SAFE are used as they are: their squares, summed, stay far inside float32.
 SAFE = 20
+LINE = 64  # bytes of a cache line
+CANCELLED = 1e-2  # below this share of the operator's norm a direction is orthogonalized once more
 TILE = 256  # columns of a lower-triangle tile: 91 ms at 5632 x 2048 in float32, where the full product takes 128
 PANEL = 256  # 2048 x 2048: 23 ms in float32 and 49 in float64, where cholesky_ex takes 57 and 88
 CHUNK_BYTES = 1 << 20  # rows converted at a time: they stay in cache (full conversion took 3 to 5 times as long)
@@ -59,43 +62,138 @@ class TorchBackend:
     def cholesky(self, grams: Sequence[Tensor]) -> list[bool]:
         return [_cholesky(g) for g in grams]
 
-    def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> list[Factor | None]:
-        return [_factor(a.tensor, rung) for a, rung in zip(operands, rungs, strict=True)]
+    def factor(self, operands: Sequence[Operand], rung: Rung) -> Factors:
+        return Factors(rung, tuple(a.shape[1] for a in operands), tuple(_factor(a.tensor, rung) for a in operands))
 
-    def product(self, factors: Sequence[Factor], blocks: Sequence[Tensor]) -> list[Tensor]:
-        return [_product(f, x) for f, x in zip(factors, blocks, strict=True)]
+    def product(self, factors: Factors, blocks: Panel) -> Panel:
+        return _each(lambda f, x: _product(factors.rung, f, x), factors.data, _aligned(blocks))
 
-    def solve(self, factors: Sequence[Factor], blocks: Sequence[Tensor]) -> list[Tensor]:
-        return [_solve(f, x) for f, x in zip(factors, blocks, strict=True)]
+    def solve(self, factors: Factors, blocks: Panel) -> Panel:
+        return _each(lambda f, x: _solve(factors.rung, f, x), factors.data, _aligned(blocks))
 
-    def departure(
-        self, operands: Sequence[Operand], factors: Sequence[Factor], blocks: Sequence[Tensor]
-    ) -> list[Tensor]:
-        return [_departure(a.tensor, f, x) for a, f, x in zip(operands, factors, blocks, strict=True)]
+    def departure(self, operands: Sequence[Operand], factors: Factors, blocks: Panel) -> Panel:
+        return _each(lambda a, f, x: _departure(a.tensor, factors.rung, f, x), operands, factors.data, _aligned(blocks))
 
-    def apply(self, operands: Sequence[Operand], blocks: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
-        return [_apply(a.tensor, x) for a, x in zip(operands, blocks, strict=True)]
+    def apply(self, operands: Sequence[Operand], blocks: Panel) -> tuple[Panel, Tensor]:
+        pairs = [_apply(a.tensor, x) for a, x in zip(operands, _aligned(blocks), strict=True)]
+        return Panel.pack([image for image, _ in pairs]), torch.stack([norm for _, norm in pairs])
 
-    def normal(self, operands: Sequence[Operand], blocks: Sequence[Tensor]) -> list[Tensor]:
-        return [_normal(a.tensor, x) for a, x in zip(operands, blocks, strict=True)]
+    def normal(self, operands: Sequence[Operand], blocks: Panel) -> Panel:
+        return _each(lambda a, x: _normal(a.tensor, x), operands, _aligned(blocks))
 
-    def project(self, bases: Sequence[Tensor], blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        coefficients, remains = [], []
-        for basis, block in zip(bases, blocks, strict=True):
-            first = basis.T @ block
-            block = block - basis @ first
-            second = basis.T @ block
-            coefficients.append(first + second)
-            remains.append(block - basis @ second)
-        return coefficients, remains
+    def orthonormalize(self, blocks: Panel) -> Panel:
+        return _each(lambda x: torch.linalg.qr(x).Q, _aligned(blocks))
 
-    def orthonormalize(self, blocks: Sequence[Tensor], floors: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
-        return [_orthonormalize(w, floor) for w, floor in zip(blocks, floors, strict=True)]
+    def extend(self, bases: Panel, blocks: Panel, scale: Tensor) -> Extension:
+        parts = [_extend(v, x, s) for v, x, s in zip(_aligned(bases), _aligned(blocks), scale, strict=True)]
+        coefficients, new, coupling, scales = zip(*parts, strict=True)
+        return Extension(torch.stack(coefficients), Panel.pack(new), torch.stack(coupling), torch.stack(scales))
 
-    def weighted_squares(
-        self, operands: Sequence[Operand], left: Sequence[Tensor], right: Sequence[Tensor]
-    ) -> list[Tensor]:
-        return [_weighted_squares(a.tensor, x, y) for a, x, y in zip(operands, left, right, strict=True)]
+    def combine(self, bases: Panel, coefficients: Tensor) -> Panel:
+        return _each(lambda v, c: v @ c.to(v.dtype), _aligned(bases), coefficients)
+
+    def svd(self, blocks: Panel) -> tuple[Panel, Tensor, Tensor]:
+        left, values, right = zip(*(_thin_svd(x) for x in _aligned(blocks)), strict=True)
+        return Panel.pack(left), torch.stack(values), torch.stack(right)
+
+    def norms(self, blocks: Panel) -> Tensor:
+        return torch.stack([torch.linalg.vector_norm(x.double(), dim=0) for x in _aligned(blocks)])
+
+    def ritz(self, columns: Sequence[Tensor], coupling: Tensor) -> Ritz:
+        return DenseRitz(columns, coupling)
+
+    def weighted_squares(self, operands: Sequence[Operand], left: Panel, right: Panel) -> Tensor:
+        triples = zip(operands, _aligned(left), _aligned(right), strict=True)
+        return torch.stack([_weighted_squares(a.tensor, x, y) for a, x, y in triples])
+
+
+class DenseRitz:
+    """base.Ritz by dense eigendecompositions of T, one matrix after the other."""
+
+    def __init__(self, columns: Sequence[Tensor], coupling: Tensor) -> None:
+        self._parts = [_eigenpairs(projection) for projection in dense_projection(columns)]
+        self._coupling = coupling
+        self.theta = torch.stack([theta[-1] for theta, _ in self._parts])
+
+    def reach(self, gaps: Tensor) -> Tensor:
+        return torch.stack([_reach(*part, b, g) for part, b, g in zip(self._parts, self._coupling, gaps, strict=True)])
+
+    def vectors(self, count: int) -> Tensor:
+        return torch.stack([vectors[:, -count:] for _, vectors in self._parts])
+
+
+def _eigenpairs(projection: Tensor) -> tuple[Tensor, Tensor]:
+    if not bool(torch.isfinite(projection).all()):  # LAPACK must not see them
+        return projection.new_full(projection.shape[:1], math.nan), torch.zeros_like(projection)
+    theta, vectors = torch.linalg.eigh(projection)
+    return theta, vectors
+
+
+def _reach(theta: Tensor, vectors: Tensor, coupling: Tensor, gaps: Tensor) -> Tensor:
+    width = coupling.shape[1]
+    left = coupling @ vectors[-width:] / theta[-1]  # (b, k)
+    behind = (theta[-1] - theta) / theta[-1]  # (k,), what lambda - theta_i adds to the gap
+    resolvent = (left[None] / (gaps[:, None] + behind)[:, None, :]) @ vectors[:width].T
+    return torch.linalg.matrix_norm(resolvent)
+
+
+def _aligned(panel: Panel) -> list[Tensor]:
+    """Blocks that lie as they would alone: MKL rounds differently for other addresses and strides."""
+    return [block if _lies_as_alone(block) else _copied(block) for block in panel.blocks()]
+
+
+def _lies_as_alone(block: Tensor) -> bool:
+    rows = block.stride(0) * block.itemsize
+    return block.data_ptr() % LINE == 0 and block.stride(1) == 1 and (block.is_contiguous() or rows % LINE == 0)
+
+
+def _copied(block: Tensor) -> Tensor:
+    return block.clone(memory_format=torch.contiguous_format)
+
+
+def _each(work: Callable[..., Tensor], *sequences: Iterable[Any]) -> Panel:
+    return Panel.pack([work(*items) for items in zip(*sequences, strict=True)])
+
+
+def _extend(basis: Tensor, block: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    coefficients, rest = _project(basis, block)
+    scale = torch.maximum(scale, coefficients.abs().max().double())
+    b = block.shape[1]
+    new, coupling = basis.new_zeros((basis.shape[0], b)), torch.zeros((b, b), dtype=torch.float64, device=basis.device)
+    if bool(torch.isfinite(scale)):
+        q, r = _rise(rest, DROP * float(torch.finfo(basis.dtype).eps) / 2 * float(scale))
+        if q.shape[1] and float(torch.linalg.vector_norm(r, dim=1).min()) < CANCELLED * float(scale):
+            # What was nearly cancelled carries rounding of the size of the basis: once more, now at unit length.
+            q, again = torch.linalg.qr(_project(basis, q)[1])
+            r = again @ r
+        new[:, : q.shape[1]], coupling[: q.shape[1]] = q, r.double()
+    return coefficients.double(), new, coupling, scale
+
+
+def _project(basis: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """Two passes of Gram-Schmidt: coefficients (k, b) and what remains (n, b)."""
+    first = basis.T @ block
+    block = block - basis @ first
+    second = basis.T @ block
+    return first + second, block - basis @ second
+
+
+def _rise(w: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """W = Q B with Q orthonormal (n, r): directions of W at or below the floor are left out, so r <= b."""
+    q, r = torch.linalg.qr(w)
+    if float(r.diagonal().abs().min()) > 1e3 * floor:  # nothing near the floor: no need to know the singular values
+        return q, r
+    if not bool(torch.isfinite(r).all()):
+        return q[:, :0], r[:0]
+    u, s, vh = torch.linalg.svd(r)
+    keep = int((s > floor).sum())
+    return q @ u[:, :keep], s[:keep, None] * vh[:keep]
+
+
+def _thin_svd(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, r = torch.linalg.qr(image)
+    u, s, vh = torch.linalg.svd(r)
+    return q @ u, s, vh.T
 
 
 def _prepare(weight: Tensor) -> Operand:
@@ -174,42 +272,42 @@ def _cholesky(g: Tensor) -> bool:
     return True
 
 
-def _factor(a: Tensor, rung: Rung) -> Factor | None:
-    n = a.shape[1]
+def _factor(a: Tensor, rung: Rung) -> Any:
+    """L for Cholesky and QR, or everything that LU needs; None where a pivot was not positive or zero."""
     if rung.kind == "cholesky":
         g = _gram(a, rung.dtype)
-        return Factor(rung, n, g) if _cholesky(g) else None
+        return g if _cholesky(g) else None
     wide = a.to(rung.dtype)
     if rung.kind == "qr":
         r = torch.linalg.qr(wide, mode="r").R
-        return Factor(rung, n, r.T) if bool((r.diagonal() != 0).all()) else None
+        return r.T if bool((r.diagonal() != 0).all()) else None
     lu, pivots, info = torch.linalg.lu_factor_ex(wide)
     if int(info) != 0:
         return None
-    return Factor(rung, n, (wide, lu, pivots, wide if rung.quick is None else a.to(rung.quick)))
+    return wide, lu, pivots, wide if rung.quick is None else a.to(rung.quick)
 
 
-def _product(f: Factor, x: Tensor) -> Tensor:
-    if f.rung.kind == "lu":
-        a = f.data[0] if x.dtype == f.rung.dtype else f.data[3]  # column-major, see _prepare
+def _product(rung: Rung, f: Any, x: Tensor) -> Tensor:
+    if rung.kind == "lu":
+        a = f[0] if x.dtype == rung.dtype else f[3]  # column-major, see _prepare
         return a.T @ (x.T @ a.T).T
-    return f.data @ (x.T @ f.data).T  # L^T x as a product from the left: 0.8 ms instead of 1.4 at 2048
+    return f @ (x.T @ f).T  # L^T x as a product from the left: 0.8 ms instead of 1.4 at 2048
 
 
-def _solve(f: Factor, x: Tensor) -> Tensor:
-    if f.rung.kind == "lu":
-        _, lu, pivots, _ = f.data
+def _solve(rung: Rung, f: Any, x: Tensor) -> Tensor:
+    if rung.kind == "lu":
+        _, lu, pivots, _ = f
         return torch.linalg.lu_solve(lu, pivots, torch.linalg.lu_solve(lu, pivots, x, adjoint=True))
-    y = torch.linalg.solve_triangular(f.data, x, upper=False)
-    return torch.linalg.solve_triangular(f.data.T, y, upper=True)
+    y = torch.linalg.solve_triangular(f, x, upper=False)
+    return torch.linalg.solve_triangular(f.T, y, upper=True)
 
 
-def _departure(a: Tensor, f: Factor, x: Tensor) -> Tensor:
-    if f.rung.kind == "lu":
-        wide, lu, pivots, _ = f.data
+def _departure(a: Tensor, rung: Rung, f: Any, x: Tensor) -> Tensor:
+    if rung.kind == "lu":
+        wide, lu, pivots, _ = f
         return wide @ torch.linalg.lu_solve(lu, pivots, x) - x
-    y = torch.linalg.solve_triangular(f.data.T, x, upper=True)
-    return torch.linalg.solve_triangular(f.data, _normal(a, y), upper=False) - x
+    y = torch.linalg.solve_triangular(f.T, x, upper=True)
+    return torch.linalg.solve_triangular(f, _normal(a, y), upper=False) - x
 
 
 def _normal(a: Tensor, x: Tensor) -> Tensor:
@@ -220,7 +318,7 @@ def _normal(a: Tensor, x: Tensor) -> Tensor:
     return z
 
 
-def _apply(a: Tensor, x: Tensor) -> tuple[Tensor, float]:
+def _apply(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     out = x.new_empty((a.shape[0], x.shape[1]), dtype=torch.float64)
     x = x.to(torch.float64)
     squares = x.new_zeros(())
@@ -229,18 +327,7 @@ def _apply(a: Tensor, x: Tensor) -> tuple[Tensor, float]:
         torch.mm(rows, x, out=out[start:stop])
         flat = (rows if rows.is_contiguous() else rows.T).reshape(-1)
         squares += torch.dot(flat, flat)
-    return out, math.sqrt(float(squares))
-
-
-def _orthonormalize(w: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    q, r = torch.linalg.qr(w)
-    if float(r.diagonal().abs().min()) > 1e3 * floor:  # nothing near the floor: no need to know the singular values
-        return q, r
-    if not bool(torch.isfinite(r).all()):
-        return q[:, :0], r[:0]
-    u, s, vh = torch.linalg.svd(r)
-    keep = int((s > floor).sum())
-    return q @ u[:, :keep], s[:keep, None] * vh[:keep]
+    return out, squares.sqrt()
 
 
 def _weighted_squares(a: Tensor, left: Tensor, right: Tensor) -> Tensor:

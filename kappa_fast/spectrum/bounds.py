@@ -11,12 +11,15 @@ import math
 
 import torch
 
-Tensor = torch.Tensor
+from ..backends.base import Ritz, Tensor
 
 # Per end and per matrix: the 89,088 ends of a model with 44,544 experts fail together with probability below 1e-5.
 FAILURE = 1e-10
-WIDEST = 1e30  # a relative excess beyond which the bound is called infinite
-NARROWEST, RESOLUTION, POINTS = -16.0, 0.03, 9  # decades; nine points narrow the search down to an eighth
+# Relative gaps that are looked at, and those within a decade. Powers are taken here once and never on tensors, whose
+# library may round an element by where it stands in its vector.
+DECADES = [10.0**k for k in range(-16, 9)]
+FINER = [10.0 ** (k / 24) for k in range(25)]
+WIDEST = DECADES[-1]  # beyond it a bound is called infinite
 
 
 def start_overlap(n: int, width: int) -> float:
@@ -52,54 +55,28 @@ def norm_factor(width: int) -> float:
     return math.sqrt(width / math.exp(log_quantile))
 
 
-def excess(
-    theta: Tensor,
-    vectors: Tensor,
-    coupling: Tensor,
-    start: int,
-    overlap: float,
-    noise: float,
-    tolerance: float = 1.0,
-) -> float:
-    """D such that the largest eigenvalue lies in [theta_max, theta_max (1 + d)] unless the start missed its vector.
+def excess(ritz: Ritz, overlap: Tensor, noise: Tensor) -> Tensor:
+    """D such that the largest eigenvalue lies in [theta, theta (1 + d)] unless the start missed its vector: shape (w,).
 
-    theta (k,), vectors (k, k): eigenpairs of T = V^T H V, ascending, float64, for a Krylov basis V whose first
-    ``start`` columns span the start block.  coupling (r, w): B of H V = V T + Q B E^T, E the last w columns.
-    overlap: what ||u^T Q1|| exceeds.  noise: bound on what rounding adds to that relation, relative to theta_max.
-    tolerance: looked at first, which halves the search.
+    ritz: of T = V^T H V, for a Krylov basis V whose first block Q1 is the start, H V = V T + Q B E^T.
+    overlap (w,): what ||u^T Q1|| exceeds.  noise (w,): bound on what rounding adds to that relation, relative to theta.
 
-    For an eigenpair (lambda, u) of H with lambda above all of theta, u^T Q1 = u^T Q B E^T (lambda - T)^-1 E_1, hence
-    overlap <= ||B E^T (lambda - T)^-1 E_1|| + noise theta_max / (lambda - theta_max). The right side falls as lambda
-    grows, and the largest lambda that still satisfies it bounds the spectrum: van Dorsselaer, Hochstenbach and van
-    der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), carried over to blocks. Infinite if nothing below WIDEST does.
+    For an eigenpair (lambda, u) of H with lambda above all Ritz values, u^T Q1 = u^T Q B E^T (lambda - T)^-1 E_1, hence
+    overlap <= ||B E^T (lambda - T)^-1 E_1|| + noise theta / (lambda - theta). The right side falls as lambda grows,
+    and the largest lambda that still satisfies it bounds the spectrum: van Dorsselaer, Hochstenbach and van der Vorst,
+    SIAM J. Matrix Anal. Appl. 22 (2000), carried over to blocks. Infinite if nothing below WIDEST does.
+    Found to 10%, from above.
     """
-    top = float(theta[-1])
-    if not 0 < top < math.inf:
-        return math.inf
-    behind = (theta[-1] - theta) / top  # (k,), what lambda - theta_i adds to the gap
-    left = coupling @ vectors[-coupling.shape[1] :] / top  # (r, k)
-    right = vectors[:start].T  # (k, start)
 
-    def possible(exponents: Tensor) -> list[bool]:
-        gaps = 10.0**exponents
-        reach = noise / gaps
-        if left.shape[0]:
-            resolvent = (left[None] / (gaps[:, None] + behind)[:, None, :]) @ right
-            reach = reach + torch.linalg.matrix_norm(resolvent)
-        return (reach >= overlap).tolist()
+    def last_possible(gaps: Tensor) -> Tensor:
+        """How many of the ascending gaps, (w, p), end with one that lambda could have; 0 if none."""
+        possible = ritz.reach(gaps) + noise[:, None] / gaps >= overlap[:, None]
+        return (possible * torch.arange(1, gaps.shape[1] + 1, device=gaps.device)).amax(dim=1)
 
-    low, high, middle = NARROWEST, math.log10(WIDEST), math.log10(tolerance)
-    if possible(torch.tensor([middle], dtype=torch.float64, device="cpu"))[0]:
-        low = middle
-    else:
-        high = middle
-    while high - low > RESOLUTION:
-        exponents = torch.linspace(low, high, POINTS, dtype=torch.float64, device="cpu")
-        within = possible(exponents)
-        if not any(within):
-            return 10.0**low
-        last = POINTS - 1 - within[::-1].index(True)
-        if last == POINTS - 1:
-            return math.inf
-        low, high = float(exponents[last]), float(exponents[last + 1])
-    return 10.0**high
+    decades, finer = ritz.theta.new_tensor(DECADES), ritz.theta.new_tensor(FINER)
+    count = last_possible(decades.expand(len(overlap), -1))
+    low = decades[(count - 1).clamp(min=0)]
+    gaps = low[:, None] * finer
+    found = gaps.gather(1, last_possible(gaps).clamp(max=len(FINER) - 1)[:, None])[:, 0]
+    found = torch.where(count == len(DECADES), math.inf, torch.where(count == 0, low, found))
+    return torch.where((ritz.theta > 0) & torch.isfinite(ritz.theta), found, math.inf)

@@ -1,27 +1,29 @@
 """Randomized block Krylov: the largest eigenvalue of a symmetric positive operator, with a bound on what lies above.
 
-Block Lanczos with full two-pass reorthogonalization on a whole wave. The operator is R^T R for sigma_max and its
-inverse for sigma_min. Every matrix stops on its own, as soon as its bound is tight enough: a converged inverse would
-otherwise go on into noise.
+Block Lanczos with full two-pass reorthogonalization, in lockstep on a whole wave. The operator is R^T R for sigma_max
+and its inverse for sigma_min. Every matrix stops on its own, as soon as its bound is tight enough: a converged inverse
+would otherwise go on into noise.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from ..backends.base import Backend, Factor, Tensor
-from .bounds import excess, start_overlap
+from ..backends.base import DROP, Backend, Factors, Panel, Ritz, Tensor, dense_projection
+from .bounds import WIDEST, excess, start_overlap
 
 WIDTH = 16
 MAX_BLOCKS = 32  # trained and random weights need 4 to 17 at rtol 1e-2, 21 to 23 at 1e-6
 CHECK_FROM = 2  # products before the first look at the bound
-CANCELLED = 1e-2  # below this share of the operator's norm a direction is orthogonalized once more
-DROP = 16.0  # directions below DROP u of the operator's norm are rounding, not information
+FIRST_BLOCKS = 8  # that a basis has room for at first
+
+Operator = Callable[[Factors, Panel], Panel]
+Noise = Callable[[Sequence[int], Tensor], Tensor]
 
 
 @dataclass
@@ -30,60 +32,80 @@ class Extreme:
 
     theta: float
     excess: float
-    vectors: Tensor  # (n, w) Ritz vectors, the wanted one last
+    vectors: Tensor  # (n, w) orthonormal, their span holds the Ritz vectors of the largest values, the largest last
     converged: bool
 
 
 @dataclass
-class Space:
-    """A growing Krylov basis of one matrix."""
+class Schedule:
+    """When to look at the bound of one matrix: as soon as the decay seen so far would reach the tolerance."""
 
-    basis: Tensor  # (n, capacity); the first ``size`` columns are in use
-    projected: Tensor  # (capacity, capacity) float64 on the CPU, upper block triangle of T
-    block: Tensor  # (n, w), the newest, not yet in the basis
-    start: int
-    size: int = 0
-    coupling: Tensor = field(default_factory=lambda: torch.empty(0))  # (w, width of the block before), B
-    scale: float = 0.0
-    dropped: bool = False
     next_check: int = CHECK_FROM
-    last_look: tuple[int, float] = (0, 0.0)  # step and log10(excess) of the last look at the bound
+    last_step: int = 0
+    last_level: float = 0.0  # log10 of the excess at last_step
+
+    def plan(self, step: int, excess: float, tolerance: float) -> None:
+        level = math.log10(min(max(excess, 1e-300), 10 * WIDEST))
+        pace = (self.last_level - level) / (step - self.last_step) if self.last_step else 0.5
+        wait = math.ceil(0.9 * (level - math.log10(tolerance)) / pace) if pace > 0 else 2
+        # Soon again while a look costs next to nothing.
+        self.next_check = step + min(max(wait, 1), 1 if step < 6 else 4)
+        self.last_step, self.last_level = step, level
+
+
+@dataclass
+class Space:
+    """The growing Krylov bases of a wave."""
+
+    basis: Panel  # the first ``size`` columns are in use
+    block: Panel  # the newest, not yet in the basis
+    columns: list[Tensor]  # block columns of T, each (w, (j + 1) b, b)
+    coupling: Tensor  # B, (w, b, b)
+    scale: Tensor  # (w,)
+    dropped: Tensor  # (w,) whether a direction has been left out
+    size: int = 0
 
     @classmethod
-    def begin(cls, backend: Backend, n: int, dtype: torch.dtype, width: int, blocks: int, salt: int) -> Space:
-        """A space that starts from a Gaussian block and has room for ``blocks`` products."""
-        width = min(width, n)
-        start = gaussian_block(n, width, salt).to(device=backend.device, dtype=dtype)
-        block = torch.linalg.qr(start).Q
-        capacity = min(n, blocks * width)
-        projected = torch.zeros((capacity, capacity), dtype=torch.float64, device="cpu")
-        return cls(block.new_empty((n, capacity)), projected, block, width)
+    def begin(cls, backend: Backend, ns: Sequence[int], dtype: torch.dtype, width: int, salt: int) -> Space:
+        """Spaces that start from Gaussian blocks."""
+        block = backend.orthonormalize(gaussian_panel(ns, width, salt, dtype, backend.device))
+        basis = Panel(block.data.new_empty((block.data.shape[0], FIRST_BLOCKS * width)), block.rows)
+        nothing = torch.zeros((len(ns), width, width), dtype=torch.float64, device=backend.device)
+        return cls(basis, block, [], nothing, nothing[:, 0, 0], nothing[:, 0, 0] != 0)
 
     def append(self) -> None:
-        self.basis[:, self.size : self.size + self.block.shape[1]] = self.block
-        self.size += self.block.shape[1]
+        stop = self.size + self.block.width
+        if stop > self.basis.width:
+            wider = self.basis.data.new_empty((self.basis.data.shape[0], 2 * self.basis.width))
+            wider[:, : self.size] = self.basis.data[:, : self.size]
+            self.basis = Panel(wider, self.basis.rows)
+        self.basis.data[:, self.size : stop] = self.block.data
+        self.size = stop
 
     @property
-    def filled(self) -> Tensor:
-        return self.basis[:, : self.size]
+    def filled(self) -> Panel:
+        return self.basis.columns(0, self.size)
 
-    def ritz(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (k,), ascending, and eigenvectors (k, k) of the projected operator, float64 on the CPU."""
-        upper = torch.triu(self.projected[: self.size, : self.size])
-        return torch.linalg.eigh(upper + torch.triu(upper, 1).T)
+    def take(self, which: list[int]) -> Space:
+        """The spaces of some matrices."""
+        if len(which) == len(self.basis.rows):
+            return self
+        columns = [_pick(c, which) for c in self.columns]
+        coupling, scale, dropped = (_pick(t, which) for t in (self.coupling, self.scale, self.dropped))
+        return Space(self.basis.take(which), self.block.take(which), columns, coupling, scale, dropped, self.size)
 
-    def combine(self, coefficients: Tensor) -> Tensor:
-        """Ritz vectors (n, j) from coefficients (k, j)."""
-        return self.filled @ coefficients.to(self.basis)
+    def expand(self, backend: Backend, operator: Callable[[Panel], Panel]) -> Tensor:
+        """One product with the newest blocks and its orthogonalization; True (w,) for a space that has ended.
 
-    def schedule(self, step: int, excess: float, tolerance: float) -> None:
-        """Look again when the decay seen so far would reach the tolerance; soon while a look costs next to nothing."""
-        level = math.log10(min(max(excess, 1e-300), 1e30))
-        before, previous = self.last_look
-        pace = (previous - level) / (step - before) if before else 0.5
-        wait = math.ceil(0.9 * (level - math.log10(tolerance)) / pace) if pace > 0 else 2
-        self.next_check = step + min(max(wait, 1), 1 if step < 6 else 4)
-        self.last_look = (step, level)
+        It has when it is invariant or when the operator produced something that is not finite.
+        """
+        self.append()
+        split = backend.extend(self.filled, operator(self.block), self.scale)
+        self.columns.append(split.coefficients)
+        self.block, self.coupling, self.scale = split.new, split.coupling, split.scale
+        kept = (split.coupling != 0).any(dim=2)
+        self.dropped = self.dropped | ~kept.all(dim=1)
+        return ~kept.any(dim=1) | ~torch.isfinite(split.scale)
 
 
 @lru_cache(maxsize=16)  # a model has few shapes; a block is 16 n numbers
@@ -96,84 +118,107 @@ def gaussian_block(n: int, width: int, salt: int) -> Tensor:
     return torch.randn(n, width, generator=generator, dtype=torch.float64, device="cpu")
 
 
-def expand(backend: Backend, spaces: Sequence[Space], operator: Callable[[list[Tensor]], list[Tensor]]) -> list[bool]:
-    """One product with the newest blocks and its orthogonalization; True for a space that is full or invariant."""
-    for space in spaces:
-        space.append()
-    images = operator([space.block for space in spaces])
-    bases = [space.filled for space in spaces]
-    coefficients, rest = backend.project(bases, images)
-    for space, columns in zip(spaces, coefficients, strict=True):
-        width = columns.shape[1]
-        space.projected[: space.size, space.size - width : space.size] = columns.to("cpu", torch.float64)
-        largest_here = float(columns.abs().max())
-        space.scale = max(space.scale, largest_here) if math.isfinite(largest_here) else math.inf
-    floors = [DROP * float(torch.finfo(s.basis.dtype).eps) / 2 * s.scale for s in spaces]
-    pairs = backend.orthonormalize(rest, floors)
-    ended = []
-    for space, (q, b) in zip(spaces, pairs, strict=True):
-        if q.shape[1] and float(torch.linalg.vector_norm(b, dim=1).min()) < CANCELLED * space.scale:
-            # What was nearly cancelled carries rounding of the size of the basis: once more, now at unit length.
-            q, r = torch.linalg.qr(backend.project([space.filled], [q])[1][0])
-            b = r @ b
-        space.coupling = b.to("cpu", torch.float64)
-        space.dropped |= b.shape[0] < b.shape[1]
-        space.block = q
-        ended.append(
-            q.shape[1] == 0 or not math.isfinite(space.scale) or space.size + q.shape[1] > space.basis.shape[1]
-        )
-    return ended
+def gaussian_panel(ns: Sequence[int], width: int, salt: int, dtype: torch.dtype, device: torch.device) -> Panel:
+    """The Gaussian blocks of a wave, each moved to the device once however many matrices start from it."""
+    moved = {n: gaussian_block(n, width, salt).to(device=device, dtype=dtype) for n in set(ns)}
+    return Panel.pack([moved[n] for n in ns])
 
 
-Operator = Callable[[Sequence[Factor], Sequence[Tensor]], list[Tensor]]
+def small_eigenpairs(columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All eigenpairs of T, ascending: (w, k) and (w, k, k), for k up to 32, where every library works on batches."""
+    projected = dense_projection(columns)
+    finite = torch.isfinite(projected).all(dim=2).all(dim=1)  # LAPACK must not see what is not
+    theta, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], projected, 0.0))
+    return torch.where(finite[:, None], theta, math.nan), vectors
 
 
 def largest(
     backend: Backend,
     operator: Operator,
-    factors: Sequence[Factor],
-    noise: Callable[[int, float], float],
+    factors: Factors,
+    noise: Noise,
     tolerance: float,
     *,
     salt: int,
-    dtypes: Sequence[torch.dtype] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Extreme]:
     """The largest eigenvalue of operator(factor) for every factor, to a relative excess of ``tolerance`` if it can.
 
-    noise(i, theta): the relative rounding error of one application to matrix i whose largest eigenvalue is theta.
-    salt: tells the start blocks of different ends apart.  dtypes: of the blocks, those of the rungs if not given.
+    noise(which, theta): the relative rounding error of one application to those matrices, whose largest eigenvalues
+    are theta.  salt: tells the start blocks of different ends apart.  dtype: of the blocks, if not that of the rung.
     """
-    chosen_dtypes = [f.rung.dtype for f in factors] if dtypes is None else dtypes
-    spaces = [
-        Space.begin(backend, f.n, dtype, WIDTH, MAX_BLOCKS, salt)
-        for f, dtype in zip(factors, chosen_dtypes, strict=True)
-    ]
-    results: dict[int, Extreme] = {}
-    active = list(range(len(factors)))
-    step = 0
-    while active:
-        step += 1
-        chosen = [factors[i] for i in active]
-        ended = expand(backend, [spaces[i] for i in active], lambda blocks, chosen=chosen: operator(chosen, blocks))  # type: ignore[misc]
-        going = []
-        for i, over in zip(active, ended, strict=True):
-            if over or step >= spaces[i].next_check:
-                found = _extract(spaces[i], lambda theta, i=i: noise(i, theta), tolerance)  # type: ignore[misc]
-                if over or found.converged:
-                    results[i] = found
-                    continue
-                spaces[i].schedule(step, found.excess, tolerance)
-            going.append(i)
-        active = going
-    return [results[i] for i in range(len(factors))]
+    search = _Search(backend, factors, noise, tolerance)
+    space = Space.begin(backend, factors.ns, dtype or factors.rung.dtype, WIDTH, salt)
+    active = list(range(len(factors.ns)))
+    for step in range(1, MAX_BLOCKS + 1):
+        chosen = factors.take(active)
+        ended = space.expand(backend, lambda block, chosen=chosen: operator(chosen, block))  # type: ignore[misc]
+        going = set(search.look(space, active, ended, step))
+        if not going:
+            break
+        space = space.take([j for j, i in enumerate(active) if i in going])
+        active = [i for i in active if i in going]
+    return [search.results[i] for i in range(len(factors.ns))]
 
 
-def _extract(space: Space, noise: Callable[[float], float], tolerance: float) -> Extreme:
-    if not math.isfinite(space.scale):
-        return Extreme(math.nan, math.inf, space.filled[:, : space.start], False)
-    theta, vectors = space.ritz()
-    top = float(theta[-1])
-    overlap = start_overlap(space.basis.shape[0], space.start)
-    left_out = DROP * float(torch.finfo(space.basis.dtype).eps) / 2 if space.dropped else 0.0
-    above = excess(theta, vectors, space.coupling, space.start, overlap, noise(top) + left_out, tolerance)
-    return Extreme(top, above, space.combine(vectors[:, -WIDTH:]), above <= tolerance)
+class _Search:
+    """Who has been found, and when to look at whom."""
+
+    def __init__(self, backend: Backend, factors: Factors, noise: Noise, tolerance: float) -> None:
+        self._backend, self._noise, self._tolerance = backend, noise, tolerance
+        overlaps = {n: start_overlap(n, min(n, WIDTH)) for n in set(factors.ns)}
+        self._overlaps = torch.tensor([overlaps[n] for n in factors.ns], dtype=torch.float64, device=backend.device)
+        self._schedules = [Schedule() for _ in factors.ns]
+        self.results: dict[int, Extreme] = {}
+
+    def look(self, space: Space, active: list[int], ended: Tensor, step: int) -> list[int]:
+        """Those of ``active`` that go on: not converged, and able to. One read for the whole wave, as a rule."""
+        due = [j for j, i in enumerate(active) if step in (self._schedules[i].next_check, MAX_BLOCKS)]
+        ritz, bound = self._bound(space, active, due)
+        read = torch.cat([ended.to(torch.float64), bound]).tolist()
+        over = [step == MAX_BLOCKS or bool(flag) for flag in read[: len(active)]]
+        self._sort(space, active, due, over, ritz, read[len(active) :], step)
+        late = [j for j, i in enumerate(active) if over[j] and i not in self.results]
+        if late:
+            ritz, bound = self._bound(space, active, late)
+            self._sort(space, active, late, over, ritz, bound.tolist(), step)
+        return [i for i in active if i not in self.results]
+
+    def _bound(self, space: Space, active: list[int], which: list[int]) -> tuple[Ritz | None, Tensor]:
+        """Ritz values and, behind them, the excess of each."""
+        if not which:
+            return None, self._overlaps[:0]
+        ritz = self._backend.ritz([_pick(c, which) for c in space.columns], _pick(space.coupling, which))
+        positions = [active[j] for j in which]
+        unit = float(torch.finfo(space.basis.data.dtype).eps) / 2
+        noise = self._noise(positions, ritz.theta) + DROP * unit * _pick(space.dropped, which)
+        return ritz, torch.cat([ritz.theta, excess(ritz, _pick(self._overlaps, positions), noise)])
+
+    def _sort(
+        self,
+        space: Space,
+        active: list[int],
+        which: list[int],
+        over: list[bool],
+        ritz: Ritz | None,
+        values: list[float],
+        step: int,
+    ) -> None:
+        """Keep the results of those that are done, and plan when to look at the others again."""
+        done = []
+        for k, j in enumerate(which):
+            theta, above = values[k], values[len(which) + k]
+            if over[j] or above <= self._tolerance:
+                done.append((k, j, theta, above))
+            else:
+                self._schedules[active[j]].plan(step, above, self._tolerance)
+        if done and ritz is not None:
+            coefficients = _pick(ritz.vectors(WIDTH), [k for k, *_ in done])
+            vectors = self._backend.combine(space.filled.take([j for _, j, *_ in done]), coefficients)
+            for (_, j, theta, above), block in zip(done, vectors.blocks(), strict=True):
+                self.results[active[j]] = Extreme(theta, above, block, above <= self._tolerance)
+
+
+def _pick(values: Tensor, which: list[int]) -> Tensor:
+    """Rows of a small tensor, without a copy where they are all of them."""
+    return values if len(which) == values.shape[0] else values[which]

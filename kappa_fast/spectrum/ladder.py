@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..backends.base import Backend, Factor, Operand, Rung, Tensor
+from ..backends.base import Backend, Factors, Operand, Panel, Rung, Tensor
 from ..entries import Status
 from . import certify as proofs
 from . import exact
 from .bounds import norm_factor
-from .krylov import WIDTH, Extreme, gaussian_block, largest
+from .krylov import WIDTH, Extreme, gaussian_panel, largest
 from .polish import Triplets, polish, ratio_bound, sensitivities
 
 log = logging.getLogger("kappa_fast")
@@ -126,66 +126,76 @@ def _climb(backend: Backend, climbers: Sequence[_Climber], goal: Goal) -> None:
     level = 0
     active = list(climbers)
     while active:
-        rungs = [c.rungs[level] for c in active]
-        factors = backend.factor([c.operand for c in active], rungs)
-        sound = [(c, f) for c, f in zip(active, factors, strict=True) if f is not None]
-        _use_factors(backend, sound, goal)
+        by_rung: dict[Rung, list[_Climber]] = {}
+        for climber in active:
+            by_rung.setdefault(climber.rungs[level], []).append(climber)
+        for rung, chosen in by_rung.items():
+            factors = backend.factor([c.operand for c in chosen], rung)
+            sound = [i for i, data in enumerate(factors.data) if data is not None]
+            if sound:
+                _use_factors(backend, [chosen[i] for i in sound], factors.take(sound), goal)
+            del factors  # before the next rung needs the memory
         level += 1
         active = [c for c in active if not c.done and len(c.rungs) > level]
 
 
-def _use_factors(backend: Backend, pairs: Sequence[tuple[_Climber, Factor]], goal: Goal) -> None:
+def _use_factors(backend: Backend, climbers: Sequence[_Climber], factors: Factors, goal: Goal) -> None:
     """Both ends, the polish and the interval for every matrix whose factor describes it well enough."""
-    departures = _departures(backend, pairs, DEPARTURE_SHARE * goal.rtol)
-    kept = [(c, f, d) for (c, f), d in zip(pairs, departures, strict=True) if d <= DEPARTURE_SHARE * goal.rtol]
+    limit = DEPARTURE_SHARE * goal.rtol
+    departures = _departures(backend, climbers, factors, limit)
+    kept = [i for i, departure in enumerate(departures) if departure <= limit]
     if not kept:
         return
-    factors = [f for _, f, _ in kept]
+    factors = factors.take(kept)
     tops, bottoms = _ends(backend, factors, END_SHARE * goal.rtol)
-    polished = backend.solve(factors, [b.vectors for b in bottoms])
+    polished = backend.solve(factors, Panel.pack([b.vectors for b in bottoms]))
     # An operator that overflowed leaves nothing to polish, and LAPACK must not see its NaNs.
-    ends = [
-        (climber, factor.rung, departure, top, bottom, block)
-        for (climber, factor, departure), top, bottom, block in zip(kept, tops, bottoms, polished, strict=True)
-        if 0 < top.theta * bottom.theta < math.inf and bool(torch.isfinite(block).all())
-    ]
-    found = polish(backend, [e[0].operand for e in ends], [e[3].vectors for e in ends], [e[5] for e in ends])
-    for (climber, rung, departure, top, bottom, _), triplets in zip(ends, found, strict=True):
+    finite = torch.isfinite(backend.norms(polished)).all(dim=1).tolist()
+    good = [j for j in range(len(kept)) if finite[j] and 0 < tops[j].theta * bottoms[j].theta < math.inf]
+    if not good:
+        return
+    chosen = [climbers[kept[j]] for j in good]
+    found = polish(
+        backend, [c.operand for c in chosen], Panel.pack([tops[j].vectors for j in good]), polished.take(good)
+    )
+    for j, climber, triplets in zip(good, chosen, found, strict=True):
         if triplets.sigma_min > 0:
-            resolution = _interval(rung, departure, top, bottom, triplets)
+            resolution = _interval(factors.rung, departures[kept[j]], tops[j], bottoms[j], triplets)
             climber.keep(resolution, triplets)
             climber.done = resolution.half_width <= goal.rtol or resolution.lower > goal.cutoff
 
 
-def _departures(backend: Backend, pairs: Sequence[tuple[_Climber, Factor]], limit: float) -> list[float]:
+def _departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors, limit: float) -> list[float]:
     """Bounds on ||M||_2 from a Gaussian block; where M X is too large, from M M X, which overestimates far less."""
-    blocks = [gaussian_block(f.n, WIDTH, salt=2).to(device=backend.device, dtype=f.rung.dtype) for _, f in pairs]
-    bounds = [math.inf] * len(pairs)
+    blocks = gaussian_panel(factors.ns, WIDTH, 2, factors.rung.dtype, backend.device)
+    bounds = [math.inf] * len(climbers)
     factor = norm_factor(WIDTH) / math.sqrt(WIDTH)
-    active = list(range(len(pairs)))
+    active = list(range(len(climbers)))
     for power in (1, 2):
-        images = backend.departure(
-            [pairs[i][0].operand for i in active], [pairs[i][1] for i in active], [blocks[i] for i in active]
-        )
-        for i, image in zip(active, images, strict=True):
-            norm = float(torch.linalg.matrix_norm(image.double()))
-            blocks[i] = image
+        blocks = backend.departure([climbers[i].operand for i in active], factors.take(active), blocks)
+        norms = torch.linalg.vector_norm(backend.norms(blocks), dim=1).tolist()
+        for i, norm in zip(active, norms, strict=True):
             if math.isfinite(norm):
                 bounds[i] = min(bounds[i], (factor * norm) ** (1 / power))
-        active = [i for i in active if limit < bounds[i] < 0.5]
-        if not active:
+        again = [j for j, i in enumerate(active) if limit < bounds[i] < 0.5]
+        if not again:
             break
+        blocks, active = blocks.take(again), [active[j] for j in again]
     return bounds
 
 
-def _ends(backend: Backend, factors: Sequence[Factor], tolerance: float) -> tuple[list[Extreme], list[Extreme]]:
-    units = [f.rung.unit_roundoff for f in factors]
-    quick = [f.rung.product_dtype(tolerance) for f in factors]
-    coarse = [float(torch.finfo(dtype).eps) for dtype in quick]
-    tops = largest(backend, backend.product, factors, lambda i, _: coarse[i], tolerance, salt=0, dtypes=quick)
+def _ends(backend: Backend, factors: Factors, tolerance: float) -> tuple[list[Extreme], list[Extreme]]:
+    quick = factors.rung.product_dtype(tolerance)
+    coarse = float(torch.finfo(quick).eps)
 
-    def noise(i: int, theta: float) -> float:
-        return 2 * units[i] * math.sqrt(max(1.0, theta * tops[i].theta))
+    def constant(which: Sequence[int], theta: Tensor) -> Tensor:
+        return torch.full_like(theta, coarse)
+
+    tops = largest(backend, backend.product, factors, constant, tolerance, salt=0, dtype=quick)
+    heights = torch.tensor([top.theta for top in tops], dtype=torch.float64, device=backend.device)
+
+    def noise(which: Sequence[int], theta: Tensor) -> Tensor:
+        return 2 * factors.rung.unit_roundoff * torch.sqrt((theta * heights[list(which)]).clamp(min=1.0))
 
     return tops, largest(backend, backend.solve, factors, noise, tolerance, salt=1)
 
@@ -208,9 +218,9 @@ def _finish_exactly(backend: Backend, climber: _Climber, goal: Goal) -> None:
     error = exact.backward_error(a.shape[1]) * high
     norm = float(torch.linalg.vector_norm(s))
     wide = a.tensor.to("cpu", torch.float64)
-    reached = [float(torch.linalg.vector_norm(wide @ x)) for x in (v[:, 0], v[:, -1])]
-    one = v.new_ones(1)
-    lower = ratio_bound(a.shape, norm, reached[0], reached[1], v[:, 0], v[:, -1], one, one)
+    ends = v[:, [0, -1]]
+    reached, lengths = (torch.linalg.vector_norm(x, dim=0).tolist() for x in (wide @ ends, ends))
+    lower = ratio_bound(a.shape, norm, (reached[0], reached[1]), (lengths[0], lengths[1]), 1)
     if low * (1 - exact.RELATIVE) <= error:
         reason = exact.singular_reason(a) if a.exact else None  # what scaling made zero or equal proves nothing
         method = f"{exact.METHOD}: {reason}" if reason else exact.METHOD
@@ -221,8 +231,9 @@ def _finish_exactly(backend: Backend, climber: _Climber, goal: Goal) -> None:
         kappa = high / low
         upper = (high * (1 + exact.RELATIVE) + error) / (low * (1 - exact.RELATIVE) - error)
         lower = min(lower, kappa)
-        ends = (t.to(a.tensor.device) for t in (u[:, 0], v[:, 0], u[:, -1], v[:, -1]))
-        climber.keep(Resolution("ok", kappa, lower, upper, high, low, exact.METHOD), Triplets(high, low, lower, *ends))
+        left, right = (x.to(a.tensor.device) for x in (u[:, [0, -1]], ends))
+        triplets = Triplets(high, low, lower, left, right)
+        climber.keep(Resolution("ok", kappa, lower, upper, high, low, exact.METHOD), triplets)
     climber.done = True
 
 

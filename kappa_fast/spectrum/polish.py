@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backends.base import Backend, Operand, Tensor
+from ..backends.base import Backend, Operand, Panel, Tensor
 
 U64 = 2.0**-53
 TOP_WIDTH = 4  # vectors worth measuring: the wanted one and a few neighbours it may be mixed with
@@ -28,68 +28,52 @@ class Triplets:
     sigma_max: float
     sigma_min: float
     lower: float
-    u_max: Tensor
-    v_max: Tensor
-    u_min: Tensor
-    v_min: Tensor
+    left: Tensor  # (m, 2): u of sigma_max, u of sigma_min
+    right: Tensor  # (n, 2): v of sigma_max, v of sigma_min
 
 
-def polish(
-    backend: Backend, operands: Sequence[Operand], tops: Sequence[Tensor], bottoms: Sequence[Tensor]
-) -> list[Triplets]:
-    """Rayleigh-Ritz with A on the span of ``tops`` (n, .) for sigma_max and of ``bottoms`` (n, .) for sigma_min."""
-    pairs = [
-        (torch.linalg.qr(top[:, -TOP_WIDTH:].double()).Q, torch.linalg.qr(bottom[:, -BOTTOM_WIDTH:].double()).Q)
-        for top, bottom in zip(tops, bottoms, strict=True)
-    ]
-    images = backend.apply(operands, [torch.cat(pair, dim=1) for pair in pairs])
+def polish(backend: Backend, operands: Sequence[Operand], tops: Panel, bottoms: Panel) -> list[Triplets]:
+    """Rayleigh-Ritz with A on the span of the last columns of ``tops`` for sigma_max and of ``bottoms`` for sigma_min.
+
+    Blocks (n, .) of full rank; one read for the whole wave.
+    """
+    top = backend.orthonormalize(tops.columns(-TOP_WIDTH).to(torch.float64))
+    bottom = backend.orthonormalize(bottoms.columns(-BOTTOM_WIDTH).to(torch.float64))
+    images, norms = backend.apply(operands, top.beside(bottom))
+    u1, s1, v1, reached1 = _end(backend, top, images.columns(0, top.width), 0)
+    un, sn, vn, reachedn = _end(backend, bottom, images.columns(top.width), bottom.width - 1)
+    left, right = u1.beside(un), v1.beside(vn)
+    measured = torch.cat([s1, sn, reached1, reachedn, backend.norms(right), norms[:, None]], dim=1).tolist()
+    width = max(top.width, bottom.width)
     return [
-        _triplets(a, top, bottom, image, norm)
-        for a, (top, bottom), (image, norm) in zip(operands, pairs, images, strict=True)
+        Triplets(high, low, ratio_bound(a.shape, norm, reached, lengths, width), u, v)
+        for a, (high, low, *ends, norm), u, v in zip(operands, measured, left.blocks(), right.blocks(), strict=True)
+        for reached, lengths in [((ends[0], ends[1]), (ends[2], ends[3]))]
     ]
 
 
-def _triplets(a: Operand, top: Tensor, bottom: Tensor, image: Tensor, norm: float) -> Triplets:
-    k = top.shape[1]
-    u1, s1, w1 = _small_svd(image[:, :k])
-    un, sn, wn = _small_svd(image[:, k:])
-    v_max, v_min = top @ w1[:, 0], bottom @ wn[:, -1]
-    sigma_max, sigma_min = float(s1[0]), float(sn[-1])
-    reached_max = float(torch.linalg.vector_norm(image[:, :k] @ w1[:, 0]))
-    reached_min = float(torch.linalg.vector_norm(image[:, k:] @ wn[:, -1]))
-    lower = ratio_bound(a.shape, norm, reached_max, reached_min, v_max, v_min, w1[:, 0], wn[:, -1])
-    return Triplets(sigma_max, sigma_min, lower, u1[:, 0], v_max, un[:, -1], v_min)
-
-
-def _small_svd(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, r = torch.linalg.qr(image)
-    u, s, vh = torch.linalg.svd(r)
-    return q @ u, s, vh.T
+def _end(backend: Backend, basis: Panel, image: Panel, j: int) -> tuple[Panel, Tensor, Panel, Tensor]:
+    """Left vector, value (w, 1) and right vector number j of A restricted to the basis, and ||A v|| as measured."""
+    u, s, w = backend.svd(image)
+    chosen = w[:, :, j : j + 1]
+    reached = backend.norms(backend.combine(image, chosen))
+    return u.columns(j, j + 1), s[:, j : j + 1], backend.combine(basis, chosen), reached
 
 
 def ratio_bound(
-    shape: tuple[int, int],
-    norm: float,
-    reached_max: float,
-    reached_min: float,
-    v_max: Tensor,
-    v_min: Tensor,
-    w_max: Tensor,
-    w_min: Tensor,
+    shape: tuple[int, int], norm: float, reached: tuple[float, float], lengths: tuple[float, float], width: int
 ) -> float:
-    """A proven lower bound of kappa from ||A x|| and ||A v|| as computed in float64.
+    """A proven lower bound of kappa from ||A x||, ||A v|| (reached) and ||x||, ||v|| (lengths), computed in float64.
 
     x = X w is combined after the product, fl(fl(A X) w), so its error is that of n + k + 1 roundings, k the width of X:
     at most g ||x|| with g = (n + k + 3) u ||A||_F times the growth ||X||_F |w| / ||x|| <= sqrt(k) (1 + tiny).
     norm: ||A||_F, to a relative 1e-6.  The norms themselves carry (m + n + 8) u.
     """
     m, n = shape
-    width = max(len(w_max), len(w_min))
     g = (n + width + 3) * U64 * norm * (1 + 1e-5) * math.sqrt(width) * 1.01
     r = (m + n + 8) * U64
-    length_max, length_min = float(torch.linalg.vector_norm(v_max)), float(torch.linalg.vector_norm(v_min))
-    high = reached_max * (1 - r) / (length_max * (1 + r)) - g
-    low = reached_min * (1 + r) / (length_min * (1 - r)) + g
+    high = reached[0] * (1 - r) / (lengths[0] * (1 + r)) - g
+    low = reached[1] * (1 + r) / (lengths[1] * (1 - r)) + g
     return max(1.0, high / low * (1 - 8 * U64)) if low > 0 else 1.0
 
 
@@ -101,13 +85,16 @@ def sensitivities(
     d log kappa = u_1^T dA v_1 / sigma_1 - u_n^T dA v_n / sigma_n with independent dA_ij, each uniform within half
     a spacing of its dtype, whose mean square is ROUNDING_VARIANCE eps^2 A_ij^2.
     """
-    lefts, rights = [], []
-    for t in triplets:
-        u, w = t.u_max / t.sigma_max, t.u_min / t.sigma_min
-        lefts.append(torch.stack([u * u, w * w, -2 * u * w], dim=1))
-        rights.append(torch.stack([t.v_max**2, t.v_min**2, t.v_max * t.v_min], dim=1))
-    sums = backend.weighted_squares(operands, lefts, rights)
+    if not triplets:
+        return []
+    left, right = Panel.pack([t.left for t in triplets]), Panel.pack([t.right for t in triplets])
+    sigmas = [[t.sigma_max, t.sigma_min] for t in triplets]
+    u = left.data / left.spread(torch.tensor(sigmas, dtype=torch.float64, device=left.data.device))
+    v = right.data
+    lefts = torch.cat([u * u, -2 * u[:, :1] * u[:, 1:]], dim=1)
+    rights = torch.cat([v * v, v[:, :1] * v[:, 1:]], dim=1)
+    totals = backend.weighted_squares(operands, Panel(lefts, left.rows), Panel(rights, right.rows)).sum(dim=1).tolist()
     return [
-        float(torch.finfo(dtype).eps) * math.sqrt(ROUNDING_VARIANCE * max(0.0, float(total.sum())))
-        for dtype, total in zip(dtypes, sums, strict=True)
+        float(torch.finfo(dtype).eps) * math.sqrt(ROUNDING_VARIANCE * max(0.0, total))
+        for dtype, total in zip(dtypes, totals, strict=True)
     ]

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..backends.base import Backend, Operand, Tensor
-from .krylov import Space, expand
+from ..backends.base import Backend, Operand, Panel, Tensor
+from .krylov import Space, small_eigenpairs
 from .polish import ratio_bound
 
 WIDTH = 4
@@ -25,31 +25,37 @@ def lower_bounds(backend: Backend, weights: Sequence[Tensor], cutoff: float) -> 
     operands = backend.prepare(weights)
     bounds = [1.0] * len(operands)
     active = [i for i, a in enumerate(operands) if a.finite and a.peak > 0 and a.shape[1] > 2 * WIDTH * STEPS]
-    spaces = {i: Space.begin(backend, operands[i].shape[1], torch.float32, WIDTH, STEPS, salt=3) for i in active}
+    if not active:
+        return bounds
+    space = Space.begin(backend, [operands[i].shape[1] for i in active], torch.float32, WIDTH, salt=3)
     for step in range(1, STEPS + 1):
+        chosen = [operands[i] for i in active]
+        ended = space.expand(backend, lambda x, chosen=chosen: backend.normal(chosen, x))  # type: ignore[misc]
+        theta, vectors = small_eigenpairs(space.columns)
+        going: list[int] = []
+        promising: list[int] = []
+        for j, (low, high, over) in enumerate(torch.stack([theta[:, 0], theta[:, -1], ended.double()], dim=1).tolist()):
+            ratio = math.sqrt(max(0.0, high) / max(low, 1e-30))
+            if ratio > 1.01 * cutoff:
+                promising.append(j)
+            elif not over and (step < STEPS // 2 or ratio > HOPELESS * cutoff):
+                going.append(j)
+        if promising:
+            pairs = backend.combine(space.filled.take(promising), vectors[promising][:, :, [-1, 0]])
+            found = _prove(backend, [chosen[j] for j in promising], pairs.to(torch.float64))
+            for j, bound in zip(promising, found, strict=True):
+                bounds[active[j]] = bound
+        active = [active[j] for j in going]
         if not active:
             break
-        chosen = [operands[i] for i in active]
-        ended = expand(backend, [spaces[i] for i in active], lambda x, chosen=chosen: backend.normal(chosen, x))  # type: ignore[misc]
-        going: list[int] = []
-        promising: list[tuple[int, Tensor]] = []
-        for i, over in zip(active, ended, strict=True):
-            theta, vectors = spaces[i].ritz()
-            ratio = math.sqrt(max(0.0, float(theta[-1])) / max(float(theta[0]), 1e-30))
-            if ratio > 1.01 * cutoff:
-                promising.append((i, spaces[i].combine(vectors[:, [-1, 0]])))
-            elif not over and (step < STEPS // 2 or ratio > HOPELESS * cutoff):
-                going.append(i)
-        _prove(backend, operands, promising, bounds)
-        active = going
+        space = space.take(going)
     return bounds
 
 
-def _prove(
-    backend: Backend, operands: Sequence[Operand], found: Sequence[tuple[int, Tensor]], bounds: list[float]
-) -> None:
-    images = backend.apply([operands[i] for i, _ in found], [pair for _, pair in found])
-    for (i, pair), (image, norm) in zip(found, images, strict=True):
-        wide, one = pair.double(), image.new_ones(1)
-        high, low = (float(torch.linalg.vector_norm(image[:, j])) for j in (0, 1))
-        bounds[i] = ratio_bound(operands[i].shape, norm, high, low, wide[:, 0], wide[:, 1], one, one)
+def _prove(backend: Backend, operands: Sequence[Operand], pairs: Panel) -> list[float]:
+    images, norms = backend.apply(operands, pairs)
+    read = torch.cat([backend.norms(images), backend.norms(pairs), norms[:, None]], dim=1).tolist()
+    return [
+        ratio_bound(a.shape, norm, (high, low), (length_high, length_low), 1)
+        for a, (high, low, length_high, length_low, norm) in zip(operands, read, strict=True)
+    ]
