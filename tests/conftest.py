@@ -11,6 +11,8 @@ from pathlib import Path
 
 # Read once by huggingface_hub, and handed on to child processes: no test may wait for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read when Triton is imported: kernels run on the CPU. Child processes that compile for a GPU take it out again.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import pytest

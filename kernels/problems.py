@@ -1,0 +1,314 @@
+"""The table that lets one launch serve many matrices: where each lies, how large it is, and which tiles are its own.
+
+A wave is a sequence of 2-D tensors of any shapes, dtypes and strides on one device. Everything that a kernel must know
+of a matrix is one row of int64 numbers; which matrix a program works on is one load from a map that is built once per
+wave. Kernels are compiled for a storage class (dtype, contiguous direction, alignment), never for a size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+Tensor = torch.Tensor
+
+# Columns of the table, as constexpr: int64 each.
+POINTER = tl.constexpr(0)  # address of the first entry, in bytes
+ROWS = tl.constexpr(1)
+COLUMNS = tl.constexpr(2)
+ROW_STRIDE = tl.constexpr(3)  # in elements
+COLUMN_STRIDE = tl.constexpr(4)
+FIRST_COLUMN = tl.constexpr(5)  # where its columns begin in arrays with one entry per column of the wave
+PITCH = tl.constexpr(6)  # rows of a slice in memory: ROWS rounded up to PAD
+SLICE = tl.constexpr(7)  # where its slices begin, in bytes
+GRAM = tl.constexpr(8)  # where its n x n results begin, in elements
+LEADING = tl.constexpr(9)  # elements between rows of an n x n result
+FIELDS = tl.constexpr(10)
+
+PAD = 128  # of slices along m: whole tiles along the contracted dimension, and 16-byte addresses
+ROW_PAD = 16  # of n x n results: rows that start on a cache line
+
+TILE_LIMIT = 256  # no tile has a longer side
+INNER_ROWS, INNER_COLUMNS, INNER_NONE = 0, 1, 2
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.uint8,
+    torch.float8_e5m2: tl.uint8,
+    torch.int8: tl.int8,
+    torch.float64: tl.float64,
+}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a kernel that reads stored weights is compiled for.
+
+    inner: the direction in which entries are contiguous.  aligned: every line in that direction starts on 16 bytes, and
+    the sizes along it are multiples of 16, so that loads can be vectors.
+    """
+
+    dtype: torch.dtype
+    inner: int
+    aligned: bool
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Storage:
+        m, n = matrix.shape
+        rows, columns = matrix.stride()
+        inner = INNER_COLUMNS if columns == 1 else INNER_ROWS if rows == 1 else INNER_NONE
+        pitch, length = (rows, n) if inner == INNER_COLUMNS else (columns, m)
+        if pitch * TILE_LIMIT >= 2**31:  # places within a tile are 32-bit numbers
+            inner = INNER_NONE
+        even = matrix.data_ptr() % 16 == 0 and pitch % 16 == 0 and length % 16 == 0
+        return cls(matrix.dtype, inner, inner != INNER_NONE and even)
+
+    @property
+    def element(self) -> tl.dtype:
+        """What the pointer is cast to; float8 is read as bytes and decoded, since not every target has it."""
+        return _TYPES[self.dtype]
+
+    @property
+    def float8(self) -> int:
+        """0: not float8, else the number of its exponent bits."""
+        return {torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}.get(self.dtype, 0)
+
+
+def supported(dtype: torch.dtype) -> bool:
+    """Whether ``quantize`` reads this dtype. float64 has more bits than four slices hold."""
+    return dtype in _TYPES and dtype not in (torch.int8, torch.float64)
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """Which matrix a program works on: owner[program] (total,) int32, first[matrix] (w,) int32."""
+
+    owner: Tensor
+    first: Tensor
+    total: int
+
+
+@dataclass(frozen=True)
+class Problems:
+    """A wave on its device. table: (w, FIELDS) int64.  m, n: sizes on the host."""
+
+    matrices: tuple[Tensor, ...]
+    table: Tensor
+    m: np.ndarray
+    n: np.ndarray
+    columns: int  # of all matrices together
+    slice_bytes: int  # of one slice of all matrices
+    gram_elements: int
+
+    @classmethod
+    def of(cls, matrices: Sequence[Tensor]) -> Problems:
+        """Matrices (m, n), m >= n >= 1, all on one device; they are neither copied nor changed."""
+        shapes = np.array([tuple(a.shape) for a in matrices], dtype=np.int64).reshape(-1, 2)
+        m, n = shapes[:, 0], shapes[:, 1]
+        pitch, leading = _round_up(m, PAD), _round_up(n, ROW_PAD)
+        table = np.empty((len(m), FIELDS.value), dtype=np.int64)
+        table[:, POINTER.value] = [a.data_ptr() for a in matrices]
+        table[:, ROWS.value], table[:, COLUMNS.value] = m, n
+        strides = np.array([a.stride() for a in matrices], dtype=np.int64).reshape(-1, 2)
+        table[:, ROW_STRIDE.value], table[:, COLUMN_STRIDE.value] = strides[:, 0], strides[:, 1]
+        table[:, FIRST_COLUMN.value], columns = _starts(n)
+        table[:, PITCH.value] = pitch
+        table[:, SLICE.value], slice_bytes = _starts(n * pitch)
+        table[:, GRAM.value], gram_elements = _starts(n * leading)
+        table[:, LEADING.value] = leading
+        moved = to_device(table, matrices[0].device)
+        return cls(tuple(matrices), moved, m, n, columns, slice_bytes, gram_elements)
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    def classes(self) -> dict[Storage, list[int]]:
+        """Positions of the matrices by storage class: each class is a launch of its own."""
+        found: dict[Storage, list[int]] = {}
+        for i, matrix in enumerate(self.matrices):
+            found.setdefault(Storage.of(matrix), []).append(i)
+        return found
+
+    def tiles(self, counts: np.ndarray, chosen: Sequence[int] | None = None) -> TileMap:
+        """A map in which every chosen matrix owns ``counts`` programs, those with the longest columns first."""
+        positions = np.arange(len(self.m)) if chosen is None else np.asarray(chosen, dtype=np.int64)
+        order = positions[np.argsort(-self.m[positions], kind="stable")]
+        first = np.zeros(len(self.m), dtype=np.int32)
+        starts, total = _starts(counts[order])
+        first[order] = starts
+        owner = np.repeat(order.astype(np.int32), counts[order])
+        return TileMap(to_device(owner, self.device), to_device(first, self.device), total)
+
+    def gram_views(self, packed: Tensor) -> list[Tensor]:
+        """The (n, n) matrices in a packed result, as views."""
+        leading = _round_up(self.n, ROW_PAD)
+        starts, _ = _starts(self.n * leading)
+        sizes = zip(self.n.tolist(), leading.tolist(), starts.tolist(), strict=True)
+        return [packed.as_strided((n, n), (ld, 1), int(packed.storage_offset()) + start) for n, ld, start in sizes]
+
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+def target_of(device: torch.device) -> str:
+    """The target whose tiles fit a device: its own, or the one with the same matrix units and shared memory.
+
+    Raises:
+        RuntimeError: the device has no int8 matrix units that Triton can use.
+    """
+    if device.type != "cuda":
+        return "sm_90"  # the interpreter takes any
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(f"compute capability {major}.{minor} is below 8.0, the first that Triton supports")
+    if major == 8:
+        return "sm_80" if minor in (0, 7) else "sm_89"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One compilation that a launcher can ask for, see aot.py.
+
+    types: of the arguments that are no constants, as Triton writes them.  unit: the kind of matrix instruction that
+    must be found in the result, if any.
+    """
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, object]
+    num_warps: int
+    num_stages: int = 3
+    unit: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The kernel and what it is compiled for, without spaces."""
+        constants = ",".join(f"{key}={value}" for key, value in self.constants.items())
+        return f"{self.kernel.__name__.strip('_').removesuffix('_kernel')}[{constants}]"
+
+
+def storages() -> list[Storage]:
+    """Every storage class that kernels reading stored weights are compiled for."""
+    dtypes = [dtype for dtype in _TYPES if supported(dtype)]
+    layouts = [(INNER_ROWS, True), (INNER_ROWS, False), (INNER_COLUMNS, True), (INNER_COLUMNS, False)]
+    return [Storage(dtype, *layout) for dtype in dtypes for layout in [*layouts, (INNER_NONE, False)]]
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A small array on the device, without waiting for what it does at the moment."""
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def _round_up(sizes: np.ndarray, step: int) -> np.ndarray:
+    return -(-sizes // step) * step
+
+
+def _starts(sizes: np.ndarray) -> tuple[np.ndarray, int]:
+    ends = np.cumsum(sizes)
+    return ends - sizes, int(ends[-1]) if len(ends) else 0
+
+
+@triton.jit
+def locate(owner, first):
+    """The matrix of this program and the number of its tile within the matrix."""
+    program = tl.program_id(0)
+    matrix = tl.load(owner + program)
+    return matrix.to(tl.int64), program - tl.load(first + matrix)
+
+
+@triton.jit
+def field(table, matrix, FIELD: tl.constexpr):
+    """One number of a matrix."""
+    return tl.load(table + matrix * FIELDS + FIELD)
+
+
+@triton.jit
+def triangular(tile):
+    """Row and column of a tile of a lower triangle, counted row by row. The root is rounded, so it is checked."""
+    row = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
+    return row, tile - row * (row + 1) // 2
+
+
+@triton.jit
+def tile_base(table, matrix, row, column, ELEMENT: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where entry (row, column) lies, and the two strides: 32-bit beside a contiguous direction, which has stride 1.
+
+    The distance between lines is all that a tile needs in 64 bits, and only once: addresses cost registers.
+    """
+    row_stride, column_stride = field(table, matrix, ROW_STRIDE), field(table, matrix, COLUMN_STRIDE)
+    base = field(table, matrix, POINTER).to(tl.pointer_type(ELEMENT))
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+    if INNER == 1:
+        step = tl.multiple_of(row_stride, 16) if ALIGNED else row_stride
+        return base + row * step + column, step.to(tl.int32), 1
+    elif INNER == 0:
+        step = tl.multiple_of(column_stride, 16) if ALIGNED else column_stride
+        return base + column * step + row, 1, step.to(tl.int32)
+    else:
+        return base + row * row_stride + column * column_stride, row_stride, column_stride
+
+
+@triton.jit
+def sizes(table, matrix, INNER: tl.constexpr, ALIGNED: tl.constexpr):
+    """Rows and columns, 32-bit; multiples of 16 along the contiguous direction where it is aligned."""
+    m, n = field(table, matrix, ROWS).to(tl.int32), field(table, matrix, COLUMNS).to(tl.int32)
+    if ALIGNED and INNER == 0:
+        m = tl.multiple_of(m, 16)
+    if ALIGNED and INNER == 1:
+        n = tl.multiple_of(n, 16)
+    return m, n
+
+
+@triton.jit
+def load_tile(
+    table,
+    matrix,
+    row,
+    column,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    INNER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """The tile of a stored matrix that starts at (row, column), as float32 (exact): [BM, BN], zero outside."""
+    m, n = sizes(table, matrix, INNER, ALIGNED)
+    base, row_step, column_step = tile_base(table, matrix, row, column, ELEMENT, INNER, ALIGNED)
+    i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    raw = tl.load(base + i * row_step + j * column_step, mask=(i < m - row) & (j < n - column), other=0)
+    if FLOAT8 == 0:
+        return raw.to(tl.float32)
+    else:
+        return _decode(raw, FLOAT8)
+
+
+@triton.jit
+def _decode(code, EXPONENT_BITS: tl.constexpr):
+    """float8 as float32. e5m2 is the upper half of a float16; e4m3 shifted by one bit less is 2^-8 of its value."""
+    bits = code.to(tl.int16)
+    if EXPONENT_BITS == 5:
+        return (bits << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
+
+
+# Whether kernels run on the CPU under Triton's interpreter, which gets products of bfloat16 wrong.
+INTERPRETED = isinstance(field, InterpretedFunction)

@@ -1,0 +1,289 @@
+"""Weights -> nested int8 slices: A = Q diag(s) + D with Q integer, s powers of two, and ||D||_F known.
+
+    Q = Q_1 2^21 + Q_2 2^14 + Q_3 2^7 + Q_4,   digits in [-64, 63], the first in [-64, 64]
+
+The first k digits alone are the best approximation with 7 k bits to within half a unit, so a slice can be added later
+without touching the earlier ones. Slices are stored transposed, (n, pitch) with the contracted dimension contiguous:
+the int8 matrix instructions of Hopper take no other order. docs/kernels.md has the bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from .problems import (
+    COLUMNS,
+    FIRST_COLUMN,
+    PITCH,
+    ROWS,
+    SLICE,
+    Instance,
+    Problems,
+    Storage,
+    Tensor,
+    TileMap,
+    field,
+    load_tile,
+    locate,
+    storages,
+)
+
+DIGIT_BITS = tl.constexpr(7)
+MAX_SLICES = 4
+TOP_EXPONENT = tl.constexpr(27)  # |Q| <= 2^27
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows x columns of a matrix per program; both kernels are bound by memory, whatever the numbers."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+PEAK_TILE = Tile(32, 128, 4)
+PEAK_STRIPE = tl.constexpr(1024)  # rows per program: one atomic per column and stripe
+SLICE_TILE = Tile(128, 32, 4)  # 128 rows of one column are a whole cache line of a slice
+
+
+@triton.jit
+def _peaks_kernel(
+    table,
+    owner,
+    first,
+    peaks,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    INNER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    matrix, tile = locate(owner, first)
+    m, n = field(table, matrix, ROWS), field(table, matrix, COLUMNS)
+    across = tl.cdiv(n, BN).to(tl.int32)
+    column = (tile % across) * BN
+    columns = column + tl.arange(0, BN)
+    start = (tile // across) * PEAK_STRIPE
+    stop = tl.minimum(start + PEAK_STRIPE, m).to(tl.int32)
+    largest = tl.zeros((BM, BN), tl.int32)
+    for row in range(start, stop, BM):
+        a = load_tile(table, matrix, row, column, BM, BN, ELEMENT, FLOAT8, INNER, ALIGNED)
+        # Without its sign a float is ordered as its bits are, and NaN lies above infinity.
+        largest = tl.maximum(largest, a.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    place = field(table, matrix, FIRST_COLUMN) + columns
+    tl.atomic_max(peaks + place, tl.max(largest, axis=0), mask=columns < n)
+
+
+@triton.jit
+def column_shift(peaks, place, inside):
+    """The p of a column, s = 2^-p: its entries times 2^p lie below 2^TOP_EXPONENT."""
+    biased = tl.load(peaks + place, mask=inside, other=0) >> 23
+    return -biased + (TOP_EXPONENT + 126)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent as float64, for exponents of normal numbers."""
+    return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _digit(q):
+    """The lowest balanced digit, and the rest without it."""
+    digit = ((q + 64) & 127) - 64
+    return digit, (q - digit) >> DIGIT_BITS
+
+
+@triton.jit
+def _slices_kernel(
+    table,
+    owner,
+    first,
+    peaks,
+    slices,
+    residuals,
+    slice_bytes,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    INNER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    matrix, tile = locate(owner, first)
+    n = field(table, matrix, COLUMNS)
+    pitch = tl.multiple_of(field(table, matrix, PITCH), 128)
+    across = tl.cdiv(n, BN).to(tl.int32)
+    column, row = (tile % across) * BN, (tile // across) * BM
+    columns = column + tl.arange(0, BN)
+    shift = column_shift(peaks, field(table, matrix, FIRST_COLUMN) + columns, columns < n)  # [BN]
+    a = load_tile(table, matrix, row, column, BM, BN, ELEMENT, FLOAT8, INNER, ALIGNED)
+    # In two steps, since 2^shift alone may be beyond float32.
+    half = shift >> 1
+    x = a * _power(half)[None, :] * _power(shift - half)[None, :]
+    # From 2^23 on every float32 is an integer, and adding 0.5 could only harm it.
+    q = tl.where(tl.abs(x) >= 8388608.0, x, tl.floor(x + 0.5)).to(tl.int32)  # [BM, BN]
+    d4, q3 = _digit(q)
+    d3, q2 = _digit(q3)
+    d2, d1 = _digit(q2)
+    if HIGH == 1:
+        kept = d1 << 21
+    elif HIGH == 2:
+        kept = q2 << 14
+    elif HIGH == 3:
+        kept = q3 << 7
+    else:
+        kept = q
+    rest = x - kept.to(tl.float32)  # exact: a multiple of the last place of x, and no larger than x or 2^20
+    squares = tl.sum(rest * rest, axis=0).to(tl.float64)  # [BN], relative error below BM 2^-24
+    total = tl.sum(squares * power_of_two(-2 * shift), axis=0) * (1.0 + 1e-4)
+    tl.store(residuals + tl.program_id(0), total)
+    target = slices + field(table, matrix, SLICE) + column.to(tl.int64) * pitch + row
+    target = tl.multiple_of(target, 128) + tl.arange(0, BN)[:, None] * pitch.to(tl.int32) + tl.arange(0, BM)[None, :]
+    inside = (columns < n)[:, None]  # pitch is a multiple of BM
+    slice_bytes = slice_bytes.to(tl.int64)
+    if LOW <= 1:
+        tl.store(target, tl.trans(d1.to(tl.int8)), mask=inside)
+    if LOW <= 2 and HIGH >= 2:
+        tl.store(target + 1 * slice_bytes, tl.trans(d2.to(tl.int8)), mask=inside)
+    if LOW <= 3 and HIGH >= 3:
+        tl.store(target + 2 * slice_bytes, tl.trans(d3.to(tl.int8)), mask=inside)
+    if HIGH >= 4:
+        tl.store(target + 3 * slice_bytes, tl.trans(d4.to(tl.int8)), mask=inside)
+
+
+@triton.jit
+def _power(exponent):
+    """2^exponent as float32, for exponents of normal numbers."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sum_kernel(first, counts, parts, sums, BLOCK: tl.constexpr):
+    """Sums of runs, always in the same order: one program per matrix."""
+    matrix = tl.program_id(0)
+    start, count = tl.load(first + matrix), tl.load(counts + matrix)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for offset in range(0, count, BLOCK):
+        inside = offset + tl.arange(0, BLOCK)
+        total += tl.load(parts + start + inside, mask=inside < count, other=0.0)
+    tl.store(sums + matrix, tl.sum(total, axis=0))
+
+
+def launch_options(storage: Storage) -> dict[str, object]:
+    """What the kernels that read stored weights are compiled for."""
+    return {
+        "ELEMENT": storage.element,
+        "FLOAT8": storage.float8,
+        "INNER": storage.inner,
+        "ALIGNED": storage.aligned,
+    }
+
+
+def instances(target: str) -> list[Instance]:
+    """Everything that the launchers of this file can ask the compiler for; the same for every target."""
+    common = {"table": "*i64", "owner": "*i32", "first": "*i32", "peaks": "*i32"}
+    found = []
+    for storage in storages():
+        tile = PEAK_TILE
+        constants = {"BM": tile.rows, "BN": tile.columns, **launch_options(storage)}
+        found.append(Instance(_peaks_kernel, common, constants, tile.num_warps))
+        tile = SLICE_TILE
+        types = {**common, "slices": "*i8", "residuals": "*fp64", "slice_bytes": "i64"}
+        for low, high in ((1, 1), (1, 2), (1, 3), (1, 4), (3, 3), (4, 4)):
+            constants = {"LOW": low, "HIGH": high, "BM": tile.rows, "BN": tile.columns, **launch_options(storage)}
+            found.append(Instance(_slices_kernel, types, constants, tile.num_warps))
+    sums = {"first": "*i32", "counts": "*i32", "parts": "*fp64", "sums": "*fp64"}
+    return [*found, Instance(_sum_kernel, sums, {"BLOCK": 256}, 4)]
+
+
+def column_peaks(problems: Problems) -> Tensor:
+    """Bits of the largest absolute entry of every column, int32 (columns,); 0x7F800000 and above: not finite.
+
+    One launch per storage class. Reads every weight once.
+    """
+    peaks = torch.zeros(problems.columns, dtype=torch.int32, device=problems.device)
+    tile = PEAK_TILE
+    counts = -(-problems.n // tile.columns) * -(-problems.m // PEAK_STRIPE.value)
+    for storage, chosen in problems.classes().items():
+        tiles = problems.tiles(counts, chosen)
+        _peaks_kernel[(tiles.total,)](
+            problems.table,
+            tiles.owner,
+            tiles.first,
+            peaks,
+            BM=tile.rows,
+            BN=tile.columns,
+            num_warps=tile.num_warps,
+            **launch_options(storage),
+        )
+    return peaks
+
+
+@dataclass(frozen=True)
+class Slices:
+    """data: (k, bytes of one slice) int8.  peaks: see column_peaks.  residual: ||D||_F^2 (w,) float64, rounded up."""
+
+    data: Tensor
+    peaks: Tensor
+    residual: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.data.shape[0]
+
+
+def quantize(problems: Problems, peaks: Tensor, slices: int, earlier: Slices | None = None) -> Slices:
+    """The first ``slices`` (1 to 4) digits of every matrix; those that ``earlier`` holds are taken from there.
+
+    Entries must be finite. One launch per storage class and one for the sums; reads every weight once and writes one
+    byte per weight and new slice.
+    """
+    data = torch.empty((slices, problems.slice_bytes), dtype=torch.int8, device=problems.device)
+    low = 1
+    if earlier is not None:
+        data[: earlier.count] = earlier.data
+        low = earlier.count + 1
+    tile = SLICE_TILE
+    counts = -(-problems.n // tile.columns) * -(-problems.m // tile.rows)
+    residual = torch.zeros(len(problems.m), dtype=torch.float64, device=problems.device)
+    for storage, chosen in problems.classes().items():
+        tiles = problems.tiles(counts, chosen)
+        parts = torch.empty(tiles.total, dtype=torch.float64, device=problems.device)
+        _slices_kernel[(tiles.total,)](
+            problems.table,
+            tiles.owner,
+            tiles.first,
+            peaks,
+            data,
+            parts,
+            problems.slice_bytes,
+            LOW=low,
+            HIGH=slices,
+            BM=tile.rows,
+            BN=tile.columns,
+            num_warps=tile.num_warps,
+            **launch_options(storage),
+        )
+        _add_runs(problems, tiles, counts, chosen, parts, residual)
+    return Slices(data, peaks, residual)
+
+
+def _add_runs(
+    problems: Problems, tiles: TileMap, counts: np.ndarray, chosen: Sequence[int], parts: Tensor, sums: Tensor
+) -> None:
+    index = torch.tensor(chosen, device=problems.device)
+    lengths = torch.from_numpy(counts[np.asarray(chosen)].astype(np.int32)).to(problems.device)
+    found = torch.empty(len(chosen), dtype=torch.float64, device=problems.device)
+    _sum_kernel[(len(chosen),)](tiles.first[index], lengths, parts, found, BLOCK=256, num_warps=4)
+    sums[index] = found
