@@ -1,0 +1,168 @@
+"""Compile every kernel for every target without a GPU: ``python -m kappa_fast.kernels.aot [--quick] [target ...]``.
+
+Prints, for every instance that a launcher can ask for, registers, spilled bytes, shared memory and the matrix
+instruction found; exits with 1 if one fails to compile, if a product that belongs on the matrix units is not there, or
+if arithmetic that must keep subnormal numbers flushes them. Compilation runs in child processes, since a compiler that
+fails may take its process with it. What a target is known to refuse is listed in DECLARED with what is done instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import gram, quantize
+from .problems import TARGETS, Instance
+
+MODULE = __spec__.name  # also when it runs as __main__
+# Shared memory that one program may use, in bytes.
+SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+UNITS = {
+    "int8": r"wgmma\.mma_async\S*s8\.s8|mma\.sync\S*s8\.s8|tcgen05\.mma\S*kind::i8|v_mfma_i32_\w*i8",
+    "float16": r"wgmma\.mma_async\S*f16\.b?f16|mma\.sync\S*f16\.b?f16|tcgen05\.mma\S*f16|v_mfma_f32_\w*b?f16",
+    "float64": r"mma\.sync\S*f64|wgmma\S*f64|v_mfma_f64_\w*",
+}
+# (kernel, target): why it is not compiled there, and what runs instead.
+DECLARED: dict[tuple[str, str], str] = {}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of one compilation. registers: per thread; spilled, shared: bytes; -1 where it is not known."""
+
+    name: str
+    target: str
+    error: str = ""
+    registers: int = -1
+    spilled: int = -1
+    shared: int = -1
+    instruction: str = ""
+
+
+def instances(target: str, quick: bool) -> list[Instance]:
+    """Every instance of every kernel; or, quickly, a selection with every value of every constant."""
+    everything = [*quantize.instances(target), *gram.instances(target)]
+    if not quick:
+        return everything
+    chosen, seen = [], set()
+    for instance in reversed(everything):  # the last ones read no dtype, so they are few
+        values = {(instance.kernel.__name__, key, value) for key, value in instance.constants.items()}
+        if not values or values - seen:
+            chosen.append(instance)
+            seen |= values
+    return chosen
+
+
+def compile_one(instance: Instance, target: str) -> Report:
+    """Compile in this process."""
+    names = instance.kernel.arg_names
+    signature = {name: instance.types.get(name, "constexpr") for name in names}
+    constants = {(names.index(key),): value for key, value in instance.constants.items()}
+    # Arrays that torch allocates start on 256 bytes, and sizes of packed arrays are multiples of 128.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in instance.types}
+    where = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    source = ASTSource(instance.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": instance.num_warps, "num_stages": instance.num_stages}
+    compiled = triton.compile(source, target=where, options=options)
+    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    registers, spilled = _resources(compiled.asm, text)
+    found = re.search(UNITS[instance.unit], text) if instance.unit else None
+    error = ""
+    if instance.unit and not found:
+        error = f"no matrix instruction for {instance.unit}"
+    elif compiled.metadata.shared > SHARED[target]:
+        error = f"{compiled.metadata.shared} bytes of shared memory are more than {SHARED[target]}"
+    elif re.search(r"\b(add|mul|fma|sub)\.\S*ftz", text):
+        error = "subnormal numbers are flushed to zero"
+    instruction = found.group(0) if found else ""
+    return Report(instance.name, target, error, registers, spilled, compiled.metadata.shared, instruction)
+
+
+def _resources(asm: dict, text: str) -> tuple[int, int]:
+    if "amdgcn" in asm:
+        found = [re.search(rf"\.{key}:\s+(\d+)", text) for key in ("vgpr_count", "vgpr_spill_count")]
+        return tuple(int(f.group(1)) if f else -1 for f in found)  # type: ignore[return-value]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        tool = Path(knobs.nvidia.cuobjdump.path)
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    return (int(usage.group(1)), int(usage.group(2))) if usage else (-1, -1)
+
+
+def _child(target: str, start: int, quick: bool) -> None:
+    """Compile all instances from number ``start`` on, a line of JSON before and after each."""
+    for number, instance in enumerate(instances(target, quick)):
+        if number < start:
+            continue
+        print(json.dumps({"begins": number, "name": instance.name}), flush=True)
+        refusal = DECLARED.get((instance.kernel.__name__, target))
+        try:
+            report = Report(instance.name, target, f"declared: {refusal}") if refusal else compile_one(instance, target)
+        except Exception as error:  # whatever a compiler throws is a finding, not an end
+            report = Report(instance.name, target, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+        print(json.dumps(asdict(report)), flush=True)
+
+
+def compile_target(target: str, quick: bool = False) -> Iterator[Report]:
+    """Reports for all instances, in children that are replaced when they die."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    start = 0
+    while True:
+        command = [sys.executable, "-m", MODULE, "--child", target, str(start), "quick" if quick else "all"]
+        child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        begun: dict | None = None
+        for line in filter(None, child.stdout.splitlines()):
+            content = json.loads(line)
+            if "begins" in content:
+                begun = content
+            else:
+                yield Report(**content)
+                begun = None
+        if begun is None and child.returncode == 0:
+            return
+        if begun is None:
+            yield Report("", target, f"the compiling process failed: {child.stderr.strip().splitlines()[-1:]}")
+            return
+        last = ["", *child.stderr.strip().splitlines()][-1]
+        yield Report(begun["name"], target, f"the compiler died with {child.returncode}: {last}")
+        start = begun["begins"] + 1
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command: 0 if everything compiled or was declared, 1 otherwise, 2 for an unknown target."""
+    if arguments[:1] == ["--child"]:
+        _child(arguments[1], int(arguments[2]), arguments[3] == "quick")
+        return 0
+    quick = "--quick" in arguments
+    targets = [argument for argument in arguments if argument != "--quick"] or list(TARGETS)
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown:
+        print(f"unknown target {unknown[0]!r}: choose from {', '.join(TARGETS)}", file=sys.stderr)
+        return 2
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        reports = [r for found in pool.map(lambda t: list(compile_target(t, quick)), targets) for r in found]
+    print(f"{'target':<8} {'regs':>4} {'spill':>6} {'shared':>7}  {'kernel':<90} instruction or error")
+    for r in reports:
+        print(f"{r.target:<8} {r.registers:>4} {r.spilled:>6} {r.shared:>7}  {r.name:<90} {r.error or r.instruction}")
+    failed = [r for r in reports if r.error and not r.error.startswith("declared: ")]
+    print(f"{len(reports)} compilations, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

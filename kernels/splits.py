@@ -1,0 +1,114 @@
+"""The work on a Gram matrix, cut along the rows of the weights where one matrix alone has too few tiles.
+
+How it is cut depends on the shape alone, so that a result does not depend on what else is in the wave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from .problems import COLUMNS, GRAM, LEADING, ROW_PAD, Instance, Problems, Tensor, field, locate, triangular
+
+# Two products of digits up to 64 share an accumulator: 2 * 64^2 * rows stays below 2^31 up to 262143 rows. The matrix
+# units saturate without a word, so longer matrices are split.
+INTEGER_ROWS = 131072
+# Matrices with fewer tiles than this are split along m, so that one of them keeps a chip with 132 units busy.
+FULL_CHIP = 132
+SPLIT_ROWS = 8192  # and no split is shorter than this
+PART_SIDE = 64
+
+
+@triton.jit
+def store_tile(table, matrix, total, r, c, n, out, parts, part_start, split, ADD: tl.constexpr, SIDE: tl.constexpr):
+    """The first split writes, or adds to, the result; the others leave their share for ``_add_parts_kernel``."""
+    leading = tl.multiple_of(field(table, matrix, LEADING), 16)
+    corner = (r * SIDE).to(tl.int64) * leading + c * SIDE
+    side = tl.arange(0, SIDE)
+    place = side[:, None] * leading.to(tl.int32) + side[None, :]
+    inside = (side < n - r * SIDE)[:, None] & (side < n - c * SIDE)[None, :]
+    if split == 0:
+        target = out + field(table, matrix, GRAM) + corner + place
+        if ADD:
+            total += tl.load(target, mask=inside, other=0.0)
+        tl.store(target, total, mask=inside)
+    else:
+        start = tl.load(part_start + matrix) + (split - 1).to(tl.int64) * n * leading
+        tl.store(parts + start + corner + place, total, mask=inside)
+
+
+@triton.jit
+def _add_parts_kernel(table, owner, first, out, parts, splits, part_start, SIDE: tl.constexpr):
+    """Adds what the later splits found, in their order."""
+    matrix, tile = locate(owner, first)
+    n, leading = field(table, matrix, COLUMNS), field(table, matrix, LEADING)
+    r, c = triangular(tile)
+    rows, columns = r * SIDE + tl.arange(0, SIDE), c * SIDE + tl.arange(0, SIDE)
+    place = rows.to(tl.int64)[:, None] * leading + columns[None, :]
+    inside = (rows < n)[:, None] & (columns < n)[None, :]
+    target = out + field(table, matrix, GRAM) + place
+    total = tl.load(target, mask=inside, other=0.0)
+    start = tl.load(part_start + matrix)
+    for _ in range(1, tl.load(splits + matrix)):
+        total += tl.load(parts + start + place, mask=inside, other=0.0)
+        start += n * leading
+    tl.store(target, total, mask=inside)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How the work on every matrix is cut along m, by its shape alone."""
+
+    counts: np.ndarray
+    on_device: Tensor
+    part_start: Tensor
+    parts: Tensor  # what splits beyond the first find
+
+    @classmethod
+    def of(cls, problems: Problems, side: int) -> Splits:
+        tiles = triangular_tiles(problems.n, side)
+        counts = np.maximum(1, np.minimum(-(-FULL_CHIP // tiles), problems.m // SPLIT_ROWS))
+        counts = np.maximum(counts, -(-problems.m // INTEGER_ROWS))
+        sizes = (counts - 1) * problems.n * (-(-problems.n // ROW_PAD) * ROW_PAD)
+        starts = np.cumsum(sizes) - sizes
+        moved = torch.from_numpy(np.stack([counts, starts])).to(problems.device)
+        parts = torch.empty(max(1, int(sizes.sum())), dtype=torch.float64, device=problems.device)
+        return cls(counts, moved[0].to(torch.int32), moved[1], parts)
+
+
+def triangular_tiles(n: np.ndarray, side: int) -> np.ndarray:
+    """Tiles of the lower triangles."""
+    across = -(-n // side)
+    return across * (across + 1) // 2
+
+
+def instances() -> list[Instance]:
+    """Everything that ``add_parts`` can ask the compiler for."""
+    types = {"table": "*i64", "owner": "*i32", "first": "*i32", "out": "*fp64", "parts": "*fp64"}
+    types |= {"splits": "*i32", "part_start": "*i64"}
+    return [Instance(_add_parts_kernel, types, {"SIDE": PART_SIDE}, 4)]
+
+
+def add_parts(problems: Problems, splits: Splits, out: Tensor, chosen: Sequence[int] | None = None) -> None:
+    """Add what later splits found to the results; one launch, none if no matrix is split."""
+    members = range(len(problems.m)) if chosen is None else chosen
+    split = [i for i in members if splits.counts[i] > 1]
+    if not split:
+        return
+    tiles = problems.tiles(triangular_tiles(problems.n, PART_SIDE), split)
+    _add_parts_kernel[(tiles.total,)](
+        problems.table,
+        tiles.owner,
+        tiles.first,
+        out,
+        splits.parts,
+        splits.on_device,
+        splits.part_start,
+        SIDE=PART_SIDE,
+        num_warps=4,
+    )

@@ -1,0 +1,101 @@
+"""Every kernel compiles for every target, with the matrix instructions it is meant to use."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+from kappa_fast.kernels import aot
+from kappa_fast.kernels.problems import TARGETS
+
+
+def compile_in_children(root, *arguments):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kappa_fast.kernels.aot", *arguments]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles_with_every_value_of_its_constants(target, root):
+    done = compile_in_children(root, "--quick", target)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(target)]
+    assert len(lines) == len(aot.instances(target, quick=True)) > 20
+    products = [line for line in lines if "slices[LOW=" in line and "SIDE=" in line]
+    unit = {"sm_90": "wgmma", "gfx942": "v_mfma_i32"}.get(target, "mma.sync")
+    assert len(products) == 4
+    assert all(unit in line and "i8" in line.replace("s8", "i8") for line in products)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_combination_compiles(target, root):
+    done = compile_in_children(root, target)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_target_that_is_none_is_named(root):
+    done = compile_in_children(root, "sm_42")
+    assert done.returncode == 2
+    assert "unknown target 'sm_42': choose from sm_80" in done.stderr
+
+
+def test_the_quick_selection_has_every_value_of_every_constant():
+    def values(instances):
+        return {(i.kernel.__name__, *pair) for i in instances for pair in i.constants.items()}
+
+    for target in TARGETS:
+        everything, quick = aot.instances(target, quick=False), aot.instances(target, quick=True)
+        assert values(quick) == values(everything)
+        assert len(quick) < len(everything) / 4
+
+
+def script(tmp_path, monkeypatch, body):
+    """Children that run this instead of the compiler."""
+    path = tmp_path / "child.py"
+    path.write_text("import json, os, sys\ntarget, start = sys.argv[2], int(sys.argv[3])\n" + body)
+    real = subprocess.run
+    monkeypatch.setattr(
+        aot.subprocess,
+        "run",
+        lambda command, **options: real([sys.executable, str(path), *command[3:]], **options),
+    )
+
+
+def test_a_compiler_that_dies_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
+    script(
+        tmp_path,
+        monkeypatch,
+        """
+for number in range(start, 3):
+    print(json.dumps({"begins": number, "name": f"kernel{number}"}), flush=True)
+    if number == 1:
+        print("LLVM ERROR: no such thing", file=sys.stderr, flush=True)
+        os.abort()
+    print(json.dumps({"name": f"kernel{number}", "target": target}), flush=True)
+""",
+    )
+    reports = list(aot.compile_target("sm_90"))
+    assert [r.name for r in reports] == ["kernel0", "kernel1", "kernel2"]
+    assert [bool(r.error) for r in reports] == [False, True, False]
+    assert "LLVM ERROR: no such thing" in reports[1].error
+
+
+def test_children_that_cannot_start_are_reported(tmp_path, monkeypatch, capsys):
+    script(tmp_path, monkeypatch, "sys.exit('no triton here')\n")
+    assert aot.main(["sm_90"]) == 1
+    assert "no triton here" in capsys.readouterr().out
+
+
+def test_a_declared_refusal_is_no_failure_and_is_shown(monkeypatch, capsys):
+    report = aot.Report("gram", "sm_90")
+    found = [replace(report, error="declared: crashes, torch does it"), report]
+    monkeypatch.setattr(aot, "compile_target", lambda target, quick: found)
+    assert aot.main(["sm_90"]) == 0
+    assert "crashes, torch does it" in capsys.readouterr().out
+    monkeypatch.setattr(aot, "compile_target", lambda target, quick: [replace(report, error="spills")])
+    assert aot.main(["sm_90"]) == 1

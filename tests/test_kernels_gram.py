@@ -1,0 +1,172 @@
+"""Under the interpreter, the integer Gram matrix is exact and the float one as good as the library's."""
+
+import numpy as np
+import pytest
+import torch
+from spectra import gaussian
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+from kappa_fast.kernels import gram as module
+from kappa_fast.kernels import splits
+from kappa_fast.kernels.gram import Tile, gram_of_slices, gram_of_weights
+from kappa_fast.kernels.problems import PAD, Problems, target_of
+from kappa_fast.kernels.quantize import Slices, column_peaks, quantize
+from kappa_fast.kernels.splits import triangular_tiles
+
+HERE = target_of(torch.device("cpu"))  # whose tiles the interpreter takes
+SIZES = [(1, 1), (2, 1), (31, 31), (33, 2), (127, 33), (129, 127), (257, 129), (130, 130)]
+
+
+def wave(dtype=torch.float32):
+    """Ragged sizes, row-major and column-major by turns."""
+    made = []
+    for seed, (m, n) in enumerate(SIZES):
+        dense = gaussian(m, n, seed).to(dtype)
+        made.append(dense if seed % 2 else dense.T.contiguous().T)
+    return made
+
+
+def digits(problems, slices):
+    """Q of every matrix as Python-exact integers (object arrays would be slow: int64 holds 28 bits)."""
+    found = []
+    for i, (m, n) in enumerate(zip(problems.m.tolist(), problems.n.tolist(), strict=True)):
+        pitch = -(-m // PAD) * PAD
+        start = int(problems.table[i, 7])
+        total = np.zeros((n, pitch), dtype=np.int64)
+        for k in range(slices.count):
+            part = slices.data[k, start : start + n * pitch].view(n, pitch).numpy().astype(np.int64)
+            total = total * 128 + part
+        found.append(total[:, :m].T)
+    return found
+
+
+def integers(problems, slices, packed):
+    """The results in units of the last digit of both factors: what must be an integer."""
+    exponents = 153 - (slices.peaks.numpy().astype(np.int64) >> 23) - 7 * (4 - slices.count)
+    found = []
+    for i, view in enumerate(problems.gram_views(packed)):
+        start = int(problems.table[i, 5])
+        p = exponents[start : start + view.shape[0]]
+        found.append(np.ldexp(view.numpy(), p[:, None] + p[None, :]))
+    return found
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3, 4])
+def test_the_gram_matrix_of_the_digits_is_exact(slices):
+    problems = Problems.of(wave())
+    found = quantize(problems, column_peaks(problems), slices)
+    packed = torch.full((problems.gram_elements,), float("nan"), dtype=torch.float64)
+    gram_of_slices(problems, found, packed)
+    for q, result in zip(digits(problems, found), integers(problems, found, packed), strict=True):
+        exact = np.tril(q.T @ q)  # below 2^63: 28 bits twice and 257 rows
+        if slices < 4:  # m 4^(7k-1) is below 2^53: every sum is a float64
+            assert (np.tril(result) == exact).all()
+        else:
+            assert np.allclose(np.tril(result), exact.astype(np.float64), rtol=2.0**-51, atol=2.0**-51 * exact.max())
+
+
+@pytest.mark.parametrize("slices", [3, 4])
+def test_a_slice_more_adds_to_what_was_there(slices):
+    problems = Problems.of(wave()[4:])
+    peaks = column_peaks(problems)
+    at_once = gram_of_slices(problems, quantize(problems, peaks, slices))
+    grown = gram_of_slices(problems, quantize(problems, peaks, slices - 1))
+    gram_of_slices(problems, quantize(problems, peaks, slices), grown, low=slices)
+    for first, second in zip(problems.gram_views(at_once), problems.gram_views(grown), strict=True):
+        assert torch.equal(torch.tril(first), torch.tril(second))
+
+
+def test_adding_slices_to_nothing_is_refused():
+    problems = Problems.of([gaussian(8, 4).float()])
+    found = quantize(problems, column_peaks(problems), 3)
+    with pytest.raises(ValueError, match="needs the result for the slices before"):
+        gram_of_slices(problems, found, low=3)
+
+
+def test_the_longest_columns_of_the_largest_digits_do_not_saturate(monkeypatch):
+    # Every digit is 64: an int32 that took 2 products of 262145 rows would be beyond 2^31.
+    longest = 262145
+    monkeypatch.setitem(module.SLICE_TILES[HERE], 2, Tile(16, 128, 4, 2))
+    monkeypatch.setattr(splits, "FULL_CHIP", 1)  # split for no other reason
+    problems = Problems.of([torch.empty(longest, 1)])
+    data = torch.zeros(2, problems.slice_bytes, dtype=torch.int8)
+    data[:, :longest] = 64
+    found = Slices(data, torch.tensor([126 << 23], dtype=torch.int32), torch.zeros(1, dtype=torch.float64))
+    (q,) = digits(problems, found)
+    (result,) = integers(problems, found, gram_of_slices(problems, found))
+    assert 2 * longest * 64**2 > 2**31
+    assert (np.tril(result) == np.tril(q.T @ q)).all()
+
+
+@pytest.mark.parametrize("rows", [16383, 16384])
+def test_long_matrices_are_split_by_their_shape_alone(rows, monkeypatch):
+    for slices in (2, 3, 4):
+        monkeypatch.setitem(module.SLICE_TILES[HERE], slices, Tile(16, 128, 4, 2))
+    long, short = gaussian(rows, 3).float(), gaussian(40, 3, 1).float()
+    alone, together = Problems.of([long]), Problems.of([short, long, short])
+    results = []
+    for problems in (alone, together):
+        found = quantize(problems, column_peaks(problems), 4)
+        results.append(problems.gram_views(gram_of_slices(problems, found))[-1 if problems is alone else 1])
+    assert torch.equal(torch.tril(results[0]), torch.tril(results[1]))
+    exact = long.double().T @ long.double()
+    assert torch.allclose(torch.tril(results[0]), torch.tril(exact), rtol=0, atol=1e-7 * rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_16_bit_weights_are_as_good_as_the_librarys_in_float32(dtype):
+    matrices = wave(dtype)
+    holder = torch.zeros(300, 200, dtype=dtype)
+    matrices.append(holder[::2, 1::3][:140, :60].copy_(gaussian(140, 60)))
+    problems = Problems.of(matrices)
+    packed = torch.full((problems.gram_elements,), float("nan"), dtype=torch.float64)
+    gram_of_weights(problems, out=packed)
+    for a, result in zip(matrices, problems.gram_views(packed), strict=True):
+        exact = torch.tril(a.double().T @ a.double())
+        library = torch.tril(a.float().T @ a.float()).double()
+        floor = 2.0**-24 * float(exact.abs().max())
+        assert float((torch.tril(result) - exact).abs().max()) <= 2 * float((library - exact).abs().max()) + 4 * floor
+
+
+def test_only_the_chosen_matrices_are_multiplied():
+    matrices = wave(torch.bfloat16)[4:7]
+    problems = Problems.of(matrices)
+    packed = torch.full((problems.gram_elements,), float("nan"), dtype=torch.float64)
+    gram_of_weights(problems, [0, 2], packed)
+    done = [bool(torch.isfinite(torch.tril(view)).all()) for view in problems.gram_views(packed)]
+    assert done == [True, False, True]
+
+
+def test_products_of_float32_weights_are_refused():
+    problems = Problems.of([gaussian(8, 4).float()])
+    with pytest.raises(TypeError, match="use gram_of_slices"):
+        gram_of_weights(problems)
+
+
+def test_thirty_matrices_take_as_many_launches_as_three(monkeypatch):
+    launches = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return self.kernel[grid]
+
+    for where, name in ((module, "_slices_kernel"), (module, "_weights_kernel"), (splits, "_add_parts_kernel")):
+        monkeypatch.setattr(where, name, Counted(getattr(where, name)))
+    counts = []
+    for copies in (3, 30):
+        launches.clear()
+        matrices = [gaussian(40, 30, seed).bfloat16() for seed in range(copies)]
+        problems = Problems.of(matrices)
+        gram_of_slices(problems, quantize(problems, column_peaks(problems), 4))
+        gram_of_weights(problems)
+        counts.append(len(launches))
+    assert counts == [4, 4]
+
+
+def test_triangular_tiles_are_counted_with_the_diagonal():
+    assert triangular_tiles(np.array([1, 128, 129, 4096]), 128).tolist() == [1, 1, 3, 528]
