@@ -1,0 +1,132 @@
+"""Under the interpreter, factors of a wave are as good as the library's, and one that fails ends no other."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from spectra import gaussian, prescribed
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+from kappa_fast.kernels import cholesky as module
+from kappa_fast.kernels.cholesky import BLOCK, cholesky
+from kappa_fast.kernels.problems import Problems
+
+SIZES = [1, 2, 31, 63, 64, 65, 129, 257, 330]
+
+
+def definite(n, kappa=1e3, seed=0):
+    """A^T A with condition number kappa^2, float64."""
+    a = gaussian(n, n, seed) if n < 2 else prescribed("geometric", n, n, kappa, seed=seed).matrix.double()
+    return a.T @ a
+
+
+def packed_of(grams):
+    """Problems of these sizes and their lower triangles, with NaN everywhere else."""
+    problems = Problems.of([torch.empty(g.shape[0], g.shape[0]) for g in grams])
+    packed = torch.full((problems.gram_elements,), math.nan, dtype=torch.float64)
+    for view, g in zip(problems.gram_views(packed), grams, strict=True):
+        rows, columns = np.tril_indices(g.shape[0])
+        view[rows, columns] = g[rows, columns]
+    return problems, packed
+
+
+def factor(grams):
+    problems, packed = packed_of(grams)
+    found = cholesky(problems, packed)
+    return [torch.tril(view) for view in problems.gram_views(packed)], found
+
+
+@pytest.fixture(params=[True, False], ids=["dot", "outer products"])
+def products(request, monkeypatch):
+    monkeypatch.setattr(module, "WITH_DOT", ("sm_90",) if request.param else ())
+
+
+@pytest.mark.usefixtures("products")
+def test_factors_of_ragged_sizes_are_as_good_as_the_librarys():
+    grams = [definite(n, seed=n) for n in SIZES]
+    factors, found = factor(grams)
+    assert found.info.tolist() == [0] * len(SIZES)
+    for g, lower in zip(grams, factors, strict=True):
+        library = torch.linalg.cholesky(g)
+        floor = 2.0**-53 * float(g.abs().max())
+        ours, theirs = (float((x @ x.T - g).abs().max()) for x in (lower, library))
+        assert ours <= 2 * theirs + 8 * floor
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("growth", [0.2, 0.25])
+def test_a_diagonal_tile_with_a_large_inverse_loses_nothing(growth):
+    # The inverse of such a tile has entries up to (1 + growth)^62: without the step of correction the rows below, which
+    # are products with it, would be off by that much.
+    truth = torch.eye(130, dtype=torch.float64)
+    truth[:64, :64] -= growth * torch.tril(torch.ones(64, 64, dtype=torch.float64), -1)
+    truth[64:, :64] = gaussian(66, 64)
+    g = truth @ truth.T
+    (lower,), found = factor([g])
+    assert int(found.info) == 0
+    library = torch.linalg.cholesky(g)
+    ours, theirs = (float((x @ x.T - g).abs().max()) for x in (lower, library))
+    assert ours <= 2 * theirs + 8 * 2.0**-53 * float(g.abs().max())
+
+
+@pytest.mark.parametrize("at", [0, 1, 63, 64, 100, 199])
+def test_the_first_pivot_that_is_not_positive_is_named(at):
+    g = torch.eye(200, dtype=torch.float64)
+    g[at, at] = -1
+    g[199, 199] = -1
+    _, found = factor([definite(70), g, definite(130)])
+    assert found.info.tolist() == [0, at + 1, 0]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, which the interpreter computes with
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_what_is_no_pivot_is_no_success(value):
+    g = definite(80)
+    g[70, 70] = value
+    _, found = factor([g])
+    assert int(found.info) == 71
+
+
+def test_a_factor_does_not_depend_on_its_wave():
+    grams = [definite(n, seed=n) for n in (65, 300, 20)]
+    alone = [factor([g])[0][0] for g in grams]
+    for order in ([0, 1, 2], [2, 0, 1]):
+        together, _ = factor([grams[i] for i in order])
+        for i, lower in zip(order, together, strict=True):
+            assert torch.equal(lower, alone[i])
+
+
+def test_the_inverses_are_those_of_the_diagonal_tiles():
+    grams = [definite(n, 30, seed=n) for n in (64, 150)]
+    factors, found = factor(grams)
+    for lower, start in zip(factors, found.starts.tolist(), strict=True):
+        for step in range(0, lower.shape[0], BLOCK.value):
+            tile = lower[step : step + 64, step : step + 64]
+            offset = start + step * 64
+            inverse = found.inverses[offset : offset + 64 * 64].view(64, 64)[: tile.shape[0], : tile.shape[0]]
+            eye = torch.eye(tile.shape[0], dtype=torch.float64)
+            assert torch.allclose(inverse @ tile, eye, rtol=0, atol=1e-11)
+
+
+def test_launches_depend_on_the_largest_size_alone(monkeypatch):
+    launches = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return lambda *arguments, **options: None
+
+    for name in ("_diagonal_kernel", "_column_kernel", "_trailing_kernel"):
+        monkeypatch.setattr(module, name, Counted(getattr(module, name)))
+    counts = []
+    for copies in (3, 30):
+        launches.clear()
+        problems, packed = packed_of([torch.eye(n, dtype=torch.float64) for n in [600, 64, 130] * copies])
+        cholesky(problems, packed)
+        counts.append(len(launches))
+    assert counts == [10 + 9 + 2] * 2  # ten columns of tiles, nine with something below, two super-panels
