@@ -32,6 +32,7 @@ from .problems import (
     load_tile,
     locate,
     storages,
+    to_device,
 )
 
 DIGIT_BITS = tl.constexpr(7)
@@ -279,11 +280,16 @@ def quantize(problems: Problems, peaks: Tensor, slices: int, earlier: Slices | N
     return Slices(data, peaks, residual)
 
 
+def sum_runs(starts: Tensor, lengths: Tensor, parts: Tensor) -> Tensor:
+    """Sums of runs of ``parts``, (runs,) float64, each in an order that depends on its length alone. One launch."""
+    sums = torch.empty(len(starts), dtype=torch.float64, device=parts.device)
+    _sum_kernel[(len(starts),)](starts, lengths, parts, sums, BLOCK=256, num_warps=4)
+    return sums
+
+
 def _add_runs(
     problems: Problems, tiles: TileMap, counts: np.ndarray, chosen: Sequence[int], parts: Tensor, sums: Tensor
 ) -> None:
     index = torch.tensor(chosen, device=problems.device)
-    lengths = torch.from_numpy(counts[np.asarray(chosen)].astype(np.int32)).to(problems.device)
-    found = torch.empty(len(chosen), dtype=torch.float64, device=problems.device)
-    _sum_kernel[(len(chosen),)](tiles.first[index], lengths, parts, found, BLOCK=256, num_warps=4)
-    sums[index] = found
+    lengths = to_device(counts[np.asarray(chosen)].astype(np.int32), problems.device)
+    sums[index] = sum_runs(tiles.first[index], lengths, parts)

@@ -1,0 +1,278 @@
+"""Products of the stored weights of a wave with thin blocks, every product and sum in float64.
+
+    times                A X, and ||A||_F^2 on the way       transposed_times      A^T Y
+
+For the polish and for measuring how far a factor is from the weights: both are bound by reading the weights once.
+Entries are widened exactly from whatever they are stored in; float64 weights are not read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from .cholesky import WITH_DOT
+from .problems import (
+    COLUMNS,
+    INTERPRETED,
+    ROWS,
+    Instance,
+    Problems,
+    Tensor,
+    field,
+    load_tile,
+    storages,
+    target_of,
+    to_device,
+)
+from .quantize import launch_options, sum_runs
+
+SIDE = tl.constexpr(64)  # rows, or columns, per program
+DEPTH = tl.constexpr(32)  # of the weights per product
+CHUNK = tl.constexpr(2048)  # rows that one program of the transposed product sums
+LANES = tl.constexpr(16)  # columns of a block
+WARPS = 4
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the packed blocks of the chosen matrices begin. short: n rows each, long: m rows each."""
+
+    chosen: np.ndarray
+    ids: Tensor
+    short_start: Tensor
+    long_start: Tensor
+    short_rows: int
+    long_rows: int
+
+    @classmethod
+    def of(cls, problems: Problems, chosen: Sequence[int] | None = None) -> Blocks:
+        """All matrices of the wave, or some of them, in the order of their blocks."""
+        ids = np.arange(len(problems.n)) if chosen is None else np.asarray(chosen, dtype=np.int64)
+        n, m = problems.n[ids], problems.m[ids]
+        starts = [to_device((np.cumsum(x) - x).astype(np.int64), problems.device) for x in (n, m)]
+        return cls(ids, to_device(ids.astype(np.int32), problems.device), *starts, int(n.sum()), int(m.sum()))
+
+
+@triton.jit
+def _widen(x, BARRIER: tl.constexpr):
+    """float32 as float64. Triton 3.6 and 3.7 crash on, or miscompile, a plain cast right before a float64 dot."""
+    if BARRIER:
+        return tl.inline_asm_elementwise("cvt.f64.f32 $0, $1;", "=d,f", [x], dtype=tl.float64, is_pure=False, pack=1)
+    else:
+        return x.to(tl.float64)
+
+
+@triton.jit
+def _thin(base, row, end, BLOCK: tl.constexpr):
+    i, j = tl.arange(0, BLOCK), tl.arange(0, LANES)
+    return tl.load(base + (row + i)[:, None] * LANES + j[None, :], mask=(i < end - row)[:, None], other=0.0)
+
+
+@triton.jit
+def _times_kernel(
+    table,
+    ids,
+    owner,
+    first,
+    short_start,
+    long_start,
+    x,
+    y,
+    squares,
+    ELEMENT: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    INNER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    USE_DOT: tl.constexpr,
+    BARRIER: tl.constexpr,
+):
+    program = tl.program_id(0)
+    member = tl.load(owner + program)
+    matrix = tl.load(ids + member).to(tl.int64)
+    m, n = field(table, matrix, ROWS).to(tl.int32), field(table, matrix, COLUMNS).to(tl.int32)
+    row = (program - tl.load(first + member)) * SIDE
+    block = x + tl.load(short_start + member) * LANES
+    total = tl.zeros((SIDE, LANES), tl.float64)
+    norm = tl.zeros((SIDE,), tl.float64)
+    i, j = tl.arange(0, SIDE), tl.arange(0, LANES)
+    for column in range(0, n, DEPTH):
+        a = _widen(load_tile(table, matrix, row, column, SIDE, DEPTH, ELEMENT, FLOAT8, INNER, ALIGNED), BARRIER)
+        norm += tl.sum(a * a, axis=1)
+        total = _add_product(total, a, block, column, n, USE_DOT)
+    target = y + (tl.load(long_start + member) + row) * LANES + i[:, None] * LANES + j[None, :]
+    tl.store(target, total, mask=(i < m - row)[:, None])
+    tl.store(squares + program, tl.sum(norm, axis=0))
+
+
+@triton.jit
+def _add_product(total, a, block, place, end, USE_DOT: tl.constexpr):
+    """Total + a X[place..], a [SIDE, DEPTH]."""
+    if USE_DOT:
+        return tl.dot(a, _thin(block, place, end, DEPTH), total, out_dtype=tl.float64)
+    else:
+        k, j = tl.arange(0, DEPTH), tl.arange(0, LANES)
+        for step in range(0, DEPTH):
+            line = tl.load(block + (place + step) * LANES + j, mask=(place + step + 0 * j) < end, other=0.0)
+            total += tl.sum(tl.where(k[None, :] == step, a, 0.0), axis=1)[:, None] * line[None, :]
+        return total
+
+
+@triton.jit
+def _transposed_kernel(
+    table,
+    ids,
+    owner,
+    first,
+    long_start,
+    part_start,
+    y,
+    parts,
+    ELEMENT: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    INNER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    USE_DOT: tl.constexpr,
+    BARRIER: tl.constexpr,
+):
+    program = tl.program_id(0)
+    member = tl.load(owner + program)
+    matrix = tl.load(ids + member).to(tl.int64)
+    m, n = field(table, matrix, ROWS).to(tl.int32), field(table, matrix, COLUMNS).to(tl.int32)
+    item = program - tl.load(first + member)
+    across = tl.cdiv(n, SIDE)
+    column, chunk = (item % across) * SIDE, item // across
+    block = y + tl.load(long_start + member) * LANES
+    total = tl.zeros((SIDE, LANES), tl.float64)
+    for row in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, m), DEPTH):
+        a = load_tile(table, matrix, row, column, DEPTH, SIDE, ELEMENT, FLOAT8, INNER, ALIGNED)
+        total = _add_product(total, _widen(tl.trans(a), BARRIER), block, row, m, USE_DOT)
+    i, j = tl.arange(0, SIDE), tl.arange(0, LANES)
+    target = parts + (tl.load(part_start + member) + chunk.to(tl.int64) * n + column) * LANES
+    tl.store(target + i[:, None] * LANES + j[None, :], total, mask=(i < n - column)[:, None])
+
+
+@triton.jit
+def _add_chunks_kernel(table, ids, owner, first, short_start, part_start, parts, out):
+    """What the chunks of rows found, in their order."""
+    program = tl.program_id(0)
+    member = tl.load(owner + program)
+    matrix = tl.load(ids + member).to(tl.int64)
+    m, n = field(table, matrix, ROWS), field(table, matrix, COLUMNS)
+    row = (program - tl.load(first + member)) * SIDE
+    place = tl.load(part_start + member)
+    total = tl.zeros((SIDE, LANES), tl.float64)
+    for _ in range(0, tl.cdiv(m, CHUNK).to(tl.int32)):
+        total += _thin(parts + place * LANES, row, n, SIDE)
+        place += n
+    i, j = tl.arange(0, SIDE), tl.arange(0, LANES)
+    target = out + (tl.load(short_start + member) + row) * LANES + i[:, None] * LANES + j[None, :]
+    tl.store(target, total, mask=(i < n - row)[:, None])
+
+
+def times(problems: Problems, blocks: Blocks, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A X (long rows, 16) for packed X (short rows, 16), float64; and ||A||_F^2 (members,).
+
+    Two launches per storage class.
+    """
+    _check(x, blocks.short_rows)
+    y = torch.empty((blocks.long_rows, LANES.value), dtype=torch.float64, device=x.device)
+    counts = -(-problems.m[blocks.chosen] // SIDE.value)
+    norms = torch.zeros(len(blocks.chosen), dtype=torch.float64, device=x.device)
+    for options, members in _launches(problems, blocks):
+        owner, first, total = _programs(counts, members, problems.device)
+        squares = torch.empty(total, dtype=torch.float64, device=x.device)
+        _times_kernel[(total,)](
+            problems.table,
+            blocks.ids,
+            owner,
+            first,
+            blocks.short_start,
+            blocks.long_start,
+            x,
+            y,
+            squares,
+            num_warps=WARPS,
+            **options,
+        )
+        index = to_device(members, problems.device)
+        norms[index] = sum_runs(first[index], to_device(counts[members].astype(np.int32), problems.device), squares)
+    return y, norms
+
+
+def transposed_times(problems: Problems, blocks: Blocks, y: Tensor) -> Tensor:
+    """A^T Y (short rows, 16) for packed Y (long rows, 16), float64. A launch per storage class and one to add up."""
+    _check(y, blocks.long_rows)
+    n, m = problems.n[blocks.chosen], problems.m[blocks.chosen]
+    chunks, across = -(-m // CHUNK.value), -(-n // SIDE.value)
+    sizes = n * chunks
+    part_start = to_device((np.cumsum(sizes) - sizes).astype(np.int64), problems.device)
+    parts = torch.empty((int(sizes.sum()), LANES.value), dtype=torch.float64, device=y.device)
+    for options, members in _launches(problems, blocks):
+        owner, first, total = _programs(chunks * across, members, problems.device)
+        _transposed_kernel[(total,)](
+            problems.table,
+            blocks.ids,
+            owner,
+            first,
+            blocks.long_start,
+            part_start,
+            y,
+            parts,
+            num_warps=WARPS,
+            **options,
+        )
+    out = torch.empty((blocks.short_rows, LANES.value), dtype=torch.float64, device=y.device)
+    owner, first, total = _programs(across, np.arange(len(n)), problems.device)
+    _add_chunks_kernel[(total,)](
+        problems.table, blocks.ids, owner, first, blocks.short_start, part_start, parts, out, num_warps=WARPS
+    )
+    return out
+
+
+def _launches(problems: Problems, blocks: Blocks) -> list[tuple[dict[str, object], np.ndarray]]:
+    """Members by storage class, with what the kernels are compiled for."""
+    use_dot = target_of(problems.device) in WITH_DOT
+    common = {"USE_DOT": use_dot, "BARRIER": use_dot and not INTERPRETED}
+    found = []
+    for storage, positions in problems.classes().items():
+        members = np.flatnonzero(np.isin(blocks.chosen, positions))
+        if len(members):
+            found.append(({**launch_options(storage), **common}, members))
+    return found
+
+
+def _programs(counts: np.ndarray, members: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    programs = counts[members]
+    first = np.zeros(len(counts), dtype=np.int32)
+    first[members] = np.cumsum(programs) - programs
+    owner = np.repeat(members, programs).astype(np.int32)
+    return to_device(owner, device), to_device(first, device), int(programs.sum())
+
+
+def _check(block: Tensor, rows: int) -> None:
+    expected = (rows, LANES.value)
+    if tuple(block.shape) != expected or block.dtype != torch.float64 or not block.is_contiguous():
+        raise ValueError(f"a block must be {expected}, float64 and packed, not {tuple(block.shape)}, {block.dtype}")
+
+
+def instances(target: str) -> list[Instance]:
+    """Everything that the launchers of this file can ask the compiler for."""
+    use_dot = target in WITH_DOT
+    unit = "float64" if use_dot else None
+    members = {"table": "*i64", "ids": "*i32", "owner": "*i32", "first": "*i32"}
+    long = {"long_start": "*i64", "y": "*fp64"}
+    found = []
+    for storage in storages():
+        constants = {**launch_options(storage), "USE_DOT": use_dot, "BARRIER": use_dot}
+        types = {**members, **long, "short_start": "*i64", "x": "*fp64", "squares": "*fp64"}
+        found.append(Instance(_times_kernel, types, constants, WARPS, unit=unit))
+        types = {**members, **long, "part_start": "*i64", "parts": "*fp64"}
+        found.append(Instance(_transposed_kernel, types, constants, WARPS, unit=unit))
+    adding = {"short_start": "*i64", "part_start": "*i64", "parts": "*fp64", "out": "*fp64"}
+    return [*found, Instance(_add_chunks_kernel, members | adding, {}, WARPS)]

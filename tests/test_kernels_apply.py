@@ -1,0 +1,97 @@
+"""Under the interpreter, products with stored weights are float64 products of their exact values."""
+
+import math
+
+import pytest
+import torch
+from spectra import gaussian
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+from kappa_fast.kernels import apply as module
+from kappa_fast.kernels.apply import Blocks, times, transposed_times
+from kappa_fast.kernels.problems import Problems
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+SHAPES = [(1, 1), (31, 7), (64, 64), (65, 33), (200, 130)]
+
+
+@pytest.fixture(params=[True, False], ids=["dot", "outer products"])
+def products(request, monkeypatch):
+    monkeypatch.setattr(module, "WITH_DOT", ("sm_90",) if request.param else ())
+
+
+def wave(dtype=torch.float32, shapes=SHAPES):
+    """Row-major, column-major and strided by turns."""
+    made = []
+    for seed, (m, n) in enumerate(shapes):
+        dense = gaussian(m, n, seed).to(dtype)
+        holder = torch.zeros(2 * m, 2 * n).to(dtype)
+        holder[::2, ::2].copy_(dense)
+        made.append([dense, dense.T.contiguous().T, holder[::2, ::2]][seed % 3])
+    return made
+
+
+def blocks_of(sizes):
+    return torch.cat([gaussian(n, 16, 7 + n) for n in sizes])
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_with_the_weights_are_float64_products(dtype):
+    matrices = wave(dtype)
+    problems = Problems.of(matrices)
+    members = Blocks.of(problems)
+    m, n = [a.shape[0] for a in matrices], [a.shape[1] for a in matrices]
+    x, y = blocks_of(n), blocks_of(m)
+    images, norms = times(problems, members, x)
+    back = transposed_times(problems, members, y)
+    parts = zip(matrices, x.split(n), images.split(m), y.split(m), back.split(n), norms.tolist(), strict=True)
+    for a, given, image, other, returned, norm in parts:
+        wide = a.double()
+        bound = 2.0**-53 * max(a.shape) * wide.abs()
+        assert bool(((image - wide @ given).abs() <= 4 * bound @ given.abs()).all())
+        assert bool(((returned - wide.T @ other).abs() <= 4 * bound.T @ other.abs()).all())
+        assert norm == pytest.approx(float(wide.square().sum()), rel=1e-12)
+
+
+def test_some_members_in_any_order_give_what_all_give():
+    matrices = wave() + wave(torch.bfloat16)
+    problems = Problems.of(matrices)
+    everything, chosen = Blocks.of(problems), [7, 2, 4]
+    some = Blocks.of(problems, chosen)
+    n, m = [a.shape[1] for a in matrices], [a.shape[0] for a in matrices]
+    x, y = blocks_of(n).split(n), blocks_of(m).split(m)
+    images, norms = times(problems, everything, torch.cat(x))
+    few, few_norms = times(problems, some, torch.cat([x[i] for i in chosen]))
+    back = transposed_times(problems, everything, torch.cat(y))
+    few_back = transposed_times(problems, some, torch.cat([y[i] for i in chosen]))
+    for k, i in enumerate(chosen):
+        assert torch.equal(few.split([m[i] for i in chosen])[k], images.split(m)[i])
+        assert torch.equal(few_back.split([n[i] for i in chosen])[k], back.split(n)[i])
+        assert float(few_norms[k]) == float(norms[i])
+
+
+def test_long_matrices_are_summed_in_chunks():
+    a = gaussian(5000, 3).float()
+    problems = Problems.of([a])
+    y = gaussian(5000, 16, 1)
+    back = transposed_times(problems, Blocks.of(problems), y)
+    assert torch.allclose(back, a.double().T @ y, rtol=0, atol=1e-10)
+
+
+def test_extreme_entries_are_widened_exactly():
+    a = torch.tensor([[2.0**-149, 3e38], [1.0, -(2.0**-126)]])
+    problems = Problems.of([a])
+    image, norms = times(problems, Blocks.of(problems), torch.eye(2, 16, dtype=torch.float64))
+    assert torch.equal(image[:, :2], a.double())
+    assert math.isfinite(float(norms))
+
+
+def test_blocks_that_do_not_fit_are_refused():
+    problems = Problems.of([gaussian(9, 4).float()])
+    members = Blocks.of(problems)
+    with pytest.raises(ValueError, match=r"a block must be \(4, 16\), float64 and packed, not \(9, 16\)"):
+        times(problems, members, gaussian(9, 16))
+    with pytest.raises(ValueError, match=r"a block must be \(9, 16\), float64 and packed"):
+        transposed_times(problems, members, gaussian(9, 16).float())

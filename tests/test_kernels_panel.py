@@ -1,0 +1,98 @@
+"""Under the interpreter, inner products and combinations of packed blocks are those of every member alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from spectra import gaussian
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+from kappa_fast.kernels import panel as module
+from kappa_fast.kernels.panel import Rows, combine, inner, subtract
+
+COUNTS = [1, 16, 63, 64, 65, 511, 512, 513, 1300]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[True, False], ids=["dot", "outer products"])
+def products(request, monkeypatch):
+    monkeypatch.setattr(module, "WITH_DOT", ("sm_90",) if request.param else ())
+
+
+def packed(counts, width, seed=0):
+    return torch.cat([gaussian(n, width, seed + n) for n in counts])
+
+
+def inside_of(wider, columns, before=3, after=2):
+    """The same values as columns of a wider array full of NaN."""
+    holder = torch.full((wider.shape[0], before + columns + after), math.nan, dtype=torch.float64)
+    holder[:, before : before + columns] = wider
+    return holder[:, before : before + columns]
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize(("k", "b"), [(1, 1), (16, 16), (70, 3), (144, 16)])
+def test_inner_products_are_those_of_every_member(k, b):
+    counts = COUNTS if module.WITH_DOT else COUNTS[:6]
+    v, w = inside_of(packed(counts, k), k), inside_of(packed(counts, b, 99), b)
+    found = inner(Rows.of(np.array(counts), CPU), v, w)
+    for got, x, y in zip(found, v.split(counts), w.split(counts), strict=True):
+        assert torch.allclose(got, x.T @ y, rtol=0, atol=1e-12 * math.sqrt(len(x)))
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize(("k", "b"), [(1, 1), (16, 16), (70, 3), (144, 16)])
+def test_combinations_are_those_of_every_member(k, b):
+    counts = COUNTS[:7]
+    v, w = inside_of(packed(counts, k), k), inside_of(packed(counts, b, 99), b)
+    c = gaussian(len(counts) * k, b).reshape(len(counts), k, b)
+    rows = Rows.of(np.array(counts), CPU)
+    plain, less = combine(rows, v, c).split(counts), subtract(rows, v, c, w).split(counts)
+    for i, (x, y) in enumerate(zip(v.split(counts), w.split(counts), strict=True)):
+        assert torch.allclose(plain[i], x @ c[i], rtol=0, atol=1e-12 * k)
+        assert torch.allclose(less[i], y - x @ c[i], rtol=0, atol=1e-12 * k)
+
+
+def test_a_member_gets_the_same_in_any_wave():
+    counts = [65, 1300, 20]
+    v, w = packed(counts, 40), packed(counts, 16, 9)
+    together = inner(Rows.of(np.array(counts), CPU), v, w)
+    for i, (x, y) in enumerate(zip(v.split(counts), w.split(counts), strict=True)):
+        alone = inner(Rows.of(np.array(counts[i : i + 1]), CPU), x, y)
+        assert torch.equal(alone[0], together[i])
+
+
+def test_blocks_that_do_not_fit_are_refused():
+    rows = Rows.of(np.array([5, 7]), CPU)
+    v, w = gaussian(12, 8), gaussian(12, 4)
+    for wrong in (gaussian(11, 4), gaussian(12, 4).float(), gaussian(4, 12).T):
+        with pytest.raises(ValueError, match="a block must have 12 rows of float64, row-major"):
+            inner(rows, v, wrong)
+    with pytest.raises(ValueError, match="a block of 17 columns: at most 16"):
+        inner(rows, v, gaussian(12, 17))
+    with pytest.raises(ValueError, match=r"coefficients \(2, 7, 4\) do not fit 2 bases of 8"):
+        subtract(rows, v, gaussian(14, 4).reshape(2, 7, 4), w)
+
+
+def test_launches_do_not_depend_on_the_number_of_members(monkeypatch):
+    launches = []
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return lambda *arguments, **options: None
+
+    for name in ("_inner_kernel", "_add_chunks_kernel", "_combine_kernel"):
+        monkeypatch.setattr(module, name, Counted())
+    counts = []
+    for members in (3, 300):
+        launches.clear()
+        rows = Rows.of(np.full(members, 70), CPU)
+        v, w = torch.zeros(70 * members, 32).double(), torch.zeros(70 * members, 16).double()
+        inner(rows, v, w)
+        combine(rows, v, torch.zeros(members, 32, 16).double())
+        subtract(rows, v, torch.zeros(members, 32, 16).double(), w)
+        counts.append(len(launches))
+    assert counts == [4, 4]
