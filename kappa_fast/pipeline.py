@@ -180,7 +180,7 @@ class _Run:
     def ranking(self, settings: dict[str, Any], started: float, partial: bool) -> Ranking:
         metadata = {
             "versions": {"kappa_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "backend": "torch",
+            "backend": next(iter(self._backends.values())).name,
             "device": sorted({str(d) for d in self._backends}),
             "threads": torch.get_num_threads(),
             "seconds": time.perf_counter() - started,
@@ -233,7 +233,7 @@ class _Run:
 
     def _divide(self, wave: Sequence[int]) -> tuple[list[int], list[list[int]]]:
         """On a CPU the small matrices by themselves, for one thread each, and the large ones one by one."""
-        if self._where(self.source.matrices[wave[0]]).type != "cpu":
+        if not self._backend_for(self._where(self.source.matrices[wave[0]])).side_by_side:
             return [], [list(wave)]
         single = [i for i in wave if fits_one_thread(self.source.matrices[i].shape)]
         large = [[i] for i in wave if not fits_one_thread(self.source.matrices[i].shape)]

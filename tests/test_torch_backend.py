@@ -49,10 +49,9 @@ def test_the_torch_backend_goes_by_these_names(name):
     assert (backend.name, backend.device) == ("torch", torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("name", "message"), [("triton", "not part of this version"), ("numpy", "'numpy' is unknown")])
-def test_other_backends_are_refused_with_the_names_that_work(name, message):
-    with pytest.raises(BackendError, match=message + ".*backend='torch'|" + message + ".*'torch'"):
-        get_backend(name, torch.device("cpu"))
+def test_an_unknown_backend_is_refused_with_the_names_that_work():
+    with pytest.raises(BackendError, match="'numpy' is unknown; choose 'auto', 'torch' or 'triton'"):
+        get_backend("numpy", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [*STORED, *FLOAT8])

@@ -21,5 +21,7 @@ def get_backend(name: str, device: torch.device) -> Backend:
 
         return TorchBackend(device)
     if name == "triton":
-        raise BackendError("backend='triton' is not part of this version; use backend='auto' or backend='torch'")
-    raise BackendError(f"backend={name!r} is unknown; choose 'auto' or 'torch'")
+        from .triton_backend import TritonBackend
+
+        return TritonBackend(device)
+    raise BackendError(f"backend={name!r} is unknown; choose 'auto', 'torch' or 'triton'")

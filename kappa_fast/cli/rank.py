@@ -43,6 +43,7 @@ class BackendName(StrEnum):
 
     AUTO = "auto"
     TORCH = "torch"
+    TRITON = "triton"
 
 
 def rank(

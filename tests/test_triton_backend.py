@@ -1,0 +1,145 @@
+"""Under the interpreter, the Triton backend gives what the torch backend gives, within the intervals."""
+
+import math
+
+import pytest
+import torch
+from spectra import gaussian, prescribed, trained_like
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+import kappa_fast
+from kappa_fast.backends import get_backend
+from kappa_fast.backends.base import Panel
+from kappa_fast.backends.torch_backend import CHOLESKY64, TorchBackend
+from kappa_fast.backends.triton_backend import SLICES, WEIGHTS16, TritonBackend
+from kappa_fast.spectrum import ladder
+from kappa_fast.spectrum.ladder import Goal, resolve
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Matrices as small as the interpreter can bear climb instead of being decomposed."""
+    monkeypatch.setattr(ladder, "EXACT_BELOW", 32)
+
+
+def exact(weight):
+    values = torch.linalg.svdvals(weight.double())
+    return float(values[0] / values[-1])
+
+
+def a_wave():
+    """Tall, wide and square; three dtypes; kappa from 3 to 1e5; some that no slices resolve."""
+    return {
+        "weights16": trained_like(150, 40, 1).bfloat16(),
+        "wide": gaussian(40, 150, 2).half(),
+        "slices2": gaussian(140, 48, 3).float(),
+        "square": gaussian(70, 70, 4).float(),
+        "steep": prescribed("geometric", 90, 60, 1e5, seed=5).matrix.float(),
+        "beyond": prescribed("geometric", 80, 64, 1e9, seed=6).matrix,
+    }
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("rtol", [1e-2, 1e-4])
+def test_a_wave_of_mixed_shapes_and_dtypes_holds_the_exact_values(rtol):
+    wave = a_wave()
+    found = resolve(TritonBackend(CPU), list(wave.values()), Goal(rtol))
+    for (name, weight), entry in zip(wave.items(), found, strict=True):
+        kappa = exact(weight)
+        assert entry.lower <= kappa * (1 + 1e-4 * (name == "beyond") + 1e-9), name
+        assert entry.upper >= kappa * (1 - 1e-4 * (name == "beyond") - 1e-9), name
+        assert entry.half_width <= rtol, name
+    methods = [entry.method for entry in found]
+    if rtol == 1e-2:
+        assert methods[:3] == ["weights16", "weights16", "slices2"]
+        assert all(method.startswith("slices") for method in methods[3:4])
+    assert methods[-1] == "qr64"  # four slices hold 28 bits
+
+
+@pytest.mark.usefixtures("small")
+def test_results_do_not_depend_on_the_wave():
+    weights = list(a_wave().values())[:4]
+    backend, goal = TritonBackend(CPU), Goal(1e-2)
+    together = resolve(backend, weights, goal)
+    assert resolve(backend, weights[::-1], goal)[::-1] == together
+    assert [resolve(backend, [w], goal)[0] for w in weights] == together
+
+
+@pytest.mark.usefixtures("small")
+def test_weights_are_not_changed():
+    weights = list(a_wave().values())
+    copies = [w.clone() for w in weights]
+    resolve(TritonBackend(CPU), weights, Goal(1e-2))
+    assert all(torch.equal(a, b) for a, b in zip(weights, copies, strict=True))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(60, 40), torch.full((60, 40), math.nan), torch.ones(60, 40), 1e-42 * gaussian(60, 40).float()],
+    ids=["zero", "nan", "singular", "subnormal"],
+)
+def test_hard_matrices_end_as_with_torch(weight):
+    ours, theirs = (resolve(backend(CPU), [weight], Goal(1e-2))[0] for backend in (TritonBackend, TorchBackend))
+    assert (ours.status, ours.certified) == (theirs.status, theirs.certified)
+    if theirs.status == "ok":
+        assert ours.lower <= theirs.upper
+        assert theirs.lower <= ours.upper
+
+
+@pytest.mark.parametrize("rung", [WEIGHTS16, *SLICES.values()], ids=lambda rung: rung.name)
+def test_operations_with_a_factor_are_those_of_the_gram_matrix(rung):
+    backend = TritonBackend(CPU)
+    matrices = [gaussian(m, n, n).half() for m, n in ((140, 70), (65, 33))]
+    operands = backend.prepare(matrices)
+    factors = backend.factor(operands, rung)
+    blocks = Panel.pack([gaussian(n, 16, n) for n in factors.ns])
+    product, solution = backend.product(factors, blocks), backend.solve(factors, blocks)
+    departure = backend.departure(operands, factors, blocks)
+    error = {"weights16": 1e-5, "slices2": 1e-3, "slices3": 1e-5, "slices4": 1e-6}[rung.name]
+    for i, a in enumerate(operands):
+        gram, x = a.tensor.double().T @ a.tensor.double(), blocks.blocks()[i]
+        for got, want in ((product, gram @ x), (solution, torch.linalg.solve(gram, x))):
+            assert float((got.blocks()[i] - want).abs().max()) <= 100 * error * float(want.abs().max())
+        assert 0 < float(departure.blocks()[i].abs().max()) <= 100 * error
+
+
+def test_apply_pads_narrow_blocks_and_measures_the_matrix():
+    backend = TritonBackend(CPU)
+    operands = backend.prepare([gaussian(50, 30).bfloat16(), gaussian(20, 90).bfloat16()])
+    blocks = Panel.pack([gaussian(a.shape[1], 12) for a in operands])
+    images, norms = backend.apply(operands, blocks)
+    for a, x, image, norm in zip(operands, blocks.blocks(), images.blocks(), norms.tolist(), strict=True):
+        assert torch.allclose(image, a.tensor.double() @ x)
+        assert norm == pytest.approx(float(torch.linalg.vector_norm(a.tensor.double())))
+
+
+def test_a_matrix_that_breaks_down_ends_no_other():
+    backend = TritonBackend(CPU)
+    singular = torch.zeros(40, 33)
+    singular[0, 0] = 1
+    factors = backend.factor(backend.prepare([singular, gaussian(50, 40).float(), gaussian(9, 5)]), SLICES[3])
+    assert [data is None for data in factors.data] == [True, False, True]  # and float64 is torch's
+
+
+def test_float64_weights_take_torchs_rungs():
+    assert TritonBackend(CPU).rungs((90, 40), torch.float64)[0] == CHOLESKY64
+
+
+def test_rank_takes_it_by_name(monkeypatch):
+    monkeypatch.setattr(ladder, "EXACT_BELOW", 32)
+    weights = {"a": gaussian(60, 40).float(), "b": gaussian(40, 40, 1).float()}
+    ranking = kappa_fast.rank(weights, backend="triton", progress=False)
+    assert ranking.metadata["backend"] == "triton"
+    for entry in ranking:
+        assert entry.lower <= exact(weights[entry.name]) <= entry.upper
+        assert entry.method.startswith("slices")
+
+
+def test_without_a_gpu_it_is_refused(monkeypatch):
+    monkeypatch.setattr("kappa_fast.kernels.problems.INTERPRETED", False)
+    with pytest.raises(kappa_fast.BackendError, match="needs a GPU, not cpu: use backend='torch'"):
+        get_backend("triton", CPU)
