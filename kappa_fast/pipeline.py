@@ -145,7 +145,9 @@ class _Run:
         self._backend_name, self._device, self._budget = backend, device, budget
         self._progress, self._score = progress, score
         self._backends: dict[torch.device, Backend] = {}
-        self._backend_for(torch.device("cpu") if device is None else device)  # an unknown name fails before any work
+        # A backend that is unknown, or that cannot work where the weights will be, fails before any work.
+        places = [self._where(matrix) for matrix in source.matrices[:1]] or [device or torch.device("cpu")]
+        self._backend_for(places[0])
 
     def tracking(self) -> contextlib.AbstractContextManager[Tracker]:
         everything = range(len(self.source.matrices))

@@ -71,8 +71,9 @@ def compile_one(instance: Instance, target: str) -> Report:
     names = instance.kernel.arg_names
     signature = {name: instance.types.get(name, "constexpr") for name in names}
     constants = {(names.index(key),): value for key, value in instance.constants.items()}
-    # Arrays that torch allocates start on 256 bytes, and sizes of packed arrays are multiples of 128.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in instance.types}
+    # Arrays that torch allocates start on 256 bytes, and a slice takes a multiple of 128; no other size is specialized.
+    hinted = [name for name, type in instance.types.items() if type.startswith("*") or name == "slice_bytes"]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in hinted}
     where = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     source = ASTSource(instance.kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": instance.num_warps, "num_stages": instance.num_stages}

@@ -88,7 +88,7 @@ def _minus_product(total, base, leading, row, column, start, stop, n, SIDE: tl.c
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def _diagonal_kernel(table, active, packed, inverses, starts, info, step, USE_DOT: tl.constexpr):
     matrix = tl.load(active + tl.program_id(0)).to(tl.int64)
     if tl.load(info + matrix) == 0:
@@ -132,7 +132,7 @@ def _diagonal_kernel(table, active, packed, inverses, starts, info, step, USE_DO
         tl.store(target + i[:, None] * BLOCK + i[None, :], inverse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def _column_kernel(table, owner, first, packed, inverses, starts, info, step, USE_DOT: tl.constexpr):
     matrix, item = locate(owner, first)
     if tl.load(info + matrix) == 0:
@@ -171,7 +171,7 @@ def _times_transposed(x, y, USE_DOT: tl.constexpr):
         return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _trailing_kernel(table, owner, first, packed, info, start, SIDE: tl.constexpr, USE_DOT: tl.constexpr):
     matrix, item = locate(owner, first)
     if tl.load(info + matrix) == 0:

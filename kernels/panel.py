@@ -24,6 +24,8 @@ GROUP = tl.constexpr(64)  # columns of V per program
 STEP = tl.constexpr(32)  # columns of V per product with coefficients
 LANES = tl.constexpr(16)  # columns of a block, at most
 WARPS = 4
+# A size of 1 would become a constant, which is no tensor, and every such case a compilation of its own.
+SIZES = ["k", "b", "v_stride", "w_stride"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Rows:
         return self.start.shape[0]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _inner_kernel(start, stop, owner, first, v, v_stride, k, w, w_stride, b, parts, USE_DOT: tl.constexpr):
     chunk = tl.program_id(0)
     column = tl.program_id(1) * GROUP
@@ -88,7 +90,7 @@ def _inner_kernel(start, stop, owner, first, v, v_stride, k, w, w_stride, b, par
     tl.store(target, total, mask=(g < k - column)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "chunks", "members"])
 def _add_chunks_kernel(first, chunks, parts, k, out, members):
     """The parts of one member and GROUP columns, in their order."""
     member = tl.program_id(0)
@@ -105,7 +107,7 @@ def _add_chunks_kernel(first, chunks, parts, k, out, members):
     tl.store(target, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _combine_kernel(
     start, stop, owner, first, v, v_stride, k, c, w, w_stride, b, out, SUBTRACT: tl.constexpr, USE_DOT: tl.constexpr
 ):

@@ -145,9 +145,10 @@ def _slices_kernel(
         kept = q3 << 7
     else:
         kept = q
-    rest = x - kept.to(tl.float32)  # exact: a multiple of the last place of x, and no larger than x or 2^20
-    squares = tl.sum(rest * rest, axis=0).to(tl.float64)  # [BN], relative error below BM 2^-24
-    total = tl.sum(squares * power_of_two(-2 * shift), axis=0) * (1.0 + 1e-4)
+    # In float64, where nothing vanishes: a column from 1 to 1e-30 leaves squares that float32 would call zero.
+    rest = a.to(tl.float64) * power_of_two(shift)[None, :] - kept.to(tl.float64)  # exact
+    squares = tl.sum(rest * rest, axis=0)  # [BN]
+    total = tl.sum(squares * power_of_two(-2 * shift), axis=0) * (1.0 + 1e-9)
     tl.store(residuals + tl.program_id(0), total)
     target = slices + field(table, matrix, SLICE) + column.to(tl.int64) * pitch + row
     target = tl.multiple_of(target, 128) + tl.arange(0, BN)[:, None] * pitch.to(tl.int32) + tl.arange(0, BM)[None, :]

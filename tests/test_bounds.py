@@ -92,7 +92,7 @@ class Pairs:
     def reach(self, gaps):
         one = [
             self.coupling
-            @ (self.eigenvectors[-self.coupling.shape[1] :] / (self.values[-1] * (1 + gap) - self.values))
+            @ (self.eigenvectors[-self.coupling.shape[1] :] / (self.values[-1] * gap + (self.values[-1] - self.values)))
             @ self.eigenvectors[: self.width].T
             for gap in gaps[0]
         ]

@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is for Linux")
-
 from kappa_fast.kernels import aot
 from kappa_fast.kernels.problems import TARGETS
 
@@ -36,6 +34,14 @@ def test_every_kernel_compiles_with_every_value_of_its_constants(target, root):
 def test_every_combination_compiles(target, root):
     done = compile_in_children(root, target)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_size_that_may_be_one_becomes_a_constant_of_the_compilation():
+    # Triton turns an integer argument of 1 into a constant, which has none of the methods of a tensor.
+    for instance in aot.instances("sm_90", quick=True):
+        plain = instance.kernel.kwargs.get("do_not_specialize") or []
+        sizes = [name for name, type in instance.types.items() if not type.startswith("*") and name != "slice_bytes"]
+        assert set(sizes) <= set(plain), instance.name
 
 
 def test_a_target_that_is_none_is_named(root):

@@ -6,8 +6,6 @@ import pytest
 import torch
 from spectra import gaussian
 
-pytest.importorskip("triton", reason="Triton is for Linux")
-
 from kappa_fast.kernels import apply as module
 from kappa_fast.kernels.apply import Blocks, times, transposed_times
 from kappa_fast.kernels.problems import Problems

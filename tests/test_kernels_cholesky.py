@@ -7,8 +7,6 @@ import pytest
 import torch
 from spectra import gaussian, prescribed
 
-pytest.importorskip("triton", reason="Triton is for Linux")
-
 from kappa_fast.kernels import cholesky as module
 from kappa_fast.kernels.cholesky import BLOCK, cholesky
 from kappa_fast.kernels.problems import Problems

@@ -5,8 +5,6 @@ import pytest
 import torch
 from spectra import gaussian
 
-pytest.importorskip("triton", reason="Triton is for Linux")
-
 from kappa_fast.kernels import gram as module
 from kappa_fast.kernels import splits
 from kappa_fast.kernels.gram import Tile, gram_of_slices, gram_of_weights

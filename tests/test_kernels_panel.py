@@ -7,8 +7,6 @@ import pytest
 import torch
 from spectra import gaussian
 
-pytest.importorskip("triton", reason="Triton is for Linux")
-
 from kappa_fast.kernels import panel as module
 from kappa_fast.kernels.panel import Rows, combine, inner, subtract
 

@@ -6,8 +6,6 @@ import pytest
 import torch
 from spectra import gaussian
 
-pytest.importorskip("triton", reason="Triton is for Linux")
-
 from kappa_fast.kernels.problems import PAD, Problems, Storage, to_device
 from kappa_fast.kernels.quantize import column_peaks, quantize
 
@@ -149,6 +147,15 @@ def test_columns_of_very_different_size_keep_their_digits():
     (q,) = rebuilt(problems, quantize(problems, column_peaks(problems), 4))
     error = (matrix.double() - q).abs().amax(dim=0) / matrix.double().abs().amax(dim=0)
     assert float(error.max()) <= 2.0**-26
+
+
+@pytest.mark.parametrize("top", [2.0**127, 1.0])
+def test_the_smallest_entries_beside_the_largest_still_count_in_the_residual(top):
+    matrix = torch.tensor([[top, top], [2.0**-100, 2.0**-149]])
+    problems = Problems.of([matrix])
+    residual = float(quantize(problems, column_peaks(problems), 4).residual)
+    exact = 2.0**-200 + 2.0**-298
+    assert exact <= residual <= exact * 1.0003
 
 
 def test_zero_columns_and_zero_matrices_stay_zero():

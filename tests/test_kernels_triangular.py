@@ -7,8 +7,6 @@ import pytest
 import torch
 from spectra import gaussian, prescribed
 
-pytest.importorskip("triton", reason="Triton is for Linux")
-
 from kappa_fast.kernels import cholesky as factors
 from kappa_fast.kernels import triangular as module
 from kappa_fast.kernels.cholesky import Factored, cholesky

@@ -284,7 +284,7 @@ def test_a_missing_shard_is_noticed_without_an_index_too(sharded):
     [
         "../outside.safetensors",
         "sub/../../outside.safetensors",
-        "/tmp/outside.safetensors",
+        "/elsewhere/outside.safetensors",
         "C:\\outside.safetensors",
         "C:outside.safetensors",
         "\\\\host\\outside.safetensors",

@@ -344,6 +344,7 @@ def test_a_panel_gives_back_the_blocks_that_went_in():
     assert all(torch.equal(a, b) for a, b in zip(wave.blocks(), blocks, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(wave.take([2, 0]).blocks(), [blocks[2], blocks[0]], strict=True))
     assert wave.take([0, 1, 2]) is wave
+    assert torch.equal(wave.take([2, 1, 0]).data, torch.cat(blocks[::-1]))
     assert torch.equal(wave.columns(1).beside(wave.columns(0, 1)).data, wave.data[:, [1, 2, 0]])
     spread = wave.spread(torch.tensor([[1.0], [2.0], [3.0]]))
     assert spread.flatten().tolist() == [1.0] * 4 + [2.0] + [3.0] * 9

@@ -9,8 +9,6 @@ import torch
 from safetensors.torch import load_file
 from spectra import gaussian, prescribed, trained_like
 
-pytest.importorskip("triton", reason="Triton is for Linux")
-
 import kappa_fast
 from kappa_fast.backends import get_backend
 from kappa_fast.backends.base import Panel

@@ -91,7 +91,7 @@ class Panel:
 
     def take(self, which: Sequence[int]) -> Panel:
         """The blocks of some matrices; itself if they are all of them in order."""
-        if len(which) == len(self.rows):
+        if list(which) == list(range(len(self.rows))):
             return self
         blocks = self.blocks()
         return Panel.pack([blocks[i] for i in which])
@@ -133,7 +133,8 @@ class Factors:
     cache: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def take(self, which: Sequence[int]) -> Factors:
-        if len(which) == len(self.ns):
+        """The factors of some matrices; itself if they are all of them in order."""
+        if list(which) == list(range(len(self.ns))):
             return self
         return Factors(self.rung, tuple(self.ns[i] for i in which), tuple(self.data[i] for i in which))
 

@@ -70,7 +70,9 @@ def excess(ritz: Ritz, overlap: Tensor, noise: Tensor) -> Tensor:
 
     def last_possible(gaps: Tensor) -> Tensor:
         """How many of the ascending gaps, (w, p), end with one that lambda could have; 0 if none."""
-        possible = ritz.reach(gaps) + noise[:, None] / gaps >= overlap[:, None]
+        possible = ~(
+            ritz.reach(gaps) + noise[:, None] / gaps < overlap[:, None]
+        )  # what is not a number rules out nothing
         return (possible * torch.arange(1, gaps.shape[1] + 1, device=gaps.device)).amax(dim=1)
 
     decades, finer = ritz.theta.new_tensor(DECADES), ritz.theta.new_tensor(FINER)

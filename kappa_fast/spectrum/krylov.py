@@ -87,7 +87,7 @@ class Space:
         return self.basis.columns(0, self.size)
 
     def take(self, which: list[int]) -> Space:
-        """The spaces of some matrices."""
+        """The spaces of some matrices, ascending."""
         if len(which) == len(self.basis.rows):
             return self
         columns = [_pick(c, which) for c in self.columns]
@@ -220,5 +220,5 @@ class _Search:
 
 
 def _pick(values: Tensor, which: list[int]) -> Tensor:
-    """Rows of a small tensor, without a copy where they are all of them."""
+    """Rows of a small tensor, ascending, without a copy where they are all of them."""
     return values if len(which) == values.shape[0] else values[which]
