@@ -211,6 +211,11 @@ def test_an_excess_beyond_the_widest_is_infinite():
     assert bound_of(Pairs(one[0], one, one, 1), 0.1 / WIDEST, 0.0) == math.inf
 
 
+def test_a_reach_that_is_not_a_number_rules_out_nothing():
+    one, broken = torch.ones((1, 1), dtype=torch.float64), torch.full((1, 1), math.nan, dtype=torch.float64)
+    assert bound_of(Pairs(one[0], broken, one, 1), 0.1, 0.0) == math.inf
+
+
 def test_every_matrix_of_a_wave_has_its_own_bound():
     alone = [krylov(OPERATORS[n], torch.randn(60, 3, dtype=torch.float64), 2) for n in ("geometric", "soft edge")]
 

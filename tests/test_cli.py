@@ -203,7 +203,7 @@ def test_options_have_their_effect(cli, checkpoint):
     assert re.search(r"[1-4] only bounded", out)
 
 
-@pytest.mark.parametrize("name", list(BackendName))
+@pytest.mark.parametrize("name", [name for name in BackendName if name != "triton" or sys.platform == "linux"])
 def test_every_backend_that_can_be_named_exists(name):
     assert backends.get_backend(name.value, torch.device("cpu")).device.type == "cpu"
 

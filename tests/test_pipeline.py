@@ -217,6 +217,21 @@ def test_an_unknown_backend_is_named():
         rank(weights(1), backend="cuda")
 
 
+def test_a_backend_is_asked_for_where_the_weights_will_be(monkeypatch):
+    asked = []
+
+    def refuse(name, device):
+        asked.append((name, device))
+        raise kappa_fast.BackendError("none here")
+
+    monkeypatch.setattr("kappa_fast.pipeline.get_backend", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(kappa_fast.BackendError, match="none here"):
+        rank(weights(1), backend="triton")
+    assert asked == [("triton", torch.device("cuda", 0))]
+
+
 def test_the_settings_are_kept_with_patterns_in_any_iterable():
     found = rank(weights(2), include={"layers"}, exclude=(p for p in ["1$", "9"]), top=1, score=abs_kappa).metadata
     assert found["settings"] == {
