@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import platform
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
 from ._version import __version__
-from .backends import Backend, get_backend
 from .budget import BudgetedTop, TopGroup
 from .entries import TensorKappa
-from .errors import ComputeError, Interrupted, OptionError
+from .errors import Interrupted, OptionError
+from .execution import Executor, operations
 from .progress import ProgressOption, Tracker, tracking
 from .ranking import Ranking
 from .sources import Filters, open_source
 from .sources.base import Matrix, Source
 from .spectrum.ladder import Goal, Resolution, resolve
 from .spectrum.probe import lower_bounds
-from .undisturbed import undisturbed, undisturbed_thread
-from .waves import cut, default_budget, is_out_of_memory, parse_bytes
-from .workers import each_on_one_thread, fits_one_thread
-
-log = logging.getLogger("kappa_fast")
-
-LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+from .undisturbed import undisturbed
+from .waves import parse_bytes
 
 Score = Literal["kappa"] | Callable[[TensorKappa], float]
 Patterns = str | Sequence[str] | None
-
-R = TypeVar("R")
-Work = Callable[[Backend, list[torch.Tensor]], list[R]]  # on the weights of a wave
 
 
 def rank(
@@ -111,7 +102,8 @@ def rank(
     started = time.perf_counter()
     with undisturbed():
         opened = open_source(source, filters)
-        run = _Run(opened, backend, _device(device), parse_bytes(memory_budget), progress, score)
+        executor = Executor(opened, backend, _device(device), parse_bytes(memory_budget))
+        run = _Run(opened, executor, progress, score)
         budgeted = None if top is None else BudgetedTop.of(opened.matrices, top, top_per_group)
         goal = Goal(rtol, certify is True)
         try:
@@ -130,28 +122,18 @@ def rank(
 
 
 class _Run:
-    """One call of rank(): backends by device, results by position of the matrix."""
+    """One call of rank(): what is to be resolved, and the results by position of the matrix."""
 
-    def __init__(
-        self,
-        source: Source,
-        backend: str,
-        device: torch.device | None,
-        budget: int | None,
-        progress: ProgressOption,
-        score: Score,
-    ) -> None:
-        self.source, self.entries = source, dict[int, TensorKappa]()
-        self._backend_name, self._device, self._budget = backend, device, budget
+    def __init__(self, source: Source, executor: Executor, progress: ProgressOption, score: Score) -> None:
+        self.source, self.executor, self.entries = source, executor, dict[int, TensorKappa]()
         self._progress, self._score = progress, score
-        self._backends: dict[torch.device, Backend] = {}
-        # A backend that is unknown, or that cannot work where the weights will be, fails before any work.
-        places = [self._where(matrix) for matrix in source.matrices[:1]] or [device or torch.device("cpu")]
-        self._backend_for(places[0])
 
     def tracking(self) -> contextlib.AbstractContextManager[Tracker]:
         everything = range(len(self.source.matrices))
-        return tracking(self._progress, len(everything), sum(self._operations(i) for i in everything))
+        return tracking(self._progress, len(everything), self._operations(everything))
+
+    def _operations(self, positions: Iterable[int]) -> float:
+        return sum(operations(self.source.matrices[i].shape) for i in positions)
 
     def resolve_all(self, goal: Goal, tracker: Tracker) -> None:
         self._resolve(range(len(self.source.matrices)), goal, tracker)
@@ -163,7 +145,7 @@ class _Run:
 
     def prove(self, positions: Sequence[int], goal: Goal, tracker: Tracker) -> None:
         """Once more, with proofs: who is among the lowest is known only now."""
-        tracker.extend(len(positions), sum(self._operations(i) for i in positions))
+        tracker.extend(len(positions), self._operations(positions))
         self._resolve(positions, replace(goal, certify=True), tracker)
 
     def _resolve_group(self, group: TopGroup, goal: Goal, tracker: Tracker) -> None:
@@ -182,8 +164,8 @@ class _Run:
     def ranking(self, settings: dict[str, Any], started: float, partial: bool) -> Ranking:
         metadata = {
             "versions": {"kappa_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "backend": next(iter(self._backends.values())).name,
-            "device": sorted({str(d) for d in self._backends}),
+            "backend": self.executor.backend_name,
+            "device": self.executor.devices,
             "threads": torch.get_num_threads(),
             "seconds": time.perf_counter() - started,
             "settings": _plain(settings),
@@ -193,71 +175,18 @@ class _Run:
         }
         return Ranking(self.entries.values(), self.source.skipped, metadata)
 
-    def _operations(self, position: int) -> float:
-        m, n = max(self.source.matrices[position].shape), min(self.source.matrices[position].shape)
-        return float(m) * n * n + n**3 / 3
-
     def _resolve(self, positions: Sequence[int], goal: Goal, tracker: Tracker) -> None:
-        with contextlib.closing(self._results(positions, lambda b, weights: resolve(b, weights, goal))) as results:
+        with contextlib.closing(
+            self.executor.results(positions, lambda b, weights: resolve(b, weights, goal))
+        ) as results:
             for position, found in results:
                 self.entries[position] = self._entry(self.source.matrices[position], found, goal)
-                tracker.advance(1, self._operations(position))
-
-    def _results(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
-        """``work`` on every matrix, wave by wave."""
-        for wave in self._waves(positions):
-            single, shared = self._divide(wave)
-            with contextlib.closing(self._side_by_side(single, work)) as results:
-                yield from results
-            for part in shared:
-                yield from zip(part, self._attempt(part, work), strict=True)
-
-    def _side_by_side(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
-        """One thread for each matrix; those for which the others left no memory come again, one at a time."""
-
-        def attempt(i: int) -> R | None:
-            try:
-                return self._attempt([i], work)[0]
-            except ComputeError as error:
-                if not is_out_of_memory(error.__cause__):
-                    raise
-                return None
-
-        crowded: list[int] = []
-        with contextlib.closing(each_on_one_thread(attempt, positions)) as results:
-            for i, found in results:
-                if found is None:
-                    crowded.append(i)
-                else:
-                    yield i, found
-        for i in crowded:
-            yield from each_on_one_thread(lambda i: self._attempt([i], work)[0], [i])
-
-    def _divide(self, wave: Sequence[int]) -> tuple[list[int], list[list[int]]]:
-        """On a CPU the small matrices by themselves, for one thread each, and the large ones one by one."""
-        if not self._backend_for(self._where(self.source.matrices[wave[0]])).side_by_side:
-            return [], [list(wave)]
-        single = [i for i in wave if fits_one_thread(self.source.matrices[i].shape)]
-        large = [[i] for i in wave if not fits_one_thread(self.source.matrices[i].shape)]
-        return sorted(single, key=self._operations, reverse=True), large  # the longest first: no core waits at the end
-
-    def _attempt(self, wave: Sequence[int], work: Work[R]) -> list[R]:
-        """One wave; when memory runs out, in halves."""
-        matrices = [self.source.matrices[i] for i in wave]
-        try:
-            with undisturbed_thread():
-                return work(self._backend_for(self._where(matrices[0])), [m.load() for m in matrices])
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) and not isinstance(error, LINALG_ERROR):
-                raise
-            if len(wave) == 1:
-                raise _failure(matrices[0], error) from error
-            log.info("a wave of %d matrices failed (%s); trying halves", len(wave), error)
-        half = len(wave) // 2
-        return self._attempt(wave[:half], work) + self._attempt(wave[half:], work)
+                tracker.advance(1, self._operations([position]))
 
     def _probe(self, positions: Sequence[int], cutoff: float) -> dict[int, float]:
-        with contextlib.closing(self._results(positions, lambda b, weights: lower_bounds(b, weights, cutoff))) as found:
+        with contextlib.closing(
+            self.executor.results(positions, lambda b, weights: lower_bounds(b, weights, cutoff))
+        ) as found:
             return dict(found)
 
     def _bound(self, positions: Sequence[int], bounds: Mapping[int, float], tracker: Tracker) -> None:
@@ -265,7 +194,7 @@ class _Run:
         for i in positions:
             found = Resolution("bounded", nan, bounds[i], math.inf, nan, nan, "probe")
             self.entries[i] = self._entry(self.source.matrices[i], found, Goal(0.0))
-            tracker.advance(1, self._operations(i))
+            tracker.advance(1, self._operations([i]))
 
     def _entry(self, matrix: Matrix, found: Resolution, goal: Goal) -> TensorKappa:
         if found.status == "ok" and found.lower > goal.cutoff:
@@ -295,33 +224,6 @@ class _Run:
         if callable(self._score) and found.status in ("ok", "rank_deficient"):
             entry = replace(entry, score=_scored(self._score, entry))
         return entry
-
-    def _waves(self, positions: Sequence[int]) -> Iterator[list[int]]:
-        by_device: dict[torch.device, list[int]] = {}
-        for i in positions:
-            by_device.setdefault(self._where(self.source.matrices[i]), []).append(i)
-        for device, chosen in by_device.items():
-            backend = self._backend_for(device)
-            budget = self._budget or default_budget(device)
-            yield from cut(chosen, lambda i, b=backend: self._need(i, b), budget)  # type: ignore[misc]
-
-    def _need(self, position: int, backend: Backend) -> int:
-        matrix = self.source.matrices[position]
-        tall = (max(matrix.shape), min(matrix.shape))
-        moved = 0 if matrix.device == backend.device and self.source.in_memory else matrix.nbytes
-        return backend.workspace(tall, matrix.dtype) + moved
-
-    def _where(self, matrix: Matrix) -> torch.device:
-        if self._device is not None:
-            return self._device
-        if matrix.device.type not in ("cpu", "meta"):
-            return matrix.device if matrix.device.type != "mps" else torch.device("cpu")  # MPS has no float64
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else matrix.device
-
-    def _backend_for(self, device: torch.device) -> Backend:
-        if device not in self._backends:
-            self._backends[device] = get_backend(self._backend_name, device)
-        return self._backends[device]
 
 
 def _check(
@@ -365,14 +267,6 @@ def _device(device: torch.device | str | None) -> torch.device | None:
     if chosen.type in ("meta", "mps"):
         raise OptionError(f"device={device!r} has no float64 arithmetic: use 'cpu' or a CUDA device")
     return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
-
-
-def _failure(matrix: Matrix, error: Exception) -> ComputeError:
-    what = "there is not enough memory for" if is_out_of_memory(error) else f"a library routine failed ({error}) on"
-    return ComputeError(
-        f"{what} {matrix.key!r} of shape {tuple(matrix.shape)}, {matrix.dtype}: "
-        f"free memory, use another device, or leave it out with exclude={matrix.name!r}"
-    )
 
 
 def _scored(score: Callable[[TensorKappa], float], entry: TensorKappa) -> float:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import kappa_fast
-from kappa_fast import backends, pipeline
+from kappa_fast import backends, execution, pipeline
 from kappa_fast.cli import app
 from kappa_fast.cli import rank as rank_command
 from kappa_fast.cli.rank import BackendName
@@ -333,14 +333,14 @@ def test_debug_shows_the_log_and_takes_it_away_again(cli, checkpoint, monkeypatc
     rank = pipeline.rank
 
     def logging(*arguments, **options):
-        pipeline.log.info("a wave failed")
+        execution.log.info("a wave failed")
         return rank(*arguments, **options)
 
     monkeypatch.setattr(pipeline, "rank", logging)
-    before = (pipeline.log.level, list(pipeline.log.handlers))
+    before = (execution.log.level, list(execution.log.handlers))
     assert cli("rank", checkpoint)[2] == ""
     assert cli("rank", checkpoint, "--debug")[2] == "a wave failed\n"
-    assert (pipeline.log.level, pipeline.log.handlers) == before
+    assert (execution.log.level, execution.log.handlers) == before
 
 
 def interrupt(*arguments: object) -> tuple[int, str, str]:

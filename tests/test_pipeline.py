@@ -224,7 +224,7 @@ def test_a_backend_is_asked_for_where_the_weights_will_be(monkeypatch):
         asked.append((name, device))
         raise kappa_fast.BackendError("none here")
 
-    monkeypatch.setattr("kappa_fast.pipeline.get_backend", refuse)
+    monkeypatch.setattr("kappa_fast.execution.get_backend", refuse)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with pytest.raises(kappa_fast.BackendError, match="none here"):

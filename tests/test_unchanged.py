@@ -14,7 +14,7 @@ from models import EVERYTHING, Experts, one_thread, weights
 from torch import nn
 
 import kappa_fast
-from kappa_fast import pipeline
+from kappa_fast import execution, pipeline
 from kappa_fast.pipeline import rank
 from kappa_fast.sources import open_source
 
@@ -90,7 +90,7 @@ def way(request, monkeypatch) -> Iterator[str]:
     if request.param == "side by side":
         yield request.param
         return
-    monkeypatch.setattr(pipeline, "fits_one_thread", lambda _: False)
+    monkeypatch.setattr(execution, "fits_one_thread", lambda _: False)
     with one_thread():
         yield request.param
 

@@ -16,6 +16,7 @@ from models import one_thread, weights
 from kappa_fast import ComputeError, OptionError, pipeline, waves
 from kappa_fast.backends import get_backend
 from kappa_fast.backends.torch_backend import TorchBackend
+from kappa_fast.execution import Executor
 from kappa_fast.pipeline import rank
 from kappa_fast.waves import cut, default_budget, is_out_of_memory, parse_bytes
 
@@ -136,7 +137,7 @@ NO_CONVERGENCE = lambda: torch.linalg.LinAlgError("linalg.svd: did not converge"
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whole waves go to the backend at once, as on an accelerator."""
-    monkeypatch.setattr(pipeline._Run, "_divide", lambda _, wave: ([], [list(wave)]))
+    monkeypatch.setattr(Executor, "_divide", lambda _, wave: ([], [list(wave)]))
     with one_thread():
         yield
 
@@ -231,13 +232,13 @@ def test_any_other_failure_comes_through_as_it_is(work, monkeypatch):
 
 
 def waves_of(source: dict[str, torch.Tensor], budget: int | str, monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
-    original, found = pipeline._Run._divide, list[list[Any]]()
+    original, found = Executor._divide, list[list[Any]]()
 
-    def divide(run: Any, wave: Sequence[int]) -> Any:
-        found.append([run.source.matrices[i].shape for i in wave])
-        return original(run, wave)
+    def divide(executor: Any, wave: Sequence[int]) -> Any:
+        found.append([executor._matrices[i].shape for i in wave])
+        return original(executor, wave)
 
-    monkeypatch.setattr(pipeline._Run, "_divide", divide)
+    monkeypatch.setattr(Executor, "_divide", divide)
     rank(source, memory_budget=budget)
     return found
 

@@ -1,0 +1,142 @@
+"""Carrying work out: which backend on which device, in which waves, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from .backends import Backend, get_backend
+from .errors import ComputeError
+from .sources.base import Matrix, Source
+from .undisturbed import undisturbed_thread
+from .waves import cut, default_budget, is_out_of_memory
+from .workers import each_on_one_thread, fits_one_thread
+
+log = logging.getLogger("kappa_fast")
+
+LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+R = TypeVar("R")
+Work = Callable[[Backend, list[torch.Tensor]], list[R]]  # on the weights of a wave
+
+
+def operations(shape: tuple[int, int]) -> float:
+    """What a matrix costs, in multiply-adds: Gram matrix and Cholesky factor."""
+    m, n = max(shape), min(shape)
+    return float(m) * n * n + n**3 / 3
+
+
+class Executor:
+    """The matrices of one source, worked on wave by wave; a backend for every device that is needed."""
+
+    def __init__(self, source: Source, backend: str, device: torch.device | None, budget: int | None) -> None:
+        self._matrices, self._in_memory = source.matrices, source.in_memory
+        self._name, self._device, self._budget = backend, device, budget
+        self._backends: dict[torch.device, Backend] = {}
+        # A backend that is unknown, or that cannot work where the weights will be, fails before any work.
+        places = [self._where(matrix) for matrix in self._matrices[:1]] or [device or torch.device("cpu")]
+        self._backend_for(places[0])
+
+    @property
+    def backend_name(self) -> str:
+        """Of the backend that was asked first."""
+        return next(iter(self._backends.values())).name
+
+    @property
+    def devices(self) -> list[str]:
+        """Where work was done."""
+        return sorted({str(device) for device in self._backends})
+
+    def results(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
+        """``work`` on every matrix, wave by wave."""
+        for wave in self._waves(positions):
+            single, shared = self._divide(wave)
+            with contextlib.closing(self._side_by_side(single, work)) as results:
+                yield from results
+            for part in shared:
+                yield from zip(part, self._attempt(part, work), strict=True)
+
+    def _side_by_side(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
+        """One thread for each matrix; those for which the others left no memory come again, one at a time."""
+
+        def attempt(i: int) -> R | None:
+            try:
+                return self._attempt([i], work)[0]
+            except ComputeError as error:
+                if not is_out_of_memory(error.__cause__):
+                    raise
+                return None
+
+        crowded: list[int] = []
+        with contextlib.closing(each_on_one_thread(attempt, positions)) as results:
+            for i, found in results:
+                if found is None:
+                    crowded.append(i)
+                else:
+                    yield i, found
+        for i in crowded:
+            yield from each_on_one_thread(lambda i: self._attempt([i], work)[0], [i])
+
+    def _divide(self, wave: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+        """On a CPU the small matrices by themselves, for one thread each, and the large ones one by one."""
+        if not self._backend_for(self._where(self._matrices[wave[0]])).side_by_side:
+            return [], [list(wave)]
+        single = [i for i in wave if fits_one_thread(self._matrices[i].shape)]
+        large = [[i] for i in wave if not fits_one_thread(self._matrices[i].shape)]
+        return sorted(
+            single, key=lambda i: operations(self._matrices[i].shape), reverse=True
+        ), large  # the longest first: no core waits at the end
+
+    def _attempt(self, wave: Sequence[int], work: Work[R]) -> list[R]:
+        """One wave; when memory runs out, in halves."""
+        matrices = [self._matrices[i] for i in wave]
+        try:
+            with undisturbed_thread():
+                return work(self._backend_for(self._where(matrices[0])), [m.load() for m in matrices])
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) and not isinstance(error, LINALG_ERROR):
+                raise
+            if len(wave) == 1:
+                raise _failure(matrices[0], error) from error
+            log.info("a wave of %d matrices failed (%s); trying halves", len(wave), error)
+        half = len(wave) // 2
+        return self._attempt(wave[:half], work) + self._attempt(wave[half:], work)
+
+    def _waves(self, positions: Sequence[int]) -> Iterator[list[int]]:
+        by_device: dict[torch.device, list[int]] = {}
+        for i in positions:
+            by_device.setdefault(self._where(self._matrices[i]), []).append(i)
+        for device, chosen in by_device.items():
+            backend = self._backend_for(device)
+            budget = self._budget or default_budget(device)
+            yield from cut(chosen, lambda i, b=backend: self._need(i, b), budget)  # type: ignore[misc]
+
+    def _need(self, position: int, backend: Backend) -> int:
+        matrix = self._matrices[position]
+        tall = (max(matrix.shape), min(matrix.shape))
+        moved = 0 if matrix.device == backend.device and self._in_memory else matrix.nbytes
+        return backend.workspace(tall, matrix.dtype) + moved
+
+    def _where(self, matrix: Matrix) -> torch.device:
+        if self._device is not None:
+            return self._device
+        if matrix.device.type not in ("cpu", "meta"):
+            return matrix.device if matrix.device.type != "mps" else torch.device("cpu")  # MPS has no float64
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else matrix.device
+
+    def _backend_for(self, device: torch.device) -> Backend:
+        if device not in self._backends:
+            self._backends[device] = get_backend(self._name, device)
+        return self._backends[device]
+
+
+def _failure(matrix: Matrix, error: Exception) -> ComputeError:
+    what = "there is not enough memory for" if is_out_of_memory(error) else f"a library routine failed ({error}) on"
+    return ComputeError(
+        f"{what} {matrix.key!r} of shape {tuple(matrix.shape)}, {matrix.dtype}: "
+        f"free memory, use another device, or leave it out with exclude={matrix.name!r}"
+    )
