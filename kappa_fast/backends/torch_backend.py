@@ -55,7 +55,7 @@ class TorchBackend:
         return (28 * n * n) if m == n else 8 * (n * n + 2 * m * n)
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
-        return [_prepare(weight.detach().to(self.device)) for weight in weights]
+        return [prepare_one(weight.detach().to(self.device)) for weight in weights]
 
     def gram(self, operands: Sequence[Operand], dtype: torch.dtype, chunk: int | None = None) -> list[Tensor]:
         return [_gram(a.tensor, dtype, chunk) for a in operands]
@@ -197,7 +197,8 @@ def _thin_svd(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q @ u, s, vh.T
 
 
-def _prepare(weight: Tensor) -> Operand:
+def prepare_one(weight: Tensor) -> Operand:
+    """Backend.prepare for one weight that is on the device."""
     if weight.dtype.itemsize == 1:  # float8 has no arithmetic of its own; bfloat16 holds every float8 value
         weight = weight.to(torch.bfloat16)
     rows, columns = weight.shape
@@ -290,7 +291,7 @@ def _factor(a: Tensor, rung: Rung) -> Any:
 
 def _product(rung: Rung, f: Any, x: Tensor) -> Tensor:
     if rung.kind == "lu":
-        a = f[0] if x.dtype == rung.dtype else f[3]  # column-major, see _prepare
+        a = f[0] if x.dtype == rung.dtype else f[3]  # column-major, see prepare_one
         return a.T @ (x.T @ a.T).T
     return f @ (x.T @ f).T  # L^T x as a product from the left: 0.8 ms instead of 1.4 at 2048
 

@@ -1,26 +1,30 @@
-"""The Triton backend: the heavy operations on a wave as a handful of launches, whatever the number of matrices.
+"""The Triton backend: every operation on a wave as a handful of launches, whatever the number of matrices.
 
-Gram matrices, Cholesky factors, products and solves with them and products with the weights run in kernels/. The small
-operations of the Krylov steps, the proofs, and rungs that these kernels do not climb are still torch's, one matrix
-after the other. Float64 weights are torch's altogether: four slices hold 28 bits.
+The proofs and the rungs that these kernels do not climb are torch's, one matrix after the other: few matrices get
+there. Float64 weights are torch's altogether: four slices hold 28 bits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..errors import BackendError
-from .base import Extension, Factors, Operand, Panel, Ritz, Rung, Tensor
-from .torch_backend import SLENDER, TorchBackend
+from .base import DROP, Extension, Factors, Operand, Panel, Ritz, Rung, Tensor
+from .torch_backend import SAFE, SLENDER, TorchBackend, prepare_one
 
 if TYPE_CHECKING:
     from kappa_fast.kernels.apply import Blocks
     from kappa_fast.kernels.cholesky import Factored
+    from kappa_fast.kernels.panel import Rows
     from kappa_fast.kernels.problems import Problems
+    from kappa_fast.kernels.ritz import Tridiagonal
     from kappa_fast.kernels.triangular import Members
 
 # Names say where the Gram matrix comes from; its factor is float64 in every case.
@@ -78,11 +82,28 @@ class TritonBackend:
         return (first, SLICES[3], *rest)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Beside the Gram matrix, the inverses of its diagonal tiles and the slices, blocks of 16 columns: Krylov bases
+        of 32 blocks at most, and three images. Higher rungs take more, one matrix at a time."""
         m, n = shape
-        return max(self._torch.workspace(shape, dtype), 9 * n * n + max(SLICES) * (m + 128) * n)
+        slices = [KINDS[rung.kind] for rung in self.rungs(shape, dtype) if rung.kind in KINDS]
+        if not slices:
+            return self._torch.workspace(shape, dtype)
+        return 8 * n * (n + 80) + max(slices) * (m + 128) * n + 8 * LANES * (40 * n + 3 * m)
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
-        return self._torch.prepare(weights)
+        """One launch per storage class and one read for all peaks; what must be scaled goes through torch."""
+        from kappa_fast.kernels.problems import supported
+
+        moved = [weight.detach().to(self.device) for weight in weights]
+        narrow = [i for i, weight in enumerate(moved) if supported(weight.dtype) and weight.numel()]
+        peaks = _peaks([_tall(moved[i]) for i in narrow]) if narrow else []
+        found = dict(zip(narrow, peaks, strict=True))
+        return [self._operand(weight, found.get(i)) for i, weight in enumerate(moved)]
+
+    def _operand(self, weight: Tensor, peak: float | None) -> Operand:
+        if peak is None or (math.isfinite(peak) and peak > 0 and abs(math.frexp(peak)[1]) > SAFE):
+            return prepare_one(weight)
+        return Operand(_tall(weight), 0, math.isfinite(peak), peak)
 
     def gram(self, operands: Sequence[Operand], dtype: torch.dtype, chunk: int | None = None) -> list[Tensor]:
         return self._torch.gram(operands, dtype, chunk)
@@ -143,28 +164,135 @@ class TritonBackend:
         return Panel(image[:, : blocks.width], tuple(a.shape[0] for a in operands)), squares.sqrt()
 
     def normal(self, operands: Sequence[Operand], blocks: Panel) -> Panel:
-        return self._torch.normal(operands, blocks)
+        from kappa_fast.kernels.apply import times, transposed_times
+        from kappa_fast.kernels.problems import Problems, supported
+
+        if not all(supported(a.tensor.dtype) for a in operands):
+            return self._torch.normal(operands, blocks)
+        problems = Problems.of([a.tensor for a in operands])
+        places = _blocks(problems, range(len(operands)))
+        image, _ = times(problems, places, _padded(blocks.to(torch.float64)))
+        return _cut(transposed_times(problems, places, image), blocks).to(blocks.data.dtype)
 
     def orthonormalize(self, blocks: Panel) -> Panel:
-        return self._torch.orthonormalize(blocks)
+        from kappa_fast.kernels.orthogonal import orthonormalized
+
+        rows = self._rows(blocks)
+        limits = torch.zeros(rows.members, dtype=torch.float64, device=self.device)
+        return _cut(orthonormalized(rows, _padded(blocks.to(torch.float64)), limits)[0], blocks).to(blocks.data.dtype)
 
     def extend(self, bases: Panel, blocks: Panel, scale: Tensor) -> Extension:
-        return self._torch.extend(bases, blocks, scale)
+        """Gram-Schmidt twice before and once after two passes of orthonormalization: what these brought up from the
+        size of rounding carries as much of the basis. All in float64, whatever the blocks are stored in."""
+        from kappa_fast.kernels.orthogonal import identities, one_pass
+        from kappa_fast.kernels.panel import inner, subtract
+
+        rows, basis, new = self._rows(blocks), bases.data.to(torch.float64), _padded(blocks.to(torch.float64))
+        coefficients = torch.zeros((), dtype=torch.float64, device=self.device)
+        for _ in range(2):
+            part = inner(rows, basis, new)
+            new, coefficients = subtract(rows, basis, part, new), coefficients + part
+        scale = torch.maximum(scale, coefficients.abs().amax(dim=(1, 2)))
+        limits = DROP * float(torch.finfo(blocks.data.dtype).eps) / 2 * scale
+        coupling = identities(rows.members, self.device)
+        for _ in range(2):
+            new, coupling = one_pass(rows, new, limits, coupling)
+        new = subtract(rows, basis, inner(rows, basis, new), new)
+        new, coupling = one_pass(rows, new, limits, coupling)
+        b = blocks.width
+        return Extension(
+            coefficients[:, :, :b], _cut(new, blocks).to(blocks.data.dtype), coupling[:, :b, :b].contiguous(), scale
+        )
 
     def combine(self, bases: Panel, coefficients: Tensor) -> Panel:
-        return self._torch.combine(bases, coefficients)
+        from kappa_fast.kernels.panel import combine
+
+        data = combine(self._rows(bases), bases.data.to(torch.float64), coefficients.to(torch.float64))
+        return Panel(data, bases.rows).to(bases.data.dtype)
 
     def svd(self, blocks: Panel) -> tuple[Panel, Tensor, Tensor]:
-        return self._torch.svd(blocks)
+        from kappa_fast.kernels.orthogonal import orthonormalized
+        from kappa_fast.kernels.panel import combine
+        from kappa_fast.kernels.ritz import svd_in_batches
+
+        rows, b = self._rows(blocks), blocks.width
+        limits = torch.zeros(rows.members, dtype=torch.float64, device=self.device)
+        basis, coupling = orthonormalized(rows, _padded(blocks), limits)
+        u, s, v = svd_in_batches(coupling[:, :b, :b])
+        return Panel(combine(rows, basis[:, :b], u), blocks.rows), s, v
 
     def norms(self, blocks: Panel) -> Tensor:
-        return self._torch.norms(blocks)
+        from kappa_fast.kernels.panel import inner
+
+        data = blocks.data.to(torch.float64).contiguous()
+        parts = [inner(self._rows(blocks), x, x) for x in torch.split(data, LANES, dim=1)]
+        return torch.cat([part.diagonal(dim1=1, dim2=2) for part in parts], dim=1).sqrt()
 
     def ritz(self, columns: Sequence[Tensor], coupling: Tensor) -> Ritz:
-        return self._torch.ritz(columns, coupling)
+        if coupling.shape[1] != LANES:
+            return self._torch.ritz(columns, coupling)
+        from kappa_fast.kernels.ritz import Tridiagonal
+
+        return TridiagonalRitz(Tridiagonal.of(columns, coupling))
 
     def weighted_squares(self, operands: Sequence[Operand], left: Panel, right: Panel) -> Tensor:
-        return self._torch.weighted_squares(operands, left, right)
+        from kappa_fast.kernels.apply import squared_times
+        from kappa_fast.kernels.panel import inner
+        from kappa_fast.kernels.problems import Problems, supported
+
+        if not all(supported(a.tensor.dtype) for a in operands):
+            return self._torch.weighted_squares(operands, left, right)
+        problems = Problems.of([a.tensor for a in operands])
+        image = squared_times(problems, _blocks(problems, range(len(operands))), _padded(right))
+        sums = inner(self._rows(left), left.data, image[:, : left.width])
+        return sums.diagonal(dim1=1, dim2=2)
+
+    def _rows(self, blocks: Panel) -> Rows:
+        return _rows_of(blocks.rows, self.device)
+
+
+class TridiagonalRitz:
+    """base.Ritz by sections of intervals and inverse iteration, see kernels/ritz.py."""
+
+    def __init__(self, t: Tridiagonal) -> None:
+        from kappa_fast.kernels.ritz import largest_eigenvalue
+
+        self._t = t
+        self.theta = largest_eigenvalue(t)
+
+    def reach(self, gaps: Tensor) -> Tensor:
+        from kappa_fast.kernels.ritz import reach
+
+        return reach(self._t, self.theta[:, None] * (1 + gaps))
+
+    def vectors(self, count: int) -> Tensor:
+        from kappa_fast.kernels.ritz import leading_vectors
+
+        return leading_vectors(self._t, self.theta)[:, :, -count:]
+
+
+@lru_cache(maxsize=32)  # the same members take part in several calls of a step
+def _rows_of(counts: tuple[int, ...], device: torch.device) -> Rows:
+    from kappa_fast.kernels.panel import Rows
+
+    return Rows.of(np.array(counts), device)
+
+
+def _tall(weight: Tensor) -> Tensor:
+    return weight.T if weight.shape[0] < weight.shape[1] else weight
+
+
+def _peaks(tall: Sequence[Tensor]) -> list[float]:
+    """The largest absolute entry of every matrix, inf or nan if it has such; one read."""
+    from kappa_fast.kernels.problems import Problems
+    from kappa_fast.kernels.quantize import column_peaks
+
+    problems = Problems.of(tall)
+    owner = torch.from_numpy(np.repeat(np.arange(len(tall)), problems.n)).to(problems.device)
+    bits = torch.zeros(len(tall), dtype=torch.int32, device=problems.device)
+    bits.scatter_reduce_(0, owner, column_peaks(problems), "amax")
+    peaks: list[float] = bits.view(torch.float32).tolist()
+    return peaks
 
 
 def _fits(tensor: Tensor, rung: Rung) -> bool:

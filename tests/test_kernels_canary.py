@@ -1,0 +1,122 @@
+"""Under the interpreter, the canaries pass as the kernels are, and each one of them dies of what it is there for."""
+
+import pytest
+import torch
+
+from kappa_fast.kernels import apply, canary, cholesky, gram, orthogonal, panel, quantize, ritz, triangular
+from kappa_fast.kernels.canary import CanaryError, check_device, check_storage
+from kappa_fast.kernels.problems import INNER_COLUMNS, INNER_NONE, INNER_ROWS, Storage, storages
+
+CPU = torch.device("cpu")
+SIXTEEN = Storage(torch.bfloat16, INNER_COLUMNS, True)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Neither what passed before nor what is broken here is remembered."""
+    yield
+    check_device.cache_clear()
+    check_storage.cache_clear()
+
+
+@pytest.mark.slow
+def test_every_kernel_passes_on_a_sound_device():
+    check_device(CPU)
+
+
+CLASSES = [
+    SIXTEEN,
+    Storage(torch.float32, INNER_ROWS, False),
+    Storage(torch.float8_e4m3fn, INNER_NONE, False),
+]
+
+
+@pytest.mark.parametrize("storage", CLASSES, ids=str)
+def test_storage_classes_pass_on_a_sound_device(storage):
+    check_storage(CPU, storage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", [s for s in storages() if s not in CLASSES], ids=str)
+def test_the_other_storage_classes_pass_too(storage):
+    check_storage(CPU, storage)
+
+
+@pytest.mark.parametrize("storage", storages(), ids=str)
+def test_a_canary_is_of_the_class_it_stands_for(storage):
+    for m, n in ((208, 144), (160, 48)):
+        made = canary._stored(storage, m, n)
+        laid_out = canary._laid_out(made, storage)
+        assert Storage.of(laid_out) == storage
+        assert torch.equal(laid_out.float(), made.float())
+
+
+def off(module, name, monkeypatch, which=None):
+    """The launcher's result, or one of its tensors, is wrong by one part in a hundred million."""
+    original = getattr(module, name)
+
+    def launcher(*arguments):
+        found = original(*arguments)
+        tensor = found if which is None else getattr(found, which) if isinstance(which, str) else found[which]
+        tensor *= 1 + 1e-8
+        return found
+
+    monkeypatch.setattr(module, name, launcher)
+
+
+@pytest.mark.parametrize("name", ["times", "transposed_times", "squared_times"])
+def test_a_product_with_the_weights_that_is_a_little_wrong_is_found(name, monkeypatch):
+    off(apply, name, monkeypatch, 0 if name == "times" else None)
+    with pytest.raises(CanaryError, match=rf"^{name} of Storage\(dtype=torch.bfloat16.* is off by \d.*e-\d+ on cpu"):
+        check_storage(CPU, SIXTEEN)
+
+
+def test_a_column_that_is_not_seen_is_found(monkeypatch):
+    original = quantize.column_peaks
+    monkeypatch.setattr(quantize, "column_peaks", lambda p: original(p) // 2)
+    with pytest.raises(CanaryError, match=r"^column_peaks is off"):
+        check_storage(CPU, SIXTEEN)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("gram_of_slices", "gram_of_slices, 2 slices"), ("gram_of_weights", "gram_of_weights")]
+)
+def test_a_gram_matrix_that_is_wrong_is_found(name, what, monkeypatch):
+    original = getattr(gram, name)
+    monkeypatch.setattr(gram, name, lambda *arguments: original(*arguments) * 1.05)
+    with pytest.raises(CanaryError, match=f"^{what} of Storage"):
+        check_storage(CPU, SIXTEEN)
+
+
+def test_slices_that_hold_too_little_are_found(monkeypatch):
+    original = quantize.quantize
+
+    def coarse(problems, peaks, slices):
+        found = original(problems, peaks, slices)
+        return quantize.Slices(found.data, found.peaks, found.residual + 1)
+
+    monkeypatch.setattr(quantize, "quantize", coarse)
+    with pytest.raises(CanaryError, match="quantize leaves out too much on cpu"):
+        check_storage(CPU, SIXTEEN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name", "which"),
+    [
+        (cholesky, "cholesky", "packed"),
+        *(
+            (triangular, name, None)
+            for name in ("lower_product", "transposed_product", "forward_solve", "backward_solve")
+        ),
+        *((panel, name, None) for name in ("inner", "combine", "subtract")),
+        (orthogonal, "orthonormalized", 0),
+        (ritz, "largest_eigenvalue", None),
+        (ritz, "reach", None),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_kernel_that_knows_no_dtype_and_is_a_little_wrong_is_found(module, name, which, monkeypatch):
+    off(module, name, monkeypatch, which)
+    with pytest.raises(CanaryError, match=f"^{name} is off"):
+        check_device(CPU)

@@ -1,0 +1,136 @@
+"""Under the interpreter, eigenvalues and resolvents of block tridiagonal operators are those of dense algebra."""
+
+import math
+
+import pytest
+import torch
+from spectra import gaussian
+
+from kappa_fast.backends.torch_backend import DenseRitz
+from kappa_fast.kernels.ritz import (
+    Tridiagonal,
+    eigh_in_batches,
+    largest_eigenvalue,
+    leading_vectors,
+    reach,
+    svd_in_batches,
+)
+
+N = 160
+SPECTRA = {
+    "even": torch.linspace(0.01, 1, N, dtype=torch.float64),
+    "steep": torch.logspace(-8, 6, N, dtype=torch.float64),
+    "crowded": 5 + torch.linspace(0, 1e-3, N, dtype=torch.float64),
+    "lonely": torch.cat([torch.ones(N - 1, dtype=torch.float64), torch.tensor([1e7], dtype=torch.float64)]),
+}
+
+
+def lanczos(values, blocks, seed):
+    """Block columns of T and the coupling, by block Lanczos with full orthogonalization."""
+    q = torch.linalg.qr(gaussian(N, N, seed)).Q
+    h = q @ torch.diag(values) @ q.T
+    block = torch.linalg.qr(gaussian(N, 16, seed + 1)).Q
+    basis, columns = block, []
+    for _ in range(blocks):
+        image = h @ block
+        first = basis.T @ image
+        image = image - basis @ first
+        second = basis.T @ image
+        columns.append(first + second)
+        block, coupling = torch.linalg.qr(image - basis @ second)
+        basis = torch.cat([basis, block], dim=1)
+    return columns, coupling
+
+
+def a_wave(blocks, names=tuple(SPECTRA)):
+    made = [lanczos(SPECTRA[name], blocks, seed) for seed, name in enumerate(names)]
+    columns = [torch.stack(parts) for parts in zip(*(columns for columns, _ in made), strict=True)]
+    return columns, torch.stack([coupling for _, coupling in made])
+
+
+def dense(t):
+    """T as (w, k, k)."""
+    w, blocks = t.members, t.blocks
+    full = torch.zeros((w, 16 * blocks, 16 * blocks), dtype=torch.float64)
+    for j in range(blocks):
+        here = slice(16 * j, 16 * j + 16)
+        full[:, here, here] = t.diagonal[:, j]
+        if j + 1 < blocks:
+            after = slice(16 * j + 16, 16 * j + 32)
+            full[:, here, after], full[:, after, here] = t.upper[:, j], t.upper[:, j].mT
+    return full
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_theta_is_an_upper_bound_of_the_largest_eigenvalue_to_ten_digits(blocks):
+    t = Tridiagonal.of(*a_wave(blocks))
+    exact = torch.linalg.eigvalsh(dense(t))[:, -1]
+    error = largest_eigenvalue(t) / exact - 1
+    assert float(error.min()) > -1e-14
+    assert float(error.max()) < 1e-10
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_reach_is_the_last_row_of_the_resolvent(blocks):
+    t = Tridiagonal.of(*a_wave(blocks))
+    theta = largest_eigenvalue(t)
+    gaps = torch.tensor([1e-6, 1e-3, 0.1, 1.0, 30.0], dtype=torch.float64).expand(t.members, -1)
+    values = theta[:, None] * (1 + gaps)
+    found = reach(t, values)
+    for i, full in enumerate(dense(t)):
+        for value, got in zip(values[i], found[i].tolist(), strict=True):
+            shifted = value * torch.eye(len(full), dtype=torch.float64) - full
+            start = torch.eye(len(full), 16, dtype=torch.float64)
+            want = float(torch.linalg.matrix_norm(t.coupling[i] @ torch.linalg.solve(shifted, start)[-16:]))
+            assert got == pytest.approx(want, rel=1e-6, abs=1e-11 * want + 1e-17)
+
+
+def test_many_values_take_several_programs_and_one_below_the_spectrum_is_not_a_number():
+    t = Tridiagonal.of(*a_wave(2, ("even",)))
+    theta = float(largest_eigenvalue(t))
+    values = torch.linspace(1.01, 3, 37, dtype=torch.float64)[None] * theta
+    found = reach(t, values)
+    assert torch.equal(found[:, ::9], reach(t, values[:, ::9].contiguous()))
+    assert (found[0, :-1] > found[0, 1:]).all()
+    assert math.isnan(float(reach(t, torch.tensor([[0.9 * theta]], dtype=torch.float64))))
+
+
+def test_leading_vectors_are_orthonormal_and_hold_those_of_dense_algebra():
+    columns, coupling = a_wave(3)
+    t = Tridiagonal.of(columns, coupling)
+    found = leading_vectors(t, largest_eigenvalue(t))
+    want = DenseRitz(columns, coupling).vectors(16)
+    assert float((found.mT @ found - torch.eye(16)).abs().max()) < 1e-13
+    for name, x, y in zip(SPECTRA, found, want, strict=True):
+        assert abs(float(x[:, -1] @ y[:, -1])) == pytest.approx(1, abs=1e-3 if name == "crowded" else 1e-6), name
+        lost = 1 - torch.linalg.vector_norm(x.T @ y[:, -4:], dim=0)
+        assert float(lost.max()) < 5e-2, name
+
+
+def test_what_is_not_finite_has_no_eigenvalue_and_harms_no_other():
+    columns, coupling = a_wave(2, ("even", "steep"))
+    columns[1][0, 3, 2] = math.nan
+    t = Tridiagonal.of(columns, coupling)
+    theta = largest_eigenvalue(t)
+    assert math.isnan(float(theta[0]))
+    alone = Tridiagonal.of([c[1:] for c in columns], coupling[1:])
+    assert torch.equal(theta[1:], largest_eigenvalue(alone))
+    assert torch.equal(leading_vectors(t, theta)[1:], leading_vectors(alone, theta[1:]))
+
+
+def test_a_negative_operator_has_no_largest_eigenvalue_to_speak_of():
+    columns, coupling = a_wave(1, ("even",))
+    assert math.isnan(float(largest_eigenvalue(Tridiagonal.of([-columns[0]], coupling))))
+
+
+def test_batches_of_the_library_leave_out_what_is_not_finite():
+    matrices = torch.stack([gaussian(16, 16, 1), gaussian(16, 16, 2)])
+    matrices = matrices + matrices.mT
+    broken = matrices.clone()
+    broken[0, 0, 0] = math.inf
+    values, vectors = eigh_in_batches(broken)
+    assert torch.allclose(vectors[1] @ torch.diag(values[1]) @ vectors[1].T, matrices[1])
+    assert not vectors[0].any()
+    u, s, v = svd_in_batches(broken)
+    assert torch.allclose(u[1] @ torch.diag(s[1]) @ v[1].T, matrices[1])
+    assert s[0].isnan().all()
