@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 
 from .backends import Backend, get_backend
-from .errors import ComputeError
+from .errors import BackendError, ComputeError, KappaError
 from .sources.base import Matrix, Source
+from .staging import Staged, one_ahead
 from .undisturbed import undisturbed_thread
 from .waves import cut, default_budget, is_out_of_memory
 from .workers import each_on_one_thread, fits_one_thread
@@ -52,13 +53,26 @@ class Executor:
         return sorted({str(device) for device in self._backends})
 
     def results(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
-        """``work`` on every matrix, wave by wave."""
-        for wave in self._waves(positions):
-            single, shared = self._divide(wave)
+        """``work`` on every matrix, wave by wave; an accelerator gets the next wave while it works on this one."""
+        for device, waves in self._waves(positions):
+            if self._backend_for(device).side_by_side:
+                yield from self._on_cores(waves, work)
+                continue
+            with contextlib.closing(one_ahead(waves, self._matrices_of, device)) as staged:
+                for wave, weights in staged:
+                    yield from zip(wave, self._attempt(wave, work, weights), strict=True)
+
+    def _on_cores(self, waves: Iterable[list[int]], work: Work[R]) -> Generator[tuple[int, R], None, None]:
+        """On a CPU the small matrices by themselves, for one thread each, and the large ones one by one."""
+        for wave in waves:
+            single = [i for i in wave if fits_one_thread(self._matrices[i].shape)]
+            # The longest first, so that no core waits at the end.
+            single.sort(key=lambda i: operations(self._matrices[i].shape), reverse=True)
             with contextlib.closing(self._side_by_side(single, work)) as results:
                 yield from results
-            for part in shared:
-                yield from zip(part, self._attempt(part, work), strict=True)
+            for i in wave:
+                if not fits_one_thread(self._matrices[i].shape):
+                    yield i, self._attempt([i], work)[0]
 
     def _side_by_side(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
         """One thread for each matrix; those for which the others left no memory come again, one at a time."""
@@ -81,45 +95,57 @@ class Executor:
         for i in crowded:
             yield from each_on_one_thread(lambda i: self._attempt([i], work)[0], [i])
 
-    def _divide(self, wave: Sequence[int]) -> tuple[list[int], list[list[int]]]:
-        """On a CPU the small matrices by themselves, for one thread each, and the large ones one by one."""
-        if not self._backend_for(self._where(self._matrices[wave[0]])).side_by_side:
-            return [], [list(wave)]
-        single = [i for i in wave if fits_one_thread(self._matrices[i].shape)]
-        large = [[i] for i in wave if not fits_one_thread(self._matrices[i].shape)]
-        return sorted(
-            single, key=lambda i: operations(self._matrices[i].shape), reverse=True
-        ), large  # the longest first: no core waits at the end
-
-    def _attempt(self, wave: Sequence[int], work: Work[R]) -> list[R]:
-        """One wave; when memory runs out, in halves."""
-        matrices = [self._matrices[i] for i in wave]
+    def _attempt(self, wave: Sequence[int], work: Work[R], staged: Staged | None = None) -> list[R]:
+        """One wave; when memory runs out, in halves; when Triton fails, with torch if that is left to us."""
+        matrices = self._matrices_of(wave)
+        place = self._where(matrices[0])
+        backend = self._backend_for(place)
+        half = len(wave) // 2
         try:
             with undisturbed_thread():
-                return work(self._backend_for(self._where(matrices[0])), [m.load() for m in matrices])
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) and not isinstance(error, LINALG_ERROR):
+                weights = staged.ready() if staged and staged.weights else [m.load() for m in matrices]
+                return work(backend, weights)
+        except Exception as error:
+            if is_out_of_memory(error) or isinstance(error, LINALG_ERROR):
+                if len(wave) == 1:
+                    raise _failure(matrices[0], error) from error
+                log.info("a wave of %d matrices failed (%s); trying halves", len(wave), error)
+            elif backend.name == "triton" and not isinstance(error, KappaError):
+                self._give_up(place, error)
+                half = 0
+            else:
                 raise
-            if len(wave) == 1:
-                raise _failure(matrices[0], error) from error
-            log.info("a wave of %d matrices failed (%s); trying halves", len(wave), error)
-        half = len(wave) // 2
-        return self._attempt(wave[:half], work) + self._attempt(wave[half:], work)
+        return (self._attempt(wave[:half], work) if half else []) + self._attempt(wave[half:], work)
 
-    def _waves(self, positions: Sequence[int]) -> Iterator[list[int]]:
+    def _give_up(self, device: torch.device, error: Exception) -> None:
+        """A kernel did not compile, did not start, or computed something else than it should."""
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if self._name != "auto":
+            raise BackendError(
+                f"backend={self._name!r} failed on {device} ({reason}): use backend='auto' or backend='torch'"
+            ) from error
+        log.warning("backend='triton' failed on %s (%s): going on with backend='torch'", device, reason)
+        self._backends[device] = get_backend("torch", device)
+
+    def _matrices_of(self, wave: Sequence[int]) -> list[Matrix]:
+        return [self._matrices[i] for i in wave]
+
+    def _waves(self, positions: Sequence[int]) -> Iterator[tuple[torch.device, Iterator[list[int]]]]:
+        """The waves of every device."""
         by_device: dict[torch.device, list[int]] = {}
         for i in positions:
             by_device.setdefault(self._where(self._matrices[i]), []).append(i)
         for device, chosen in by_device.items():
             backend = self._backend_for(device)
             budget = self._budget or default_budget(device)
-            yield from cut(chosen, lambda i, b=backend: self._need(i, b), budget)  # type: ignore[misc]
+            yield device, cut(chosen, lambda i, b=backend: self._need(i, b), budget)  # type: ignore[misc]
 
     def _need(self, position: int, backend: Backend) -> int:
         matrix = self._matrices[position]
         tall = (max(matrix.shape), min(matrix.shape))
         moved = 0 if matrix.device == backend.device and self._in_memory else matrix.nbytes
-        return backend.workspace(tall, matrix.dtype) + moved
+        ahead = 1 if backend.side_by_side else 2  # the next wave comes in while this one is there
+        return backend.workspace(tall, matrix.dtype) + ahead * moved
 
     def _where(self, matrix: Matrix) -> torch.device:
         if self._device is not None:

@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 LARGEST_DEFAULT = 1 << 30  # or SHARE for each thread: on a CPU a wave only has to keep all cores busy
 SHARE = 256 << 20
+# Of torch on the CPU, of a launch that Triton makes, of the libraries beside torch.
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "_alloc_failed")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -70,4 +72,4 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in _NO_MEMORY)

@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import one_thread, weights
 
-from kappa_fast import ComputeError, OptionError, pipeline, waves
+from kappa_fast import ComputeError, OptionError, execution, pipeline, waves
 from kappa_fast.backends import get_backend
 from kappa_fast.backends.torch_backend import TorchBackend
-from kappa_fast.execution import Executor
 from kappa_fast.pipeline import rank
 from kappa_fast.waves import cut, default_budget, is_out_of_memory, parse_bytes
 
@@ -137,7 +136,7 @@ NO_CONVERGENCE = lambda: torch.linalg.LinAlgError("linalg.svd: did not converge"
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whole waves go to the backend at once, as on an accelerator."""
-    monkeypatch.setattr(Executor, "_divide", lambda _, wave: ([], [list(wave)]))
+    monkeypatch.setattr(TorchBackend, "side_by_side", False)
     with one_thread():
         yield
 
@@ -232,13 +231,14 @@ def test_any_other_failure_comes_through_as_it_is(work, monkeypatch):
 
 
 def waves_of(source: dict[str, torch.Tensor], budget: int | str, monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
-    original, found = Executor._divide, list[list[Any]]()
+    original, found = execution.cut, list[list[Any]]()
 
-    def divide(executor: Any, wave: Sequence[int]) -> Any:
-        found.append([executor._matrices[i].shape for i in wave])
-        return original(executor, wave)
+    def cut(*arguments: Any) -> Iterator[Any]:
+        for wave in original(*arguments):
+            found.append(wave)
+            yield wave
 
-    monkeypatch.setattr(Executor, "_divide", divide)
+    monkeypatch.setattr(execution, "cut", cut)
     rank(source, memory_budget=budget)
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from ..errors import BackendError
@@ -9,14 +11,22 @@ from .base import Backend
 
 __all__ = ["Backend", "get_backend"]
 
+log = logging.getLogger("kappa_fast")
+
 
 def get_backend(name: str, device: torch.device) -> Backend:
-    """The backend called ``name`` on ``device``; "auto" takes the best one there is.
+    """The backend called ``name`` on ``device``; "auto" takes the best one there is and says so where it is not Triton.
 
     Raises:
         BackendError: the name is unknown, or the backend cannot work on this device.
     """
-    if name in ("auto", "torch"):
+    if name == "auto":
+        try:
+            return get_backend(preferred(device), device)
+        except BackendError as error:
+            log.warning("%s: going on with backend='torch'", error)
+            name = "torch"
+    if name == "torch":
         from .torch_backend import TorchBackend
 
         return TorchBackend(device)
@@ -25,3 +35,8 @@ def get_backend(name: str, device: torch.device) -> Backend:
 
         return TritonBackend(device)
     raise BackendError(f"backend={name!r} is unknown; choose 'auto', 'torch' or 'triton'")
+
+
+def preferred(device: torch.device) -> str:
+    """What "auto" tries first."""
+    return "triton" if device.type == "cuda" else "torch"

@@ -180,7 +180,10 @@ class Backend(Protocol):
 
     name: str
     device: torch.device
-    side_by_side: bool  # whether a matrix is best worked on alone, by one thread of many, rather than in a wave
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether a matrix is best worked on alone, by one thread of many, rather than in a wave."""
 
     def rungs(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Rung, ...]:
         """The ladder for matrices of this shape (m, n), m >= n, and storage dtype, cheapest first."""

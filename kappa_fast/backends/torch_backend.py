@@ -40,7 +40,10 @@ class TorchBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.side_by_side = device.type == "cpu"
+
+    @property
+    def side_by_side(self) -> bool:
+        return self.device.type == "cpu"
 
     def rungs(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Rung, ...]:
         m, n = shape

@@ -91,14 +91,29 @@ class TritonBackend:
         return 8 * n * (n + 80) + max(slices) * (m + 128) * n + 8 * LANES * (40 * n + 3 * m)
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
-        """One launch per storage class and one read for all peaks; what must be scaled goes through torch."""
-        from kappa_fast.kernels.problems import supported
+        """One launch per storage class and one read for all peaks; what must be scaled goes through torch.
+
+        The first thing that happens to any wave, so kernels are checked here before they are trusted with it.
+        """
+        from kappa_fast.kernels.problems import Problems, supported
 
         moved = [weight.detach().to(self.device) for weight in weights]
         narrow = [i for i, weight in enumerate(moved) if supported(weight.dtype) and weight.numel()]
-        peaks = _peaks([_tall(moved[i]) for i in narrow]) if narrow else []
-        found = dict(zip(narrow, peaks, strict=True))
+        found: dict[int, float] = {}
+        if narrow:
+            problems = Problems.of([_tall(moved[i]) for i in narrow])
+            self._trust(problems)
+            found = dict(zip(narrow, _peaks(problems), strict=True))
         return [self._operand(weight, found.get(i)) for i, weight in enumerate(moved)]
+
+    def _trust(self, problems: Problems) -> None:
+        """Raises CanaryError where a kernel that this wave needs computes something else than it should."""
+        from kappa_fast.kernels.canary import check_device, check_storage
+
+        if self.device.type == "cuda":  # the interpreter computes what numpy computes
+            check_device(self.device)
+            for storage in problems.classes():
+                check_storage(self.device, storage)
 
     def _operand(self, weight: Tensor, peak: float | None) -> Operand:
         if peak is None or (math.isfinite(peak) and peak > 0 and abs(math.frexp(peak)[1]) > SAFE):
@@ -282,14 +297,12 @@ def _tall(weight: Tensor) -> Tensor:
     return weight.T if weight.shape[0] < weight.shape[1] else weight
 
 
-def _peaks(tall: Sequence[Tensor]) -> list[float]:
+def _peaks(problems: Problems) -> list[float]:
     """The largest absolute entry of every matrix, inf or nan if it has such; one read."""
-    from kappa_fast.kernels.problems import Problems
     from kappa_fast.kernels.quantize import column_peaks
 
-    problems = Problems.of(tall)
-    owner = torch.from_numpy(np.repeat(np.arange(len(tall)), problems.n)).to(problems.device)
-    bits = torch.zeros(len(tall), dtype=torch.int32, device=problems.device)
+    owner = torch.from_numpy(np.repeat(np.arange(len(problems.n)), problems.n)).to(problems.device)
+    bits = torch.zeros(len(problems.n), dtype=torch.int32, device=problems.device)
     bits.scatter_reduce_(0, owner, column_peaks(problems), "amax")
     peaks: list[float] = bits.view(torch.float32).tolist()
     return peaks
