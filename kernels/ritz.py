@@ -30,8 +30,7 @@ POINTS = 32 if INTERPRETED else 8
 # 9^-13, or 33^-8, of an interval that is about 48 eigenvalues long at first: 2e-11 of the eigenvalue.
 SECTIONS = 8 if INTERPRETED else 13
 WARPS = 4
-SHIFT = 1e-3  # relative distance from the largest eigenvalue of the shift of the inverse iteration
-SWEEPS = 3
+SHIFTS = (1e-2, 1e-4, 1e-7)  # relative distances from the largest eigenvalue of the inverse iteration, in turn
 
 
 @dataclass(frozen=True)
@@ -257,16 +256,16 @@ def reach(t: Tridiagonal, values: Tensor) -> Tensor:
 def leading_vectors(t: Tridiagonal, theta: Tensor) -> Tensor:
     """Orthonormal (w, 16 J, 16), vectors of the largest eigenvalues, ascending, by inverse iteration above ``theta``.
 
-    An eigenvalue at a relative distance g below the largest and the 17th at a distance h: their vectors mix by
-    ((SHIFT + g) / (SHIFT + h))^SWEEPS. The Rayleigh quotients of 16 x 16 are the library's.
+    An eigenvalue at a relative distance g below the largest and the 17th at a distance h: their vectors mix by the
+    product of (s + g) / (s + h) over the SHIFTS s. The Rayleigh quotients of 16 x 16 are the library's.
     """
     w, size = t.members, SIDE.value * t.blocks
     rows = Rows.of(np.full(w, size), theta.device)
     limits = torch.zeros_like(theta)
-    shifts = torch.where(torch.isfinite(theta), theta * (1 + SHIFT), 1.0)
     x = _start(size, theta.device).repeat(w, 1)
     inverses = torch.empty_like(x)
-    for _ in range(SWEEPS):
+    for distance in SHIFTS:
+        shifts = torch.where(torch.isfinite(theta), theta * (1 + distance), 1.0)
         _shifted_solve_kernel[(w,)](t.diagonal, t.upper, shifts, x, inverses, t.blocks, num_warps=1)
         x, _ = orthonormalized(rows, x, limits)
     image = torch.empty_like(x)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from launches import counted
 from spectra import gaussian
 
 from kappa_fast.kernels import gram as module
@@ -142,28 +143,17 @@ def test_products_of_float32_weights_are_refused():
         gram_of_weights(problems)
 
 
-def test_thirty_matrices_take_as_many_launches_as_three(monkeypatch):
-    launches = []
-
-    class Counted:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            launches.append(grid)
-            return self.kernel[grid]
-
-    for where, name in ((module, "_slices_kernel"), (module, "_weights_kernel"), (splits, "_add_parts_kernel")):
-        monkeypatch.setattr(where, name, Counted(getattr(where, name)))
-    counts = []
+def test_thirty_matrices_take_as_many_launches_as_three():
+    found = []
     for copies in (3, 30):
-        launches.clear()
-        matrices = [gaussian(40, 30, seed).bfloat16() for seed in range(copies)]
-        problems = Problems.of(matrices)
-        gram_of_slices(problems, quantize(problems, column_peaks(problems), 4))
-        gram_of_weights(problems)
-        counts.append(len(launches))
-    assert counts == [4, 4]
+        problems = Problems.of([gaussian(40, 30, seed).bfloat16() for seed in range(copies)])
+        slices = quantize(problems, column_peaks(problems), 4)
+        with counted() as launches:
+            gram_of_slices(problems, slices)
+            gram_of_weights(problems)
+        found.append(launches)
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
 
 
 def test_triangular_tiles_are_counted_with_the_diagonal():

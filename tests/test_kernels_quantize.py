@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from launches import counted
 from spectra import gaussian
 
 from kappa_fast.kernels.problems import PAD, Problems, Storage, to_device
@@ -200,29 +201,12 @@ def test_storage_tells_what_loads_can_be_vectors():
     assert Storage.of(dense[:, ::2]).inner == 2
 
 
-def test_hundreds_of_matrices_take_as_many_launches_as_three(monkeypatch):
-    from kappa_fast.kernels import quantize as module
-
-    launches = []
-    for name in ("_peaks_kernel", "_slices_kernel", "_sum_kernel"):
-        kernel = getattr(module, name)
-        monkeypatch.setattr(module, name, _Counted(kernel, launches))
-    counts = []
+def test_hundreds_of_matrices_take_as_many_launches_as_three():
     for copies in (3, 200):
-        launches.clear()
         problems = Problems.of([gaussian(5, 3, seed).float() for seed in range(copies)])
-        quantize(problems, column_peaks(problems), 2)
-        counts.append(len(launches))
-    assert counts[0] == counts[1] == 3
-
-
-class _Counted:
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        self.launches.append(grid)
-        return self.kernel[grid]
+        with counted() as launches:
+            quantize(problems, column_peaks(problems), 2)
+        assert launches == ["peaks", "slices", "sum"]
 
 
 def test_a_map_of_tiles_gives_every_matrix_its_own_and_the_longest_first():

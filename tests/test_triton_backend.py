@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launches import counted
 from safetensors.torch import load_file
 from spectra import gaussian, prescribed, trained_like
 
@@ -165,3 +166,43 @@ def test_trained_weights_get_what_torch_gives_within_the_intervals(dtype):
         assert entry.method.startswith(("slices", "weights16"))
         assert entry.lower <= theirs[entry.name].upper
         assert theirs[entry.name].lower <= entry.upper
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+def test_a_wave_of_eight_takes_as_many_launches_as_one_of_two():
+    found = []
+    for copies in (1, 4):
+        weights = [gaussian(60, 40, 1).bfloat16(), gaussian(33, 50, 2).float()] * copies
+        with counted() as launches:
+            resolve(TritonBackend(CPU), weights, Goal(1e-2))
+        found.append(launches)
+    assert found[0] == found[1]
+    assert len(found[0]) < 1000
+
+
+def ragged_experts(family):
+    """The experts of a tiny model, two in its first layer and one in its second, drawn independently."""
+    from test_sources_transformers import build
+
+    state = build(family).state_dict()
+    return {n: t[: 2 - ("layers.1" in n)].clone() for n, t in state.items() if t.ndim == 3 and "bias" not in n}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text"])
+def test_experts_of_every_family_get_what_torch_gives_however_waves_are_cut(family):
+    weights = ragged_experts(family)
+    ours = kappa_fast.rank(weights, backend="triton", progress=False)
+    theirs = {entry.key: entry for entry in kappa_fast.rank(weights, backend="torch", progress=False)}
+    assert {entry.key for entry in ours} == set(theirs)
+    assert len(ours) >= 3
+    for entry in ours:
+        kappa = exact(weights[entry.name][entry.index])
+        assert entry.lower <= kappa * (1 + 1e-9)
+        assert entry.upper >= kappa * (1 - 1e-9)
+        assert entry.lower <= theirs[entry.key].upper
+        assert theirs[entry.key].lower <= entry.upper
+    if family == "mixtral":
+        assert list(kappa_fast.rank(weights, backend="triton", progress=False, memory_budget=1)) == list(ours)
