@@ -69,7 +69,7 @@ def rank(
         fused: "split" ranks the parts of fused projections on their own, "stored" the tensor as it is.
         min_dim, max_dim: skip matrices whose smaller side is below, or whose larger side is above.
         device: where to compute; by default where the weights are, or the current CUDA device for weights on the CPU.
-        backend: "auto" or "torch".
+        backend: "auto" (Triton on a GPU, else torch), "torch" or "triton".
         memory_budget: bytes, or a text such as "2GB", that a wave may take beside the weights.
         cache, process_group: reserved; only None for now.
         progress: None for a bar on a terminal, True, False, or a callable that takes a Progress.
