@@ -1,20 +1,27 @@
-"""From the names of a ranking to the parameters of the model at hand."""
+"""From the names of a selection to the parameters of the model at hand."""
 
 from __future__ import annotations
 
+import difflib
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..entries import Index, TensorKappa
 from ..errors import OptionError
 from ..selection import Selection
 from ..sources.names import base_name
+from .pieces import Box, box_of, disjoint, index_of
 
-# What wrappers put before or between the words of a name.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What wrappers put before or between the words of a name: compile, DDP, FSDP, activation checkpointing, PEFT.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model)\."
+)
+SHOWN = 3  # differences that an error shows
 
 
 @dataclass(frozen=True)
@@ -36,38 +43,156 @@ class Target:
         """Whether all of the parameter is selected."""
         return self.indices == ((),)
 
+    @property
+    def numel(self) -> int:
+        """How many weights are selected."""
+        return (
+            self.parameter.numel() if self.whole else sum(box_of(i, self.parameter.shape).numel for i in self.indices)
+        )
+
 
 def plain_name(name: str) -> str:
-    """The name without the prefixes of compile, DDP, FSDP and activation checkpointing, and without PEFT's wrappers."""
+    """The name without what compile, DDP, FSDP, activation checkpointing and PEFT put around it."""
     return base_name(_WRAPPERS.sub("", name))
 
 
 def match(selection: Selection, model: nn.Module) -> list[Target]:
     """The parameters of ``model`` that ``selection`` names, in the order of ``named_parameters()``.
 
+    Names may be those of the model, with or without wrappers around it and the prefix of its base model, or those of a
+    checkpoint that transformers converts while loading. Names and shapes are checked, contents are not.
+
     Raises:
-        OptionError: the selection names a parameter that the model does not have, or one of another shape.
+        OptionError: the model lacks a parameter of the selection, or has it in another shape; an ``including`` pattern
+            matches nothing.  MissingExtraError: names of a checkpoint need transformers, which is not installed.
     """
-    parameters = dict(model.named_parameters())
-    by_plain = {plain_name(name): name for name in parameters}
-    entries: dict[str, list[TensorKappa]] = {}
+    names = _Names(model)
+    chosen: dict[str, list[tuple[Index, TensorKappa]]] = {}
+    unknown: list[TensorKappa] = []
     for entry in selection.entries:
-        found = next((by_plain[n] for n in map(plain_name, (entry.name, *entry.aliases)) if n in by_plain), None)
+        found = names.find((entry.name, *entry.aliases))
         if found is None:
-            raise OptionError(f"the model has no parameter {entry.name!r}: was the ranking made from another model?")
-        entries.setdefault(found, []).append(entry)
-    included = _matching(selection.include, parameters)
-    excluded = _matching(selection.exclude, parameters)
+            unknown.append(entry)
+        else:
+            chosen.setdefault(found, []).append((entry.index, entry))
+    if unknown:
+        _add_from_disk(model, names, unknown, chosen, len(selection.entries))
+    _check_shapes(names, chosen)
+    included, excluded = names.matching(selection.include), names.matching(selection.exclude)
+    for pattern in selection.include:
+        if not names.matching([pattern]):
+            raise OptionError(f"including({pattern!r}) matches no parameter of the model: {_some(names.parameters)}")
     targets = []
-    for name, parameter in parameters.items():
-        if name in excluded or not (name in entries or name in included):
+    for name, parameter in names.parameters.items():
+        if name in excluded or not (name in chosen or name in included):
             continue
-        chosen = tuple(entries.get(name, ()))
-        indices: tuple[Index, ...] = ((),) if name in included else tuple(entry.index for entry in chosen)
-        targets.append(Target(name, parameter, ((),) if () in indices else indices, chosen))
+        pairs = chosen.get(name, [])
+        boxes = [box_of(index, parameter.shape) for index, _ in pairs]
+        whole = name in included or not parameter.shape
+        indices = ((),) if whole else _indices(name, boxes, parameter.shape)
+        targets.append(Target(name, parameter, indices, tuple(entry for _, entry in pairs)))
     return targets
 
 
-def _matching(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
-    compiled = [re.compile(pattern) for pattern in patterns]
-    return {name for name in names if any(p.search(name) or p.search(plain_name(name)) for p in compiled)}
+class _Names:
+    """The parameters of a model, each under its first name, and all ways to call them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = dict(model.named_parameters())
+        first = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._first = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+        self._plain = {plain_name(name): canonical for name, canonical in self._first.items()}
+        bases = {getattr(module, "base_model_prefix", "") for module in model.modules()}
+        self._bases = sorted(base for base in bases if isinstance(base, str) and base)
+
+    def find(self, names: Iterable[str]) -> str | None:
+        """The parameter with one of these names, or the only one with it but for the prefix of a base model."""
+        plain = [plain_name(name) for name in names]
+        for name in plain:
+            if name in self._plain:
+                return self._plain[name]
+        longer = {f"{base}.{name}" for base in self._bases for name in plain}
+        shorter = {name.removeprefix(f"{base}.") for base in self._bases for name in plain}
+        found = {self._plain[name] for name in longer | shorter if name in self._plain}
+        return found.pop() if len(found) == 1 else None
+
+    def matching(self, patterns: Iterable[str]) -> set[str]:
+        """Parameters with a name, as it is or plain, that one of the patterns matches."""
+        compiled = [re.compile(pattern) for pattern in patterns]
+        return {
+            canonical
+            for name, canonical in self._first.items()
+            if any(pattern.search(name) or pattern.search(plain_name(name)) for pattern in compiled)
+        }
+
+
+def _add_from_disk(
+    model: nn.Module,
+    names: _Names,
+    unknown: Sequence[TensorKappa],
+    chosen: dict[str, list[tuple[Index, TensorKappa]]],
+    total: int,
+) -> None:
+    """Entries whose names are those of a checkpoint join the others."""
+    from .conversion import resolve_names
+
+    try:
+        places = resolve_names(model, {entry.name: entry.shape for entry in unknown})
+    except OptionError as error:
+        raise OptionError(f"{_missing(names, unknown, total)} ({error})") from error
+    for entry in unknown:
+        place = places.get(entry.name)
+        found = names.find((place.name,)) if place is not None else None
+        if place is None or found is None or (place.index and entry.index):
+            raise OptionError(_missing(names, [e for e in unknown if e.name not in places] or [entry], total))
+        chosen.setdefault(found, []).append((place.index or entry.index, entry))
+
+
+def _missing(names: _Names, unknown: Sequence[TensorKappa], total: int) -> str:
+    """What the ranking has and the model lacks, and what the model has that comes closest."""
+    lines = []
+    for entry in unknown[:SHOWN]:
+        close = difflib.get_close_matches(plain_name(entry.name), names.parameters, 1, 0.5)
+        lines.append(repr(entry.key) + (f" (the model has {close[0]!r})" if close else ""))
+    more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+    return (
+        f"the model lacks {len(unknown)} of the {total} selected matrices: {', '.join(lines)}{more}. "
+        f"It has {_some(names.parameters)}: was the ranking made from another model?"
+    )
+
+
+def _some(parameters: Iterable[str]) -> str:
+    found = list(parameters)
+    return ", ".join(map(repr, found[:SHOWN])) + (", ..." if len(found) > SHOWN else "") if found else "no parameters"
+
+
+def _check_shapes(names: _Names, chosen: dict[str, list[tuple[Index, TensorKappa]]]) -> None:
+    wrong = []
+    for name, pairs in chosen.items():
+        shape = names.parameters[name].shape
+        for index, entry in pairs:
+            if entry.numel and not _fits(shape, index, entry.shape):
+                wrong.append(f"{entry.key!r} is {tuple(entry.shape)} in the ranking, but {name!r} is {tuple(shape)}")
+    if wrong:
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise OptionError(
+            f"the shapes of {len(wrong)} matrices differ: {'; '.join(wrong[:SHOWN])}{more}. "
+            "Was the ranking made from another model?"
+        )
+
+
+def _fits(shape: torch.Size, index: Index, wanted: tuple[int, int]) -> bool:
+    try:
+        piece = box_of(index, shape).shape
+    except IndexError:
+        return False
+    flat = (piece[0], math.prod(piece[1:])) if piece else ()
+    return wanted in (flat, flat[::-1])
+
+
+def _indices(name: str, boxes: Sequence[Box], shape: torch.Size) -> tuple[Index, ...]:
+    try:
+        kept = disjoint(boxes)
+    except ValueError as error:
+        raise OptionError(f"the selected parts of {name!r} overlap without one holding the other: {error}") from error
+    return ((),) if sum(box.numel for box in kept) == shape.numel() else tuple(index_of(box, shape) for box in kept)

@@ -1,0 +1,107 @@
+"""Names on disk to names in memory by transformers' own table: ``experts.3.w1.weight`` is part of ``gate_up_proj``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..entries import Index
+from ..errors import OptionError, missing_extra
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a checkpoint ends up: a parameter of the model, and what to index it with."""
+
+    name: str
+    index: Index
+
+
+class Conversion:
+    """The table for one model, as its loader uses it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """model: a transformers model, or wrappers around one.
+
+        Raises:
+            MissingExtraError: transformers is not installed.  OptionError: there is no transformers model inside.
+        """
+        try:
+            from transformers import PreTrainedModel
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, WeightRenaming
+        except ImportError as error:
+            raise missing_extra("transformers", "transformers", "resolving the names of a checkpoint") from error
+        found = next(((n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)), None)
+        if found is None:
+            raise OptionError(
+                "the model is none of transformers', so names of a checkpoint cannot be resolved to its own"
+            )
+        self._prefix, self._model = found
+        transforms = get_model_conversion_mapping(self._model)
+        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
+
+    def place(self, name: str, shape: tuple[int, int]) -> Place | None:
+        """Where the tensor ``name`` of a checkpoint, a matrix of this shape, ends up; None if nowhere.
+
+        Raises:
+            OptionError: it is permuted on its way, so that no index finds it.
+        """
+        from transformers.core_model_loading import apply_renamings, rename_source_key
+
+        prefix = self._model.base_model_prefix or None
+        target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._parameters)
+        if target not in self._parameters:
+            return None
+        index: Index = ()
+        if pattern is not None:
+            renamed = apply_renamings(name, self._renamings)
+            converter = next(c for c in self._converters if pattern in c.source_patterns)
+            index = _index(converter, pattern, renamed, shape, tuple(self._parameters[target].shape))
+        return Place(f"{self._prefix}.{target}" if self._prefix else target, index)
+
+
+def _index(converter: Any, pattern: str, name: str, shape: tuple[int, int], target: tuple[int, ...]) -> Index:
+    """What to index the converted tensor with to get the tensor of ``name``, by following the operations."""
+    box: list[int | slice] = [slice(0, size) for size in shape]
+    sizes: list[int] = list(shape)
+    for operation in converter.operations:
+        kind = type(operation).__name__
+        if kind == "MergeModulelist" and operation.dim == 0:
+            box, sizes = [_number(pattern, name), *box], [1, *sizes]
+        elif kind == "Concatenate":
+            start = converter.source_patterns.index(pattern) * sizes[operation.dim]
+            box[operation.dim] = slice(start, start + sizes[operation.dim])
+        elif kind == "Transpose":
+            pair: tuple[list[Any], list[Any]] = (box, sizes)
+            for values in pair:
+                one, other = operation.dim0, operation.dim1
+                values[one], values[other] = values[other], values[one]
+        else:
+            raise OptionError(
+                f"{name!r} is loaded through {kind}, after which no slice of the parameter is that tensor: "
+                "rank the loaded model itself"
+            )
+    whole = all(isinstance(part, slice) and part == slice(0, size) for part, size in zip(box, target, strict=True))
+    return () if whole else tuple(box)
+
+
+def _number(pattern: str, name: str) -> int:
+    """The number that stands for the ``*`` of the pattern: of the expert."""
+    found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+    if found is None:
+        raise OptionError(f"{name!r} does not say which expert it belongs to: rank the loaded model itself")
+    return int(found.group(1))
+
+
+def resolve_names(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Place]:
+    """Places for all names that have one."""
+    conversion = Conversion(model)
+    places = {name: conversion.place(name, shape) for name, shape in shapes.items()}
+    return {name: place for name, place in places.items() if place is not None}
