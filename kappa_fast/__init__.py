@@ -20,12 +20,14 @@ if TYPE_CHECKING:
         SourceError,
         SourceNotFoundError,
     )
+    from .optimizer import wrap
     from .pipeline import rank
     from .ranking import Ranking
     from .selection import Selection
 
 __all__ = [
     "rank",
+    "wrap",
     "Ranking",
     "TensorKappa",
     "Skipped",
@@ -42,7 +44,7 @@ __all__ = [
     "__version__",
 ]
 
-_HOMES = {"rank": "pipeline", "Ranking": "ranking", "Selection": "selection"}
+_HOMES = {"rank": "pipeline", "Ranking": "ranking", "Selection": "selection", "wrap": "optimizer"}
 _HOMES |= {"TensorKappa": "entries", "Skipped": "entries"}
 
 

@@ -10,13 +10,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import serialize
 from .cuts import Cut, Pool, cut_by_count, cut_by_kappa, cut_by_params, fraction_count
 from .entries import TensorKappa
 from .errors import OptionError, RankingFileError
 from .units import Unit, UnitName, make_units
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .training.handle import Handle
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,6 +99,25 @@ class Selection:
         compiled = _compile(patterns)
         kept = tuple(entry for entry in self.entries if not any(_matches(pattern, entry) for pattern in compiled))
         return replace(self, entries=kept, exclude=self.exclude + patterns)
+
+    def apply(self, model: nn.Module) -> Handle:
+        """Let the selected parameters of ``model`` train and nothing else, for trainers that make their own optimizer.
+
+        What is selected gets requires_grad=True, everything else False, norms and biases included. Of a parameter that
+        is selected in part (experts, halves of a fused projection) the rest keeps its values bit for bit under any
+        optimizer: its gradients are zeroed as they arrive, and around every ``step()`` of an optimizer that holds it
+        a copy is kept, which costs that parameter's memory. ``wrap()`` needs no copies.
+
+        Returns:
+            A handle: ``handle.restore()``, or leaving ``with selection.apply(model):``, brings everything back.
+
+        Raises:
+            OptionError: the selection does not fit the model, or the model is sharded or wrapped in a way that does
+                not allow it; the message says what to do instead.
+        """
+        from .training.handle import apply
+
+        return apply(self, model)
 
     def __len__(self) -> int:
         return len(self.entries)

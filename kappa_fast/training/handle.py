@@ -1,0 +1,174 @@
+"""selection.apply(model): requires_grad for what is selected alone, and guards for parameters selected in part."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ..errors import OptionError
+from ..integrations.names import Target, match
+from ..selection import Selection
+from .masks import Frozen
+
+
+class Handle:
+    """What ``selection.apply(model)`` did; ``restore()``, or leaving a ``with`` block, takes it back.
+
+    Attributes:
+        targets: the selected parameters, with what of each is selected.
+    """
+
+    def __init__(self, model: nn.Module, targets: list[Target]) -> None:
+        self.targets = tuple(targets)
+        self._model = model
+        self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._guards = {t.name: _Guard(t) for t in targets if not t.whole}
+        self._before: dict[Optimizer, list[tuple[_Guard, torch.Tensor, torch.Tensor]]] = {}
+        self._removers: list[Any] = []
+        self.exempt: set[int] = set()  # optimizers, by id, that keep frozen weights themselves
+
+    def begin(self) -> None:
+        """Set the flags and install the guards."""
+        chosen = {target.name for target in self.targets}
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        if self._guards:
+            self.follow()
+            self._removers = [
+                self._model.register_forward_pre_hook(lambda *_: self.follow()),
+                register_optimizer_step_pre_hook(lambda optimizer, *_: self._keep(optimizer)),
+                register_optimizer_step_post_hook(lambda optimizer, *_: self._put_back(optimizer)),
+            ]
+
+    def follow(self) -> None:
+        """Guard the parameters that the model has now: sharding replaces them by others of the same name."""
+        for name, guard in self._guards.items():
+            guard.watch(_parameter(self._model, name))
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter that the model has under this name now."""
+        return _parameter(self._model, name)
+
+    def restore(self) -> None:
+        """Every requires_grad as it was before, no guard left. A second call does nothing."""
+        for remover in self._removers:
+            remover.remove()
+        for guard in self._guards.values():
+            guard.release()
+        self._removers, self._before = [], {}
+        parameters = dict(self._model.named_parameters())
+        for name, flag in self._flags.items():
+            if name in parameters:
+                parameters[name].requires_grad_(flag)
+        self._flags = {}
+
+    def _keep(self, optimizer: Optimizer) -> None:
+        if id(optimizer) in self.exempt:
+            return
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        self.follow()
+        guards = [guard for guard in self._guards.values() if id(guard.parameter) in mine]
+        if guards:
+            self._before[optimizer] = [(g, g.parameter, g.frozen.kept(g.parameter)) for g in guards]
+
+    def _put_back(self, optimizer: Optimizer) -> None:
+        for guard, parameter, kept in self._before.pop(optimizer, []):
+            guard.frozen.put_back(parameter, kept)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+class _Guard:
+    """Zeroes the gradients of frozen weights of one parameter, as soon as they are there."""
+
+    def __init__(self, target: Target) -> None:
+        self.target, self.frozen = target, Frozen(target)
+        self.parameter: nn.Parameter = target.parameter
+        self._remover: Any = None
+
+    def watch(self, parameter: nn.Parameter) -> None:
+        if self._remover is not None and parameter is self.parameter:
+            return
+        self.release()
+        self.parameter = parameter
+        watched: Any = parameter
+        self._remover = watched.register_post_accumulate_grad_hook(lambda p: self._clear(p.grad))
+
+    def _clear(self, gradient: torch.Tensor | None) -> None:
+        if gradient is None:
+            return
+        if gradient.is_sparse:
+            raise OptionError(
+                f"{self.target.name!r} is selected in part, which sparse gradients do not allow: select all of it "
+                "with unit='parameter'"
+            )
+        self.frozen.clear(gradient)
+
+    def release(self) -> None:
+        if self._remover is not None:
+            self._remover.remove()
+            self._remover = None
+
+
+def apply(selection: Selection, model: nn.Module) -> Handle:
+    """See ``Selection.apply``."""
+    targets = match(selection, model)
+    _check(model, targets)
+    handle = Handle(model, targets)
+    handle.begin()
+    return handle
+
+
+def _check(model: nn.Module, targets: list[Target]) -> None:
+    chosen = {target.name for target in targets}
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if hasattr(parameter, "ds_id"):
+            raise OptionError(
+                f"{name!r} is partitioned by DeepSpeed ZeRO, which keeps parameters flat: apply the selection before "
+                "deepspeed.initialize, with unit='parameter', and let its own optimizer train what requires grad"
+            )
+        if name.rpartition(".")[2] == "_flat_param":
+            raise OptionError(
+                f"{name!r} is a flat parameter of FSDP1: wrap the model with use_orig_params=True, or use FSDP2"
+            )
+        if name in chosen and not (parameter.is_floating_point() or parameter.is_complex()):
+            raise OptionError(
+                f"{name!r} is stored as {parameter.dtype}, which cannot be trained: leave it out with "
+                f"excluding({name!r}), or train an adapter beside it"
+            )
+    if _in_ddp(model) and any(p.requires_grad != (n in chosen) for n, p in parameters.items()):
+        flips = next(n for n, p in parameters.items() if p.requires_grad != (n in chosen))
+        raise OptionError(
+            f"the model is in DistributedDataParallel already, which counts on the gradients it began with; the "
+            f"selection would change {flips!r}: apply the selection, or wrap(), before DDP"
+        )
+
+
+def _in_ddp(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    """By name; wrappers may have changed the words between, so by plain name if there is none."""
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        from ..integrations.names import plain_name
+
+        wanted = plain_name(name)
+        found = next((p for n, p in model.named_parameters() if plain_name(n) == wanted), None)
+        if found is None:
+            raise OptionError(f"the model has lost {name!r} since the selection was applied: apply it again") from None
+        return found

@@ -1,0 +1,82 @@
+"""Which weights of a parameter are selected, as masks that broadcast against it: a few bytes per expert and row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..integrations.names import Target
+from ..integrations.pieces import box_of
+
+Tensor = torch.Tensor
+
+
+def frozen_mask(target: Target) -> Tensor:
+    """True where the parameter must not move; bool on the CPU, of size 1 along dimensions that are selected whole."""
+    shape = target.parameter.shape
+    boxes = [box_of(index, shape) for index in target.indices]
+    full = [all(len(box.ranges[d]) == size for box in boxes) for d, size in enumerate(shape)]
+    frozen = torch.ones([1 if whole else size for whole, size in zip(full, shape, strict=True)], dtype=torch.bool)
+    for box in boxes:
+        parts = zip(box.ranges, full, strict=True)
+        frozen[tuple(slice(None) if whole else slice(r.start, r.stop, r.step) for r, whole in parts)] = False
+    return frozen
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor."""
+    from torch.distributed import is_available
+
+    if not is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What of the tensor lies on this rank; the tensor itself if it is a plain one."""
+    sharded: Any = tensor
+    part: Tensor = sharded.to_local() if is_sharded(tensor) else tensor
+    return part
+
+
+def local_mask(mask: Tensor, tensor: Tensor) -> Tensor:
+    """The part of the mask of a whole parameter that belongs to the part of it on this rank."""
+    if not is_sharded(tensor):
+        return mask
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sharded: Any = tensor
+    shape, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
+    parts = zip(mask.shape, shape, offset, strict=True)
+    return mask[tuple(slice(None) if size == 1 else slice(start, start + length) for size, length, start in parts)]
+
+
+class Frozen:
+    """The mask of one parameter, moved to where the parameter is once."""
+
+    def __init__(self, target: Target) -> None:
+        self.mask = frozen_mask(target)
+        self._local: dict[tuple[object, ...], Tensor] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """For the local part of a tensor of the parameter's shape."""
+        key = (tensor.device, is_sharded(tensor), tuple(local_part(tensor).shape))
+        if key not in self._local:
+            self._local[key] = local_mask(self.mask, tensor).to(tensor.device)
+        return self._local[key]
+
+    def clear(self, gradient: Tensor) -> None:
+        """Zero what belongs to weights that must not move, in place, whatever is there."""
+        local_part(gradient).masked_fill_(self.of(gradient), 0)
+
+    def kept(self, parameter: Tensor) -> Tensor:
+        """A copy of the parameter's local part, to put frozen weights back from."""
+        return local_part(parameter.detach()).clone()
+
+    def put_back(self, parameter: Tensor, kept: Tensor) -> None:
+        """Frozen weights as they were; the selected ones as they are now."""
+        local = local_part(parameter.detach())
+        local.copy_(torch.where(self.of(parameter), kept, local))
