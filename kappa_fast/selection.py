@@ -119,6 +119,49 @@ class Selection:
 
         return apply(self, model)
 
+    def export(self, kind: str, path: str | os.PathLike[str] | None = None, *, model: nn.Module | None = None) -> str:
+        """The selection in the words of another program, also written to ``path`` where one is given.
+
+        Args:
+            kind: "axolotl" (unfrozen_parameters, YAML), "ms-swift" (arguments), "spectrum" (JSON), "esft" (JSON),
+                "names" (one a line) or "regex" (one expression).
+            model: whose names to use, where they differ from those of the ranking or ``including`` is to count.
+
+        Raises:
+            OptionError: the format cannot express the selection; it names the ``unit`` that works.
+            RankingFileError: the file cannot be written.
+        """
+        from .integrations.exports import export
+
+        text = export(self, kind, model)
+        if path is not None:
+            serialize.write_text(path, text)
+        return text
+
+    def to_axolotl(self, path: str | os.PathLike[str] | None = None, *, model: nn.Module | None = None) -> str:
+        """``export("axolotl")``: Axolotl's ``unfrozen_parameters``."""
+        return self.export("axolotl", path, model=model)
+
+    def to_ms_swift(self, path: str | os.PathLike[str] | None = None, *, model: nn.Module | None = None) -> str:
+        """``export("ms-swift")``: arguments for ms-swift."""
+        return self.export("ms-swift", path, model=model)
+
+    def to_spectrum(self, path: str | os.PathLike[str] | None = None, *, model: nn.Module | None = None) -> str:
+        """``export("spectrum")``: Spectrum's JSON."""
+        return self.export("spectrum", path, model=model)
+
+    def to_esft(self, path: str | os.PathLike[str] | None = None, *, model: nn.Module | None = None) -> str:
+        """``export("esft")``: ESFT's expert configuration."""
+        return self.export("esft", path, model=model)
+
+    def to_names(self, path: str | os.PathLike[str] | None = None, *, model: nn.Module | None = None) -> str:
+        """``export("names")``: names of parameters."""
+        return self.export("names", path, model=model)
+
+    def to_regex(self, path: str | os.PathLike[str] | None = None, *, model: nn.Module | None = None) -> str:
+        """``export("regex")``: one regular expression."""
+        return self.export("regex", path, model=model)
+
     def __len__(self) -> int:
         return len(self.entries)
 

@@ -213,7 +213,7 @@ _SKIPPED_FIELDS: dict[str, _Reader] = {"name": _TEXT, "shape": ("a list of sizes
 
 
 def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
-    """Write plain JSON to ``path`` all at once: whoever reads the file sees the old text or the new one, never half.
+    """Write plain JSON to ``path`` all at once, see ``write_text``.
 
     Lists get one line per item, so that two files can be compared line by line.
 
@@ -221,13 +221,22 @@ def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) ->
         RankingFileError: the file cannot be written there.
     """
     body = ",\n".join(f"  {json.dumps(key)}: {_section(value)}" for key, value in document.items())
+    write_text(path, f"{{\n{body}\n}}\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text all at once: whoever reads the file sees the old one or the new one, never half.
+
+    Raises:
+        RankingFileError: the file cannot be written there.
+    """
     # A link stays a link: what it points at is replaced.
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
         try:
-            with open(temporary, "x", encoding="ascii") as file:
-                file.write(f"{{\n{body}\n}}\n")
+            with open(temporary, "x", encoding="utf-8") as file:
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)

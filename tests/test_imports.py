@@ -6,6 +6,7 @@ import kappa_fast
 
 PUBLIC_NAMES = [
     "rank",
+    "wrap",
     "Ranking",
     "TensorKappa",
     "Skipped",

@@ -195,4 +195,15 @@ def _indices(name: str, boxes: Sequence[Box], shape: torch.Size) -> tuple[Index,
         kept = disjoint(boxes)
     except ValueError as error:
         raise OptionError(f"the selected parts of {name!r} overlap without one holding the other: {error}") from error
-    return ((),) if sum(box.numel for box in kept) == shape.numel() else tuple(index_of(box, shape) for box in kept)
+    if sum(box.numel for box in kept) == shape.numel():
+        return ((),)
+    # All parts of an expert are the expert: one piece, and contiguous where its halves are not.
+    experts: dict[Index, list[Box]] = {}
+    for box in kept:
+        home: Index = tuple(r.start for r, gone in zip(box.ranges, box.dropped, strict=True) if gone)
+        experts.setdefault(home, []).append(box)
+    found: list[Index] = []
+    for home, parts in experts.items():
+        complete = sum(box.numel for box in parts) == box_of(home, shape).numel
+        found += [home] if complete else [index_of(box, shape) for box in parts]
+    return tuple(found)

@@ -1,0 +1,182 @@
+"""A selection in the words of other programs; what a format cannot say is an error that names what it can."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..entries import Index
+from ..errors import OptionError
+from ..sources.names import group_of, layer_of
+from ..units import expert_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..selection import Selection
+
+FORMATS = ("axolotl", "ms-swift", "spectrum", "esft", "names", "regex")
+# All parts of a fused projection; together they are the whole of it. Of qkv, k and v alone are not.
+_COMPLETE = ({"gate", "up"}, {"q", "k", "v"})
+_KV = re.compile(r"(?:^|[._])kv")
+
+
+def export(selection: Selection, kind: str, model: nn.Module | None = None) -> str:
+    """The text of a selection in one of FORMATS.
+
+    Raises:
+        OptionError: the format is unknown or cannot express the selection, or ``including`` patterns need a model.
+    """
+    if kind == "llama-factory":
+        raise OptionError(
+            "LLaMA-Factory's freeze tuning takes ranges of layers only, which no selection of matrices is: train "
+            "with kappa_fast.wrap, or use another format"
+        )
+    if kind not in _WRITERS:
+        raise OptionError(f"format {kind!r} is unknown; choose one of {', '.join(FORMATS)}")
+    if not selection.entries and not selection.include:
+        raise OptionError("the selection is empty, so there is nothing to export")
+    return _WRITERS[kind](selection, model)
+
+
+def _axolotl(selection: Selection, model: nn.Module | None) -> str:
+    """``unfrozen_parameters`` of an Axolotl configuration, YAML.
+
+    Axolotl makes every dot literal itself and takes an optional range of the first dimension behind the ``$``.
+    """
+    lines = ["# kappa_fast: " + _origin(selection), "unfrozen_parameters:"]
+    ranged = False
+    for name, indices in _pieces(selection, model).items():
+        if re.search(r"[^\w.\-]", name):
+            raise OptionError(f"Axolotl reads names as patterns, and {name!r} has characters that it would misread")
+        spans = [_rows(name, index) for index in indices]
+        ranged |= any(span is not None for span in spans)
+        for span in dict.fromkeys(spans):
+            lines.append(f"  - '^{name}$" + ("'" if span is None else f"[{span[0]}:{span[1]}]'"))
+    if ranged:
+        lines[1:1] = [
+            "# Ranges: Axolotl zeroes gradients outside of them, no more: weight decay still moves the other experts",
+            "# of these tensors. Set weight_decay: 0.0, or train with kappa_fast.wrap, which leaves them as they are.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _ms_swift(selection: Selection, model: nn.Module | None) -> str:
+    """Arguments of ``swift sft``; names would match everything that begins with them, so it is a pattern."""
+    return f"--freeze_parameters_ratio 1.0 --trainable_parameters_regex '{_pattern(selection, model, 'ms-swift')}'\n"
+
+
+def _names(selection: Selection, model: nn.Module | None) -> str:
+    """The names of parameters, a line each."""
+    return "".join(f"{name}\n" for name in _whole(selection, model, "a list of names"))
+
+
+def _regex(selection: Selection, model: nn.Module | None) -> str:
+    """One regular expression that matches the names of the selected parameters and no others."""
+    return _pattern(selection, model, "a regular expression") + "\n"
+
+
+def _pattern(selection: Selection, model: nn.Module | None, what: str) -> str:
+    return "^(?:" + "|".join(re.escape(name) for name in _whole(selection, model, what)) + ")$"
+
+
+def _spectrum(selection: Selection, model: nn.Module | None) -> str:
+    """Spectrum's results: its ``snr``, highest first, is 1 / kappa here, so that its choice is the lowest kappa."""
+    found = {}
+    names = _whole(selection, model, "Spectrum's JSON")
+    kappas = {name: [e.kappa for e in selection.entries if e.name == name] for name in names}
+    for name in names:
+        layer = name.removesuffix(".weight")
+        kind = group_of(layer).rpartition("*.")[2]
+        found[layer] = {"snr": 1 / max(kappas[name]) if kappas[name] else 0.0, "type": kind}
+    return json.dumps(found, indent=2) + "\n"
+
+
+def _esft(selection: Selection, model: nn.Module | None) -> str:
+    """ESFT's expert configuration: whole routed experts by layer, and nothing else."""
+    if selection.settings.get("unit") not in ("expert", "parameter") or selection.exclude:
+        raise OptionError("ESFT trains whole experts: select with unit='expert', and leave out with rank(exclude=...)")
+    experts: dict[str, set[int]] = {}
+    for entry in selection.entries:
+        expert, layer = expert_of(entry), layer_of(entry.name)
+        if expert is None or layer is None or selection.include:
+            raise OptionError(
+                f"ESFT's configuration names experts only, and {entry.key!r} is none: rank with include='experts', and "
+                "select with unit='expert'"
+            )
+        experts.setdefault(str(layer), set()).add(int(expert.rpartition("[")[2].rstrip("]")))
+    listed = {layer: sorted(numbers) for layer, numbers in sorted(experts.items(), key=lambda pair: int(pair[0]))}
+    return json.dumps({"experts": listed, "shared_experts": False, "non_expert_modules": False}, indent=2) + "\n"
+
+
+_WRITERS: dict[str, Callable[[Any, Any], str]] = {
+    "axolotl": _axolotl,
+    "ms-swift": _ms_swift,
+    "spectrum": _spectrum,
+    "esft": _esft,
+    "names": _names,
+    "regex": _regex,
+}
+
+
+def _pieces(selection: Selection, model: nn.Module | None) -> Mapping[str, tuple[Index, ...]]:
+    """By name of a parameter, what of it is selected; ``((),)`` for all."""
+    if model is not None:
+        from .names import match
+
+        return {target.name: target.indices for target in match(selection, model)}
+    if selection.include:
+        raise OptionError(f"including({selection.include[0]!r}) names parameters of a model: give it as model=")
+    whole_parameters = selection.settings.get("unit") == "parameter" and not selection.exclude
+    found: dict[str, dict[Index, set[str]]] = {}
+    for entry in selection.entries:
+        # What a part of an expert, or of a fused projection, belongs to; a whole needs all of its parts.
+        home: Index = entry.index[:1] if entry.index and isinstance(entry.index[0], int) else ()
+        part = entry.part.rpartition(".")[2] if len(entry.index) > len(home) else ""
+        found.setdefault(entry.name, {}).setdefault(home, set()).add(part)
+    for name, homes in found.items():
+        for home, parts in homes.items():
+            complete = "" in parts or parts in _COMPLETE or (parts == {"k", "v"} and _KV.search(name))
+            if not (complete or whole_parameters):
+                number = f" of expert {home[0]}" if home else ""
+                raise OptionError(
+                    f"only {' and '.join(sorted(parts))}{number} of {name!r} is selected, and this cannot say so: "
+                    f"select with unit={'expert' if home else 'parameter'!r}"
+                )
+    return {
+        name: ((),) if whole_parameters or () in homes else tuple(sorted(homes, key=lambda home: home[0]))  # type: ignore[arg-type, return-value]
+        for name, homes in found.items()
+    }
+
+
+def _whole(selection: Selection, model: nn.Module | None, what: str) -> list[str]:
+    """Names of parameters that are selected whole, and nothing else is."""
+    pieces = _pieces(selection, model)
+    partial = next((name for name, indices in pieces.items() if indices != ((),)), None)
+    if partial is not None:
+        raise OptionError(f"{partial!r} is selected in part, which {what} cannot say: select with unit='parameter'")
+    return list(pieces)
+
+
+def _rows(name: str, index: Index) -> tuple[int, int] | None:
+    """First and one past the last row along the first dimension; None for all."""
+    if not index:
+        return None
+    first = index[0]
+    rows = (first, first + 1) if isinstance(first, int) else (first.start or 0, first.stop)
+    step = None if isinstance(first, int) else first.step
+    if len(index) > 1 or step not in (None, 1):
+        raise OptionError(
+            f"a part of {name!r} is selected that is no range of its first dimension, and Axolotl knows no other: "
+            "select with unit='expert'"
+        )
+    return rows
+
+
+def _origin(selection: Selection) -> str:
+    low, high = selection.kappa_range
+    settings = selection.settings
+    budget = f", {settings['budget']}={settings.get('value')}" if "budget" in settings else ""
+    return f"{len(selection)} matrices, kappa {low:.4g} to {high:.4g}{budget}"
