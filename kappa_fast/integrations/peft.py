@@ -1,0 +1,227 @@
+"""PEFT: a LoraConfig for a selection, and drop-ins for PEFT's own selector."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from ..entries import Index
+from ..errors import OptionError, missing_extra
+from ..selection import Selection
+from .originals import condition_numbers
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+# Modules that PEFT takes for projections of experts as they were before transformers fused them.
+RENAMED = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
+
+
+def lora_config(
+    selection: Selection,
+    *,
+    partial: Literal["error", "widen"] = "error",
+    model: nn.Module | None = None,
+    **options: Any,
+) -> LoraConfig:
+    """A ``peft.LoraConfig`` that adapts exactly the selected matrices.
+
+    Weights of modules become ``target_modules`` (one expression that matches their full names and no others), stacks of
+    experts ``target_parameters``, which adapt every expert of a tensor.
+
+    Args:
+        partial: what to do about a tensor that is selected in part: "error", or "widen" to adapt all of it.
+        model: whose names to use, where they differ from those of the ranking; ``including`` needs it, and puts the
+            modules it names into ``modules_to_save``.
+        options: for LoraConfig, such as r, lora_alpha, rank_pattern.
+
+    Raises:
+        OptionError: the selection is empty or finer than PEFT can adapt; the options do not go with it.
+        MissingExtraError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise missing_extra("peft", "peft", "lora_config()") from error
+    clash = {"target_modules", "target_parameters"} & set(options)
+    if clash:
+        raise OptionError(f"{sorted(clash)[0]} is what the selection says: leave it out")
+    if partial not in ("error", "widen"):
+        raise OptionError(f"partial={partial!r}: give 'error' or 'widen'")
+    modules, parameters, saved = _targets(selection, model, partial)
+    if not modules and not parameters:
+        raise OptionError("the selection has no matrix that LoRA could adapt: select something")
+    modules, moved = _apart(selection, model, modules)
+    parameters += moved
+    if saved:
+        options["modules_to_save"] = [*(options.get("modules_to_save") or []), *saved]
+    if parameters and options.get("lora_dropout"):
+        raise OptionError(
+            f"PEFT has no dropout for target_parameters, and {parameters[0]!r} is one: leave lora_dropout out"
+        )
+    # PEFT takes an expression apart for models that it converts, and names in a list as endings for the others.
+    converted = _is_converted(selection, model)
+    options["target_modules"] = modules if converted else "|".join(re.escape(name) for name in modules) or []
+    if parameters:
+        options["target_parameters"] = parameters
+    return LoraConfig(**options)
+
+
+def _is_converted(selection: Selection, model: nn.Module | None) -> bool:
+    """Whether PEFT rewrites configurations for this kind of model, as it does where transformers fused the experts."""
+    source: Mapping[str, Any] = selection.settings.get("source") or {}
+    kind = getattr(getattr(model, "config", None), "model_type", None) or source.get("model_type")
+    if not isinstance(kind, str):
+        return any("expert" in entry.name for entry in selection.entries)
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:
+        return True
+    return get_checkpoint_conversion_mapping(kind) is not None
+
+
+def _apart(selection: Selection, model: nn.Module | None, modules: list[str]) -> tuple[list[str], list[str]]:
+    """Modules, and weights of modules that PEFT must be given as parameters.
+
+    For models whose experts are fused PEFT takes every module called ``down_proj`` for the fused tensor of that name,
+    and would adapt all experts of all layers.
+    """
+    if not _is_converted(selection, model):
+        return modules, []
+    misread = [name for name in modules if name.rpartition(".")[2] in RENAMED]
+    return [name for name in modules if name not in misread], [f"{name}.weight" for name in misread]
+
+
+def _targets(selection: Selection, model: nn.Module | None, partial: str) -> tuple[list[str], list[str], list[str]]:
+    """Names of modules, names of parameters, and names of modules to train whole."""
+    whole, included = _parameters(selection, model)
+    modules, parameters = [], []
+    for name, indices in whole.items():
+        if indices != ((),) and partial == "error":
+            raise OptionError(
+                f"{name!r} is selected in part, and PEFT adapts all of it: select with unit='parameter', or widen the "
+                "selection with partial='widen'"
+            )
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and not _is_stack(selection, name):
+            modules.append(owner)
+        else:
+            parameters.append(name)
+    return modules, parameters, list(dict.fromkeys(name.rpartition(".")[0] for name in included))
+
+
+def _parameters(selection: Selection, model: nn.Module | None) -> tuple[Mapping[str, tuple[Index, ...]], list[str]]:
+    """What of which parameter has entries, and the parameters that patterns brought in."""
+    if model is not None:
+        from .names import match, plain_name
+
+        targets = match(selection, model)
+        return (
+            {plain_name(t.name): t.indices for t in targets if t.entries},
+            [plain_name(t.name) for t in targets if not t.entries],
+        )
+    if selection.include:
+        raise OptionError(f"including({selection.include[0]!r}) names parameters of a model: give it as model=")
+    complete = selection.settings.get("unit") == "parameter" and not selection.exclude
+    found: dict[str, tuple[Index, ...]] = {}
+    for entry in selection.entries:
+        index: Index = () if complete else entry.index
+        found[entry.name] = (*found.get(entry.name, ()), index)
+    return {name: ((),) if () in indices else indices for name, indices in found.items()}, []
+
+
+def _is_stack(selection: Selection, name: str) -> bool:
+    """Whether the parameter is a stack of matrices: an expert is indexed by its number."""
+    return any(e.name == name and e.index and isinstance(e.index[0], int) for e in selection.entries)
+
+
+class KappaTuneSelector:
+    """``peft.helpers.KappaTuneSelector`` with the same candidates, arguments and answers, by rank().
+
+    Candidates are the weights of nn.Linear modules and 3-D parameters with a known suffix, whose number is the mean
+    over their matrices. Numbers that are too close to tell apart are computed exactly, so that the order is that of the
+    exact values; float32, which PEFT uses, cannot tell those of nearly singular matrices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_dim_size_to_analyze: int = 16384,
+        moe_param_suffixes: tuple[str, ...] | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.max_dim_size_to_analyze = max_dim_size_to_analyze
+        self.moe_param_suffixes = moe_param_suffixes or SUFFIXES
+        self.show_progress = show_progress
+        self._found: tuple[dict[str, float], dict[str, float]] | None = None
+
+    def get_best_targets(
+        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
+    ) -> list[str]:
+        """Names of nn.Linear modules, lowest first: ``num_modules``, else a share, else up to a threshold, else all."""
+        return _best(self._numbers()[0], top_p, num_modules, threshold)
+
+    def get_best_target_parameters(
+        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
+    ) -> list[str]:
+        """Names of fused expert parameters, lowest first, by the same budgets."""
+        return _best(self._numbers()[1], top_p, num_modules, threshold)
+
+    def _numbers(self) -> tuple[dict[str, float], dict[str, float]]:
+        if self._found is None:
+            linear = {n: m.weight for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+            stacks = {
+                name: parameter
+                for name, parameter in self.model.named_parameters()
+                if parameter.ndim == 3 and name.endswith(self.moe_param_suffixes)
+            }
+            for name, weight in {**linear, **stacks}.items():
+                if not weight.is_floating_point() or hasattr(weight, "quant_state"):
+                    raise OptionError(f"{name!r} is quantized ({weight.dtype}): rank the model before it is quantized")
+            self._found = self._of(linear), self._of(stacks)
+        return self._found
+
+    def _of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        limit = self.max_dim_size_to_analyze
+        kept = {n: t for n, t in tensors.items() if max(t.shape[-2:]) <= limit}
+        if not kept:
+            return {}
+        return condition_numbers(
+            kept, max_dim=None, epsilon=1e-8, mean=_average, progress=None if self.show_progress else False
+        )
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _best(
+    numbers: Mapping[str, float], top_p: float | None, num_modules: int | None, threshold: float | None
+) -> list[str]:
+    ordered = sorted(numbers, key=lambda name: (numbers[name] != numbers[name], numbers[name]))  # nan last
+    if num_modules is not None:
+        return ordered[: min(num_modules, len(ordered))]
+    if top_p is not None:
+        return ordered[: max(1, int(len(ordered) * top_p))]
+    if threshold is not None:
+        return [name for name in ordered if numbers[name] <= threshold]
+    return ordered
+
+
+def find_kappa_target_modules(
+    model: nn.Module,
+    top_p: float = 0.2,
+    max_dim_size_to_analyze: int = 16384,
+    moe_param_suffixes: tuple[str, ...] | None = None,
+    show_progress: bool = True,
+) -> dict[str, list[str] | None]:
+    """``peft.helpers.find_kappa_target_modules``: target_modules and target_parameters (None without fused experts)."""
+    selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)
+    parameters = selector.get_best_target_parameters(top_p=top_p)
+    return {"target_modules": selector.get_best_targets(top_p=top_p), "target_parameters": parameters or None}
