@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         SourceError,
         SourceNotFoundError,
     )
+    from .integrations.reference import SelectiveFineTuningOptimizer, get_kappa_lora_config, get_kappatune_lora_model
     from .optimizer import wrap
     from .pipeline import rank
     from .ranking import Ranking
@@ -32,6 +33,9 @@ __all__ = [
     "TensorKappa",
     "Skipped",
     "Selection",
+    "SelectiveFineTuningOptimizer",
+    "get_kappa_lora_config",
+    "get_kappatune_lora_model",
     "KappaError",
     "OptionError",
     "SourceError",
@@ -45,6 +49,9 @@ __all__ = [
 ]
 
 _HOMES = {"rank": "pipeline", "Ranking": "ranking", "Selection": "selection", "wrap": "optimizer"}
+_HOMES |= dict.fromkeys(
+    ("SelectiveFineTuningOptimizer", "get_kappa_lora_config", "get_kappatune_lora_model"), "integrations.reference"
+)
 _HOMES |= {"TensorKappa": "entries", "Skipped": "entries"}
 
 

@@ -12,7 +12,7 @@ one parameter at a time, which is exact for optimizers that work element by elem
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -52,6 +52,18 @@ def wrap(optimizer_cls: type[O], model: nn.Module, selection: Selection, **optim
         OptionError: nothing is selected; the selection does not fit the model; the optimizer or the sharding cannot
             work on a part of a parameter; the model is in DDP and requires_grad would change.
     """
+    found: O = wrap_with(None, optimizer_cls, model, selection, optimizer_kwargs)
+    return found
+
+
+def wrap_with(
+    mixin: type | None,
+    optimizer_cls: type[Optimizer],
+    model: nn.Module,
+    selection: Selection,
+    optimizer_kwargs: Mapping[str, Any],
+) -> Any:
+    """wrap() for an optimizer that is also an instance of ``mixin``, if one is given."""
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
         raise OptionError(f"optimizer_cls={optimizer_cls!r} is no torch.optim.Optimizer class")
     handle = apply(selection, model)
@@ -60,13 +72,12 @@ def wrap(optimizer_cls: type[O], model: nn.Module, selection: Selection, **optim
             raise OptionError("the selection is empty, so there is nothing to optimize: select something")
         pieces = [_pieces(optimizer_cls, target) for target in handle.targets]
         views = [_first_views(target, cut) for target, cut in zip(handle.targets, pieces, strict=True)]
-        optimizer: Any = _class_of(optimizer_cls)([v for some in views for v in some], **optimizer_kwargs)
-        optimizer._take_over(handle, pieces, views)
+        made: Any = _class_of(optimizer_cls, mixin)([v for some in views for v in some], **optimizer_kwargs)
+        made._take_over(handle, pieces, views)
     except BaseException:
         handle.restore()
         raise
-    found: O = optimizer
-    return found
+    return made
 
 
 def _pieces(optimizer_cls: type[Optimizer], target: Target) -> Pieces | None:
@@ -276,12 +287,15 @@ class _Selected(Optimizer):
 _CLASSES: dict[Any, type[Optimizer]] = {}
 
 
-def _class_of(optimizer_cls: type[Optimizer]) -> type[Optimizer]:
+def _class_of(optimizer_cls: type[Optimizer], mixin: type | None = None) -> type[Optimizer]:
     """A class that is the given one, but for steps on pieces."""
-    if optimizer_cls not in _CLASSES:
-        body = {"_base": optimizer_cls, "__doc__": optimizer_cls.__doc__}
-        _CLASSES[optimizer_cls] = type(optimizer_cls.__name__, (_Selected, optimizer_cls), body)
-    return _CLASSES[optimizer_cls]
+    key = optimizer_cls, mixin
+    if key not in _CLASSES:
+        body = {"_base": optimizer_cls, "__doc__": (mixin or optimizer_cls).__doc__}
+        bases: tuple[type, ...] = (_Selected, optimizer_cls) if mixin is None else (mixin, _Selected, optimizer_cls)
+        kind: Any = type(mixin) if mixin is not None else type
+        _CLASSES[key] = kind((mixin or optimizer_cls).__name__, bases, body)
+    return _CLASSES[key]
 
 
 def _remake(optimizer_cls: type[Optimizer]) -> Optimizer:
