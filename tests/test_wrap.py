@@ -162,6 +162,31 @@ def test_training_loops_leave_the_rest_alone(family, how):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / (1 + STEPS))
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit", "PagedAdamW8bit", "AdamW"])
+def test_optimizers_of_bitsandbytes_work_on_pieces(name):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    optimizer_cls, options = getattr(bitsandbytes.optim, name), dict(lr=1e-2, weight_decay=0.1, min_8bit_size=128)
+    model, twin = build("mixtral"), build("mixtral")
+    selection, before = selection_of(model), snapshot(model)
+    optimizer, alone = (
+        wrap(optimizer_cls, model, selection, **options),
+        Alone(optimizer_cls, twin, selection, **options),
+    )
+    for step in range(4):
+        for one in (model, twin):
+            one(**batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        alone.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert_only_the_selected_moved(model, selection, before)
+    for (n, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs), n
+    kinds = {value.dtype for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)}
+    assert (torch.uint8 in kinds) == (name != "AdamW")
+
+
 def test_clipping_sees_the_gradients_of_selected_weights_alone():
     model, twin = build("mixtral"), build("mixtral")
     selection = selection_of(model)
