@@ -47,7 +47,7 @@ def test_the_options_table_lists_the_options_of_rank_with_their_defaults(readme)
 
 def test_every_command_line_in_it_uses_options_that_exist(readme, capsys):
     lines = re.findall(r"^    kappa-fast (\w+)(.*)$", readme, re.MULTILINE)
-    assert {command for command, _ in lines} == {"rank", "demo"}
+    assert {command for command, _ in lines} == {"rank", "demo", "export"}
     for command, rest in lines:
         with pytest.raises(SystemExit):
             app([command, "--help"], prog_name="kappa-fast")
@@ -64,7 +64,10 @@ def test_every_make_target_in_it_exists(readme, root):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/numerics.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "docs/design.md", "docs/numerics.md", "docs/kernels.md", "docs/training.md", "CONTRIBUTING.md"],
+)
 def test_every_local_link_leads_to_a_file(document, root):
     file = root / document
     links = re.findall(r"\]\((?!https?:)([^)#]+)", file.read_text())

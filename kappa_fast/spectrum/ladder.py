@@ -116,7 +116,7 @@ def _trivial(a: Operand) -> Resolution | None:
     if a.peak == 0:
         return Resolution("rank_deficient", math.inf, math.inf, math.inf, 0.0, 0.0, "zero", certified=True)
     if a.shape[1] == 1:
-        sigma = float(torch.linalg.vector_norm(a.tensor, dtype=torch.float64))
+        sigma = float(torch.linalg.vector_norm(a.tensor.to(torch.float64)))  # float8 has no norm of its own
         found = Resolution("ok", 1.0, 1.0, 1.0, sigma, sigma, "vector", certified=True, sensitivity=0.0)
         return _unscaled(found, a.exponent)
     return None
