@@ -64,7 +64,7 @@ def test_a_file_is_written_and_named(ranking, tmp_path):
         (
             ["--format", "names", "--num-tensors", "1", "--unit", "expert", "--max-params", "x"],
             2,
-            "--max-params x: give",
+            "--max-params x: give a count",
         ),
         (["--format", "llama-factory", "--top-p", "0.3"], 2, "takes ranges of layers only"),
         (["--format", "esft", "--top-p", "0.3"], 2, "select with unit='expert'"),

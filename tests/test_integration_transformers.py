@@ -38,6 +38,7 @@ def trainer_for(model, folder, trainer=transformers.Trainer, options=None, **mor
     return trainer(model=model, args=arguments(folder, **(options or {})), train_dataset=Tokens(), **more)
 
 
+OTHERS = [family for family in FAMILIES if family != "mixtral"]
 PAIRS = ["llama", "mixtral", "gpt_oss"]
 
 
@@ -140,9 +141,10 @@ def test_sharded_models_are_refused(monkeypatch):
         KappaTuneCallback(num_tensors=1).on_init_end(None, None, None, build("llama"))
 
 
-def test_accelerate_prepares_model_optimizer_and_scheduler():
+@pytest.mark.parametrize("family", ["mixtral", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
+def test_accelerate_prepares_model_optimizer_and_scheduler(family):
     accelerate = pytest.importorskip("accelerate")
-    model = build("mixtral")
+    model = build(family)
     selection, before = selection_of(model), snapshot(model)
     optimizer = kappa_fast.wrap(torch.optim.AdamW, model, selection, **ADAMW)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
@@ -160,11 +162,14 @@ def test_accelerate_prepares_model_optimizer_and_scheduler():
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")  # by trl itself
+@pytest.mark.parametrize(
+    "family", ["mixtral", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS if f != "bert")]
+)
 @pytest.mark.parametrize("how", ["factory", "callback"])
-def test_sft_trainer_trains_the_selection_alone(how, tmp_path):
+def test_sft_trainer_trains_the_selection_alone(how, family, tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    model = build("mixtral")
+    model = build(family)
     selection, before = selection_of(model), snapshot(model)
     rows = [{"input_ids": batch(i, rows=1)["input_ids"][0].tolist()} for i in range(8)]
     config = trl.SFTConfig(

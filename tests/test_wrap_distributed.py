@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import batch, build
+from families import FAMILIES, batch, build
 from ranks import on_two_ranks
 from test_wrap import assert_only_the_selected_moved, selection_of, snapshot
 
@@ -66,7 +66,8 @@ def shard(model):
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2,))
-    for layer in model.model.layers:
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    for layer in layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -147,7 +148,10 @@ def muon_on_shards(rank):
         kappa_fast.wrap(torch.optim.Muon, model, selection)
 
 
-@pytest.mark.parametrize("family", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+FAMILY = ["mixtral", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "mixtral")]
+
+
+@pytest.mark.parametrize("family", FAMILY)
 def test_data_parallel_ranks_agree_and_leave_the_rest_alone(family):
     on_two_ranks(data_parallel, family)
 

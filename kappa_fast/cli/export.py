@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from .outcome import outcome
+from .outcome import count_or_share, outcome
 
 if TYPE_CHECKING:
     from ..selection import Selection
@@ -60,7 +60,7 @@ def export(
     budget = {key: value for key, value in budget.items() if value is not None}
     with outcome(debug):
         if max_params is not None:
-            budget["max_params"] = _number(max_params)
+            budget["max_params"] = count_or_share(max_params, "--max-params")
         selection = _selection(path, budget, {"per_group": per_group, "unit": unit.value})
         text = selection.export(kind.value, output)
         typer.echo(f"written to {output}" if output is not None else text, nl=output is not None)
@@ -79,12 +79,3 @@ def _selection(path: Path, budget: dict[str, Any], options: dict[str, Any]) -> S
     if not budget:
         raise OptionError("a ranking needs a budget: --max-params 0.1, --top-p, --num-tensors or --max-kappa")
     return Ranking.from_json(path).select(**budget, **options)
-
-
-def _number(text: str) -> int | float:
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    raise OptionError(f"--max-params {text}: give a count of weights such as 1000000, or a share such as 0.1")

@@ -47,6 +47,20 @@ def outcome(debug: bool) -> Iterator[None]:
             raise typer.Exit(WRONG_USE if isinstance(error, OptionError) else FAILURE) from None
 
 
+def count_or_share(text: str, option: str) -> int | float:
+    """What an option says that takes a count ("10") or a share ("0.2").
+
+    Raises:
+        OptionError: it is neither.
+    """
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    raise OptionError(f"{option} {text}: give a count such as 10, or a share such as 0.2")
+
+
 def _in_one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, (KappaError, NotImplementedError, OSError)) and text:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..errors import Interrupted, OptionError, RankingFileError
-from .outcome import outcome
+from .outcome import count_or_share, outcome
 
 if TYPE_CHECKING:
     from ..ranking import Ranking
@@ -92,7 +92,7 @@ def rank(
     Ctrl-C stops; what is done by then goes to the --json FILE, marked as partial.
     """
     with outcome(debug):
-        count = _top(top)
+        count = None if top is None else count_or_share(top, "--top")
         if json is not None:
             _check_writable(json)
         from ..pipeline import rank as rank_weights  # torch takes a second: not before everything else is checked
@@ -142,17 +142,6 @@ def summary(ranking: Ranking, rtol: float) -> list[str]:
     lines += [f"skipped: {number} {reason}" for reason, number in reasons[:MOST_REASONS]]
     rest = sum(number for _, number in reasons[MOST_REASONS:])
     return lines + ([f"skipped: {rest} for other reasons, which the --json FILE lists"] if rest else [])
-
-
-def _top(text: str | None) -> int | float | None:
-    if text is None:
-        return None
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    raise OptionError(f"--top {text}: give a count such as 10, or a share of all matrices such as 0.2")
 
 
 def _certify(choice: Certify) -> bool | Literal["selection"]:
