@@ -66,12 +66,14 @@ def wrap_with(
     """wrap() for an optimizer that is also an instance of ``mixin``, if one is given."""
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
         raise OptionError(f"optimizer_cls={optimizer_cls!r} is no torch.optim.Optimizer class")
-    handle = apply(selection, model)
+    if issubclass(optimizer_cls, _Selected):  # the class of an optimizer that wrap() made
+        optimizer_cls = optimizer_cls._base
+    handle = apply(selection, model, around_steps=False)
     try:
         if not handle.targets:
             raise OptionError("the selection is empty, so there is nothing to optimize: select something")
         pieces = [_pieces(optimizer_cls, target) for target in handle.targets]
-        views = [_first_views(target, cut) for target, cut in zip(handle.targets, pieces, strict=True)]
+        views = [_first_views(optimizer_cls, t, cut) for t, cut in zip(handle.targets, pieces, strict=True)]
         made: Any = _class_of(optimizer_cls, mixin)([v for some in views for v in some], **optimizer_kwargs)
         made._take_over(handle, pieces, views)
     except BaseException:
@@ -83,7 +85,7 @@ def wrap_with(
 def _pieces(optimizer_cls: type[Optimizer], target: Target) -> Pieces | None:
     """What to index the parameter with to get what is worked on apart; None if it is worked on whole."""
     indices, name = target.indices, target.name
-    if issubclass(optimizer_cls, getattr(torch.optim, "Muon", ())):
+    if _is_muon(optimizer_cls):
         if target.parameter.ndim < 2:
             raise OptionError(f"Muon works on matrices, and {name!r} is none: leave it out with excluding()")
         if target.parameter.ndim > 2 or not target.whole:
@@ -92,7 +94,11 @@ def _pieces(optimizer_cls: type[Optimizer], target: Target) -> Pieces | None:
                     f"Muon needs whole matrices, and {name!r} is a sharded stack of them: use an optimizer that works "
                     "element by element, or unit='parameter' for 2-D parameters only"
                 )
-            indices = tuple(i for index in indices for i in _matrices(name, index, target.parameter.detach()))
+            stacked = target.parameter.ndim == 3 and (not target.entries or any(e.index for e in target.entries))
+            if stacked:
+                indices = tuple(i for index in indices for i in _matrices(name, index, target.parameter.detach()))
+            elif target.whole:
+                return ((),)  # a convolution
     if indices == ((),):
         return None
     if issubclass(optimizer_cls, torch.optim.LBFGS):
@@ -114,11 +120,21 @@ def _matrices(name: str, index: Index, parameter: torch.Tensor) -> list[Index]:
     return [deeper for i in range(size) for deeper in _matrices(name, (*index, i), parameter)]
 
 
-def _first_views(target: Target, pieces: Pieces | None) -> list[nn.Parameter]:
+def _first_views(optimizer_cls: type[Optimizer], target: Target, pieces: Pieces | None) -> list[nn.Parameter]:
     """What the constructor sees: the parameter, or its pieces, whose shapes it may check and make state for."""
     if pieces is None or is_sharded(target.parameter):
         return [target.parameter]
-    return [nn.Parameter(target.parameter.detach()[index]) for index in pieces]
+    return [nn.Parameter(_piece(optimizer_cls, target.parameter.detach(), index)) for index in pieces]
+
+
+def _is_muon(optimizer_cls: type[Optimizer]) -> bool:
+    return issubclass(optimizer_cls, getattr(torch.optim, "Muon", ()))
+
+
+def _piece(optimizer_cls: type[Optimizer], tensor: torch.Tensor, index: Index) -> torch.Tensor:
+    """A piece in the shape in which it is optimized: for Muon a convolution is the matrix that was ranked."""
+    piece = tensor[index]
+    return piece.flatten(1) if piece.ndim > 2 and _is_muon(optimizer_cls) else piece
 
 
 class _Selected(Optimizer):
@@ -134,6 +150,11 @@ class _Selected(Optimizer):
         """The selected parameters, with what of each is selected."""
         return self._handle.targets if self._handle is not None else ()
 
+    @property
+    def selection(self) -> Selection | None:
+        """What was selected; None in a copy."""
+        return self._handle.selection if self._handle is not None else None
+
     def restore(self) -> None:
         """Take back what apply() did to the model; this optimizer is of no use afterwards."""
         if self._handle is not None:
@@ -142,7 +163,6 @@ class _Selected(Optimizer):
     def _take_over(self, handle: Handle, pieces: list[Pieces | None], views: list[list[nn.Parameter]]) -> None:
         """Parameters of the model in place of what the constructor saw, with the state that it made."""
         self._handle = handle
-        handle.exempt.add(id(self))
         self._cuts = {position: cut for position, cut in enumerate(pieces) if cut is not None}
         self._frozen = {i: Frozen(t) for i, t in enumerate(handle.targets) if not t.whole}
         for target, cut, some in zip(handle.targets, pieces, views, strict=True):
@@ -211,7 +231,8 @@ class _Selected(Optimizer):
         view = self._lend(parameter, key, index, copy=True)
         try:
             self._step_alone(settings, view)
-            parameter.detach()[index].copy_(view.detach())
+            target = parameter.detach()[index]
+            target.copy_(view.detach().reshape(target.shape))
         finally:
             self._take_back(parameter, key, view)
 
@@ -235,10 +256,10 @@ class _Selected(Optimizer):
 
     def _lend(self, parameter: nn.Parameter, key: str, index: Index, copy: bool = False) -> nn.Parameter:
         """A piece as a parameter of its own, with its gradient and its state."""
-        data = parameter.detach()[index]
+        data = _piece(self._base, parameter.detach(), index)
         view = nn.Parameter(data.clone(memory_format=torch.contiguous_format) if copy else data)
         if parameter.grad is not None:
-            gradient = parameter.grad[index]
+            gradient = _piece(self._base, parameter.grad, index)
             view.grad = gradient.contiguous() if copy else gradient
         state = self.state.get(parameter)
         if state:

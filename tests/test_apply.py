@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
+import pickle
+import sys
+import weakref
 
 import pytest
 import torch
@@ -167,3 +172,114 @@ def test_masks_are_small_and_true_where_nothing_is_selected():
         full = mask.expand_as(target.parameter)
         assert int((~full).sum()) == target.numel
         assert all(not full[index].any() for index in target.indices)
+
+
+def test_a_closure_that_fills_the_gradients_inside_the_step_moves_no_frozen_weight():
+    model = build("mixtral")
+    selection, before = selection_of(model), snapshot(model)
+    with selection.apply(model):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(**batch()).loss
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        optimizer.step(closure=closure)
+    assert_only_the_selected_moved(model, selection, before)
+
+
+@pytest.mark.parametrize("how", ["apply", "wrap"])
+def test_a_model_that_nobody_holds_goes_with_its_hooks(how):
+    gc.collect()
+    hooks = sys.modules[torch.optim.Optimizer.__module__]._global_optimizer_pre_hooks
+    count = len(hooks)
+    model = build("mixtral")
+    selection = selection_of(model)
+    made = selection.apply(model) if how == "apply" else kappa_fast.wrap(torch.optim.SGD, model, selection, lr=0.1)
+    assert len(hooks) == count + (how == "apply")
+    gone = weakref.ref(model)
+    del model, made
+    gc.collect()
+    assert gone() is None
+    assert len(hooks) == count
+
+
+def test_the_guards_stay_where_nobody_keeps_the_handle():
+    model = build("mixtral")
+    selection, before = selection_of(model), snapshot(model)
+    selection.apply(model)
+    gc.collect()
+    train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1))
+    assert_only_the_selected_moved(model, selection, before)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_is_a_model_like_any_other(duplicate):
+    model = build("mixtral")
+    handle = selection_of(model).apply(model)
+    twin = duplicate(model)
+    twin(**batch()).loss.backward()
+    partial = next(t for t in handle.targets if not t.whole)
+    frozen = frozen_mask(partial).expand_as(partial.parameter)
+    assert twin.get_parameter(partial.name).grad[frozen].any()
+    model(**batch()).loss.backward()
+    assert not partial.parameter.grad[frozen].any()
+
+
+def test_a_compiled_model_keeps_its_guards():
+    model = build("phi3")
+    selection, before = selection_of(model), snapshot(model)
+    selection.apply(model)
+    compiled = torch.compile(model, backend="eager")
+    train(
+        compiled, torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1), 2
+    )
+    assert_only_the_selected_moved(model, selection, before)
+
+
+def test_two_selections_at_once_are_refused_and_one_after_the_other_are_not():
+    model = build("mixtral")
+    selection = selection_of(model)
+    handle = selection.apply(model)
+    for again in (lambda: selection.apply(model), lambda: kappa_fast.wrap(torch.optim.SGD, model, selection, lr=0.1)):
+        with pytest.raises(OptionError, match="a selection is applied to this model already"):
+            again()
+    handle.restore()
+    optimizer = kappa_fast.wrap(torch.optim.SGD, model, selection, lr=0.1)
+    assert optimizer.selection is selection
+    optimizer.restore()
+    selection.apply(model).restore()
+
+
+def test_a_parameter_that_was_flattened_later_is_refused():
+    model = build("mixtral")
+    handle = selection_of(model).apply(model)
+    partial = next(t for t in handle.targets if not t.whole)
+    owner, _, leaf = partial.name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(partial.parameter.detach().flatten()))
+    with pytest.raises(OptionError, match="has another shape than when a part of it was selected"):
+        model(**batch())
+    other = torch.nn.Linear(3, 3)  # whose optimizer is none of its business
+    other(torch.ones(1, 3)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+
+
+def test_what_zero_links_later_is_refused():
+    model = build("mixtral")
+    handle = selection_of(model).apply(model)
+    next(t for t in handle.targets if not t.whole).parameter._hp_mapping = object()
+    with pytest.raises(OptionError, match="is partitioned by DeepSpeed ZeRO"):
+        model(**batch())
+
+
+def test_a_model_from_inference_mode_is_refused_and_stays_as_it_was():
+    with torch.inference_mode():
+        model = build("llama")
+    before = flags(model)
+    selection = selection_of(build("llama"))
+    with pytest.raises(OptionError, match="was made in inference mode and cannot train"):
+        selection.apply(model)
+    assert flags(model) == before

@@ -450,3 +450,28 @@ def test_a_model_that_was_cast_after_ranking_trains():
     model(**batch()).loss.backward()
     optimizer.step()
     assert_only_the_selected_moved(model, selection, before)
+
+
+def test_muon_trains_a_convolution_as_the_matrix_that_was_ranked():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 20, 3, bias=False), torch.nn.Conv1d(3, 16, 6, bias=False))
+    twin = copy.deepcopy(model)
+    selection = kappa_fast.rank(model, progress=False, min_dim=4).select(top_p=1.0)
+    optimizer = wrap(torch.optim.Muon, model, selection, lr=0.1)
+    matrices = [torch.nn.Parameter(m.weight.detach().flatten(1).clone()) for m in twin]
+    alone = torch.optim.Muon(matrices, lr=0.1)
+    for module, matrix in zip(model, matrices, strict=True):
+        module.weight.grad = torch.randn_like(module.weight)
+        matrix.grad = module.weight.grad.flatten(1).clone()
+    optimizer.step()
+    alone.step()
+    for module, matrix in zip(model, matrices, strict=True):
+        assert torch.equal(module.weight.detach().flatten(1), matrix)
+
+
+def test_the_class_of_an_optimizer_that_was_made_can_be_wrapped_again():
+    model = build("mixtral")
+    selection = selection_of(model)
+    first = wrap(torch.optim.AdamW, model, selection, lr=1e-2)
+    first.restore()
+    assert type(wrap(type(first), model, selection, lr=1e-2)) is type(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import TracebackType
 from typing import Any
 
@@ -19,36 +20,60 @@ from .masks import Frozen
 class Handle:
     """What ``selection.apply(model)`` did; ``restore()``, or leaving a ``with`` block, takes it back.
 
+    It lives as long as the model, also where nobody keeps it.
+
     Attributes:
+        selection: what was applied.
         targets: the selected parameters, with what of each is selected.
     """
 
-    def __init__(self, model: nn.Module, targets: list[Target]) -> None:
-        self.targets = tuple(targets)
+    def __init__(self, model: nn.Module, selection: Selection, targets: list[Target]) -> None:
+        self.selection, self.targets = selection, tuple(targets)
         self._model = model
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self._guards = {t.name: _Guard(t) for t in targets if not t.whole}
         self._before: dict[Optimizer, list[tuple[_Guard, torch.Tensor, torch.Tensor]]] = {}
         self._removers: list[Any] = []
-        self.exempt: set[int] = set()  # optimizers, by id, that keep frozen weights themselves
 
-    def begin(self) -> None:
-        """Set the flags and install the guards."""
+    def begin(self, *, around_steps: bool) -> None:
+        """Set the flags and install the guards; ``around_steps``: also those around every optimizer's step."""
+        _APPLIED[self._model] = weakref.ref(self)
         chosen = {target.name for target in self.targets}
         for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(name in chosen)
-        if self._guards:
-            self.follow()
-            self._removers = [
-                self._model.register_forward_pre_hook(lambda *_: self.follow()),
-                register_optimizer_step_pre_hook(lambda optimizer, *_: self._keep(optimizer)),
-                register_optimizer_step_post_hook(lambda optimizer, *_: self._put_back(optimizer)),
-            ]
+        if not self._guards:
+            return
+        self.follow()
+        self._removers = [self._model.register_forward_pre_hook(_Follower(self))]
+        if around_steps:
+            this = weakref.ref(self)  # torch keeps these hooks for ever, and the model is not to live that long
+
+            def keep(optimizer: Optimizer, arguments: Any, options: Any) -> None:
+                handle = this()
+                if handle is not None:
+                    handle._keep(optimizer, len(arguments) > 1 or bool(options))
+
+            def put_back(optimizer: Optimizer, *_: Any) -> None:
+                handle = this()
+                if handle is not None:
+                    handle._put_back(optimizer)
+
+            around = [register_optimizer_step_pre_hook(keep), register_optimizer_step_post_hook(put_back)]
+            self._removers += around
+            weakref.finalize(self, _remove, around)
 
     def follow(self) -> None:
         """Guard the parameters that the model has now: sharding replaces them by others of the same name."""
         for name, guard in self._guards.items():
-            guard.watch(_parameter(self._model, name))
+            parameter = _parameter(self._model, name)
+            _refuse_zero(name, parameter)
+            if parameter.shape != guard.target.parameter.shape:
+                raise OptionError(
+                    f"{name!r} has another shape than when a part of it was selected, {tuple(parameter.shape)} instead "
+                    f"of {tuple(guard.target.parameter.shape)}: restore() the selection and apply it again, or select "
+                    "with unit='parameter' for trainers that flatten parameters"
+                )
+            guard.watch(parameter)
 
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter that the model has under this name now."""
@@ -56,8 +81,7 @@ class Handle:
 
     def restore(self) -> None:
         """Every requires_grad as it was before, no guard left. A second call does nothing."""
-        for remover in self._removers:
-            remover.remove()
+        _remove(self._removers)
         for guard in self._guards.values():
             guard.release()
         self._removers, self._before = [], {}
@@ -66,11 +90,15 @@ class Handle:
             if name in parameters:
                 parameters[name].requires_grad_(flag)
         self._flags = {}
+        if _applied_to(self._model) is self:
+            del _APPLIED[self._model]
 
-    def _keep(self, optimizer: Optimizer) -> None:
-        if id(optimizer) in self.exempt:
+    def _keep(self, optimizer: Optimizer, may_fill: bool) -> None:
+        """may_fill: the step was given something, so that a closure may fill gradients that are not there yet."""
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"] if may_fill or p.grad is not None}
+        here = {id(p) for p in self._model.parameters()} | {id(guard.parameter) for guard in self._guards.values()}
+        if mine.isdisjoint(here):  # an optimizer of another model
             return
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         self.follow()
         guards = [guard for guard in self._guards.values() if id(guard.parameter) in mine]
         if guards:
@@ -87,6 +115,34 @@ class Handle:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.restore()
+
+
+# Weak in both directions: a handle knows its model, and must not keep it for ever.
+_APPLIED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
+
+
+def _applied_to(module: nn.Module) -> Handle | None:
+    found = _APPLIED.get(module)
+    return found() if found is not None else None
+
+
+def _remove(removers: list[Any]) -> None:
+    for remover in removers:
+        remover.remove()
+
+
+class _Follower:
+    """Called before each forward pass; a copy or a pickle of the model gets one that does nothing."""
+
+    def __init__(self, handle: Handle | None = None) -> None:
+        self._handle = handle
+
+    def __call__(self, *_: Any) -> None:
+        if self._handle is not None and not torch.compiler.is_compiling():
+            self._handle.follow()
+
+    def __reduce__(self) -> Any:
+        return _Follower, ()
 
 
 class _Guard:
@@ -121,12 +177,21 @@ class _Guard:
             self._remover = None
 
 
-def apply(selection: Selection, model: nn.Module) -> Handle:
-    """See ``Selection.apply``."""
+def apply(selection: Selection, model: nn.Module, *, around_steps: bool = True) -> Handle:
+    """See ``Selection.apply``. ``around_steps``: False for an optimizer that keeps frozen weights itself."""
+    if any(_applied_to(module) is not None for module in model.modules()):
+        raise OptionError(
+            "a selection is applied to this model already, and two would freeze each other's weights: restore() it "
+            "first (wrap() applies its selection itself)"
+        )
     targets = match(selection, model)
     _check(model, targets)
-    handle = Handle(model, targets)
-    handle.begin()
+    handle = Handle(model, selection, targets)
+    try:
+        handle.begin(around_steps=around_steps)
+    except BaseException:
+        handle.restore()
+        raise
     return handle
 
 
@@ -134,10 +199,10 @@ def _check(model: nn.Module, targets: list[Target]) -> None:
     chosen = {target.name for target in targets}
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        if hasattr(parameter, "ds_id"):
+        _refuse_zero(name, parameter)
+        if parameter.is_inference():
             raise OptionError(
-                f"{name!r} is partitioned by DeepSpeed ZeRO, which keeps parameters flat: apply the selection before "
-                "deepspeed.initialize, with unit='parameter', and let its own optimizer train what requires grad"
+                f"{name!r} was made in inference mode and cannot train: make or load the model outside of it"
             )
         if name.rpartition(".")[2] == "_flat_param":
             raise OptionError(
@@ -153,6 +218,15 @@ def _check(model: nn.Module, targets: list[Target]) -> None:
         raise OptionError(
             f"the model is in DistributedDataParallel already, which counts on the gradients it began with; the "
             f"selection would change {flips!r}: apply the selection, or wrap(), before DDP"
+        )
+
+
+def _refuse_zero(name: str, parameter: nn.Parameter) -> None:
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        raise OptionError(
+            f"{name!r} is partitioned by DeepSpeed ZeRO, which keeps parameters flat: apply a selection of whole "
+            "parameters (unit='parameter') before deepspeed.initialize, and let its optimizer train what requires it; "
+            "or use FSDP2"
         )
 
 
