@@ -117,7 +117,10 @@ def test_interleaved_halves_of_gpt_oss_are_refused_and_whole_experts_are_not():
 @pytest.mark.parametrize("family", MOE)
 def test_esft_lists_whole_experts_by_layer(family):
     selection = ranked(family, include=r"mlp\.experts\.").select(num_tensors=3, unit="expert")
-    found = json.loads(selection.to_esft())
+    with pytest.warns(UserWarning, match="ESFT needs every layer of the model, and the last selected one is"):
+        found = json.loads(selection.to_esft())
+    assert list(found["experts"]) == [str(i) for i in range(1 + max(entry.layer for entry in selection))]
+    assert list(json.loads(selection.to_esft(model=build(family)))["experts"]) == ["0", "1"]
     pairs = {(int(layer), e) for layer, numbers in found["experts"].items() for e in numbers}
     assert pairs == {(entry.layer, entry.index[0]) for entry in selection}
     assert len(pairs) == 3

@@ -109,6 +109,17 @@ def test_a_part_of_a_fused_projection_is_refused_or_widened():
     )
 
 
+def test_experts_of_a_checkpoint_become_parameters_of_the_model(tmp_path):
+    from test_names_matching import on_disk
+
+    model = build("mixtral")
+    on_disk(model, "mixtral", tmp_path)
+    selection = kappa_fast.rank(tmp_path, include=r"layers\.1\..*w2", progress=False).select(top_p=1.0)
+    config = lora_config(selection, model=model, r=2)
+    assert config.target_parameters == ["model.layers.1.mlp.experts.down_proj"]
+    assert not config.target_modules
+
+
 def test_patterns_go_into_modules_to_save():
     model = build("llama")
     selection = kappa_fast.rank(model, progress=False).select(num_tensors=2).including(r"^model\.norm", "lm_head")

@@ -120,6 +120,30 @@ def test_names_on_disk_find_the_experts_in_memory_bit_for_bit(family, tmp_path):
     assert all(target.whole for target in match(everything(ranking), model))
 
 
+def test_names_on_disk_find_parameters_below_wrappers_and_are_indexed_as_those(tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = build("mixtral")
+    on_disk(model, "mixtral", tmp_path)
+    ranking = kappa_fast.rank(tmp_path, include=r"layers\.0\..*experts\.3\.w2", progress=False)
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    (target,) = match(everything(ranking), model)
+    assert "_checkpoint_wrapped_module" in target.name
+    assert target.indices == ((3,),)
+    assert [entry.index for entry in target.entries] == [(3,)]
+    optimizer = kappa_fast.wrap(torch.optim.Muon, model, everything(ranking))
+    assert optimizer._cuts == {0: ((3,),)}
+
+
+def test_a_name_that_fits_two_parameters_is_not_guessed():
+    model = torch.nn.ModuleDict({"module": torch.nn.Linear(20, 20), "_orig_mod": torch.nn.Linear(20, 20)})
+    plain = kappa_fast.rank(torch.nn.Linear(20, 20), progress=False)
+    with pytest.raises(OptionError, match="the model lacks 1 of the 1"):
+        match(everything(plain), model)
+    exact = kappa_fast.rank(model, include="^module", progress=False)
+    assert [target.name for target in match(everything(exact), model)] == ["module.weight"]
+
+
 def test_what_transformers_saves_is_found_again(tmp_path):
     for family in MOE:
         model = build(family)

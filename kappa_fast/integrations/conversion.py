@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from ..entries import Index
 from ..errors import OptionError, missing_extra
+from .pieces import box_of, index_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Place:
 class Conversion:
     """The table for one model, as its loader uses it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, plain_name: Callable[[str], str]) -> None:
         """model: a transformers model, or wrappers around one.
 
         Raises:
@@ -45,7 +46,8 @@ class Conversion:
         transforms = get_model_conversion_mapping(self._model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        named = self._model.named_parameters(remove_duplicate=False)
+        self._parameters = {plain_name(name): parameter for name, parameter in named}
 
     def place(self, name: str, shape: tuple[int, int]) -> Place | None:
         """Where the tensor ``name`` of a checkpoint, a matrix of this shape, ends up; None if nowhere.
@@ -88,8 +90,7 @@ def _index(converter: Any, pattern: str, name: str, shape: tuple[int, int], targ
                 f"{name!r} is loaded through {kind}, after which no slice of the parameter is that tensor: "
                 "rank the loaded model itself"
             )
-    whole = all(isinstance(part, slice) and part == slice(0, size) for part, size in zip(box, target, strict=True))
-    return () if whole else tuple(box)
+    return index_of(box_of(tuple(box), target), target)
 
 
 def _number(pattern: str, name: str) -> int:
@@ -100,8 +101,10 @@ def _number(pattern: str, name: str) -> int:
     return int(found.group(1))
 
 
-def resolve_names(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Place]:
-    """Places for all names that have one."""
-    conversion = Conversion(model)
+def resolve_names(
+    model: nn.Module, shapes: Mapping[str, tuple[int, int]], plain_name: Callable[[str], str]
+) -> dict[str, Place]:
+    """Places for all names that have one; ``plain_name`` takes what wrappers add out of the names of the model."""
+    conversion = Conversion(model, plain_name)
     places = {name: conversion.place(name, shape) for name, shape in shapes.items()}
     return {name: place for name, place in places.items() if place is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,15 @@ def _esft(selection: Selection, model: nn.Module | None) -> str:
                 "select with unit='expert'"
             )
         experts.setdefault(str(layer), set()).add(int(expert.rpartition("[")[2].rstrip("]")))
-    listed = {layer: sorted(numbers) for layer, numbers in sorted(experts.items(), key=lambda pair: int(pair[0]))}
+    # ESFT looks up every layer that has experts, also those of which none is trained.
+    layers = {layer_of(name) for name, _ in model.named_parameters()} if model is not None else set(map(int, experts))
+    last = max(layer for layer in layers if layer is not None)
+    if model is None:
+        warnings.warn(
+            f"ESFT needs every layer of the model, and the last selected one is {last}: give model= if it has more",
+            stacklevel=4,
+        )
+    listed = {str(layer): sorted(experts.get(str(layer), ())) for layer in range(last + 1)}
     return json.dumps({"experts": listed, "shared_experts": False, "non_expert_modules": False}, indent=2) + "\n"
 
 

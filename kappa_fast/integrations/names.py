@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -29,8 +29,8 @@ class Target:
     """A parameter of the model, and what of it is selected.
 
     name: as ``model.named_parameters()`` has it.  indices: what to index the parameter with to get each selected
-    piece, disjoint, in the order of memory; ``((),)`` for all of it.  entries: what selected it, empty for what an
-    ``including`` pattern brought in.
+    piece, disjoint, in the order of memory; ``((),)`` for all of it.  entries: what selected it, indexed as the
+    parameter of the model is, empty for what an ``including`` pattern brought in.
     """
 
     name: str
@@ -101,13 +101,21 @@ class _Names:
         self.parameters = dict(model.named_parameters())
         first = {id(parameter): name for name, parameter in self.parameters.items()}
         self._first = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
-        self._plain = {plain_name(name): canonical for name, canonical in self._first.items()}
+        plain: dict[str, set[str]] = {}
+        for name, canonical in self._first.items():
+            plain.setdefault(plain_name(name), set()).add(canonical)
+        # A name that fits two parameters is none of either.
+        self._plain = {name: next(iter(found)) for name, found in plain.items() if len(found) == 1}
         bases = {getattr(module, "base_model_prefix", "") for module in model.modules()}
         self._bases = sorted(base for base in bases if isinstance(base, str) and base)
 
     def find(self, names: Iterable[str]) -> str | None:
         """The parameter with one of these names, or the only one with it but for the prefix of a base model."""
-        plain = [plain_name(name) for name in names]
+        given = list(names)
+        for name in given:
+            if name in self._first:
+                return self._first[name]
+        plain = [plain_name(name) for name in given]
         for name in plain:
             if name in self._plain:
                 return self._plain[name]
@@ -137,7 +145,7 @@ def _add_from_disk(
     from .conversion import resolve_names
 
     try:
-        places = resolve_names(model, {entry.name: entry.shape for entry in unknown})
+        places = resolve_names(model, {entry.name: entry.shape for entry in unknown}, plain_name)
     except OptionError as error:
         raise OptionError(f"{_missing(names, unknown, total)} ({error})") from error
     for entry in unknown:
@@ -145,7 +153,8 @@ def _add_from_disk(
         found = names.find((place.name,)) if place is not None else None
         if place is None or found is None or (place.index and entry.index):
             raise OptionError(_missing(names, [e for e in unknown if e.name not in places] or [entry], total))
-        chosen.setdefault(found, []).append((place.index or entry.index, entry))
+        index = place.index or entry.index
+        chosen.setdefault(found, []).append((index, replace(entry, index=index)))
 
 
 def _missing(names: _Names, unknown: Sequence[TensorKappa], total: int) -> str:

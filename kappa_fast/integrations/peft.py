@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from ..entries import Index
+from ..entries import Index, TensorKappa
 from ..errors import OptionError, missing_extra
 from ..selection import Selection
 from .originals import condition_numbers
@@ -99,45 +99,51 @@ def _apart(selection: Selection, model: nn.Module | None, modules: list[str]) ->
 
 def _targets(selection: Selection, model: nn.Module | None, partial: str) -> tuple[list[str], list[str], list[str]]:
     """Names of modules, names of parameters, and names of modules to train whole."""
-    whole, included = _parameters(selection, model)
+    found, included = _parameters(selection, model)
     modules, parameters = [], []
-    for name, indices in whole.items():
+    for name, (indices, is_stack) in found.items():
         if indices != ((),) and partial == "error":
             raise OptionError(
                 f"{name!r} is selected in part, and PEFT adapts all of it: select with unit='parameter', or widen the "
                 "selection with partial='widen'"
             )
         owner, _, leaf = name.rpartition(".")
-        if leaf == "weight" and not _is_stack(selection, name):
+        if leaf == "weight" and not is_stack:
             modules.append(owner)
         else:
             parameters.append(name)
     return modules, parameters, list(dict.fromkeys(name.rpartition(".")[0] for name in included))
 
 
-def _parameters(selection: Selection, model: nn.Module | None) -> tuple[Mapping[str, tuple[Index, ...]], list[str]]:
-    """What of which parameter has entries, and the parameters that patterns brought in."""
+Found = Mapping[str, tuple[tuple[Index, ...], bool]]
+
+
+def _parameters(selection: Selection, model: nn.Module | None) -> tuple[Found, list[str]]:
+    """By name what is selected of it and whether it is a stack of matrices; and what patterns brought in."""
     if model is not None:
         from .names import match, plain_name
 
         targets = match(selection, model)
         return (
-            {plain_name(t.name): t.indices for t in targets if t.entries},
+            {plain_name(t.name): (t.indices, _is_stack(t.entries)) for t in targets if t.entries},
             [plain_name(t.name) for t in targets if not t.entries],
         )
     if selection.include:
         raise OptionError(f"including({selection.include[0]!r}) names parameters of a model: give it as model=")
     complete = selection.settings.get("unit") == "parameter" and not selection.exclude
-    found: dict[str, tuple[Index, ...]] = {}
+    entries: dict[str, list[TensorKappa]] = {}
     for entry in selection.entries:
-        index: Index = () if complete else entry.index
-        found[entry.name] = (*found.get(entry.name, ()), index)
-    return {name: ((),) if () in indices else indices for name, indices in found.items()}, []
+        entries.setdefault(entry.name, []).append(entry)
+    found = {}
+    for name, members in entries.items():
+        whole = complete or any(not entry.index for entry in members)
+        found[name] = (((),) if whole else tuple(entry.index for entry in members), _is_stack(members))
+    return found, []
 
 
-def _is_stack(selection: Selection, name: str) -> bool:
-    """Whether the parameter is a stack of matrices: an expert is indexed by its number."""
-    return any(e.name == name and e.index and isinstance(e.index[0], int) for e in selection.entries)
+def _is_stack(entries: Sequence[TensorKappa]) -> bool:
+    """Whether these are matrices of a stack: an expert is indexed by its number."""
+    return any(entry.index and isinstance(entry.index[0], int) for entry in entries)
 
 
 class KappaTuneSelector:
