@@ -40,12 +40,14 @@ def weights_of(found: Sequence[Stored], config: Mapping[str, Any] | None) -> lis
         SourceError: a companion is missing or does not fit, or the weight is there twice, as codes and plain.
     """
     by_name = {name: t for t in found if t.problem is None for name in t.names}
+    coded = [t for t in found if t.problem is None and codes.may_be_codes(t.dtype)]
+    candidates = [_candidate(stored, by_name, config or {}) for stored in coded]
+    companions = {id(companion) for candidate in candidates for companion in candidate.companions.values()}
     replaced: dict[int, Stored] = {}
     scales: set[str] = set()
-    for stored in found:
-        if stored.problem is not None or not codes.may_be_codes(stored.dtype):
+    for stored, candidate in zip(coded, candidates, strict=True):
+        if id(stored) in companions:  # scales may come in the dtypes of codes
             continue
-        candidate = _candidate(stored, by_name, config or {})
         recipe = next((r for family in FAMILIES if (r := family.recognize(candidate)) is not None), None)
         if recipe is None:
             if candidate.companions and (method := method_of(candidate.config)):
