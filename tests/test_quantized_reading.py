@@ -181,6 +181,17 @@ def test_codes_and_scales_may_lie_in_different_shards(tmp_path):
         kappa_fast.rank(tmp_path / "model-00001-of-00002.safetensors")
 
 
+def test_scales_whose_codes_are_elsewhere_are_no_weights():
+    names = ("a.weight_scale_inv", "b.weight_scale", "experts.down_proj_scale", "experts.up_proj_scale_inv")
+    source = dict.fromkeys(("w", "logit_scale", "scale_proj.weight", "kept.weight_scale"), None)
+    tensors = {name: torch.randn(16, 16) for name in (*names, *source, "kept.weight")}
+    opened = open_source(tensors, EVERYTHING)
+    assert {m.name for m in opened.matrices} == {*source, "kept.weight"}
+    assert {s.name for s in opened.skipped} == set(names)
+    assert all(s.reason.startswith("scales or zero points of quantized weights") for s in opened.skipped)
+    assert opened.num_parameters == 5 * 256
+
+
 def test_scales_that_the_index_does_not_list_are_not_used(tmp_path):
     codes, scale = quantized(trained(128, 128), (128, 128))
     save_file({"a.weight": codes, "a.weight_scale_inv": scale}, tmp_path / "model-00001-of-00001.safetensors")
