@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from models import EVERYTHING, matrices
-from packing import check, minilm, saved, trained
+from packing import check, in_bytes, minilm, saved, trained
 from safetensors.torch import save_file
-from test_quantized_fp4 import as_in_gpt_oss
+from test_quantized_fp4 import as_in_gpt_oss, nvfp4
 from test_quantized_fp8 import FP8, dequantized, quantized
-from test_quantized_packed import config, gptq, in_turn
+from test_quantized_packed import awq, config, gptq, in_turn
+from torch.profiler import ProfilerActivity, profile
 
 import kappa_fast
 from kappa_fast.errors import SourceError
@@ -287,3 +289,55 @@ def test_no_family_takes_what_has_another_dtype_or_rank():
                 (codes, *rest), _ = recorded({name: torch.zeros(shape, dtype=dtype), "scales": scale})
                 candidate = Candidate(codes, {"scale": rest[0]})
                 assert all(family.recognize(candidate) is None for family in FAMILIES), (name, dtype, shape)
+
+
+# Memory
+
+
+def peak_of(matrix) -> int:
+    """Bytes that torch has allocated at most while the matrix was loaded, what is returned among them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+        loaded = matrix.load()
+    changes = [e.nbytes() for e in recording.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert loaded.numel()
+    return max(itertools.accumulate(changes))
+
+
+def in_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    codes, scale = quantized(weight, (64, 64))
+    return {"a.weight": codes, "a.weight_scale_inv": scale}
+
+
+def in_nvfp4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    codes, scale, by = nvfp4(weight)
+    return {"a.weight_packed": in_bytes(codes), "a.weight_scale": scale, "a.weight_global_scale": torch.tensor([by])}
+
+
+def in_int4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    rows, columns = weight.shape
+    zero = {"a.weight_zero_point": torch.zeros(rows // 8, 4).int(), "a.weight_scale": torch.ones(rows, 4).bfloat16()}
+    return zero | {
+        "a.weight_packed": torch.zeros(rows, columns // 8).int(),
+        "a.weight_shape": torch.tensor([rows, columns]),
+    }
+
+
+FORMATS = {
+    "fp8": in_fp8,
+    "gpt-oss": lambda weight: as_in_gpt_oss("down_proj", weight[None].contiguous())[0],
+    "nvfp4": in_nvfp4,
+    "gptq 3 bits": lambda weight: gptq(weight, 3, in_turn(64, 256), symmetric=True)[0],
+    "gptq 4 bits": lambda weight: gptq(weight, 4, in_turn(64, 256), symmetric=True)[0],
+    "awq": lambda weight: awq(weight, 64)[0],
+    "int4": in_int4,
+    "int8": lambda weight: {"a.weight": torch.ones(256, 256).char(), "a.weight_scale": torch.ones(256, 1).bfloat16()},
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_loading_takes_no_more_than_is_counted_and_not_far_less(format):
+    (matrix,) = matrices(FORMATS[format](trained(256, 256))).values()
+    matrix.load()  # whatever is allocated once
+    peak = peak_of(matrix)
+    assert peak <= matrix.nbytes + matrix.overhead
+    assert matrix.nbytes + matrix.overhead <= 2 * peak
