@@ -21,7 +21,7 @@ U = 2.0**-53
 SIZES = [1, 2, 64, 65, 130]
 
 
-@pytest.fixture(params=[True, False], ids=["dot", "outer products"])
+@pytest.fixture(params=[pytest.param(True, id="dot"), pytest.param(False, id="outer products", marks=pytest.mark.slow)])
 def products(request, monkeypatch):
     for place in (factors, module):
         monkeypatch.setattr(place, "WITH_DOT", ("sm_90",) if request.param else ())
