@@ -64,7 +64,8 @@ def open_source(
             else:
                 matrices.append(_matrix(stored, part))
     _check_keys(matrices)
-    metadata: dict[str, Any] = {**inventory.metadata, "layouts": notes}
+    quantized = Counter(t.quantization for t in candidates if t.quantization is not None)
+    metadata: dict[str, Any] = {**inventory.metadata, "layouts": notes, "quantization": dict(quantized)}
     return Source(tuple(matrices), tuple(skipped), inventory.num_parameters, metadata, inventory.in_memory)
 
 
@@ -111,9 +112,11 @@ def _matrix(stored: Stored, part: Part) -> Matrix:
         dtype=stored.dtype,
         device=stored.device,
         load=partial(_load, stored, part),
+        quantization=stored.quantization,
+        overhead=stored.overhead,
     )
 
 
-def _load(stored: Stored, part: Part) -> torch.Tensor:
-    tensor = stored.take(part.index)
+def _load(stored: Stored, part: Part, device: torch.device | None = None) -> torch.Tensor:
+    tensor = stored.take(part.index, device)
     return tensor if tensor.dim() == 2 else tensor.flatten(1)

@@ -18,6 +18,8 @@ from ..entries import Index
 from ..errors import SourceError, SourceNotFoundError
 from .base import Inventory, Stored
 from .names import has_adapters, in_model_order
+from .quantized import weights_of
+from .quantized.config import quantization_config
 from .tensors import count_weights, fingerprint, model_types_in, own_names
 
 INDEX_ENDING = ".safetensors.index.json"
@@ -74,7 +76,8 @@ def read_checkpoint(path: Path) -> Inventory:
         files, expected = _files_of(path)
     except PermissionError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}): ask for the right to, or copy it") from error
-    model_types = _model_types(directory / "config.json")
+    config = _config(directory / "config.json")
+    model_types = model_types_in(config)
     tensors: dict[str, Stored] = {}
     homes: dict[str, Path] = {}
     for file in files:
@@ -96,7 +99,8 @@ def read_checkpoint(path: Path) -> Inventory:
         "model_type": next(iter(model_types), None),
         "fingerprint": fingerprint(found),
     }
-    return Inventory(found, count_weights(found), metadata, in_memory=False, in_peft=has_adapters(tensors))
+    weights = weights_of(found, quantization_config(directory, config))
+    return Inventory(weights, count_weights(weights), metadata, in_memory=False, in_peft=has_adapters(tensors))
 
 
 class Shard:
@@ -132,8 +136,8 @@ class Shard:
         self._handle = None  # a model may have more shards than a process may have open files
         return found
 
-    def take(self, name: str, index: Index) -> torch.Tensor:
-        """A tensor or the indexed part of it, as a view of the map.
+    def take(self, name: str, index: Index, device: torch.device | None = None) -> torch.Tensor:
+        """A tensor or the indexed part of it, as a view of the map, whatever ``device`` is.
 
         Raises:
             SourceError: the file has changed, or cannot be read.
@@ -272,14 +276,14 @@ def _check_complete(files: Sequence[Path]) -> None:
             )
 
 
-def _model_types(path: Path) -> tuple[str, ...]:
+def _config(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
-        return ()
+        return {}
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read ({error}): repair it, or move it away to rank without it") from error
-    return model_types_in(found)
+    return found if isinstance(found, dict) else {}
 
 
 def _no_weights(directory: Path) -> SourceError:

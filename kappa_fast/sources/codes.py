@@ -29,6 +29,7 @@ _APPENDED = (
     "_global_scale",
     "_zero_point",
     "_shape",
+    "_g_idx",
     ".absmax",
     ".quant_map",
     ".nested_absmax",
@@ -43,6 +44,7 @@ _BESIDE = (
     "weight_global_scale",
     "weight_zero_point",
     "weight_shape",
+    "weight_g_idx",
     "_weight_scale",
     "_weight_zero_point",
     "scale_weight",
@@ -67,6 +69,24 @@ def companions(name: str, names: Collection[str]) -> list[str]:
     candidates = [name + suffix for suffix in _APPENDED]
     candidates += [stem + suffix for suffix in _BESIDE if stem != name]
     return [candidate for candidate in dict.fromkeys(candidates) if candidate != name and candidate in names]
+
+
+def role_of(name: str, companion: str) -> str:
+    """What a companion is to the codes called ``name``, such as "scale_inv", "zero_point", "qzeros" or "absmax".
+
+    The same words whether it is called after the codes or beside them: ``weight_scale`` is "scale" both to ``weight``
+    and to ``weight_packed``.
+    """
+    rest = companion.removeprefix(name) if companion.startswith(name) else companion.removeprefix(_ENDING.sub("", name))
+    return rest.lstrip("._").removeprefix("weight_")
+
+
+def plain_name(name: str) -> str:
+    """What the weight is called whose codes are called ``name``: the name it has in the model before quantization."""
+    ending = _ENDING.search(name)
+    if ending is None:
+        return name
+    return name[: ending.start()] + ("" if ending.group() == "_blocks" else "weight")
 
 
 def scales_reason(companion: str) -> str:
