@@ -60,7 +60,8 @@ def test_experts_in_fp8_with_a_tensor_each_are_those_of_the_fused_model(family, 
     check_same(folder, plain_folder, count)
     with one_thread():
         found = kappa_fast.rank(folder, progress=False)
-    check_complete(stored, found)
+    # A router is skipped under its name in the model.
+    check_complete({name: tensor for name, tensor in stored.items() if not name.endswith(".gate.weight")}, found)
     experts = [entry for entry in found if ".experts." in entry.name and entry.part]
     assert len(experts) == 2 * 4 * 3
     assert all(target.whole for target in match(everything(found), model) if target.name.endswith("experts.down_proj"))
