@@ -17,8 +17,9 @@ from models import EVERYTHING, matrices, reasons, weights
 from safetensors.torch import save_file
 
 from kappa_fast.errors import OptionError, SourceError, SourceNotFoundError
-from kappa_fast.sources import Filters, open_source
-from kappa_fast.sources.checkpoint import DTYPES, Shard
+from kappa_fast.sources import Filters, files, open_source
+from kappa_fast.sources.checkpoint import DTYPES
+from kappa_fast.sources.files import DataFile, Region
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -109,47 +110,117 @@ def test_a_checkpoint_says_what_it_is(single, sharded):
     assert again["fingerprint"] == metadata["fingerprint"]
 
 
-class Recorder:
-    """An open file that notes which parts of its tensors are asked for."""
+@pytest.fixture
+def ranges(monkeypatch) -> list[tuple[int, int]]:
+    """Offset and length of everything that is read from files of weights."""
+    found: list[tuple[int, int]] = []
 
-    def __init__(self, handle: object, asked: list[object]) -> None:
-        self._handle, self._asked = handle, asked
+    def read(self: DataFile, offset: int, out: torch.Tensor, inner=DataFile.read) -> None:
+        found.append((offset, out.nbytes))
+        inner(self, offset, out)
 
-    def keys(self) -> list[str]:
-        return list(self._handle.keys())
-
-    def get_slice(self, name: str) -> Recorder:
-        return Recorder(self._handle.get_slice(name), self._asked)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._handle, name)
-
-    def __getitem__(self, part: object) -> torch.Tensor:
-        self._asked.append(part)
-        return self._handle[part]
+    monkeypatch.setattr(DataFile, "read", read)
+    return found
 
 
-def test_opening_reads_headers_only_and_loading_one_expert_only_that_expert(single, monkeypatch):
-    asked: list[object] = []
-    monkeypatch.setattr(Shard, "_open", lambda self, inner=Shard._open: Recorder(inner(self), asked))
+def test_opening_reads_headers_only_and_loading_one_expert_only_that_expert(single, ranges):
     found = matrices(single)
-    assert asked == []
+    length = int.from_bytes((single / "model.safetensors").read_bytes()[:8], "little")
+    assert ranges == [(0, 8), (8, length)]
+    ranges.clear()
     expert = found["model.layers.0.mlp.experts.down_proj[2]"].load()
-    assert asked == [slice(2, 3)]
     assert torch.equal(expert, MODEL["model.layers.0.mlp.experts.down_proj"][2])
+    ((_, size),) = ranges
+    assert size == expert.nbytes
 
 
-def test_the_map_is_made_anew_after_so_many_bytes(single, monkeypatch):
-    shard = Shard(single / "model.safetensors")
-    (stored,) = [t for t in shard.tensors(None) if "layers.2" in t.name]
-    assert shard._handle is None
-    monkeypatch.setattr(Shard, "MAPPED", 2000)
-    first = stored.take(())
-    assert shard._handle is not None
-    second = stored.take(())
-    assert shard._handle is None
-    assert torch.equal(first, second)
-    assert torch.equal(first, stored.take(()))
+FUSED = weights(
+    model__layers__0__mlp__experts__gate_up_proj=(3, 32, 36),
+    model__layers__0__mlp__experts__down_proj=(3, 18, 32),
+)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "part", "columns"),
+    [("llama4", "gate", slice(0, 18)), ("llama4", "up", slice(18, 36)), ("gpt_oss", "up", slice(1, 36, 2))],
+)
+def test_some_columns_of_an_expert_are_read_a_few_rows_at_a_time(
+    model_type, part, columns, tmp_path, ranges, monkeypatch
+):
+    monkeypatch.setattr(files, "ROWS", 4 * 36 * 5)  # five rows
+    save_file(FUSED, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    found = matrices(tmp_path)[f"model.layers.0.mlp.experts.gate_up_proj[1].{part}"]
+    ranges.clear()
+    weight = found.load()
+    assert weight.is_contiguous()
+    assert weight.untyped_storage().nbytes() == weight.nbytes
+    assert torch.equal(weight, FUSED["model.layers.0.mlp.experts.gate_up_proj"][1][:, columns])
+    assert [size for _, size in ranges] == [720] * 6 + [288]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        *((), (2,), (0, slice(1, 4)), (1, slice(None), slice(2, 5)), (slice(None), 1), (slice(1, 3),)),
+        *((slice(0, 4, 2),), (slice(1, 4, 2), slice(None), slice(0, 5, 3)), (3, 2), (3, slice(1, 5, 3))),
+        *((slice(None), slice(None)), (slice(2, 2),), (1, slice(4, 4), slice(None))),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 100, 1 << 20])
+def test_every_index_reads_what_it_takes_from_the_tensor(index, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ROWS", rows)
+    tensor = torch.arange(4 * 5 * 6, dtype=torch.int16).reshape(4, 5, 6)
+    (tmp_path / "raw").write_bytes(b"before" + tensor.numpy().tobytes() + b"after")
+    region = Region(DataFile(tmp_path / "raw"), "raw", 6, tensor.shape, tensor.dtype)
+    taken = region.take(index)
+    assert taken.dtype == tensor.dtype
+    assert torch.equal(taken, tensor[index])
+    offset, size = region.span(index)
+    assert offset >= 6
+    assert taken.nbytes <= size
+    assert offset + size <= 6 + tensor.nbytes
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_prefetching_advises_the_bytes_of_a_matrix_in_steps_and_reads_none(single, ranges, monkeypatch):
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, size, advice: advised.append((offset, size)))
+    monkeypatch.setattr(files, "ADVICE", 500)
+    found = matrices(single)["model.layers.0.mlp.experts.down_proj[1]"]
+    ranges.clear()
+    found.prefetch()
+    assert ranges == []
+    found.load()
+    ((start, size),) = ranges
+    assert advised == [(start, 500), (start + 500, 500), (start + 1000, size - 1000)]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_prefetching_never_fails(single, monkeypatch):
+    found = matrices(single)["model.layers.0.up.weight"]
+
+    def refuse(*_: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    found.prefetch()
+    monkeypatch.delattr(os, "posix_fadvise")  # as on macOS
+    found.prefetch()
+    (single / "model.safetensors").unlink()
+    found.prefetch()
+
+
+def test_matrices_know_their_order_on_the_disk(single, sharded):
+    assert all(m.prefetch is None and m.place is None for m in open_source(MODEL, EVERYTHING).matrices)
+    (single / "model.safetensors").unlink()
+    found = open_source(sharded, EVERYTHING).matrices
+    order = sorted(found, key=lambda m: m.place)
+    assert [m.place[0] for m in order] == sorted(m.place[0] for m in found)
+    # as the library safetensors lays them out, by name
+    assert [m.name for m in order if m.name.endswith("up.weight")] == [
+        f"model.layers.{i}.up.weight" for i in (0, 10, 2)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn])

@@ -111,6 +111,8 @@ def _matrix(stored: Stored, part: Part) -> Matrix:
         dtype=stored.dtype,
         device=stored.device,
         load=partial(_load, stored, part),
+        prefetch=None if stored.prefetch is None else partial(stored.prefetch, part.index),
+        place=stored.place,
     )
 
 

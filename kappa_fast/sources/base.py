@@ -25,6 +25,9 @@ class Stored:
         parent: the module that owns it, where there is one.
         model_types: ``config.model_type`` of the model around it, then that of the text model in it; () if unknown.
         roles: what it is for, as far as the model itself tells; names may tell more.
+        prefetch: ``prefetch(index)`` has the operating system read ahead what ``take(index)`` will want; it neither
+            waits nor takes memory nor raises. None where there is nothing to read.
+        place: the file and the offset in it where the values begin, for reading in the order of the disk.
     """
 
     names: tuple[str, ...]
@@ -36,6 +39,8 @@ class Stored:
     parent: torch.nn.Module | None = field(default=None, repr=False, compare=False)
     model_types: tuple[str, ...] = ()
     roles: frozenset[Role] = frozenset()
+    prefetch: Callable[[Index], None] | None = field(default=None, repr=False, compare=False)
+    place: tuple[str, int] | None = None
 
     @property
     def name(self) -> str:
@@ -73,6 +78,8 @@ class Matrix:
 
     ``load()`` returns a 2-D tensor of shape ``shape`` in the stored dtype, on the device where the weight lives: a
     view where the storage allows one, detached, never to be written to. It may be called more than once.
+    ``prefetch()`` has the operating system read ahead what ``load()`` will want, if anything has to be read; ``place``
+    is where that begins, a file and an offset.
     """
 
     name: str
@@ -85,6 +92,8 @@ class Matrix:
     dtype: torch.dtype
     device: torch.device
     load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+    prefetch: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    place: tuple[str, int] | None = None
 
     @property
     def key(self) -> str:
