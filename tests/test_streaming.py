@@ -1,0 +1,103 @@
+"""Checkpoints on disk: the order in which they are read, and how much memory it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import one_thread, weights
+from safetensors.torch import save_file
+
+from kappa_fast.backends.torch_backend import TorchBackend
+from kappa_fast.pipeline import rank
+from kappa_fast.sources.files import DataFile, Region
+
+SHARDS = {
+    "model-00001-of-00002.safetensors": ("layers.1.a.weight", "layers.10.a.weight", "layers.3.a.weight"),
+    "model-00002-of-00002.safetensors": ("layers.0.a.weight", "layers.2.a.weight", "layers.2.experts.down_proj"),
+}
+MODEL = weights(
+    **{
+        name.replace(".", "__"): (3, 40, 24) if "experts" in name else (60, 40)
+        for shard in SHARDS.values()
+        for name in shard
+    }
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    for file, names in SHARDS.items():
+        save_file({name: MODEL[name] for name in names}, tmp_path / file)
+    weight_map = {name: file for file, names in SHARDS.items() for name in names}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return tmp_path
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """What is prefetched and read, in order: ("prefetch" or "read", file, offset)."""
+    found: list[tuple[str, str, int]] = []
+
+    def noting(kind: str, inner: Any) -> Any:
+        def call(self: DataFile, offset: int, *rest: Any) -> None:
+            found.append((kind, self.path.name, offset))
+            inner(self, offset, *rest)
+
+        return call
+
+    monkeypatch.setattr(DataFile, "read", noting("read", DataFile.read))
+    monkeypatch.setattr(DataFile, "prefetch", noting("prefetch", DataFile.prefetch))
+    return found
+
+
+def values_of(calls: Sequence[tuple[str, str, int]], kind: str) -> list[tuple[str, int]]:
+    """Without the headers, which are read first."""
+    return [(file, offset) for found, file, offset in calls if found == kind and offset > 8]
+
+
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
+@pytest.mark.parametrize("budget", [1, "1GB"])
+def test_the_weights_are_read_once_in_the_order_of_the_disk_and_prefetched(
+    device, budget, checkpoint, calls, monkeypatch
+):
+    expected = list(rank(MODEL))
+    if device == "accelerator":  # whole waves go to the backend at once
+        monkeypatch.setattr(TorchBackend, "side_by_side", False)
+    with one_thread():
+        found = rank(checkpoint, memory_budget=budget)
+    reads, prefetched = values_of(calls, "read"), values_of(calls, "prefetch")
+    assert len(set(reads)) == len(reads) == len(found) == 8
+    assert prefetched == sorted(reads)
+    if budget == 1 or device == "accelerator":  # on a CPU the largest of a wave come first
+        assert reads == sorted(reads)
+    assert [(e.key, e.kappa, e.lower, e.upper) for e in found] == [(e.key, e.kappa, e.lower, e.upper) for e in expected]
+
+
+def test_what_is_ranked_for_the_top_is_the_same_from_disk_and_from_memory(checkpoint):
+    expected = rank(MODEL, top=2)
+    for budget in (1, "1GB"):
+        assert list(rank(checkpoint, top=2, memory_budget=budget)) == list(expected)
+
+
+def test_a_file_that_shrinks_while_it_is_ranked_is_an_error_and_not_the_end_of_the_process(checkpoint, monkeypatch):
+    last = checkpoint / "model-00002-of-00002.safetensors"
+    read, lock, done = Region.take, threading.Lock(), []
+
+    def take(self: Region, index: Any) -> torch.Tensor:
+        with lock:
+            done.append(self.name)
+            if len(done) == 5:
+                os.truncate(last, 4000)
+        return read(self, index)
+
+    monkeypatch.setattr(Region, "take", take)
+    with pytest.raises(ValueError, match=r"cannot be read from .*00002.safetensors \(it has changed since"):
+        rank(checkpoint, memory_budget=1)
+    assert len(done) >= 5
