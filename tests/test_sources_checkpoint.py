@@ -256,10 +256,9 @@ def test_a_path_that_does_not_exist_is_named(tmp_path):
         open_source(missing, Filters())
 
 
-def test_a_hub_id_is_told_from_a_typing_error():
-    message = refused("org/model-7B", SourceNotFoundError)
-    assert "org/model-7B" in message
-    assert "ids are not resolved yet, download the model and give its directory" in message
+def test_a_word_that_is_neither_path_nor_id_says_what_ids_look_like():
+    message = refused("model-7B", SourceNotFoundError)
+    assert message.startswith("model-7B: no such file or directory, and no id of a model on the hub either")
 
 
 def test_an_empty_path_is_not_the_current_directory():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..errors import OptionError, SourceError
 from .base import Inventory, Matrix, Source, Stored
 from .checkpoint import read_checkpoint
 from .filters import Filters, Surroundings
+from .hub import HubId, hub_id, snapshot
 from .layouts import Part, cut
 from .module import read_module
 from .names import group_of, layer_of
@@ -25,17 +27,24 @@ __all__ = ["Filters", "Matrix", "Source", "open_source"]
 
 
 def open_source(
-    source: torch.nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str], filters: Filters
+    source: torch.nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str],
+    filters: Filters,
+    *,
+    quiet: bool = False,
 ) -> Source:
     """The matrices of a model: no values are read yet, and nothing is changed.
 
+    A text that is no path but may be the id of a model on the hub (org/name or org/name@revision) is looked for in the
+    hub's local cache, and downloaded if it is not complete there, with bars on stderr unless ``quiet``.
+
     Raises:
         OptionError: ``source`` is of a kind that cannot hold a model.
-        SourceNotFoundError: there is no such path, or the index of a checkpoint names a shard that is not there.
+        MissingExtraError: it may be an id, but huggingface_hub is not installed.
+        SourceNotFoundError: there is no such path or model, or an index names a shard that is not there.
         SourceError: the source cannot be read, has no parameter with two or more dimensions, or two with one name.
         NotImplementedError: a parameter is sharded.
     """
-    inventory = _read(source)
+    inventory = _read(source, quiet)
     around = Surroundings.of(inventory)
     matrices: list[Matrix] = []
     skipped: list[Skipped] = []
@@ -68,7 +77,7 @@ def open_source(
     return Source(tuple(matrices), tuple(skipped), inventory.num_parameters, metadata, inventory.in_memory)
 
 
-def _read(source: object) -> Inventory:
+def _read(source: object, quiet: bool) -> Inventory:
     if isinstance(source, torch.nn.Module):
         return read_module(source)
     if isinstance(source, Mapping):
@@ -76,11 +85,19 @@ def _read(source: object) -> Inventory:
     if isinstance(source, (str, os.PathLike)):
         if not os.fspath(source):
             raise OptionError("the path of the checkpoint is empty: give a .safetensors file or a directory with them")
-        return read_checkpoint(Path(os.fsdecode(source)))
+        path = Path(os.fsdecode(source))
+        wanted = hub_id(source) if isinstance(source, str) and not os.path.lexists(path) else None
+        return read_checkpoint(path) if wanted is None else _from_hub(wanted, quiet)
     raise OptionError(
         f"source is of type {type(source).__name__}, which is no model: give an nn.Module, a mapping of names to "
-        "tensors, a .safetensors file or a directory with them"
+        "tensors, a .safetensors file, a directory with them, or the id of a model on the hub"
     )
+
+
+def _from_hub(wanted: HubId, quiet: bool) -> Inventory:
+    directory = snapshot(wanted, quiet)
+    inventory = read_checkpoint(directory)
+    return replace(inventory, metadata={**inventory.metadata, "id": wanted.name, "revision": directory.name})
 
 
 def _check_keys(matrices: Sequence[Matrix]) -> None:

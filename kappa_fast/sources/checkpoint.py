@@ -64,8 +64,7 @@ def read_checkpoint(path: Path) -> Inventory:
     """
     if not os.path.exists(path):
         raise SourceNotFoundError(
-            f"{path}: no such file or directory. If this is the id of a model on a hub: ids are not resolved yet, "
-            "download the model and give its directory"
+            f"{path}: no such file or directory, and no id of a model on the hub either (those look like org/name)"
         )
     directory = path if path.is_dir() else path.parent
     try:
@@ -95,6 +94,16 @@ def read_checkpoint(path: Path) -> Inventory:
         "fingerprint": fingerprint(found),
     }
     return Inventory(found, count_weights(found), metadata, in_memory=False, in_peft=has_adapters(tensors))
+
+
+def check_files(directory: Path) -> None:
+    """Raise what ``read_checkpoint`` would for the names of the files alone.
+
+    Raises:
+        SourceNotFoundError: a shard is missing.
+        SourceError: there are no weights, or their index is wrong.
+    """
+    _files_of(directory)
 
 
 class Shard:
