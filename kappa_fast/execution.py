@@ -113,7 +113,7 @@ class Executor:
         half = len(wave) // 2
         try:
             with undisturbed_thread():
-                weights = staged.ready() if staged and staged.weights else [m.load() for m in matrices]
+                weights = staged.ready() if staged and staged.weights else [m.load(place) for m in matrices]
                 return work(backend, weights)
         except Exception as error:
             if is_out_of_memory(error) or isinstance(error, LINALG_ERROR):
@@ -153,7 +153,8 @@ class Executor:
     def _need(self, position: int, backend: Backend) -> int:
         matrix = self._matrices[position]
         tall = (max(matrix.shape), min(matrix.shape))
-        moved = 0 if matrix.device == backend.device and self._in_memory else matrix.nbytes
+        there = matrix.device == backend.device and self._in_memory and matrix.quantization is None
+        moved = 0 if there else matrix.nbytes + matrix.overhead
         ahead = 1 if backend.side_by_side else 2  # the next wave comes in while this one is there
         return backend.workspace(tall, matrix.dtype) + ahead * moved
 

@@ -221,6 +221,7 @@ class _Run:
             method=found.method,
             sensitivity=found.sensitivity,
             status=found.status,
+            quantization=matrix.quantization,
         )
         if callable(self._score) and found.status in ("ok", "rank_deficient"):
             entry = replace(entry, score=_scored(self._score, entry))

@@ -104,6 +104,8 @@ def _decode(record: type[_Record], readers: Mapping[str, _Reader], raw: Any, whe
         raise RankingFileError(f"{where} is no object; {_REWRITE}")
     values = {}
     for name, (expected, read) in readers.items():
+        if name not in raw and name in _ADDED:
+            continue
         if name not in raw:
             raise RankingFileError(f"{where} has no {name!r}; {_REWRITE}")
         try:
@@ -207,7 +209,11 @@ _ENTRY_FIELDS: dict[str, _Reader] = {
     "method": _TEXT,
     "sensitivity": _FLOAT,
     "status": ("one of " + ", ".join(get_args(Status)), _read_status),
+    "quantization": ("text or null", lambda raw: None if raw is None else _read_text(raw)),
 }
+
+# Fields that files of older versions lack; they have a default.
+_ADDED = frozenset({"quantization"})
 
 _SKIPPED_FIELDS: dict[str, _Reader] = {"name": _TEXT, "shape": ("a list of sizes", _read_shape), "reason": _TEXT}
 

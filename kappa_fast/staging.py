@@ -45,15 +45,21 @@ class Staged:
 
 
 def stage(matrices: Sequence[Matrix], device: torch.device) -> Staged:
-    """Load, and copy to an accelerator on a stream of its own what is not there; nothing is waited for."""
+    """Load, and copy to an accelerator on a stream of its own what is not there; nothing is waited for.
+
+    The codes of quantized weights are what is copied: they are dequantized on that stream.
+    """
     try:
         with undisturbed_thread():
-            weights = [matrix.load() for matrix in matrices]
-            if device.type != "cuda" or all(weight.device == device for weight in weights):
-                return Staged(weights)
+            if device.type != "cuda":
+                return Staged([matrix.load(device) for matrix in matrices])
+            if all(matrix.device == device for matrix in matrices):  # dequantized where they are used, on that stream
+                return Staged([])
             stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            if any(matrix.device == device for matrix in matrices):  # codes may still be on their way
+                stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                moved = [_copied(weight, device) for weight in weights]
+                moved = [_copied(matrix.load(device), device) for matrix in matrices]
             return Staged(moved, stream.record_event())
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

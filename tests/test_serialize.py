@@ -174,6 +174,7 @@ WRONG = [
     ("index", [[0, 1]], "a list of integers and"),
     ("index", [True], "a list of integers and"),
     ("index", 3, "a list of integers and"),
+    ("quantization", 3, "text or null"),
     ("layer", "3", "an integer or null"),
     ("shape", [1, 2, 3], "a list of two sizes"),
     ("shape", [1, -2], "a list of two sizes"),
@@ -198,7 +199,13 @@ def test_a_damaged_field_is_named_with_what_belongs_there(tmp_path, name, value,
         Ranking.from_json(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("name", [item.name for item in fields(TensorKappa)])
+def test_a_file_from_before_quantization_was_told_still_loads(tmp_path):
+    path = tmp_path / "x.json"
+    _rewrite(path, lambda raw: [entry.pop("quantization") for entry in raw["entries"]])
+    assert {entry.quantization for entry in Ranking.from_json(path)} == {None}
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(TensorKappa) if item.name != "quantization"])
 def test_a_missing_field_is_named(tmp_path, name):
     _rewrite(tmp_path / "x.json", lambda raw: raw["entries"][0].pop(name))
     with pytest.raises(RankingFileError, match=rf"entries\[0\] has no '{name}'"):

@@ -197,6 +197,20 @@ def test_prefetching_advises_the_bytes_of_a_matrix_in_steps_and_reads_none(singl
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_prefetching_quantized_weights_advises_codes_and_scales(single, ranges, monkeypatch):
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, size, advice: advised.append((offset, size)))
+    codes, scale = torch.randn(3, 32, 32).to(torch.float8_e4m3fn), torch.rand(3, 1, 1)
+    save_file({"experts.w.weight": codes, "experts.w.weight_scale_inv": scale}, single / "model.safetensors")
+    found = matrices(single)["experts.w.weight[2]"]
+    ranges.clear()
+    found.load()
+    found.prefetch()
+    assert advised == ranges
+    assert sorted(size for _, size in advised) == [4, 32 * 32]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
 def test_prefetching_never_fails(single, monkeypatch):
     found = matrices(single)["model.layers.0.up.weight"]
 
@@ -233,7 +247,7 @@ def test_every_dtype_is_loaded_as_stored(dtype, tmp_path):
 
 
 def test_codes_and_scales_of_a_checkpoint_are_skipped(tmp_path):
-    stored = {"w.weight": torch.zeros(16, 16).to(torch.float8_e4m3fn), "w.weight_scale_inv": torch.ones(16, 16)}
+    stored = {"w.qweight": torch.zeros(16, 16, dtype=torch.int32), "w.scales": torch.ones(16, 16)}
     save_file(stored | {"v.weight": torch.randn(16, 16)}, tmp_path / "m.safetensors")
     assert set(matrices(tmp_path)) == {"v.weight"}
     assert set(reasons(tmp_path)) == set(stored)

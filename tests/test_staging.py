@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def matrix(value, log=None, before=lambda: None):
-    def load():
+    def load(device=None):
         before()
         if log is not None:
             log.append(value)
@@ -61,7 +61,7 @@ def test_a_wave_that_does_not_fit_yet_is_left_for_its_turn(error):
 
 def test_what_is_staged_on_the_cpu_is_what_load_returns():
     weight = torch.randn(3, 3)
-    assert stage([SimpleNamespace(load=lambda: weight)], CPU).weights[0] is weight
+    assert stage([SimpleNamespace(load=lambda device: weight)], CPU).weights[0] is weight
 
 
 def test_leaving_early_ends_the_thread():

@@ -74,7 +74,8 @@ def test_the_weights_are_read_once_in_the_order_of_the_disk_and_prefetched(
         found = rank(checkpoint, memory_budget=budget)
     reads, prefetched = values_of(calls, "read"), values_of(calls, "prefetch")
     assert len(set(reads)) == len(reads) == len(found) == 8
-    assert prefetched == sorted(reads)
+    assert prefetched  # as far as the thread came: what is worked on is not waited for
+    assert prefetched == sorted(reads)[: len(prefetched)]
     if budget == 1 or device == "accelerator":  # on a CPU the largest of a wave come first
         assert reads == sorted(reads)
     assert [(e.key, e.kappa, e.lower, e.upper) for e in found] == [(e.key, e.kappa, e.lower, e.upper) for e in expected]
@@ -90,12 +91,12 @@ def test_a_file_that_shrinks_while_it_is_ranked_is_an_error_and_not_the_end_of_t
     last = checkpoint / "model-00002-of-00002.safetensors"
     read, lock, done = Region.take, threading.Lock(), []
 
-    def take(self: Region, index: Any) -> torch.Tensor:
+    def take(self: Region, index: Any, device: torch.device | None = None) -> torch.Tensor:
         with lock:
             done.append(self.name)
             if len(done) == 5:
                 os.truncate(last, 4000)
-        return read(self, index)
+        return read(self, index, device)
 
     monkeypatch.setattr(Region, "take", take)
     with pytest.raises(ValueError, match=r"cannot be read from .*00002.safetensors \(it has changed since"):

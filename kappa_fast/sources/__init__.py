@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -73,7 +74,8 @@ def open_source(
             else:
                 matrices.append(_matrix(stored, part))
     _check_keys(matrices)
-    metadata: dict[str, Any] = {**inventory.metadata, "layouts": notes}
+    quantized = Counter(t.quantization for t in candidates if t.quantization is not None)
+    metadata: dict[str, Any] = {**inventory.metadata, "layouts": notes, "quantization": dict(quantized)}
     return Source(tuple(matrices), tuple(skipped), inventory.num_parameters, metadata, inventory.in_memory)
 
 
@@ -128,11 +130,20 @@ def _matrix(stored: Stored, part: Part) -> Matrix:
         dtype=stored.dtype,
         device=stored.device,
         load=partial(_load, stored, part),
+        quantization=stored.quantization,
+        overhead=stored.overhead + _cut_off(stored, part),
         prefetch=None if stored.prefetch is None else partial(stored.prefetch, part.index),
         place=stored.place,
     )
 
 
-def _load(stored: Stored, part: Part) -> torch.Tensor:
-    tensor = stored.take(part.index)
+def _cut_off(stored: Stored, part: Part) -> int:
+    """Bytes of a dequantized matrix of which only a part is wanted."""
+    assert stored.dtype is not None
+    whole = math.prod(stored.shape[-2:])
+    return whole * stored.dtype.itemsize if stored.quantization is not None and whole > math.prod(part.shape) else 0
+
+
+def _load(stored: Stored, part: Part, device: torch.device | None = None) -> torch.Tensor:
+    tensor = stored.take(part.index, device)
     return tensor if tensor.dim() == 2 else tensor.flatten(1)

@@ -5,13 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from ..entries import Index, Skipped
 
-Role = Literal["adapter", "embedding", "head", "router"]
+Role = Literal["adapter", "embedding", "head", "router", "scales"]
+
+
+class Take(Protocol):
+    """Reads a part of a tensor, detached. See ``Stored.take``."""
+
+    def __call__(self, index: Index, device: torch.device | None = None) -> torch.Tensor: ...
+
+
+class Load(Protocol):
+    """Reads a matrix. See ``Matrix.load``."""
+
+    def __call__(self, device: torch.device | None = None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -20,11 +32,16 @@ class Stored:
 
     Attributes:
         names: all names of the tensor, without the wrappers of PEFT; the first is the one it is called by.
-        take: ``take(index)`` reads that part of it, detached.
+        take: ``take(index)`` reads that part of it, detached. With ``device``, codes are moved there before they are
+            dequantized; what is not quantized comes where it is.
         problem: why its values are no weights, or None.
         parent: the module that owns it, where there is one.
         model_types: ``config.model_type`` of the model around it, then that of the text model in it; () if unknown.
         roles: what it is for, as far as the model itself tells; names may tell more.
+        quantization: how it was quantized, such as "mxfp4", where ``take`` dequantizes; ``shape`` and ``dtype`` are
+            then those of the dequantized weight. None for values that are weights as they stand.
+        overhead: bytes that ``take`` needs at its peak beside what it returns, for the whole tensor, or for one index
+            of the first dimension where there are three.
         prefetch: ``prefetch(index)`` has the operating system read ahead what ``take(index)`` will want; it neither
             waits nor takes memory nor raises. None where there is nothing to read.
         place: the file and the offset in it where the values begin, for reading in the order of the disk.
@@ -34,11 +51,13 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     device: torch.device
-    take: Callable[[Index], torch.Tensor] = field(repr=False, compare=False)
+    take: Take = field(repr=False, compare=False)
     problem: str | None = None
     parent: torch.nn.Module | None = field(default=None, repr=False, compare=False)
     model_types: tuple[str, ...] = ()
     roles: frozenset[Role] = frozenset()
+    quantization: str | None = None
+    overhead: int = 0
     prefetch: Callable[[Index], None] | None = field(default=None, repr=False, compare=False)
     place: tuple[str, int] | None = None
 
@@ -76,8 +95,9 @@ class Inventory:
 class Matrix:
     """One matrix to rank: where it is, and how to get at its values.
 
-    ``load()`` returns a 2-D tensor of shape ``shape`` in the stored dtype, on the device where the weight lives: a
-    view where the storage allows one, detached, never to be written to. It may be called more than once.
+    ``load()`` returns a 2-D tensor of shape ``shape`` in ``dtype``, on the device where the weight lives: a view where
+    the storage allows one, detached, never to be written to. It may be called more than once. Quantized weights
+    (``quantization`` says how) are dequantized by it: ``load(device)`` moves their codes there first.
     ``prefetch()`` has the operating system read ahead what ``load()`` will want, if anything has to be read; ``place``
     is where that begins, a file and an offset.
     """
@@ -91,7 +111,9 @@ class Matrix:
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+    load: Load = field(repr=False, compare=False)
+    quantization: str | None = None
+    overhead: int = 0  # bytes that load() needs at its peak beside the matrix
     prefetch: Callable[[], None] | None = field(default=None, repr=False, compare=False)
     place: tuple[str, int] | None = None
 

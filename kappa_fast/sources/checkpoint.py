@@ -17,6 +17,8 @@ from ..errors import SourceError, SourceNotFoundError
 from .base import Inventory, Stored
 from .files import DataFile, Region
 from .names import has_adapters, in_model_order
+from .quantized import weights_of
+from .quantized.config import quantization_config
 from .tensors import count_weights, fingerprint, model_types_in, own_names
 
 INDEX_ENDING = ".safetensors.index.json"
@@ -71,7 +73,8 @@ def read_checkpoint(path: Path) -> Inventory:
         files, expected = _files_of(path)
     except PermissionError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}): ask for the right to, or copy it") from error
-    model_types = _model_types(directory / "config.json")
+    config = _config(directory / "config.json")
+    model_types = model_types_in(config)
     tensors: dict[str, Stored] = {}
     homes: dict[str, Path] = {}
     for file in files:
@@ -93,7 +96,8 @@ def read_checkpoint(path: Path) -> Inventory:
         "model_type": next(iter(model_types), None),
         "fingerprint": fingerprint(found),
     }
-    return Inventory(found, count_weights(found), metadata, in_memory=False, in_peft=has_adapters(tensors))
+    weights = weights_of(found, quantization_config(directory, config))
+    return Inventory(weights, count_weights(weights), metadata, in_memory=False, in_peft=has_adapters(tensors))
 
 
 def check_files(directory: Path) -> None:
@@ -251,14 +255,14 @@ def _check_complete(files: Sequence[Path]) -> None:
             )
 
 
-def _model_types(path: Path) -> tuple[str, ...]:
+def _config(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
-        return ()
+        return {}
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read ({error}): repair it, or move it away to rank without it") from error
-    return model_types_in(found)
+    return found if isinstance(found, dict) else {}
 
 
 def _no_weights(directory: Path) -> SourceError:

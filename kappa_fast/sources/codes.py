@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import torch
 
-NOT_SUPPORTED = "quantized formats are not supported yet"
+NOT_SUPPORTED = "this quantized format is not supported"
 
 # Float formats whose values are the weights. Of eight bits only those that hold a sign and a mantissa.
 RANKED = frozenset(
@@ -29,6 +29,7 @@ _APPENDED = (
     "_global_scale",
     "_zero_point",
     "_shape",
+    "_g_idx",
     ".absmax",
     ".quant_map",
     ".nested_absmax",
@@ -43,6 +44,7 @@ _BESIDE = (
     "weight_global_scale",
     "weight_zero_point",
     "weight_shape",
+    "weight_g_idx",
     "_weight_scale",
     "_weight_zero_point",
     "scale_weight",
@@ -69,15 +71,33 @@ def companions(name: str, names: Collection[str]) -> list[str]:
     return [candidate for candidate in dict.fromkeys(candidates) if candidate != name and candidate in names]
 
 
+def role_of(name: str, companion: str) -> str:
+    """What a companion is to the codes called ``name``, such as "scale_inv", "zero_point", "qzeros" or "absmax".
+
+    The same words whether it is called after the codes or beside them: ``weight_scale`` is "scale" both to ``weight``
+    and to ``weight_packed``.
+    """
+    rest = companion.removeprefix(name) if companion.startswith(name) else companion.removeprefix(_ENDING.sub("", name))
+    return rest.lstrip("._").removeprefix("weight_")
+
+
+def plain_name(name: str) -> str:
+    """What the weight is called whose codes are called ``name``: the name it has in the model before quantization."""
+    ending = _ENDING.search(name)
+    if ending is None:
+        return name
+    return name[: ending.start()] + ("" if ending.group() == "_blocks" else "weight")
+
+
 def scales_reason(companion: str) -> str:
     """Why a companion is not ranked. It speaks of the last word of the name only, so that reasons can be counted."""
     return f"scales or zero points of quantized weights ({_last_word(companion)}), not a weight"
 
 
-def codes_reason(companion_names: Collection[str]) -> str:
-    """Why codes that have companions are not ranked."""
+def codes_reason(companion_names: Collection[str], method: str = "") -> str:
+    """Why codes that have companions are not ranked; ``method`` is what the config calls the format."""
     listed = ", ".join(sorted({_last_word(name) for name in companion_names}))
-    return f"quantized codes that need their scales ({listed}); {NOT_SUPPORTED}"
+    return f"quantized codes that need their scales ({listed}); {NOT_SUPPORTED}" + (f" ({method})" if method else "")
 
 
 def dtype_reason(dtype: torch.dtype | None) -> str | None:

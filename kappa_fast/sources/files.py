@@ -114,8 +114,8 @@ class Region:
         """Where it begins, for reading in the order of the file."""
         return str(self.file.path), self.offset
 
-    def take(self, index: Index) -> torch.Tensor:
-        """The array, or what ``index`` leaves of it, in memory that nobody else has; nothing else is kept.
+    def take(self, index: Index, device: torch.device | None = None) -> torch.Tensor:
+        """The array, or what ``index`` leaves of it, in memory that nobody else has, whatever ``device`` is.
 
         Raises:
             SourceError: the file has changed, or cannot be read.

@@ -118,7 +118,7 @@ def _structural_reason(stored: Stored, around: Surroundings) -> str | None:
     """Why the values of a tensor are no matrix of weights, whatever the options are."""
     if "adapter" in stored.roles or any(names.is_adapter(name, around.in_peft) for name in stored.names):
         return "adapter weight"
-    if any(name in around.scales for name in stored.names):
+    if "scales" in stored.roles or any(name in around.scales for name in stored.names):
         return codes.scales_reason(stored.name)
     if stored.problem is not None:
         return stored.problem

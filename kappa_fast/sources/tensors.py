@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ..entries import Index
 from ..errors import SourceError
 from . import codes
-from .base import Inventory, Role, Stored
+from .base import Inventory, Role, Stored, Take
 from .names import base_name, has_adapters, is_buffer
+from .quantized import weights_of
 
 # Attributes in which quantized parameters, or the modules that own them, keep what their codes need.
 _OF_PARAMETER = ("quant_state", "SCB")
@@ -32,8 +32,9 @@ def read_mapping(weights: Mapping[str, torch.Tensor]) -> Inventory:
             raise SourceError(_no_tensor(name, tensor))
         groups.setdefault(identity(tensor), []).append(name)
     own = own_names(groups.values())
-    tensors = [store(own[names[0]], weights[names[0]]) for names in groups.values()]
-    metadata = {"kind": "mapping", "model_type": None, "fingerprint": fingerprint(tensors)}
+    stored = [store(own[names[0]], weights[names[0]]) for names in groups.values()]
+    metadata = {"kind": "mapping", "model_type": None, "fingerprint": fingerprint(stored)}
+    tensors = weights_of(stored, None)
     return Inventory(tensors, count_weights(tensors), metadata, in_peft=has_adapters(weights))
 
 
@@ -108,10 +109,14 @@ def sharded(what: str, kind: str) -> str:
 
 
 def count_weights(tensors: Iterable[Stored]) -> int:
-    """How many weights a checkpoint or state dict holds: floats, and codes that have scales, but not the scales."""
+    """How many weights a checkpoint or state dict holds: floats, dequantized or not, and codes that have scales.
+
+    Scales are none.
+    """
     tensors = list(tensors)
     names = {name for t in tensors for name in t.names}
-    scales = {c for t in tensors if codes.may_be_codes(t.dtype) for n in t.names for c in codes.companions(n, names)}
+    scales = {name for t in tensors if "scales" in t.roles for name in t.names}
+    scales |= {c for t in tensors if codes.may_be_codes(t.dtype) for n in t.names for c in codes.companions(n, names)}
     count = 0
     for t in tensors:
         quantized = codes.may_be_codes(t.dtype) and any(codes.companions(name, names) for name in t.names)
@@ -138,8 +143,8 @@ def model_types_in(config: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(kind for kind in found if isinstance(kind, str)))
 
 
-def _taker(tensor: torch.Tensor) -> Callable[[Index], torch.Tensor]:
-    return lambda index: tensor.detach()[index] if index else tensor.detach()
+def _taker(tensor: torch.Tensor) -> Take:
+    return lambda index, device=None: tensor.detach()[index] if index else tensor.detach()
 
 
 def _no_tensor(name: object, value: object) -> str:
