@@ -477,7 +477,7 @@ def test_an_index_that_names_pickles_is_refused_in_the_same_way(tmp_path):
     assert message.startswith(f"{tmp_path / 'pytorch_model.bin'} is pickled")
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "notes.txt", "safetensors"])
+@pytest.mark.parametrize("name", ["notes.txt", "safetensors"])
 def test_a_file_of_another_kind_is_no_model(name, tmp_path):
     (tmp_path / name).write_bytes(b"text")
     assert (

@@ -18,6 +18,7 @@ from ..errors import OptionError, SourceError
 from .base import Inventory, Matrix, Source, Stored
 from .checkpoint import read_checkpoint
 from .filters import Filters, Surroundings
+from .gguf import is_gguf, read_gguf
 from .hub import HubId, hub_id, snapshot
 from .layouts import Part, cut
 from .module import read_module
@@ -40,7 +41,7 @@ def open_source(
 
     Raises:
         OptionError: ``source`` is of a kind that cannot hold a model.
-        MissingExtraError: it may be an id, but huggingface_hub is not installed.
+        MissingExtraError: it may be an id, but huggingface_hub is not installed; or it is GGUF, but gguf is not.
         SourceNotFoundError: there is no such path or model, or an index names a shard that is not there.
         SourceError: the source cannot be read, has no parameter with two or more dimensions, or two with one name.
         NotImplementedError: a parameter is sharded.
@@ -89,10 +90,12 @@ def _read(source: object, quiet: bool) -> Inventory:
             raise OptionError("the path of the checkpoint is empty: give a .safetensors file or a directory with them")
         path = Path(os.fsdecode(source))
         wanted = hub_id(source) if isinstance(source, str) and not os.path.lexists(path) else None
-        return read_checkpoint(path) if wanted is None else _from_hub(wanted, quiet)
+        if wanted is not None:
+            return _from_hub(wanted, quiet)
+        return read_gguf(path) if is_gguf(path) else read_checkpoint(path)
     raise OptionError(
         f"source is of type {type(source).__name__}, which is no model: give an nn.Module, a mapping of names to "
-        "tensors, a .safetensors file, a directory with them, or the id of a model on the hub"
+        "tensors, a .safetensors or .gguf file, a directory with them, or the id of a model on the hub"
     )
 
 

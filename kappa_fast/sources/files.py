@@ -106,10 +106,6 @@ class Region:
         self.shape, self.dtype = tuple(shape), dtype
 
     @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
     def place(self) -> tuple[str, int]:
         """Where it begins, for reading in the order of the file."""
         return str(self.file.path), self.offset
@@ -133,9 +129,9 @@ class Region:
         """Offset and length in bytes of the rows that ``take(index)`` reads."""
         offset, shape, rest = self._inner(index)
         if not rest:
-            return offset, math.prod(shape) * self.dtype.itemsize
+            return offset, self._bytes(shape)
         start, stop, _ = _rows(rest[0], shape[0])
-        row = math.prod(shape[1:]) * self.dtype.itemsize
+        row = self._bytes(shape[1:])
         return offset + start * row, max(0, stop - start) * row
 
     def _inner(self, index: Index) -> tuple[int, tuple[int, ...], Index]:
@@ -143,7 +139,7 @@ class Region:
         offset, shape, rest = self.offset, self.shape, tuple(index)
         while rest and isinstance(rest[0], int):
             shape = shape[1:]
-            offset += rest[0] * math.prod(shape) * self.dtype.itemsize
+            offset += rest[0] * self._bytes(shape)
             rest = rest[1:]
         return offset, shape, rest if any(part != ALL for part in rest) else ()
 
@@ -153,7 +149,7 @@ class Region:
             return self._whole(offset, shape)
         start, stop, step = _rows(rest[0], shape[0])
         inner = tuple(rest[1:])
-        row = math.prod(shape[1:]) * self.dtype.itemsize
+        row = self._bytes(shape[1:])
         if step == 1 and all(part == ALL for part in inner):
             return self._whole(offset + start * row, (max(0, stop - start), *shape[1:]))
         chosen = torch.empty(shape, dtype=self.dtype, device="meta")[rest]
@@ -166,6 +162,10 @@ class Region:
             out[done : done + wanted.shape[0]] = wanted
             done += wanted.shape[0]
         return out
+
+    def _bytes(self, shape: Sequence[int]) -> int:
+        """How much of the file an array of this shape takes."""
+        return math.prod(shape) * self.dtype.itemsize
 
     def _whole(self, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
         out = torch.empty(shape, dtype=self.dtype)
