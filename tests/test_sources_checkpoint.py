@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -292,6 +293,54 @@ def test_a_file_that_is_no_safetensors_is_named(content, tmp_path):
     assert str(file) in refused(tmp_path)
 
 
+def written(file: Path, header: bytes, values: bytes = b"", length: int | None = None) -> Path:
+    file.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + values)
+    return file
+
+
+@pytest.mark.parametrize("length", [1 << 60, (1 << 63) - 1, (1 << 64) - 1, 100_000_001])
+def test_a_header_that_claims_to_be_enormous_is_not_believed(length, tmp_path):
+    file = written(tmp_path / "bomb.safetensors", b"{}", bytes(100), length)
+    assert refused(file).startswith(f"{file} is no readable safetensors file (")
+
+
+def test_a_header_of_a_hundred_megabytes_of_brackets_is_refused_at_once(tmp_path):
+    file = written(tmp_path / "bomb.safetensors", b"[" * 99_000_000)
+    assert refused(file).startswith(f"{file} is no readable safetensors file (")
+
+
+@pytest.mark.parametrize(
+    ("second", "size"),
+    [((8, 24), 32), ((0, 16), 16), ((20, 36), 36), ((16, 31), 31), ((32, 16), 32), ((16, 1 << 62), 32)],
+    ids=["overlap", "same", "gap", "short", "backwards", "beyond"],
+)
+def test_ranges_that_overlap_leave_gaps_or_do_not_fit_are_refused(second, size, tmp_path):
+    entry = '"%s": {"dtype": "F32", "shape": [2, 2], "data_offsets": [%d, %d]}'
+    header = "{" + entry % ("v", 0, 16) + "," + entry % ("w", *second) + "}"
+    file = written(tmp_path / "ranges.safetensors", header.encode(), bytes(size))
+    assert refused(file).startswith(f"{file} is no readable safetensors file (")
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    header = b'{"\xff\xfe": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}'
+    file = written(tmp_path / "name.safetensors", header, bytes(16))
+    assert refused(file).startswith(f"{file} is no readable safetensors file (")
+
+
+def test_names_may_be_any_text(tmp_path):
+    names = ["größe", "重み.0", "a b\n", "\U0001f600", "'\"", "__metadata", "x" * 1000]
+    save_file({name: torch.full((2, 2), float(i)) for i, name in enumerate(names)}, tmp_path / "m.safetensors")
+    found = matrices(tmp_path)
+    assert {name: float(found[name].load()[0, 0]) for name in names} == {name: float(i) for i, name in enumerate(names)}
+
+
+def test_tensors_without_values_are_skipped(tmp_path):
+    stored = {"none": torch.zeros(0, 16), "flat": torch.zeros(16, 0), "point": torch.ones(()), "w": torch.randn(16, 16)}
+    save_file(stored, tmp_path / "m.safetensors")
+    assert set(matrices(tmp_path)) == {"w"}
+    assert reasons(tmp_path) == {"none": "empty", "flat": "empty"}
+
+
 def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path):
     entry = b'"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [%d, %d]}'
     header = b"{" + entry % (0, 16) + b"," + entry % (16, 32) + b"}"
@@ -397,6 +446,34 @@ def test_nor_by_a_link(tmp_path):
     (folder / "sub").symlink_to(elsewhere)
     for shard in ("link.safetensors", "sub/outside.safetensors"):
         assert f"names the shard {shard!r}" in refused(index(folder, dict.fromkeys(MODEL, shard)))
+
+
+def test_links_that_lead_nowhere_or_in_circles_are_refused(sharded, tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    assert refused(tmp_path / "circle", SourceNotFoundError) == (
+        f"{tmp_path / 'circle'} is a link that leads nowhere: give the directory of the model itself"
+    )
+    (sharded / SECOND).unlink()
+    (sharded / SECOND).symlink_to(SECOND)
+    message = refused(sharded) if sys.version_info < (3, 13) else refused(sharded, SourceNotFoundError)
+    assert message.startswith(f"{sharded / INDEX} names ")
+    assert SECOND in message
+
+
+def test_pipes_and_directories_that_are_called_like_files_are_no_weights(single):
+    os.mkfifo(single / "pipe.safetensors")
+    message = refused(single / "pipe.safetensors")
+    assert message == f"{single / 'pipe.safetensors'} is no .safetensors file: give one, or the directory of a model"
+    os.mkfifo(single / INDEX)
+    assert "is no .safetensors file" in refused(single / INDEX)
+    (single / "folder.safetensors").mkdir()
+    assert same_as_in_memory(single)
+    (single / INDEX).unlink()
+    message = refused(index(single, {"w": "folder.safetensors"}), SourceNotFoundError)
+    assert "names folder.safetensors, which is not there" in message
+    assert "names pipe.safetensors, which is not there" in refused(
+        index(single, {"w": "pipe.safetensors"}), SourceNotFoundError
+    )
 
 
 def test_links_inside_of_the_directory_and_to_the_directory_itself_are_fine(sharded, tmp_path):
@@ -538,4 +615,63 @@ def test_a_file_that_changes_after_it_was_opened_is_an_error_that_names_the_tens
     with pytest.raises(
         SourceError, match=f"'{found.name}' cannot be read from .*model.safetensors \\(.*\\): check the file"
     ):
+        found.load()
+
+
+@pytest.mark.parametrize(("code", "words"), [(13, "Permission denied"), (116, "Stale file handle"), (5, "I/O error")])
+def test_a_file_that_the_system_does_not_give_is_named_with_its_words(code, words, single, monkeypatch):
+    def refuse(*_: object) -> int:
+        raise OSError(code, words)
+
+    found = matrices(single)["model.layers.0.up.weight"]
+    monkeypatch.setattr(files, "_without_waiting", refuse)
+    file = single / "model.safetensors"
+    message = refused(single)
+    assert message.startswith(f"{file} cannot be read ([Errno {code}] {words}): look after the disk and your rights")
+    with pytest.raises(SourceError, match=rf"'{found.name}' cannot be read from .*\({words}|\[Errno {code}\] {words}"):
+        found.load()
+
+
+class Failing(io.FileIO):
+    """A file on a network that is gone after the first bytes."""
+
+    def readinto(self, buffer: memoryview) -> int:
+        if self.tell() > 1000:
+            raise OSError(116, "Stale file handle")
+        return super().readinto(buffer[:100])
+
+
+def test_a_network_that_goes_away_while_a_tensor_is_read_is_an_error_that_names_it(single, monkeypatch):
+    found = matrices(single)["model.embed_tokens.weight"]
+    monkeypatch.setattr(files.io, "FileIO", Failing)
+    with pytest.raises(SourceError, match=r"'model.embed_tokens.weight' cannot be read .*Stale file handle\): check"):
+        found.load()
+
+
+def test_reads_that_come_back_short_go_on(single, monkeypatch):
+    class Slow(io.FileIO):
+        def readinto(self, buffer: memoryview) -> int:
+            return super().readinto(buffer[:100])
+
+    monkeypatch.setattr(files.io, "FileIO", Slow)
+    assert same_as_in_memory(single)
+
+
+@pytest.mark.parametrize("change", ["shorter", "written"])
+def test_a_file_that_changes_during_the_read_itself_is_an_error(change, single, monkeypatch):
+    file = single / "model.safetensors"
+    found = matrices(single)["model.layers.2.up.weight"]
+
+    class Changing(io.FileIO):
+        def readinto(self, buffer: memoryview) -> int:
+            if change == "shorter":
+                os.truncate(file, self.tell() + 100)
+                return super().readinto(buffer)
+            count = super().readinto(buffer)
+            os.utime(file, ns=(1, 1))  # as after a write
+            return count
+
+    monkeypatch.setattr(files.io, "FileIO", Changing)
+    words = "it ends 1180 bytes too early" if change == "shorter" else "it has changed since it was opened"
+    with pytest.raises(SourceError, match=rf"'model.layers.2.up.weight' cannot be read from .* \({words}\)"):
         found.load()

@@ -102,3 +102,27 @@ def test_a_file_that_shrinks_while_it_is_ranked_is_an_error_and_not_the_end_of_t
     with pytest.raises(ValueError, match=r"cannot be read from .*00002.safetensors \(it has changed since"):
         rank(checkpoint, memory_budget=1)
     assert len(done) >= 5
+
+
+def test_a_checkpoint_that_turns_out_damaged_leaves_an_earlier_ranking_as_it_was(checkpoint, tmp_path, capsys):
+    from kappa_fast.cli import app
+
+    target = tmp_path / "ranking.json"
+    with pytest.raises(SystemExit) as done:
+        app(["rank", str(checkpoint), "--json", str(target)])
+    assert not done.value.code
+    before = target.read_bytes()
+    (checkpoint / "model-00002-of-00002.safetensors").write_bytes(b"damaged")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as done:
+        app(["rank", str(checkpoint), "--json", str(target)])
+    assert done.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "model-00002-of-00002.safetensors is no readable safetensors file" in err
+    assert target.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir() if "json" in path.name) == [
+        "model.safetensors.index.json",
+        "ranking.json",
+    ]

@@ -65,6 +65,8 @@ def read_checkpoint(path: Path) -> Inventory:
         SourceError: it is no model, damaged, pickled, or its index is wrong.
     """
     if not os.path.exists(path):
+        if os.path.islink(path):
+            raise SourceNotFoundError(f"{path} is a link that leads nowhere: give the directory of the model itself")
         raise SourceNotFoundError(
             f"{path}: no such file or directory, and no id of a model on the hub either (those look like org/name)"
         )
@@ -151,7 +153,11 @@ class Shard:
             text = torch.empty(int(size), dtype=torch.uint8)
             self._file.read(size.nbytes, text)
             header = json.loads(text.numpy().tobytes().decode())
-        except (SafetensorError, OSError, ValueError) as error:
+        except OSError as error:
+            raise SourceError(
+                f"{self.path} cannot be read ({error}): look after the disk and your rights to the file, or copy it"
+            ) from error
+        except (SafetensorError, ValueError) as error:
             raise SourceError(
                 f"{self.path} is no readable safetensors file ({error}): truncated or damaged, download it again"
             ) from error
@@ -162,12 +168,12 @@ class Shard:
 def _files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
     """The files to read, in order, and where an index says that each tensor is; None without an index."""
     if not path.is_dir():
-        if path.name.endswith(INDEX_ENDING):
+        if path.name.endswith(INDEX_ENDING) and path.is_file():
             return _listed(path)
         if path.name.endswith(".safetensors") and path.is_file():
             return [path], None
         raise _not_safetensors(path)
-    indices = sorted(path.glob("*" + INDEX_ENDING))
+    indices = sorted(p for p in path.glob("*" + INDEX_ENDING) if p.is_file())  # opening a pipe would never end
     if path / INDEX in indices:
         return _listed(path / INDEX)
     if (path / SINGLE).is_file():
@@ -235,7 +241,7 @@ def _stays_inside(shard: str, directory: Path) -> bool:
         allowed += [base.parents[1] / "blobs", base.parents[2] / "blobs"]
     try:
         target = (directory / shard).resolve()
-    except ValueError:  # half a surrogate pair, which no file name can hold
+    except (ValueError, RuntimeError, OSError):  # half a surrogate pair, which no file name can hold; a loop of links
         return False
     return any(target.is_relative_to(place) for place in allowed)
 
