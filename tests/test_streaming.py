@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,3 +128,42 @@ def test_a_checkpoint_that_turns_out_damaged_leaves_an_earlier_ranking_as_it_was
         "model.safetensors.index.json",
         "ranking.json",
     ]
+
+
+# In a process of its own: Python and torch count.
+CHILD = """
+import json, re, sys
+from pathlib import Path
+import torch
+import kappa_fast
+torch.set_num_threads(2)
+ranking = kappa_fast.rank(sys.argv[1], memory_budget=sys.argv[2], progress=False)
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+print(json.dumps([peak, len(ranking), sum(entry.status == "ok" for entry in ranking)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_peak_memory_is_set_by_the_budget_and_not_by_the_size_of_the_checkpoint(tmp_path, root):
+    """A gigabyte of small experts, squares and one matrix that needs more than the budget."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(768, 2048)] * 60 + [(1024, 1024)] * 8 + [(2048, 2048)]
+    base = {shape: torch.randn(shape, generator=generator).bfloat16() for shape in dict.fromkeys(shapes)}
+    number = 0
+    for shard in range(5):
+        weights = (
+            {f"large.{shard}.weight": torch.randn((8192, 1024), generator=generator).bfloat16()} if shard == 2 else {}
+        )
+        for shape in shapes:
+            order = torch.randperm(shape[0], generator=generator)
+            weights[f"layers.{number}.weight"] = base[shape][order]
+            number += 1
+        save_file(weights, tmp_path / f"model-{shard + 1:05d}-of-00005.safetensors")
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 1e9
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path), "250MB"], cwd=root, capture_output=True, text=True, check=True
+    )
+    peak, ranked, sound = json.loads(done.stdout)
+    assert ranked == sound == number + 1
+    assert peak <= 250e6 + 2 * 8192 * 1024 + 500e6
