@@ -57,7 +57,7 @@ class Executor:
 
         The next waves are read ahead from the disk; an accelerator gets one of them while it works on this one.
         """
-        for device, waves in self._waves(sorted(positions, key=lambda i: self._matrices[i].place or ("", 0))):
+        for device, waves in self._waves(sorted(positions, key=lambda i: self._matrices[i].location or ("", 0))):
             with contextlib.closing(self._read_ahead(waves)) as coming:
                 if self._backend_for(device).side_by_side:
                     yield from self._on_cores(coming, work)

@@ -227,11 +227,11 @@ def test_prefetching_never_fails(single, monkeypatch):
 
 
 def test_matrices_know_their_order_on_the_disk(single, sharded):
-    assert all(m.prefetch is None and m.place is None for m in open_source(MODEL, EVERYTHING).matrices)
+    assert all(m.prefetch is None and m.location is None for m in open_source(MODEL, EVERYTHING).matrices)
     (single / "model.safetensors").unlink()
     found = open_source(sharded, EVERYTHING).matrices
-    order = sorted(found, key=lambda m: m.place)
-    assert [m.place[0] for m in order] == sorted(m.place[0] for m in found)
+    order = sorted(found, key=lambda m: m.location)
+    assert [m.location[0] for m in order] == sorted(m.location[0] for m in found)
     # as the library safetensors lays them out, by name
     assert [m.name for m in order if m.name.endswith("up.weight")] == [
         f"model.layers.{i}.up.weight" for i in (0, 10, 2)

@@ -44,7 +44,7 @@ class Stored:
             of the first dimension where there are three.
         prefetch: ``prefetch(index)`` has the operating system read ahead what ``take(index)`` will want; it neither
             waits nor takes memory nor raises. None where there is nothing to read.
-        place: the file and the offset in it where the values begin, for reading in the order of the disk.
+        location: the file and the offset in it where the values begin, for reading in the order of the disk.
     """
 
     names: tuple[str, ...]
@@ -59,7 +59,7 @@ class Stored:
     quantization: str | None = None
     overhead: int = 0
     prefetch: Callable[[Index], None] | None = field(default=None, repr=False, compare=False)
-    place: tuple[str, int] | None = None
+    location: tuple[str, int] | None = None
 
     @property
     def name(self) -> str:
@@ -68,6 +68,15 @@ class Stored:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a checkpoint is in the model: the parameter, what to index it with, the label of that part."""
+
+    name: str
+    index: Index
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class Inventory:
         in_memory: False where ``take`` brings a tensor into memory that was not there before.
         buffers: names of what lies beside the tensors and is no candidate itself.
         in_peft: whether PEFT has wrapped the model, which makes more names those of adapters.
+        config: what config.json says, for checkpoints.
     """
 
     tensors: Sequence[Stored]
@@ -89,6 +99,7 @@ class Inventory:
     in_memory: bool = True
     buffers: Collection[str] = ()
     in_peft: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,8 +109,8 @@ class Matrix:
     ``load()`` returns a 2-D tensor of shape ``shape`` in ``dtype``, on the device where the weight lives: a view where
     the storage allows one, detached, never to be written to. It may be called more than once. Quantized weights
     (``quantization`` says how) are dequantized by it: ``load(device)`` moves their codes there first.
-    ``prefetch()`` has the operating system read ahead what ``load()`` will want, if anything has to be read; ``place``
-    is where that begins, a file and an offset.
+    ``prefetch()`` has the operating system read ahead what ``load()`` will want, if anything has to be read;
+    ``location`` is where that begins, a file and an offset.
     """
 
     name: str
@@ -115,7 +126,7 @@ class Matrix:
     quantization: str | None = None
     overhead: int = 0  # bytes that load() needs at its peak beside the matrix
     prefetch: Callable[[], None] | None = field(default=None, repr=False, compare=False)
-    place: tuple[str, int] | None = None
+    location: tuple[str, int] | None = None
 
     @property
     def key(self) -> str:

@@ -99,7 +99,9 @@ def read_checkpoint(path: Path) -> Inventory:
         "fingerprint": fingerprint(found),
     }
     weights = weights_of(found, quantization_config(directory, config))
-    return Inventory(weights, count_weights(weights), metadata, in_memory=False, in_peft=has_adapters(tensors))
+    return Inventory(
+        weights, count_weights(weights), metadata, in_memory=False, in_peft=has_adapters(tensors), config=config
+    )
 
 
 def check_files(directory: Path) -> None:
@@ -135,7 +137,9 @@ class Shard:
             # What has no dtype here is skipped before anybody reads it.
             region = Region(self._file, name, offset, shape, dtype or torch.uint8)
             cpu = torch.device("cpu")
-            item = Stored((name,), shape, dtype, cpu, region.take, note, prefetch=region.prefetch, place=region.place)
+            item = Stored(
+                (name,), shape, dtype, cpu, region.take, note, prefetch=region.prefetch, location=region.location
+            )
             found.append(item)
         return found
 

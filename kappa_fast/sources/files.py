@@ -106,7 +106,7 @@ class Region:
         self.shape, self.dtype = tuple(shape), dtype
 
     @property
-    def place(self) -> tuple[str, int]:
+    def location(self) -> tuple[str, int]:
         """Where it begins, for reading in the order of the file."""
         return str(self.file.path), self.offset
 

@@ -199,7 +199,7 @@ def _stored(region: Region, kind: Any, problem: str | None) -> Stored:
         quantization=f"gguf {kind.name}" if coded and problem is None else None,
         overhead=4 * files.ROWS if coded else 0,  # codes, weights, and what lies between them
         prefetch=region.prefetch,
-        place=region.place,
+        location=region.location,
     )
 
 
