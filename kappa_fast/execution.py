@@ -12,7 +12,7 @@ import torch
 from .backends import Backend, get_backend
 from .errors import BackendError, ComputeError, KappaError
 from .sources.base import Matrix, Source
-from .staging import Staged, one_ahead
+from .staging import Staged, one_ahead, read_ahead
 from .undisturbed import undisturbed_thread
 from .waves import cut, default_budget, is_out_of_memory
 from .workers import each_on_one_thread, fits_one_thread
@@ -53,14 +53,24 @@ class Executor:
         return sorted({str(device) for device in self._backends})
 
     def results(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
-        """``work`` on every matrix, wave by wave; an accelerator gets the next wave while it works on this one."""
-        for device, waves in self._waves(positions):
-            if self._backend_for(device).side_by_side:
-                yield from self._on_cores(waves, work)
-                continue
-            with contextlib.closing(one_ahead(waves, self._matrices_of, device)) as staged:
-                for wave, weights in staged:
-                    yield from zip(wave, self._attempt(wave, work, weights), strict=True)
+        """``work`` on every matrix, wave by wave, in the order of the disk where the weights come from one.
+
+        The next waves are read ahead from the disk; an accelerator gets one of them while it works on this one.
+        """
+        for device, waves in self._waves(sorted(positions, key=lambda i: self._matrices[i].location or ("", 0))):
+            with contextlib.closing(self._read_ahead(waves)) as coming:
+                if self._backend_for(device).side_by_side:
+                    yield from self._on_cores(coming, work)
+                    continue
+                with contextlib.closing(one_ahead(coming, self._matrices_of, device)) as staged:
+                    for wave, weights in staged:
+                        yield from zip(wave, self._attempt(wave, work, weights), strict=True)
+
+    def _read_ahead(self, waves: Iterator[list[int]]) -> Generator[list[int], None, None]:
+        if any(matrix.prefetch is not None for matrix in self._matrices):
+            yield from read_ahead(waves, self._matrices_of)
+        else:
+            yield from waves
 
     def _on_cores(self, waves: Iterable[list[int]], work: Work[R]) -> Generator[tuple[int, R], None, None]:
         """On a CPU the small matrices by themselves, for one thread each, and the large ones one by one."""

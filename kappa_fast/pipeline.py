@@ -19,7 +19,7 @@ from .entries import TensorKappa
 from .errors import Interrupted, OptionError
 from .execution import Executor, operations
 from .integrations.checkpoint_names import places_of
-from .progress import ProgressOption, Tracker, tracking
+from .progress import ProgressOption, Tracker, shown, tracking
 from .ranking import Ranking
 from .sources import Filters, open_source
 from .sources.base import Matrix, Source
@@ -57,7 +57,8 @@ def rank(
     """Rank the weight matrices of a model by their condition number sigma_max / sigma_min, lowest first.
 
     Args:
-        source: a module, a mapping of names to tensors, a .safetensors file, or a directory of them.
+        source: a module, a mapping of names to tensors, a .safetensors file, a directory of them, or the id of a model
+            on the hub ("org/name" or "org/name@revision"), from the local cache if it is complete there.
         top: resolve only what is needed to know the ``top`` entries with the lowest score (an int), or that share of
             all (a float in (0, 1]); the others are reported as "bounded".
         top_per_group: ``top`` counts within each group of like matrices.
@@ -102,7 +103,7 @@ def rank(
     }
     started = time.perf_counter()
     with undisturbed():
-        opened = open_source(source, filters, places_of)
+        opened = open_source(source, filters, places_of, quiet=not shown(progress))
         executor = Executor(opened, backend, _device(device), parse_bytes(memory_budget))
         run = _Run(opened, executor, progress, score)
         budgeted = None if top is None else BudgetedTop.of(opened.matrices, top, top_per_group)

@@ -48,7 +48,12 @@ class BackendName(StrEnum):
 
 def rank(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A .safetensors file, or a directory of them.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A .safetensors file, a directory of them, or the id of a model on the hub (org/name).",
+            show_default=False,
+        ),
     ],
     top: Annotated[
         str | None,

@@ -18,6 +18,8 @@ from ..errors import OptionError, SourceError
 from .base import Inventory, Matrix, Place, Source, Stored
 from .checkpoint import read_checkpoint
 from .filters import Filters, Surroundings
+from .gguf import is_gguf, read_gguf
+from .hub import HubId, hub_id, snapshot
 from .layouts import Cut, Part, cut
 from .module import read_module
 from .names import group_of, layer_of
@@ -32,19 +34,24 @@ def open_source(
     source: torch.nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str],
     filters: Filters,
     places_of: PlacesOf | None = None,
+    *,
+    quiet: bool = False,
 ) -> Source:
     """The matrices of a model: no values are read yet, and nothing is changed.
 
     ``places_of`` tells which tensors of a checkpoint have another name in the model: they get that one, and keep their
-    own as an alias.
+    own as an alias. A text that is no path but may be the id of a model on the hub (org/name or org/name@revision) is
+    looked for in the hub's local cache, and downloaded if it is not complete there, with bars on stderr unless
+    ``quiet``.
 
     Raises:
         OptionError: ``source`` is of a kind that cannot hold a model.
-        SourceNotFoundError: there is no such path, or the index of a checkpoint names a shard that is not there.
+        MissingExtraError: it may be an id, but huggingface_hub is not installed; or it is GGUF, but gguf is not.
+        SourceNotFoundError: there is no such path or model, or an index names a shard that is not there.
         SourceError: the source cannot be read, has no parameter with two or more dimensions, or two with one name.
         NotImplementedError: a parameter is sharded.
     """
-    inventory = _read(source)
+    inventory = _read(source, quiet)
     around = Surroundings.of(inventory)
     places = places_of(inventory) if places_of is not None else {}
     matrices: list[Matrix] = []
@@ -88,7 +95,7 @@ def _pieces(stored: Stored, place: Place | None, around: Surroundings, split: bo
     return Cut((Part(place.label, place.index, (rows, columns)),))  # the model fuses what is stored on its own
 
 
-def _read(source: object) -> Inventory:
+def _read(source: object, quiet: bool) -> Inventory:
     if isinstance(source, torch.nn.Module):
         return read_module(source)
     if isinstance(source, Mapping):
@@ -96,11 +103,21 @@ def _read(source: object) -> Inventory:
     if isinstance(source, (str, os.PathLike)):
         if not os.fspath(source):
             raise OptionError("the path of the checkpoint is empty: give a .safetensors file or a directory with them")
-        return read_checkpoint(Path(os.fsdecode(source)))
+        path = Path(os.fsdecode(source))
+        wanted = hub_id(source) if isinstance(source, str) and not os.path.lexists(path) else None
+        if wanted is not None:
+            return _from_hub(wanted, quiet)
+        return read_gguf(path) if is_gguf(path) else read_checkpoint(path)
     raise OptionError(
         f"source is of type {type(source).__name__}, which is no model: give an nn.Module, a mapping of names to "
-        "tensors, a .safetensors file or a directory with them"
+        "tensors, a .safetensors or .gguf file, a directory with them, or the id of a model on the hub"
     )
+
+
+def _from_hub(wanted: HubId, quiet: bool) -> Inventory:
+    directory = snapshot(wanted, quiet)
+    inventory = read_checkpoint(directory)
+    return replace(inventory, metadata={**inventory.metadata, "id": wanted.name, "revision": directory.name})
 
 
 def _check_keys(matrices: Sequence[Matrix]) -> None:
@@ -120,6 +137,7 @@ def _called(inventory: Inventory) -> str:
 
 def _matrix(stored: Stored, part: Part, place: Place | None) -> Matrix:
     assert stored.dtype is not None  # the filters have refused those without
+    index = () if place and place.index else part.index
     return Matrix(
         name=stored.name,
         aliases=tuple(sorted(stored.names[1:])),
@@ -130,9 +148,11 @@ def _matrix(stored: Stored, part: Part, place: Place | None) -> Matrix:
         shape=part.shape,
         dtype=stored.dtype,
         device=stored.device,
-        load=partial(_load, stored, () if place and place.index else part.index),
+        load=partial(_load, stored, index),
         quantization=stored.quantization,
         overhead=stored.overhead + _cut_off(stored, part),
+        prefetch=None if stored.prefetch is None else partial(stored.prefetch, index),
+        location=stored.location,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -42,6 +42,9 @@ class Stored:
             then those of the dequantized weight. None for values that are weights as they stand.
         overhead: bytes that ``take`` needs at its peak beside what it returns, for the whole tensor, or for one index
             of the first dimension where there are three.
+        prefetch: ``prefetch(index)`` has the operating system read ahead what ``take(index)`` will want; it neither
+            waits nor takes memory nor raises. None where there is nothing to read.
+        location: the file and the offset in it where the values begin, for reading in the order of the disk.
     """
 
     names: tuple[str, ...]
@@ -55,6 +58,8 @@ class Stored:
     roles: frozenset[Role] = frozenset()
     quantization: str | None = None
     overhead: int = 0
+    prefetch: Callable[[Index], None] | None = field(default=None, repr=False, compare=False)
+    location: tuple[str, int] | None = None
 
     @property
     def name(self) -> str:
@@ -104,6 +109,8 @@ class Matrix:
     ``load()`` returns a 2-D tensor of shape ``shape`` in ``dtype``, on the device where the weight lives: a view where
     the storage allows one, detached, never to be written to. It may be called more than once. Quantized weights
     (``quantization`` says how) are dequantized by it: ``load(device)`` moves their codes there first.
+    ``prefetch()`` has the operating system read ahead what ``load()`` will want, if anything has to be read;
+    ``location`` is where that begins, a file and an offset.
     """
 
     name: str
@@ -118,6 +125,8 @@ class Matrix:
     load: Load = field(repr=False, compare=False)
     quantization: str | None = None
     overhead: int = 0  # bytes that load() needs at its peak beside the matrix
+    prefetch: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    location: tuple[str, int] | None = None
 
     @property
     def key(self) -> str:

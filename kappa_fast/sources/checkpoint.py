@@ -1,4 +1,4 @@
-"""Weights from safetensors: one file, or a directory with or without an index. Memory-mapped, read matrix by matrix."""
+"""Weights from safetensors: one file, or a directory with or without an index. Values are read matrix by matrix."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 
-from ..entries import Index
 from ..errors import SourceError, SourceNotFoundError
 from .base import Inventory, Stored
+from .files import DataFile, Region
 from .names import has_adapters, in_model_order
 from .quantized import weights_of
 from .quantized.config import quantization_config
@@ -31,7 +30,6 @@ CONVERT = (
     "weights = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
     "save_file({k: v.clone().contiguous() for k, v in weights.get('state_dict', weights).items()}, sys.argv[2])"
 )
-ALL = slice(None)
 
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 
@@ -67,9 +65,10 @@ def read_checkpoint(path: Path) -> Inventory:
         SourceError: it is no model, damaged, pickled, or its index is wrong.
     """
     if not os.path.exists(path):
+        if os.path.islink(path):
+            raise SourceNotFoundError(f"{path} is a link that leads nowhere: give the directory of the model itself")
         raise SourceNotFoundError(
-            f"{path}: no such file or directory. If this is the id of a model on a hub: ids are not resolved yet, "
-            "download the model and give its directory"
+            f"{path}: no such file or directory, and no id of a model on the hub either (those look like org/name)"
         )
     directory = path if path.is_dir() else path.parent
     try:
@@ -105,92 +104,80 @@ def read_checkpoint(path: Path) -> Inventory:
     )
 
 
-class Shard:
-    """One safetensors file, mapped into memory when it is read from.
+def check_files(directory: Path) -> None:
+    """Raise what ``read_checkpoint`` would for the names of the files alone.
 
-    The map is dropped after ``MAPPED`` bytes, so that the pages that were read do not pile up, and made anew. A file
-    that has changed since its header was read is refused: a shorter one would end the process (SIGBUS).
+    Raises:
+        SourceNotFoundError: a shard is missing.
+        SourceError: there are no weights, or their index is wrong.
     """
+    _files_of(directory)
 
-    MAPPED = 1 << 30
+
+class Shard:
+    """One safetensors file. Whether it is sound is for the library safetensors to say; values are read as ranges."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handle: Any = None
-        self._served = 0
-        self._stamp: tuple[int, int, int] | None = None
+        self._file = DataFile(path)
 
     def tensors(self, expected: Mapping[str, Path] | None) -> list[Stored]:
         """Everything in the file; what an index does not list carries that problem.
 
         Raises:
-            SourceError: the file is damaged.
+            SourceError: the file is damaged, or cannot be read.
         """
         found = []
-        handle = self._open()
-        for name in handle.keys():  # noqa: SIM118 - not a dict
-            part = handle.get_slice(name)
-            dtype = getattr(torch, DTYPES.get(part.get_dtype(), ""), None)
+        header, start = self._header()
+        for name, entry in header.items():
             stray = expected is not None and name not in expected
             note = f"in {self.path.name}, but not listed in the index" if stray else None
-            take = partial(self.take, name)
-            found.append(Stored((name,), tuple(part.get_shape()), dtype, torch.device("cpu"), take, note))
-        self._handle = None  # a model may have more shards than a process may have open files
+            dtype = getattr(torch, DTYPES.get(entry["dtype"], ""), None)
+            shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
+            # What has no dtype here is skipped before anybody reads it.
+            region = Region(self._file, name, offset, shape, dtype or torch.uint8)
+            cpu = torch.device("cpu")
+            item = Stored(
+                (name,), shape, dtype, cpu, region.take, note, prefetch=region.prefetch, location=region.location
+            )
+            found.append(item)
         return found
 
-    def take(self, name: str, index: Index, device: torch.device | None = None) -> torch.Tensor:
-        """A tensor or the indexed part of it, as a view of the map, whatever ``device`` is.
+    def _header(self) -> tuple[dict[str, Any], int]:
+        """The header without its metadata, and where in the file the values begin."""
+        from safetensors import SafetensorError, safe_open
 
-        Raises:
-            SourceError: the file has changed, or cannot be read.
-        """
         try:
-            if self._look() != self._stamp:
-                raise OSError("it has changed since it was opened")
-            part = self._open().get_slice(name)
-            if not index:
-                tensor: torch.Tensor = part[...]
-            elif isinstance(index[0], slice):
-                tensor = part[index[0]][(ALL, *index[1:])]
-            else:  # one expert: the reader skips the others
-                tensor = part[index[0] : index[0] + 1][(0, *index[1:])]
-        except Exception as error:  # safetensors has several for a file that is not what its header says
+            size = torch.empty(1, dtype=torch.int64)
+            if self._file.size >= size.nbytes:  # safetensors has its own words for a shorter one
+                self._file.read(0, size)
+            # It refuses headers that are no JSON, too long, of overlapping or missing ranges, or with a name twice.
+            with safe_open(self.path, framework="np"):
+                pass
+            text = torch.empty(int(size), dtype=torch.uint8)
+            self._file.read(size.nbytes, text)
+            header = json.loads(text.numpy().tobytes().decode())
+        except OSError as error:
             raise SourceError(
-                f"{name!r} cannot be read from {self.path} ({error}): check the file, rank again"
+                f"{self.path} cannot be read ({error}): look after the disk and your rights to the file, or copy it"
             ) from error
-        self._served += tensor.nbytes
-        if self._served > self.MAPPED:
-            self._handle, self._served = None, 0
-        return tensor
-
-    def _look(self) -> tuple[int, int, int]:
-        found = self.path.stat()
-        return found.st_ino, found.st_size, found.st_mtime_ns
-
-    def _open(self) -> Any:
-        handle = self._handle
-        if handle is None:
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                self._stamp = self._stamp or self._look()
-                self._handle = handle = safe_open(self.path, framework="pt", device="cpu")
-            except (SafetensorError, OSError, ValueError) as error:
-                raise SourceError(
-                    f"{self.path} is no readable safetensors file ({error}): truncated or damaged, download it again"
-                ) from error
-        return handle
+        except (SafetensorError, ValueError) as error:
+            raise SourceError(
+                f"{self.path} is no readable safetensors file ({error}): truncated or damaged, download it again"
+            ) from error
+        header.pop("__metadata__", None)
+        return header, size.nbytes + int(size)
 
 
 def _files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
     """The files to read, in order, and where an index says that each tensor is; None without an index."""
     if not path.is_dir():
-        if path.name.endswith(INDEX_ENDING):
+        if path.name.endswith(INDEX_ENDING) and path.is_file():
             return _listed(path)
         if path.name.endswith(".safetensors") and path.is_file():
             return [path], None
         raise _not_safetensors(path)
-    indices = sorted(path.glob("*" + INDEX_ENDING))
+    indices = sorted(p for p in path.glob("*" + INDEX_ENDING) if p.is_file())  # opening a pipe would never end
     if path / INDEX in indices:
         return _listed(path / INDEX)
     if (path / SINGLE).is_file():
@@ -258,7 +245,7 @@ def _stays_inside(shard: str, directory: Path) -> bool:
         allowed += [base.parents[1] / "blobs", base.parents[2] / "blobs"]
     try:
         target = (directory / shard).resolve()
-    except ValueError:  # half a surrogate pair, which no file name can hold
+    except (ValueError, RuntimeError, OSError):  # half a surrogate pair, which no file name can hold; a loop of links
         return False
     return any(target.is_relative_to(place) for place in allowed)
 

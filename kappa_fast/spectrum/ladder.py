@@ -94,7 +94,8 @@ def resolve(backend: Backend, weights: Sequence[Tensor], goal: Goal) -> list[Res
     _climb(backend, [c for c in climbers if c.rungs], goal)
     for climber in climbers:
         if not climber.done:
-            _finish_exactly(backend, climber, goal)
+            with exact.in_turn(climber.operand):
+                _finish_exactly(backend, climber, goal)
     _measure_sensitivity(backend, [c for c in climbers if c.best is not None and c.best.status == "ok"])
     if goal.certify:
         _prove(backend, [c for c in climbers if c.triplets is not None], goal.rtol)

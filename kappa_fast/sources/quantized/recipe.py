@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -102,7 +103,8 @@ class Family(Protocol):
 
 def compose(stored: Stored, recipe: Recipe) -> Stored:
     """The weight in place of its codes: under its plain name, with that of the codes among the aliases."""
-    # Readers give a Stored what else they know of it; that of the companions is to be combined with it here.
+    # Readers give a Stored what else they know of it; that of the companions is to be combined with it here. The
+    # location stays that of the codes: their companions are small, and mostly next to them.
     names = (*(codes.plain_name(name) for name in stored.names), *stored.names)
     matrix = recipe.shape[-2] * recipe.shape[-1]
     read = sum(_nbytes(item) // (item.shape[0] if _per_expert(item, recipe) else 1) for item in recipe.inputs.values())
@@ -114,6 +116,7 @@ def compose(stored: Stored, recipe: Recipe) -> Stored:
         take=_Taker(recipe),
         quantization=recipe.quantization,
         overhead=read + matrix * recipe.peak,
+        prefetch=None if stored.prefetch is None else partial(_prefetch, recipe),
     )
 
 
@@ -138,6 +141,14 @@ class _Taker:
             tensor = stored.take((expert,) if one else ())  # type: ignore[arg-type]
             taken[role] = tensor if device is None else _moved(tensor, device)
         return self.recipe.dequantize(taken)
+
+
+def _prefetch(recipe: Recipe, index: Index) -> None:
+    """``Stored.prefetch``: what ``_Taker`` reads for the index."""
+    expert = index[0] if len(recipe.shape) == 3 and index and isinstance(index[0], int) else None
+    for stored in recipe.inputs.values():
+        if stored.prefetch is not None:
+            stored.prefetch((expert,) if expert is not None and _per_expert(stored, recipe) else ())
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
