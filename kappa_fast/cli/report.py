@@ -55,9 +55,9 @@ def report(
 
         ranking = Ranking.from_json(path)
         selection = ranking.select(**budget, **options) if budget else None
-        ranking.to_html(page, selection=selection)
-        if plot is not None:
+        if plot is not None:  # first, because more can be wrong with it
             ranking.plot(plot)
+        ranking.to_html(page, selection=selection)
         for target in targets:
             typer.echo(f"written to {target}")
 
