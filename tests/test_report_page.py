@@ -19,6 +19,7 @@ from kappa_fast.entries import Skipped, TensorKappa
 from kappa_fast.errors import MissingExtraError, OptionError, RankingFileError
 from kappa_fast.ranking import Ranking
 from kappa_fast.report.page import render_page
+from kappa_fast.selection import Selection
 
 HOSTILE = [
     "</script><img src=x onerror=alert(1)>",
@@ -226,16 +227,20 @@ def test_the_reference_implementations_file_can_be_shown(tmp_path):
 def test_a_selection_is_marked_by_positions():
     ranking = Ranking([make_entry(f"layers.{i}.w", 10.0 * (i + 1), layer=i) for i in range(4)])
     selection = ranking.select(num_tensors=3, unit="parameter").excluding(r"layers\.1")
-    assert Page(render_page(ranking, selection)).data["selection"] == {
-        "chosen": [0, 2],
-        "certain": True,
-        "budget": "num_tensors",
-        "value": 3,
-        "per_group": False,
-        "unit": "parameter",
-        "exclude": [r"layers\.1"],
-    }
+    data = Page(render_page(ranking, selection)).data["selection"]
+    assert (data["chosen"], data["certain"]) == ([0, 2], True)
+    assert data["code"] == r"ranking.select(num_tensors=3, unit='parameter').excluding('layers\\.1')"
+    assert eval(data["code"], {"ranking": ranking}) == selection
     assert Page(render_page(ranking)).data["selection"] is None
+
+
+@pytest.mark.parametrize("budget", [dict(max_params=1.0), dict(top_p=1.0, per_group=True), dict(max_kappa=25.5)])
+def test_the_code_of_a_selection_makes_the_same_selection(budget):
+    ranking = Ranking([make_entry(f"layers.{i}.w", 10.0 * (i + 1)) for i in range(4)], (), {"num_parameters": 4 * 512})
+    selection = ranking.select(**budget).including("norm", r"h\"\'")
+    assert eval(Page(render_page(ranking, selection)).data["selection"]["code"], {"ranking": ranking}) == selection
+    bare = Selection(selection.entries, True, {"source": "a notebook"})
+    assert Page(render_page(ranking, bare)).data["selection"]["code"] == ""
 
 
 def test_a_selection_of_another_ranking_is_refused(tmp_path):

@@ -106,16 +106,25 @@ def _selection(ranking: Ranking, selection: Selection) -> dict[str, Any]:
         raise OptionError(
             f"the selection holds {foreign[0]!r}, which is not in the ranking: select from the ranking that is reported"
         )
-    settings = selection.settings
     return {
         "chosen": sorted(positions[key] for key in selection.keys),
         "certain": selection.boundary_certain,
-        "budget": settings.get("budget"),
-        "value": settings.get("value"),
-        "per_group": bool(settings.get("per_group")),
-        "unit": settings.get("unit", "matrix"),
-        "exclude": list(selection.exclude),
+        "code": _code(selection),
     }
+
+
+def _code(selection: Selection) -> str:
+    """The call that made the selection; "" where its settings do not tell."""
+    settings = selection.settings
+    if "budget" not in settings or "value" not in settings:
+        return ""
+    arguments = [f"{settings['budget']}={settings['value']!r}"]
+    arguments += ["per_group=True"] if settings.get("per_group") else []
+    arguments += [f"unit={settings['unit']!r}"] if settings.get("unit", "matrix") != "matrix" else []
+    calls = [f"ranking.select({', '.join(arguments)})"]
+    for name, patterns in (("including", selection.include), ("excluding", selection.exclude)):
+        calls += [f"{name}({', '.join(map(repr, patterns))})"] if patterns else []
+    return ".".join(calls)
 
 
 def _count_of_parameters(metadata: Mapping[str, Any]) -> int | None:

@@ -109,6 +109,7 @@ const BUDGETS = {
     hint: "Give a share of all parameters, above 0 and up to 1.",
     at: (place) => Number(Math.max(place, 0.001).toFixed(3)),
     placeOf: (value) => value,
+    inPython: (value) => (Number.isInteger(value) ? `${value}.0` : String(value)), // an int would be a count
     cut: cutByParameters,
   },
   num_tensors: {
@@ -119,6 +120,7 @@ const BUDGETS = {
     hint: "Give a count of matrices from 1 on.",
     at: (place) => Math.max(1, Math.round(place * ranked.length)),
     placeOf: (value) => value / ranked.length,
+    inPython: String,
     cut: cutByCount,
   },
   max_kappa: {
@@ -129,6 +131,7 @@ const BUDGETS = {
     hint: "Give a condition number from 1 on.",
     at: (place) => Number(formatNumber(kappaSpan[0] * (kappaSpan[1] / kappaSpan[0]) ** place, 4, 1)),
     placeOf: (value) => Math.log(value / kappaSpan[0]) / Math.log(kappaSpan[1] / kappaSpan[0]),
+    inPython: String,
     cut: cutByKappa,
   },
 };
@@ -165,18 +168,10 @@ function resultWords(found) {
   return `Takes ${parts.join(", ")}. ${certainty}`;
 }
 
-function givenCode() {
-  const given = raw.selection;
-  const settings = [`${given.budget}=${given.value}`];
-  if (given.per_group) settings.push("per_group=True");
-  if (given.unit !== "matrix") settings.push(`unit="${given.unit}"`);
-  return given.budget === null ? "" : `ranking.select(${settings.join(", ")})`;
-}
-
 function updateCut(movesSlider) {
   const isGiven = cutKind.value === "given";
   cutValue.disabled = cutSlider.disabled = isGiven || !cutKind.value;
-  if (isGiven) return showCut(givenCut(), givenCode());
+  if (isGiven) return showCut(givenCut(), printable(raw.selection.code));
   const budget = BUDGETS[cutKind.value];
   if (!budget) return showCut(refused("There is nothing to select."), "");
   const value = cutValue.value === "" ? NaN : Number(cutValue.value);
@@ -188,7 +183,7 @@ function updateCut(movesSlider) {
     cutSlider.value = String(Math.round(1000 * (Number.isFinite(place) ? place : 0)));
   }
   cutSlider.setAttribute("aria-valuetext", `${cutKind.value} ${value}`);
-  return showCut(budget.cut(value), `ranking.select(${cutKind.value}=${value})`);
+  return showCut(budget.cut(value), `ranking.select(${cutKind.value}=${budget.inPython(value)})`);
 }
 
 function setBudget(kind, value) {
