@@ -54,7 +54,7 @@ def odd_ranking(count=240):
         else:
             entries.append(named(name, kappa, **fields))
     exact = [
-        named(f"exact.{i}.w", float(k)) for i, k in enumerate([1, 2, 9.9995, 99995, 999999.5, 1e6, 1000.5, 1001.5])
+        named(f"exact.{i}.w", float(k)) for i, k in enumerate([1, 2, 9.9995, 99995, 999999.5, 1e6, 10000.5, 10001.5])
     ]
     total = sum(entry.numel for entry in [*entries, *exact])
     return Ranking([*entries, *exact], [], {"num_parameters": total})
@@ -199,6 +199,34 @@ def test_a_budget_in_the_page_takes_what_select_takes(name, rankings, open_page)
         assert eval(code, {"ranking": ranking}) == selection, code
         outcomes.add(selection.boundary_certain)
     assert True in outcomes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_page_is_as_sure_of_a_cut_as_select_is_where_intervals_overlap(seed, open_page):
+    rng = random.Random(seed)
+    entries = []
+    for i in range(12):
+        kappa, below, above = 10 + 0.3 * i, rng.choice([0, 0.1, 0.5]), rng.choice([0, 0.1, 0.5])
+        shape = (rng.choice([16, 32, 64, 512]), 16)
+        entries.append(named(f"h.{i}.w", kappa, lower=kappa - below, upper=kappa + above, shape=shape))
+    ranking = Ranking(entries, (), {"num_parameters": sum(entry.numel for entry in entries)})
+    budgets = [("num_tensors", count) for count in range(1, 12)]
+    budgets += [("max_params", rng.random()) for _ in range(16)]
+    budgets += [("max_kappa", getattr(entry, end)) for entry in entries[::2] for end in ("lower", "kappa", "upper")]
+    view = open_page(ranking)
+    verdicts = set()
+    for kind, value in budgets:
+        view.set_budget(kind, value)
+        said = view.page.inner_text("#cut-result")
+        try:
+            selection = ranking.select(**{kind: value})
+        except OptionError:
+            assert said == "This takes nothing."
+            continue
+        assert f"Takes {len(selection)} of 12" in said
+        assert ("The cut is certain" in said) == selection.boundary_certain, (kind, value)
+        verdicts.add((kind, selection.boundary_certain))
+    assert len(verdicts) == 6
 
 
 def test_the_slider_moves_the_cut_in_the_map_and_the_table(rankings, open_page):
