@@ -39,8 +39,8 @@ def chromium() -> Iterator[Any]:
 class View:
     """A page in the browser, with all it asked for and all it complained about."""
 
-    def __init__(self, browser: Any, file: Path, *, width: int = 1280, scheme: str = "light") -> None:
-        self.page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    def __init__(self, browser: Any, file: Path, **options: Any) -> None:
+        self.page = browser.new_page(**options)
         self.requests: list[str] = []
         self.complaints: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))

@@ -83,9 +83,10 @@ def rankings():
 def open_page(browser, tmp_path):
     views = []
 
-    def show(ranking, selection=None, **options):
+    def show(ranking, selection=None, width=1280, scheme="light"):
         ranking.to_html(tmp_path / "page.html", selection=selection)
-        views.append(View(browser, tmp_path / "page.html", **options))
+        window = {"width": width, "height": 900}
+        views.append(View(browser, tmp_path / "page.html", viewport=window, color_scheme=scheme))
         return views[-1]
 
     yield show

@@ -29,7 +29,7 @@ HOSTILE = [
     "javascript:alert(1)",
     "]]>\u2028\u202e\ud800\x00",
 ]
-NUMBERS = ("kappa", "lower", "upper", "sigma_max", "sigma_min", "score", "sensitivity")
+NUMBERS = ("kappa", "lower", "upper", "score", "sensitivity")
 NAMED = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -74,7 +74,7 @@ def read_back(data):
     columns, tables = data["entries"], data["tables"]
     rows = []
     for i, key in enumerate(columns["key"]):
-        numbers = [columns[name][i] for name in NUMBERS]
+        numbers = [(columns[name] or columns["kappa"])[i] for name in NUMBERS]
         numbers = [NAMED[value] if isinstance(value, str) else value for value in numbers]
         repeated = [tables[name][columns[name][i]] for name in ("group", "shape", "dtype", "method", "status")]
         others = (columns["layer"][i], bool(columns["certified"][i]), data["aliases"].get(str(i), []))

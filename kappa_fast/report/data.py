@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..ranking import Ranking
     from ..selection import Selection
 
-_NUMBERS = ("kappa", "lower", "upper", "sigma_max", "sigma_min", "score", "sensitivity")
+_NUMBERS = ("kappa", "lower", "upper", "score", "sensitivity")
 
 
 def page_data(ranking: Ranking, selection: Selection | None) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def page_data(ranking: Ranking, selection: Selection | None) -> dict[str, Any]:
 
     ``entries`` holds a list for every field, in the order of the ranking. Fields that repeat (group, shape with numel,
     dtype, method, status, quantization) are positions in ``tables``. nan and inf are the texts "nan", "inf", "-inf".
-    ``order`` is the place of each entry in the order of the model.
+    ``order`` is the place of each entry in the order of the model, and ``score`` is null where it is kappa throughout.
 
     Raises:
         OptionError: ``selection`` holds a matrix that is not in the ranking.
@@ -70,16 +70,18 @@ def page_data(ranking: Ranking, selection: Selection | None) -> dict[str, Any]:
     }
 
 
-def _columns(entries: Iterable[TensorKappa], tables: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _columns(entries: Iterable[TensorKappa], tables: dict[str, list[Any]]) -> dict[str, list[Any] | None]:
     entries = tuple(entries)
     places = {key: place for place, key in enumerate(in_model_order(entry.key for entry in entries))}
-    columns: dict[str, list[Any]] = {
+    columns: dict[str, list[Any] | None] = {
         "key": [entry.key for entry in entries],
         "order": [places[entry.key] for entry in entries],
         "layer": [entry.layer for entry in entries],
         "certified": [int(entry.certified) for entry in entries],
     }
     columns |= {name: [_number(getattr(entry, name)) for entry in entries] for name in _NUMBERS}
+    if columns["score"] == columns["kappa"]:
+        columns["score"] = None  # a tenth of the file
     repeated: dict[str, Callable[[TensorKappa], Hashable]] = {
         "group": lambda entry: entry.group,
         "shape": lambda entry: (*entry.shape, entry.numel),

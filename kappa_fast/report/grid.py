@@ -89,15 +89,11 @@ def make_grid(entries: Sequence[TensorKappa]) -> Grid:
     labels = shorten_groups(groups)
     groups.sort(key=lambda group: _place(labels[group]))
     columns = {group: column for column, group in enumerate(groups)}
-    places = {key: place for place, key in enumerate(in_model_order(entry.key for entry in entries))}
     members: dict[tuple[int, int], list[int]] = {}
     for i, entry in placed.items():
         if entry.layer is not None and entry.group in columns:
             members.setdefault((rows[entry.layer], columns[entry.group]), []).append(i)
-    cells = tuple(
-        _make_cell(entries, where, sorted(members[where], key=lambda i: places[entries[i].key]))
-        for where in sorted(members)
-    )
+    cells = tuple(_make_cell(entries, where, _by_number(entries, members[where])) for where in sorted(members))
     depths = dict[int, int]()
     for cell in cells:
         depths[cell.column] = max(depths.get(cell.column, 0), len(cell.members))
@@ -108,6 +104,11 @@ def make_grid(entries: Sequence[TensorKappa]) -> Grid:
         cells=cells,
         beside=tuple(i for i in range(len(entries)) if i not in inside),
     )
+
+
+def _by_number(entries: Sequence[TensorKappa], members: Sequence[int]) -> list[int]:
+    positions = {entries[i].key: i for i in members}
+    return [positions[key] for key in in_model_order(positions)]
 
 
 def _make_cell(entries: Sequence[TensorKappa], where: tuple[int, int], members: Sequence[int]) -> Cell:

@@ -84,22 +84,36 @@ function drawAxes(context, frame) {
   context.fillText(order, MARGIN.left + (frame.width - MARGIN.left - MARGIN.right) / 2, frame.height - MARGIN.bottom + 6);
 }
 
+// A rectangle at half pixels, unless it is the one that was drawn last: of tens of thousands, few are left.
+function painter(context) {
+  const half = (value) => Math.round(2 * value) / 2;
+  let last = "";
+  return (x, y, width, height) => {
+    const box = [half(x), half(y), width, Math.max(1, half(height))];
+    if (String(box) === last) return;
+    last = String(box);
+    context.fillRect(...box);
+  };
+}
+
 function drawPoints(context, frame) {
   const size = Math.max(1.5, Math.min(5, frame.step));
   const width = Math.max(1, Math.min(6, frame.step * 0.8));
   const [band, open, ink, warn] = ["--accent-soft", "--stripe", "--accent", "--warn"].map(colorOf);
+  const paintBand = painter(context);
   onCurve.forEach((i, place) => {
     const isKnown = ranking.lower[i] > 1 || ranking.upper[i] < Infinity;
     if (!isKnown) return; // the interval [1, inf] says nothing
     const [top, bottom] = [frame.y(ranking.upper[i]), frame.y(ranking.lower[i])];
     context.fillStyle = hasFiniteKappa(i) ? band : open;
-    context.fillRect(frame.x(place) - width / 2, top - 0.5, width, Math.max(1, bottom - top + 1));
+    paintBand(frame.x(place) - width / 2, top - 0.5, width, bottom - top + 1);
   });
+  const paintPoint = painter(context);
   onCurve.forEach((i, place) => {
     const isFinite = hasFiniteKappa(i);
     context.fillStyle = isFinite ? ink : warn;
     const y = frame.y(isFinite ? ranking.kappa[i] : ranking.lower[i]);
-    context.fillRect(frame.x(place) - size / 2, y - (isFinite ? size / 2 : 1), size, isFinite ? size : 2);
+    paintPoint(frame.x(place) - size / 2, y - (isFinite ? size / 2 : 1), size, isFinite ? size : 2);
   });
 }
 
@@ -129,7 +143,21 @@ function drawChosen(context, frame) {
   }
 }
 
-function drawCurve(isPointed = false) {
+let isPointed = false;
+let isDue = false;
+
+// Once for each frame, however often it is asked for.
+function drawCurve(pointed = false) {
+  isPointed = pointed;
+  if (isDue) return;
+  isDue = true;
+  requestAnimationFrame(() => {
+    isDue = false;
+    drawNow();
+  });
+}
+
+function drawNow() {
   const frame = curveFrame();
   if (frame.width <= 0) return;
   if (!background) drawBackground(frame);
@@ -205,11 +233,11 @@ function startCurve() {
     cutHere();
   });
   canvas.addEventListener("keydown", moveAlong);
-  cut.listeners.push(() => drawCurve());
+  cut.listeners.push(() => drawCurve(isPointed));
   new ResizeObserver(redrawCurve).observe(canvas);
 }
 
 function redrawCurve() {
   background = null;
-  drawCurve();
+  drawCurve(isPointed);
 }

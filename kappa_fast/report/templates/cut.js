@@ -204,7 +204,7 @@ function startCut() {
     updateCut(false);
   });
   const first = BUDGETS[cutKind.value];
-  if (first && first.cut(first.start).problem) {
+  if (first && bounded.length && first.cut(first.start).problem) {
     // Not resolved so far: what certainly comes before all that is only bounded.
     setBudget("num_tensors", Math.max(1, ranked.filter((i) => ranking.score[i] <= horizon).length));
   } else {
