@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from make_entries import bounded, make_entry
@@ -86,3 +87,32 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     code, _, error = run(tmp_path / "none.json")
     assert code == 1
     assert "none.json: no such file" in error
+
+
+@pytest.fixture(scope="module")
+def document(root):
+    return (root / "docs" / "reports.md").read_text()
+
+
+def test_the_example_in_the_document_runs_as_written(document, path, monkeypatch):
+    (example,) = re.findall(r"^```python\n(.+?)^```", document, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(path.parent)
+    path.rename("minilm.json")
+    exec(example, {})
+    assert (path.parent / "minilm.html").read_text().startswith("<!doctype html>")
+    assert (path.parent / "minilm.svg").exists()
+
+
+def test_the_commands_in_the_document_have_the_options_that_it_names(document, capsys):
+    lines = re.findall(r"^    kappa-fast (\w+)(.*)$", document, re.MULTILINE)
+    assert [command for command, _ in lines] == ["rank", "report"]
+    for command, rest in lines:
+        with pytest.raises(SystemExit):
+            app([command, "--help"], prog_name="kappa-fast")
+        shown = capsys.readouterr().out
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert re.search(rf"^ +{option}\b", shown, re.MULTILINE), option
+
+
+def test_the_picture_in_the_document_is_small(root):
+    assert (root / "docs" / "minilm.png").stat().st_size < 100_000
