@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from browser import MISSING, READ_COLORS, View, chromium, contrast, find_chromium
 from families import build
-from make_entries import bounded, make_entry, non_finite
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_entries import bounded, entry_lists, make_entry, non_finite, skipped
 
 import kappa_fast
 from kappa_fast.entries import Skipped
@@ -360,9 +362,9 @@ def test_the_histogram_counts_every_finite_kappa_of_the_chosen_type(rankings, op
 
 
 def test_skipped_parameters_unfold_under_their_reasons(open_page):
-    skipped = [Skipped(f"model.layers.{i}.norm.weight", (4, i + 1), "too small") for i in range(450)]
-    skipped.append(Skipped("codes.3.weight", (8, 8), "codes that need the scales of layers.3.x"))
-    view = open_page(Ranking([make_entry("w")], skipped))
+    left_out = [Skipped(f"model.layers.{i}.norm.weight", (4, i + 1), "too small") for i in range(450)]
+    left_out.append(Skipped("codes.3.weight", (8, 8), "codes that need the scales of layers.3.x"))
+    view = open_page(Ranking([make_entry("w")], left_out))
     summaries = view.page.locator("#skipped summary")
     assert summaries.all_inner_texts() == ["450: too small", "1: codes that need the scales of layers.*.x"]
     summaries.first.click()
@@ -456,6 +458,28 @@ def test_rankings_with_next_to_nothing_open_too(entries, open_page):
     view.page.focus("#curve")
     for key in ("Home", "ArrowRight", "Enter"):
         view.page.keyboard.press(key)
+
+
+@settings(max_examples=15)
+@given(entries=entry_lists, left_out=st.lists(skipped, max_size=3))
+def test_whatever_a_ranking_accepts_opens_and_can_be_worked_with(entries, left_out, browser, tmp_path_factory):
+    file = tmp_path_factory.mktemp("any") / "page.html"
+    ranking = Ranking(entries, left_out, {"num_parameters": 10**6})
+    ranking.to_html(file)
+    view = View(browser, file)
+    assert [position for position, _ in view.rows()] == list(range(len(ranking)))
+    for kind in view.page.eval_on_selector_all("#cut-kind option", "all => all.map((o) => o.value)"):
+        view.page.select_option("#cut-kind", kind)
+    for header in view.page.locator("#rows th button").all():
+        header.click()
+    view.page.focus("#curve")
+    view.page.keyboard.press("End")
+    view.page.eval_on_selector_all("details", "all => all.forEach((d) => (d.open = true))")
+    if view.page.locator("#map .cell").count():
+        view.page.focus("#map .cell >> nth=0")
+        view.page.keyboard.press("Enter")
+    assert view.complaints == []
+    view.close()
 
 
 def test_only_the_rows_in_view_are_in_the_document(open_page):
