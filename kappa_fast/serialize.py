@@ -231,7 +231,16 @@ def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) ->
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text all at once: whoever reads the file sees the old one or the new one, never half.
+    """Write a text all at once, see ``write_bytes``.
+
+    Raises:
+        RankingFileError: the file cannot be written there.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file all at once: whoever reads it sees the old one or the new one, never half.
 
     Raises:
         RankingFileError: the file cannot be written there.
@@ -241,8 +250,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
         try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                file.write(text)
+            with open(temporary, "xb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)

@@ -73,6 +73,7 @@ def test_every_make_target_in_it_exists(readme, root):
         "docs/kernels.md",
         "docs/training.md",
         "docs/quantized.md",
+        "docs/reports.md",
         "CONTRIBUTING.md",
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import tempfile
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..errors import Interrupted, OptionError, RankingFileError
+from ..report.skipped import by_reason
 from .outcome import count_or_share, outcome
 
 if TYPE_CHECKING:
@@ -142,8 +142,7 @@ def summary(ranking: Ranking, rtol: float) -> list[str]:
     metadata = ranking.metadata
     where = f"{', '.join(metadata['device'])}, threads: {metadata['threads']}"
     lines = [", ".join(parts), f"{metadata['seconds']:.2f} s ({where})"]
-    # "scales of layers.3.q_proj.weight" and its like are one reason, not one for every layer.
-    reasons = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", skipped.reason) for skipped in ranking.skipped).most_common()
+    reasons = [(reason, len(items)) for reason, items in by_reason(ranking.skipped)]
     lines += [f"skipped: {number} {reason}" for reason, number in reasons[:MOST_REASONS]]
     rest = sum(number for _, number in reasons[MOST_REASONS:])
     return lines + ([f"skipped: {rest} for other reasons, which the --json FILE lists"] if rest else [])
