@@ -262,8 +262,12 @@ class Comparison:
         serialize.write_document(path, serialize.thaw(serialize.freeze(document, "comparison")))
 
 
-def compare(before: Ranking, after: Ranking) -> Comparison:
+def compare(before: Ranking, after: object) -> Comparison:
     """What ``Ranking.compare`` promises."""
+    from .ranking import Ranking
+
+    if not isinstance(after, Ranking):
+        raise OptionError(f"compare() takes a Ranking, not {type(after).__name__}: Ranking.from_json(path) reads one")
     pairs = [(before.entries[i], after.entries[j]) for i, j in pair(before.entries, after.entries)]
     same = [Change(a, b) for a, b in pairs if _same_size(a, b)]
     reshaped = [(a, b) for a, b in pairs if not _same_size(a, b)]

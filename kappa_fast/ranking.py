@@ -171,7 +171,7 @@ class Ranking(Sequence[TensorKappa]):
         prefix of a base model that only one of the two has.
 
         Raises:
-            OptionError: the rankings have no matrix in common.
+            OptionError: ``other`` is no Ranking, or the two have no matrix in common.
         """
         from .comparison import compare
 

@@ -225,6 +225,12 @@ def test_rankings_of_different_models_are_refused_with_names_of_both():
         Ranking([make_entry("a")]).compare(Ranking([make_entry("a", shape=(64, 16))]))
 
 
+@pytest.mark.parametrize("other", [None, "after.json", []])
+def test_only_rankings_are_compared(other):
+    with pytest.raises(kappa_fast.OptionError, match=r"compare\(\) takes a Ranking, not .*: Ranking.from_json\(path\)"):
+        ranking("a").compare(other)
+
+
 def test_a_matrix_of_another_shape_is_left_out_with_a_caveat_and_a_transposed_one_is_not():
     one = Ranking([make_entry("a"), make_entry("b"), make_entry("c")])
     other = Ranking([make_entry("a", shape=(99, 16)), make_entry("b", shape=(16, 32)), make_entry("c")])

@@ -266,12 +266,49 @@ def test_everything_skipped_is_a_plan_of_nothing():
         ({"device": "meta"}, r"has no float64 arithmetic"),
         ({"memory_budget": "lots"}, r"memory_budget='lots' is no size"),
         ({"include": "("}, r"is no regular expression"),
+        ({"measure": "no"}, r"measure='no': give True or False"),
+        ({"device_model": 3}, r"device_model=3 has no published figures here"),
         ({"device_model": "tpu"}, r"device_model='tpu' has no published figures here: choose one of h200, h100"),
     ],
 )
 def test_options_that_rank_refuses_are_refused(options, message):
     with pytest.raises(kappa_fast.OptionError, match=message):
-        plan(weights(a=(64, 32)), measure=False, **options)
+        plan(weights(a=(64, 32)), **{"measure": False, **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e4m3fn])
+def test_every_dtype_that_is_ranked_can_be_timed(dtype):
+    found = plan({"a": torch.ones(300, 200, dtype=dtype), "b": torch.ones(200, 200, dtype=dtype)}).prediction
+    assert 0 < found.low <= found.seconds <= found.high
+
+
+def test_shapes_without_room_for_outliers_can_be_timed():
+    found = plan(weights(a=(700, 1), b=(1, 1), c=(3, 9000)), min_dim=1).prediction
+    assert 0 < found.low <= found.seconds <= found.high
+
+
+def test_a_default_device_or_dtype_of_the_caller_does_not_matter():
+    source = weights(a=(300, 200))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = plan(source).prediction
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.seconds > 0
+
+
+@pytest.mark.parametrize("what", [".", "model.safetensors.index.json", "model-00001-of-00002.safetensors"])
+def test_the_files_of_every_kind_of_path_are_found_for_reading(what, tmp_path, monkeypatch):
+    for i in (1, 2):
+        save_file(weights(**{f"l{i}": (64, 32)}), tmp_path / f"model-0000{i}-of-00002.safetensors")
+    index = {f"l{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    monkeypatch.chdir(tmp_path)
+    for path in (what, tmp_path / what):
+        found = plan(path)
+        sizes = [(tmp_path / shard).stat().st_size for shard in index.values()][: found.count]
+        assert found.reading.sampled == sum(sizes)
 
 
 def test_a_real_model_is_planned_with_a_time_and_kept_as_json(tmp_path):

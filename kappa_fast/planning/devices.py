@@ -8,6 +8,7 @@ copies from the host, higher rungs and everything below peak come on top: real r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -69,13 +70,13 @@ DEVICES: dict[str, DeviceModel] = {
 }
 
 
-def device_model(name: str) -> DeviceModel:
-    """The published figures of a device.
+def device_model(name: object) -> DeviceModel:
+    """The published figures of a device; spaces and hyphens in its name do not matter.
 
     Raises:
         OptionError: none are listed for that name.
     """
-    found = DEVICES.get(name.lower().replace(" ", "").replace("-", "").replace("_", ""))
+    found = DEVICES.get(re.sub(r"[\s_-]", "", name.lower())) if isinstance(name, str) else None
     if found is None:
         raise OptionError(f"device_model={name!r} has no published figures here: choose one of {', '.join(DEVICES)}")
     return found

@@ -14,7 +14,7 @@ import torch
 from .. import serialize
 from .._version import __version__
 from ..entries import Skipped
-from ..errors import SourceError
+from ..errors import OptionError, SourceError
 from ..execution import Executor, operations
 from ..pipeline import check_options, usable_device
 from ..sources import Filters, open_source
@@ -194,6 +194,7 @@ def plan(
         NotImplementedError: a parameter is sharded.
     """
     check_options(top, top_per_group, rtol, certify)
+    _check_flag(measure)
     named = None if device_model is None else _device_model(device_model)
     filters = Filters(include, exclude, embeddings, routers, fused, min_dim, max_dim, without_values=True)
     with undisturbed():
@@ -226,6 +227,11 @@ def plan(
 
 
 _device_model = device_model  # the option of plan() has the same name
+
+
+def _check_flag(measure: object) -> None:
+    if not isinstance(measure, bool):
+        raise OptionError(f"measure={measure!r}: give True or False")
 
 
 def _in_memory_if_meta(source: Source) -> Source:
