@@ -156,7 +156,7 @@ def check_writable(path: Path, what: str = "ranking") -> None:
         OptionError: it is no name of a file.  RankingFileError: nothing can be written there.
     """
     target = Path(os.path.realpath(path))
-    if path.name == "-" or target.is_dir():
+    if path.name == "-" or (target.exists() and not target.is_file()):
         raise OptionError(f"--json {path}: give the name of a file to write the {what} to")
     try:
         with tempfile.TemporaryFile(dir=target.parent):
