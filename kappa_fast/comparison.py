@@ -154,8 +154,9 @@ class Comparison:
 
     @property
     def status_changes(self) -> tuple[Change, ...]:
-        """Those whose status is another."""
-        return tuple(change for change in self.changes if change.before.status != change.after.status)
+        """Those whose status is another. "bounded" is none of the weights, but of how far they were resolved."""
+        statuses = [(change, {change.before.status, change.after.status}) for change in self.changes]
+        return tuple(change for change, both in statuses if len(both) > 1 and "bounded" not in both)
 
     def moved(self, direction: Literal["up", "down"]) -> list[Change]:
         """Those whose kappa rose or fell, certainly or not: by how far for certain, then by how far at all."""
@@ -352,7 +353,8 @@ def _caveats(
         yield f"{len(reshaped)} matrices have another shape in the second ranking and are left out, such as {names}"
     for what in ("dtype", "quantization"):
         kinds = Counter((getattr(c.before, what, None), getattr(c.after, what, None)) for c in changes)
-        for old, new in [kind for kind, _ in kinds.most_common() if kind[0] != kind[1]][:SHOWN]:
+        other = [kind for kind, _ in kinds.most_common() if kind[0] != kind[1] and "unknown" not in kind]
+        for old, new in other[:SHOWN]:
             count = kinds[old, new]
             yield f"{what} is {old} and {new} in {count} matrices: kappa is that of the rounded weights"
     prints = [_mapping(r.metadata.get("source")).get("fingerprint") for r in (before, after)]

@@ -111,7 +111,17 @@ def test_other_files_are_refused_by_what_they_are(files):
         (["--unit", "expert"], "--per-group and --unit say how a budget selects"),
         (["--top-p", "0.5", "--num-tensors", "2"], "the first ranking: select() takes exactly one of"),
         (["--json", "."], "give the name of a file to write the comparison to"),
+        (["--json", "/dev/null"], "give the name of a file to write the comparison to"),
     ],
 )
 def test_wrong_use_is_said_in_one_line(files, arguments, message):
     refused(run(files / "a.json", files / "b.json", *arguments), 2, message)
+
+
+def test_the_rankings_that_are_compared_are_not_written_over(files):
+    before = (files / "a.json").read_bytes()
+    (files / "link.json").symlink_to(files / "a.json")
+    for target in ("a.json", "link.json"):
+        result = run(files / "a.json", files / "b.json", "--json", files / target)
+        refused(result, 2, "is one of the rankings: give another name")
+    assert (files / "a.json").read_bytes() == before

@@ -252,6 +252,7 @@ def test_what_makes_the_comparison_unfair_is_said():
         "the second ranking was interrupted",
     ]
     top = Ranking([make_entry("a"), bounded("b", 20)])
+    assert one.compare(top).status_changes == ()
     assert one.compare(top).caveats == ("1 matrices of the second ranking are only bounded (top=)",)
 
 
@@ -262,7 +263,7 @@ def test_a_ranking_of_the_reference_implementation_has_no_certain_change(tmp_pat
     assert found.counts["within"] == 2
     assert found.exceeding(1) == []
     assert keys(found.moved("down")) == ["a"]
-    assert "the second ranking has no intervals, so that no change is certain" in found.caveats
+    assert found.caveats == ("the second ranking has no intervals, so that no change is certain",)
     assert math.isnan(found.overlap(num_tensors=1).params)
 
 
@@ -381,6 +382,14 @@ def test_the_text_has_the_largest_moves_both_ways_and_the_file_has_everything(tm
     with pytest.raises(kappa_fast.OptionError, match="limit=-1: give a count"):
         found.to_text(limit=-1)
     assert "2 certainly up" in repr(found)
+
+
+def test_what_the_digits_of_the_table_do_not_show_is_only_counted():
+    one = Ranking([make_entry("a", 10, lower=9, upper=11), make_entry("b", 10, lower=9, upper=11)])
+    other = Ranking([make_entry("a", 10.01, lower=9, upper=11), make_entry("b", 10.1, lower=9, upper=11)])
+    text = str(one.compare(other))
+    assert [line.split()[0] for line in text.splitlines()[:3]] == ["tensor", "b", "2"]
+    assert "2 changed within their intervals" in text
 
 
 def test_names_of_strangers_are_escaped():

@@ -52,6 +52,8 @@ def compare(
             raise OptionError("--per-group and --unit say how a budget selects: give --max-params 0.1 or another one")
         if json is not None:
             check_writable(json, "comparison")
+            if any(file.exists() and json.exists() and json.samefile(file) for file in (before, after)):
+                raise OptionError(f"--json {json} is one of the rankings: give another name")
         found = _read(before).compare(_read(after))
         exceeding = [] if fail_above is None else found.exceeding(fail_above)
         overlap = found.overlap(**budget, per_group=per_group, unit=unit.value) if budget else None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _DIRECTIONS: tuple[Literal["up", "down"], ...] = ("up", "down")
+_VISIBLE = 1.005  # what does not print as 1.00x
 _OTHERS = 62  # columns that the numbers of a row take
 _LEAST = 24
 
@@ -65,12 +66,17 @@ class ComparisonTable:
 
     def _rows(self) -> Iterator[Change]:
         for direction in _DIRECTIONS:
-            yield from self.comparison.moved(direction)[: self.limit]
+            yield from self._visible(direction)[: self.limit]
+
+    def _visible(self, direction: Literal["up", "down"]) -> Sequence[Change]:
+        """The certain moves, and of the others those that the digits of the table show."""
+        moved = self.comparison.moved(direction)
+        return [change for change in moved if change.at_least > 1 or change.size >= _VISIBLE]
 
     def _lines(self, shown: int) -> Iterator[str]:
         c = self.comparison
         counts = c.counts
-        moved = sum(len(c.moved(direction)) for direction in _DIRECTIONS)
+        moved = sum(len(self._visible(direction)) for direction in _DIRECTIONS)
         if moved > shown:
             yield f"... {moved - shown:,} more that moved"
         lone = f"{len(c.only_before):,} only in the first, {len(c.only_after):,} only in the second"
@@ -116,9 +122,11 @@ def _few(items: Sequence[T], limit: int | None) -> Sequence[T]:
 def _cells(change: Change) -> Sequence[str]:
     a, b = change.before, change.after
     shown = [format_interval(e) if e.status == "ok" and math.isfinite(e.upper) else _point(e.kappa) for e in (a, b)]
-    ratio = "-" if math.isnan(change.ratio) else f"{format_number(change.ratio, 3)}x"
-    certain = "-" if change.at_least == 1 else f"{format_number(change.at_least, 3)}x"
-    return (*shown, ratio, certain)
+    return (*shown, _factor(change.ratio), "-" if change.at_least == 1 else _factor(change.at_least))
+
+
+def _factor(value: float) -> str:
+    return "-" if math.isnan(value) else "inf" if math.isinf(value) else f"{format_number(value, 3)}x"
 
 
 def _point(kappa: float) -> str:
