@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -31,6 +32,19 @@ def operations(shape: tuple[int, int]) -> float:
     return float(m) * n * n + n**3 / 3
 
 
+@dataclass(frozen=True)
+class PlannedWave:
+    """Matrices, by position, that are worked on together; ``nbytes`` is what they are taken to need beside the weights.
+
+    side_by_side: whether each is worked on alone, by one thread of many where it is small enough.
+    """
+
+    device: torch.device
+    side_by_side: bool
+    positions: tuple[int, ...]
+    nbytes: int
+
+
 class Executor:
     """The matrices of one source, worked on wave by wave; a backend for every device that is needed."""
 
@@ -51,6 +65,18 @@ class Executor:
     def devices(self) -> list[str]:
         """Where work was done."""
         return sorted({str(device) for device in self._backends})
+
+    def planned(self, positions: Sequence[int]) -> Iterator[PlannedWave]:
+        """The waves that ``results`` would work on; nothing is loaded."""
+        for device, waves in self._waves(positions):
+            backend = self._backend_for(device)
+            for wave in waves:
+                need = sum(self._need(i, backend) for i in wave)
+                yield PlannedWave(device, backend.side_by_side, tuple(wave), need)
+
+    def budget_on(self, device: torch.device) -> int:
+        """Bytes that a wave may take there."""
+        return self._budget or default_budget(device)
 
     def results(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
         """``work`` on every matrix, wave by wave, in the order of the disk where the weights come from one.
@@ -147,8 +173,8 @@ class Executor:
             by_device.setdefault(self._where(self._matrices[i]), []).append(i)
         for device, chosen in by_device.items():
             backend = self._backend_for(device)
-            budget = self._budget or default_budget(device)
-            yield device, cut(chosen, lambda i, b=backend: self._need(i, b), budget)  # type: ignore[misc]
+            waves = cut(chosen, lambda i, b=backend: self._need(i, b), self.budget_on(device))  # type: ignore[misc]
+            yield device, waves
 
     def _need(self, position: int, backend: Backend) -> int:
         matrix = self._matrices[position]

@@ -85,7 +85,8 @@ def rank(
         Interrupted: Ctrl-C; its ``partial`` is the Ranking of what was done.
         NotImplementedError: a parameter is sharded (DTensor, ZeRO), or cache or process_group was given.
     """
-    _check(top, top_per_group, rtol, certify, score, cache, process_group)
+    check_options(top, top_per_group, rtol, certify)
+    _check(score, cache, process_group)
     filters = Filters(include, exclude, embeddings, routers, fused, min_dim, max_dim)
     settings: dict[str, Any] = {
         "top": top,
@@ -104,7 +105,7 @@ def rank(
     started = time.perf_counter()
     with undisturbed():
         opened = open_source(source, filters, places_of, quiet=not shown(progress))
-        executor = Executor(opened, backend, _device(device), parse_bytes(memory_budget))
+        executor = Executor(opened, backend, usable_device(device), parse_bytes(memory_budget))
         run = _Run(opened, executor, progress, score)
         budgeted = None if top is None else BudgetedTop.of(opened.matrices, top, top_per_group)
         goal = Goal(rtol, certify is True)
@@ -229,15 +230,8 @@ class _Run:
         return entry
 
 
-def _check(
-    top: object,
-    top_per_group: object,
-    rtol: object,
-    certify: object,
-    score: object,
-    cache: object,
-    process_group: object,
-) -> None:
+def check_options(top: object, top_per_group: object, rtol: object, certify: object) -> None:
+    """Raises OptionError where one of them is not what rank() takes."""
     if top is not None:
         count = isinstance(top, int) and not isinstance(top, bool) and top >= 1
         share = isinstance(top, float) and 0 < top <= 1
@@ -251,6 +245,9 @@ def _check(
         raise OptionError(f"certify={certify!r}: give True, False or 'selection'")
     if isinstance(certify, str) and top is None:
         raise OptionError("certify='selection' proves what decides who is in the top: give top= as well")
+
+
+def _check(score: object, cache: object, process_group: object) -> None:
     if not callable(score) and not (isinstance(score, str) and score == "kappa"):
         raise OptionError(f"score={score!r}: give 'kappa' or a callable that takes a TensorKappa")
     if cache is not None:
@@ -259,7 +256,8 @@ def _check(
         raise NotImplementedError("process_group= is not part of this version: rank on one process, share the JSON")
 
 
-def _device(device: torch.device | str | None) -> torch.device | None:
+def usable_device(device: torch.device | str | None) -> torch.device | None:
+    """The device as torch has it, None for None; OptionError where rank() could not compute there."""
     if device is None:
         return None
     try:

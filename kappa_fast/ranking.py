@@ -17,6 +17,7 @@ from .units import UnitName
 if TYPE_CHECKING:
     import pandas
 
+    from .comparison import Comparison
     from .report.table import RankingTable
 
 # Entries that are known come first, so that the first k of a ranking with top=k are exactly those k.
@@ -162,6 +163,19 @@ class Ranking(Sequence[TensorKappa]):
             per_group=per_group,
             unit=unit,
         )
+
+    def compare(self, other: Ranking) -> Comparison:
+        """How ``other`` differs from this ranking: before and after training, in one dtype and in another.
+
+        Matrices are the same if their keys are, up to the wrappers of compile, DDP, FSDP and PEFT, tied names, and the
+        prefix of a base model that only one of the two has.
+
+        Raises:
+            OptionError: ``other`` is no Ranking, or the two have no matrix in common.
+        """
+        from .comparison import compare
+
+        return compare(self, other)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the ranking to a file, replacing it all at once.

@@ -247,6 +247,8 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """
     # A link stays a link: what it points at is replaced.
     target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file() and not target.is_dir():  # root could replace /dev/null by a file
+        raise RankingFileError(f"cannot write {path}: it is a device or a pipe; give the name of a file")
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
         try:

@@ -148,7 +148,7 @@ def test_every_option_of_rank_that_fits_a_command_line_is_there_with_the_same_de
     assert set(python) - set(shell) == {"source", "score", "cache", "process_group"}
     for name in set(python) & set(shell) - {"certify"}:
         assert shell[name].default == python[name].default, name
-    assert rank_command._certify(shell["certify"].default) is python["certify"].default
+    assert rank_command.proofs(shell["certify"].default) is python["certify"].default
 
 
 @pytest.mark.parametrize(

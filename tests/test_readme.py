@@ -74,6 +74,7 @@ def test_every_make_target_in_it_exists(readme, root):
         "docs/training.md",
         "docs/quantized.md",
         "docs/reports.md",
+        "docs/planning.md",
         "CONTRIBUTING.md",
     ],
 )

@@ -316,3 +316,17 @@ def test_every_error_of_a_file_is_an_error_of_the_library(tmp_path):
         Ranking.from_json(tmp_path / "x.json")
     with pytest.raises(FileNotFoundError):
         Ranking.from_json(tmp_path / "none.json")
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="devices are POSIX")
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path, monkeypatch):
+    """os.replace() as root would."""
+    monkeypatch.setattr(serialize.os, "replace", lambda *_: pytest.fail("something was replaced"))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    link = tmp_path / "link"
+    link.symlink_to("/dev/null")
+    for path in ("/dev/null", pipe, link):
+        with pytest.raises(RankingFileError, match=r"cannot write .*: it is a device or a pipe; give the name"):
+            Ranking([]).to_json(path)
+    assert sorted(tmp_path.iterdir()) == [link, pipe]

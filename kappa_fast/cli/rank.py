@@ -99,7 +99,7 @@ def rank(
     with outcome(debug):
         count = None if top is None else count_or_share(top, "--top")
         if json is not None:
-            _check_writable(json)
+            check_writable(json)
         from ..pipeline import rank as rank_weights  # torch takes a second: not before everything else is checked
 
         try:
@@ -108,7 +108,7 @@ def rank(
                 top=count,
                 top_per_group=top_per_group,
                 rtol=rtol,
-                certify=_certify(certify),
+                certify=proofs(certify),
                 include=include,
                 exclude=exclude,
                 embeddings=embeddings,
@@ -148,15 +148,20 @@ def summary(ranking: Ranking, rtol: float) -> list[str]:
     return lines + ([f"skipped: {rest} for other reasons, which the --json FILE lists"] if rest else [])
 
 
-def _certify(choice: Certify) -> bool | Literal["selection"]:
+def proofs(choice: Certify) -> bool | Literal["selection"]:
+    """The option ``certify`` of rank()."""
     return "selection" if choice is Certify.SELECTION else choice is Certify.ALL
 
 
-def _check_writable(path: Path) -> None:
-    """Find out now, not after an hour of work, that the ranking cannot be written (it replaces the file at once)."""
+def check_writable(path: Path, what: str = "ranking") -> None:
+    """Find out now, not after an hour of work, that the result cannot be written (it replaces the file at once).
+
+    Raises:
+        OptionError: it is no name of a file.  RankingFileError: nothing can be written there.
+    """
     target = Path(os.path.realpath(path))
-    if path.name == "-" or target.is_dir():
-        raise OptionError(f"--json {path}: give the name of a file to write the ranking to")
+    if path.name == "-" or (target.exists() and not target.is_file()):
+        raise OptionError(f"--json {path}: give the name of a file to write the {what} to")
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass

@@ -15,7 +15,7 @@ from ..entries import TensorKappa
 from ..errors import OptionError
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
+    from rich.console import Console, ConsoleOptions, ConsoleRenderable, JustifyMethod, RenderableType, RichCast
 
     from ..ranking import Ranking
 
@@ -75,14 +75,7 @@ class RankingTable:
         Raises:
             OptionError: less than 60 columns.
         """
-        from rich.console import Console
-
-        if width < _MIN_WIDTH:
-            raise OptionError(f"width={width!r}: the table needs at least {_MIN_WIDTH} columns")
-        page = io.StringIO()
-        console = Console(file=page, width=width, color_system=None, force_terminal=False, force_jupyter=False)
-        console.print(self)
-        return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+        return to_plain_text(self, width)
 
     def _columns(self, shown: Sequence[TensorKappa]) -> dict[str, list[str]]:
         columns = {
@@ -116,6 +109,22 @@ class RankingTable:
         yield ", ".join(counts) + (" (ranking.skipped says why)" if ranking.skipped else "")
         if ranking.metadata.get("partial"):
             yield "interrupted: matrices are missing"
+
+
+def to_plain_text(page: RichCast | ConsoleRenderable, width: int) -> str:
+    """What ``rich`` would print, as text without colors, ``width`` columns wide.
+
+    Raises:
+        OptionError: less than 60 columns.
+    """
+    from rich.console import Console
+
+    if width < _MIN_WIDTH:
+        raise OptionError(f"width={width!r}: the table needs at least {_MIN_WIDTH} columns")
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None, force_terminal=False, force_jupyter=False)
+    console.print(page)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _is_settled(entry: TensorKappa) -> bool:

@@ -87,7 +87,7 @@ def resolve(backend: Backend, weights: Sequence[Tensor], goal: Goal) -> list[Res
     operands = backend.prepare(weights)
     results: list[Resolution | None] = [_trivial(a) for a in operands]
     climbers = [
-        _Climber(i, weights[i].dtype, a, () if _svd_is_cheapest(a.shape) else backend.rungs(a.shape, weights[i].dtype))
+        _Climber(i, weights[i].dtype, a, () if left_to_the_svd(a.shape) else backend.rungs(a.shape, weights[i].dtype))
         for i, a in enumerate(operands)
         if results[i] is None
     ]
@@ -113,7 +113,8 @@ def _prove(backend: Backend, climbers: Sequence[_Climber], rtol: float) -> None:
         climber.best = found
 
 
-def _svd_is_cheapest(shape: tuple[int, int]) -> bool:
+def left_to_the_svd(shape: tuple[int, int]) -> bool:
+    """Whether no other rung is worth its launches for a matrix of this shape (m, n), m >= n."""
     m, n = shape
     return n < EXACT_ALWAYS or (n < EXACT_BELOW and m <= EXACT_SLENDER * n)
 
