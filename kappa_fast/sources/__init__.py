@@ -13,7 +13,7 @@ import torch
 
 from ..entries import Skipped
 from ..errors import OptionError, SourceError
-from .base import Inventory, Matrix, Source, Stored
+from .base import Inventory, Matrix, Source, Stamp, Stored
 from .checkpoint import read_checkpoint
 from .filters import Filters, Surroundings
 from .layouts import Part, cut
@@ -111,7 +111,14 @@ def _matrix(stored: Stored, part: Part) -> Matrix:
         dtype=stored.dtype,
         device=stored.device,
         load=partial(_load, stored, part),
+        stamp=None if stored.stamp is None else _part_of(stored.stamp, part),
     )
+
+
+def _part_of(stamp: Stamp, part: Part) -> Stamp:
+    """The index and the shape tell one part of a tensor from another, whatever they are called."""
+    places = [f"{i.start}:{i.stop}:{i.step}" if isinstance(i, slice) else str(i) for i in part.index]
+    return Stamp(stamp.files, f"{stamp.what} [{', '.join(places)}] {part.shape[0]}x{part.shape[1]}")
 
 
 def _load(stored: Stored, part: Part) -> torch.Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,6 +14,43 @@ import torch
 from ..entries import Index, Skipped
 
 Role = Literal["adapter", "embedding", "head", "router"]
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file as it was when its header was read: whatever is done to the file later changes one of these."""
+
+    path: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """The present state of what the path leads to; OSError if there is nothing."""
+        found = os.stat(path)
+        return cls(
+            os.path.realpath(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        )
+
+    def has_same_content(self, path: Path) -> bool:
+        """Whether what the path leads to has not been written to; a new link to it or other rights do not count."""
+        found = os.stat(path)
+        return (found.st_ino, found.st_size, found.st_mtime_ns) == (self.inode, self.size, self.mtime_ns)
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What identifies values without reading them.
+
+    files: all files that they come from (weights, and scales if those are elsewhere).
+    what: which part of these files, and how it is read; equal for equal values.
+    """
+
+    files: tuple[FileState, ...]
+    what: str
 
 
 @dataclass(frozen=True)
@@ -25,6 +64,7 @@ class Stored:
         parent: the module that owns it, where there is one.
         model_types: ``config.model_type`` of the model around it, then that of the text model in it; () if unknown.
         roles: what it is for, as far as the model itself tells; names may tell more.
+        stamp: what identifies the values without reading them, None if nothing does.
     """
 
     names: tuple[str, ...]
@@ -36,6 +76,7 @@ class Stored:
     parent: torch.nn.Module | None = field(default=None, repr=False, compare=False)
     model_types: tuple[str, ...] = ()
     roles: frozenset[Role] = frozenset()
+    stamp: Stamp | None = None
 
     @property
     def name(self) -> str:
@@ -73,6 +114,7 @@ class Matrix:
 
     ``load()`` returns a 2-D tensor of shape ``shape`` in the stored dtype, on the device where the weight lives: a
     view where the storage allows one, detached, never to be written to. It may be called more than once.
+    ``stamp`` identifies the values of this matrix without reading them, where something does.
     """
 
     name: str
@@ -85,6 +127,7 @@ class Matrix:
     dtype: torch.dtype
     device: torch.device
     load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+    stamp: Stamp | None = field(default=None, repr=False, compare=False)
 
     @property
     def key(self) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from ..entries import Index
 from ..errors import SourceError, SourceNotFoundError
-from .base import Inventory, Stored
+from .base import FileState, Inventory, Stamp, Stored
 from .names import has_adapters, in_model_order
 from .tensors import count_weights, fingerprint, model_types_in, own_names
 
@@ -112,7 +112,7 @@ class Shard:
         self.path = path
         self._handle: Any = None
         self._served = 0
-        self._stamp: tuple[int, int, int] | None = None
+        self._state: FileState | None = None
 
     def tensors(self, expected: Mapping[str, Path] | None) -> list[Stored]:
         """Everything in the file; what an index does not list carries that problem.
@@ -128,7 +128,8 @@ class Shard:
             stray = expected is not None and name not in expected
             note = f"in {self.path.name}, but not listed in the index" if stray else None
             take = partial(self.take, name)
-            found.append(Stored((name,), tuple(part.get_shape()), dtype, torch.device("cpu"), take, note))
+            stamp = Stamp((self._state,), name) if self._state else None
+            found.append(Stored((name,), tuple(part.get_shape()), dtype, torch.device("cpu"), take, note, stamp=stamp))
         self._handle = None  # a model may have more shards than a process may have open files
         return found
 
@@ -139,7 +140,7 @@ class Shard:
             SourceError: the file has changed, or cannot be read.
         """
         try:
-            if self._look() != self._stamp:
+            if self._state is None or not self._state.has_same_content(self.path):
                 raise OSError("it has changed since it was opened")
             part = self._open().get_slice(name)
             if not index:
@@ -157,17 +158,13 @@ class Shard:
             self._handle, self._served = None, 0
         return tensor
 
-    def _look(self) -> tuple[int, int, int]:
-        found = self.path.stat()
-        return found.st_ino, found.st_size, found.st_mtime_ns
-
     def _open(self) -> Any:
         handle = self._handle
         if handle is None:
             from safetensors import SafetensorError, safe_open
 
             try:
-                self._stamp = self._stamp or self._look()
+                self._state = self._state or FileState.of(self.path)
                 self._handle = handle = safe_open(self.path, framework="pt", device="cpu")
             except (SafetensorError, OSError, ValueError) as error:
                 raise SourceError(
