@@ -108,8 +108,10 @@ class ResultCache:
                 self._hits.add(position)
                 yield position, found
         if rest:
-            self._begin()
-            yield from executor.results(rest, partial(self._on_wave, work, question))
+            with contextlib.closing(executor.results(rest, partial(self._on_wave, work, question))) as computed:
+                for pair in computed:
+                    self._warn_if_nothing_is_kept()  # here, since in a thread of the executor it might end the work
+                    yield pair
 
     def _on_wave(
         self,
@@ -139,9 +141,10 @@ class ResultCache:
         old = self._records.get(text)
         record = new if old is None else old.merged(new)
         self._records[text] = record
-        if self._journal is not None:
+        journal = self._begun_journal()
+        if journal is not None:
             stamp = self._stamps.get(position)
-            self._journal.append([text, encode(record), None if stamp is None else _plain(stamp)])
+            journal.append([text, encode(record), None if stamp is None else _plain(stamp)])
         answer = question.answer(record)
         return found if answer is None else answer
 
@@ -219,14 +222,14 @@ class ResultCache:
                 for text, raw, _ in whole:
                     self._records[text] = decode(raw)
 
-    def _begin(self) -> None:
-        """There is work to do, so there will be results to keep."""
+    def _begun_journal(self) -> Journal | None:
+        """The journal, from the first result on; None where none can be kept."""
         if self._journal is None and self._failure is None:
             try:
                 self._journal = Journal(self._home / "journals", _header(), self._settle)
             except OSError as error:
                 self._failure = error
-        self._warn_if_nothing_is_kept()
+        return self._journal
 
     def _settle(self, lines: Sequence[Any], tag: str | None = None) -> None:
         """Lines of a journal become results; a later line of the same content says more than an earlier one."""
@@ -273,8 +276,8 @@ class ResultCache:
         if self._damaged:
             path, reason = min(self._damaged.items())
             warnings.warn(
-                f"{len(self._damaged)} entries of the cache are damaged or foreign, {path} among them ({reason}): "
-                "they were ignored, and are written anew",
+                f"damaged or foreign files in the cache: {len(self._damaged)}, {path} among them ({reason}); what they "
+                "should hold was computed and written anew",
                 stacklevel=4,
             )
         self._warn_if_nothing_is_kept()

@@ -52,18 +52,21 @@ def read(path: Path, limit: int) -> Any:
     try:
         # Neither a link nor a pipe is ever followed or waited for.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise DamagedError(error.strerror or str(error)) from error
-    with open(handle, "rb", buffering=0) as file:
+    try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
             raise DamagedError("no regular file, or a far too large one")
-        try:
-            return unseal(file.readall())
-        except OSError as error:
-            raise DamagedError(error.strerror or str(error)) from error
+        with open(handle, "rb", buffering=0, closefd=False) as file:
+            data = file.readall()
+    except OSError as error:
+        raise DamagedError(error.strerror or str(error)) from error
+    finally:
+        os.close(handle)
+    return unseal(data)
 
 
 def write(path: Path, body: Any, tag: str, *, durable: bool = False) -> None:
