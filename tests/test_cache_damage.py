@@ -356,3 +356,18 @@ def test_a_run_that_is_interrupted_where_nothing_can_be_kept_does_not_promise_to
     with pytest.warns(UserWarning, match="cannot be kept"), pytest.raises(kappa_fast.Interrupted) as stop:
         rank(WEIGHTS, cache=tmp_path, memory_budget=1)
     assert not stop.value.resumable
+
+
+def test_a_cache_that_is_deleted_during_a_run_does_not_disturb_it(cache, monkeypatch):
+    resolve = kappa_fast.pipeline.resolve
+
+    def deleting(*arguments):
+        shutil.rmtree(cache, ignore_errors=True)
+        return resolve(*arguments)
+
+    monkeypatch.setattr(kappa_fast.pipeline, "resolve", deleting)
+    other = {name: weight + 1 for name, weight in WEIGHTS.items()}
+    found = list(rank(other, cache=cache))
+    monkeypatch.undo()
+    assert found == list(rank(other))
+    assert list(rank(other, cache=cache)) == found

@@ -310,7 +310,8 @@ def test_thirty_kills_change_nothing(options, tmp_path):
         )
 
     undisturbed = start(["--no-cache"], tmp_path / "undisturbed.json")
-    assert undisturbed.wait(600) == 0
+    assert undisturbed.communicate(timeout=600)[1] == ""
+    assert undisturbed.returncode == 0
     cache, rng = tmp_path / "cache", random.Random(1)
     kills, growth = 0, [0]
     while kills < 30:
