@@ -175,5 +175,9 @@ def test_what_cannot_be_is_refused(changes, message):
 def test_what_is_no_record_is_refused():
     with pytest.raises(ValueError, match="no record"):
         decode([1])
-    with pytest.raises(ValueError, match="'lower' is no number"):
+    with pytest.raises(ValueError, match="no probe"):
         decode({"probe": 3})
+    with pytest.raises(ValueError, match="'lower' is no number"):
+        decode({"probe": {"cutoff": 1.0}})
+    with pytest.raises(ValueError, match="no answer"):
+        decode({"plain": [3]})

@@ -169,10 +169,12 @@ class ResultCache:
         stamp = self._stamps.get(position)
         if stamp is None:
             return None
-        memo, known = self._memo(stamp.files[0]), None
-        with self._noting_damage(memo.path):
-            known = memo.get(stamp)
-        return known
+        memo = self._memo(stamp.files[0])
+        try:
+            return memo.get(stamp)
+        except files.DamagedError as error:
+            self._damaged[memo.path] = str(error)
+            return None
 
     def _by_content(self, text: str) -> Record | None:
         """What this run, the memo and the result itself know, the latter read once."""
@@ -214,7 +216,7 @@ class ResultCache:
             whole = [line for line in lines[1:] if _is_result(line)] if lines and lines[0] == _header() else []
             log.info("%d results of an interrupted run are taken over", len(whole))
             try:
-                self._settle(whole, tag)
+                self._settle(whole, tag)  # with the tag of that run, so that it takes over what was half written
                 self._settle_stamps(whole, tag)
                 remove()
             except OSError as error:
@@ -242,8 +244,6 @@ class ResultCache:
                 record = record if others is None else others.merged(record)
             body = {"format": RESULT_FORMAT, "numerics": NUMERICS, "kappa_fast": __version__, "fingerprint": text}
             files.write(path, {**body, **encode(record)}, tag)
-            with contextlib.suppress(OSError):  # what was being written when that run was killed
-                files.temporary(path, tag).unlink(missing_ok=True)
 
     def _settle_stamps(self, lines: Sequence[Any], tag: str) -> None:
         for text, raw, stamp in lines:

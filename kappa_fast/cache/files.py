@@ -14,6 +14,7 @@ from .fingerprints import checksum
 
 _BEFORE, _BETWEEN, _AFTER = b'{"checksum": "', b'", "body": ', b"}\n"
 _BODY = len(_BEFORE) + 32 + len(_BETWEEN)
+_ENCODER = json.JSONEncoder(allow_nan=False)
 
 
 class DamagedError(Exception):
@@ -22,7 +23,7 @@ class DamagedError(Exception):
 
 def seal(body: Any) -> bytes:
     """One line of JSON with a checksum over the text of ``body``."""
-    text = json.dumps(body, allow_nan=False).encode()
+    text = _ENCODER.encode(body).encode()
     return _BEFORE + checksum(text).encode() + _BETWEEN + text + _AFTER
 
 

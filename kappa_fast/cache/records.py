@@ -8,7 +8,6 @@ a run that was killed and goes on finds exactly what it had found, and decides a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar, get_args
 
@@ -148,6 +147,8 @@ def decode(document: Any) -> Record:
     if not isinstance(document, dict):
         raise ValueError("no record")
     raw = document.get("probe")
+    if raw is not None and not isinstance(raw, dict):
+        raise ValueError("no probe")
     return Record(
         _answer(document.get("plain")),
         _answer(document.get("proven")),
@@ -156,14 +157,17 @@ def decode(document: Any) -> Record:
 
 
 _FLOATS = tuple(item.name for item in fields(Resolution) if item.name not in ("status", "method", "certified"))
+_STATUSES = get_args(Status)
 
 
 def _answer(raw: Any) -> Answer | None:
     if raw is None:
         return None
+    if not isinstance(raw, dict):
+        raise ValueError("no answer")
     numbers = {name: _float(raw, name) for name in _FLOATS}
     status, method, certified = raw.get("status"), raw.get("method"), raw.get("certified")
-    if status not in get_args(Status) or not isinstance(method, str) or not isinstance(certified, bool):
+    if status not in _STATUSES or not isinstance(method, str) or not isinstance(certified, bool):
         raise ValueError("no status, method or certified")
     found = Resolution(status=status, method=method, certified=certified, **numbers)
     if status == "ok" and not (1 <= found.lower <= found.upper and math.isfinite(found.kappa)):
@@ -171,10 +175,10 @@ def _answer(raw: Any) -> Answer | None:
     return Answer(found, _float(raw, "rtol"))
 
 
-def _float(raw: Any, name: str) -> float:
-    value = raw.get(name) if isinstance(raw, Mapping) else None
-    if isinstance(value, float) or value in ("nan", "inf", "-inf"):
-        return float(value)
-    if isinstance(value, int) and not isinstance(value, bool):
+def _float(raw: dict[str, Any], name: str) -> float:
+    value = raw.get(name)
+    if type(value) is float:  # nearly always
+        return value
+    if value in ("nan", "inf", "-inf") or (isinstance(value, int) and not isinstance(value, bool)):
         return float(value)
     raise ValueError(f"{name!r} is no number")
