@@ -80,7 +80,7 @@ class ResultCache:
         self._memos: dict[FileState, Memo] = {}
         self._hits: set[int] = set()
         self._damaged: dict[Path, str] = {}
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._warned = False
         now = time.time_ns()
         self._stamps = {i: m.stamp for i, m in enumerate(matrices) if m.stamp is not None and is_settled(m.stamp, now)}
@@ -278,7 +278,7 @@ class ResultCache:
             warnings.warn(
                 f"damaged or foreign files in the cache: {len(self._damaged)}, {path} among them ({reason}); what they "
                 "should hold was computed and written anew",
-                stacklevel=4,
+                stacklevel=5,
             )
         self._warn_if_nothing_is_kept()
 
@@ -286,13 +286,14 @@ class ResultCache:
         failure = self._failed()
         if failure is not None and not self._warned:
             self._warned = True
+            reason = getattr(failure, "strerror", None) or failure
             warnings.warn(
-                f"results cannot be kept in the cache {self.directory} ({failure.strerror or failure}): the ranking "
-                "goes on without; free or make writable that directory, or give another",
-                stacklevel=4,
+                f"results cannot be kept in the cache {self.directory} ({reason}): the ranking "
+                "goes on without; make room, make it writable, or give another directory",
+                stacklevel=6,
             )
 
-    def _failed(self) -> OSError | None:
+    def _failed(self) -> Exception | None:
         return self._failure or (self._journal.failure if self._journal is not None else None)
 
     def _result_path(self, text: str) -> Path:

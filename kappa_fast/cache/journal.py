@@ -41,14 +41,14 @@ class Journal:
         Args:
             folder: of all journals.
             header: its first line.
-            settle: called in another thread with the lines that are on the disk; an OSError of it is kept for
-                ``failure``.
+            settle: called in another thread with the lines that are on the disk; an OSError or MemoryError of it
+                is kept as ``failure``.
 
         Raises:
             OSError: it cannot be made.
         """
         self.tag = secrets.token_hex(8)
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
         self._path = folder / (self.tag + ENDING)
         self._settle, self._lines = settle, list[Any]()
         self._lock, self._stop = threading.Lock(), threading.Event()
@@ -104,7 +104,7 @@ class Journal:
                 if to_disk:
                     os.fsync(self._handle)
                 self._settle(lines)
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 self.failure = error
 
     def _drop(self, path: Path) -> None:

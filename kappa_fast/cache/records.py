@@ -166,7 +166,8 @@ def _answer(raw: Any) -> Answer | None:
     if not isinstance(raw, dict):
         raise ValueError("no answer")
     numbers = {name: _float(raw, name) for name in _FLOATS}
-    status, method, certified = raw.get("status"), raw.get("method"), raw.get("certified")
+    status: Any = raw.get("status")
+    method, certified = raw.get("method"), raw.get("certified")
     if status not in _STATUSES or not isinstance(method, str) or not isinstance(certified, bool):
         raise ValueError("no status, method or certified")
     found = Resolution(status=status, method=method, certified=certified, **numbers)

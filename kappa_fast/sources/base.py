@@ -52,6 +52,18 @@ class Stamp:
     files: tuple[FileState, ...]
     what: str
 
+    @classmethod
+    def joined(cls, parts: Sequence[Stamp | None], how: str) -> Stamp | None:
+        """Of values made from several tensors, codes and their scales for instance; None if one has no stamp.
+
+        how: what is made of them, such as the format; another format must not find what this one has left.
+        """
+        known = [part for part in parts if part is not None]
+        if not known or len(known) < len(parts):
+            return None
+        files = tuple(dict.fromkeys(file for part in known for file in part.files))
+        return cls(files, f"{how}({', '.join(part.what for part in known)})")
+
 
 @dataclass(frozen=True)
 class Stored:
