@@ -45,11 +45,14 @@ class MissingExtraError(KappaError, ImportError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during rank(). ``partial`` is the Ranking of what was finished until then."""
+    """Ctrl-C during rank(). ``partial`` is the Ranking of what was finished until then.
 
-    def __init__(self, message: str, partial: Ranking) -> None:
+    ``resumable`` says that all of it is in the cache: the same call goes on from there.
+    """
+
+    def __init__(self, message: str, partial: Ranking, *, resumable: bool = False) -> None:
         super().__init__(message)
-        self.partial = partial
+        self.partial, self.resumable = partial, resumable
 
 
 def missing_extra(package: str, extra: str, what: str) -> MissingExtraError:

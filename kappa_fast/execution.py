@@ -23,7 +23,7 @@ log = logging.getLogger("kappa_fast")
 LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 R = TypeVar("R")
-Work = Callable[[Backend, list[torch.Tensor]], list[R]]  # on the weights of a wave
+Work = Callable[[Sequence[int], Backend, list[torch.Tensor]], list[R]]  # on the positions and weights of a wave
 
 
 def operations(shape: tuple[int, int]) -> float:
@@ -140,7 +140,7 @@ class Executor:
         try:
             with undisturbed_thread():
                 weights = staged.ready() if staged and staged.weights else [m.load(place) for m in matrices]
-                return work(backend, weights)
+                return work(wave, backend, weights)
         except Exception as error:
             if is_out_of_memory(error) or isinstance(error, LINALG_ERROR):
                 if len(wave) == 1:

@@ -7,17 +7,20 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from ._version import __version__
+from .backends import Backend
 from .budget import BudgetedTop, TopGroup
+from .cache import Bound, CacheOption, ResultCache, Wanted, cache_directory, opened_cache
+from .cache.records import Question
 from .entries import TensorKappa
 from .errors import Interrupted, OptionError
-from .execution import Executor, operations
+from .execution import Executor, Work, operations
 from .integrations.checkpoint_names import places_of
 from .progress import ProgressOption, Tracker, shown, tracking
 from .ranking import Ranking
@@ -30,6 +33,7 @@ from .waves import parse_bytes
 
 Score = Literal["kappa"] | Callable[[TensorKappa], float]
 Patterns = str | Sequence[str] | None
+R = TypeVar("R")
 
 
 def rank(
@@ -50,7 +54,7 @@ def rank(
     device: torch.device | str | None = None,
     backend: str = "auto",
     memory_budget: int | str | None = None,
-    cache: None = None,
+    cache: CacheOption = None,
     progress: ProgressOption = None,
     process_group: None = None,
 ) -> Ranking:
@@ -73,8 +77,10 @@ def rank(
         device: where to compute; by default where the weights are, or the current CUDA device for weights on the CPU.
         backend: "auto" (Triton on a GPU, else torch), "torch" or "triton".
         memory_budget: bytes, or a text such as "2GB", that a wave may take beside the weights.
-        cache, process_group: reserved; only None for now.
+        cache: where results are kept and looked up by the content of the weights: a directory, or True for that of the
+            user (or of the environment variable KAPPA_FAST_CACHE). An interrupted run goes on from there.
         progress: None for a bar on a terminal, True, False, or a callable that takes a Progress.
+        process_group: reserved; only None for now.
 
     Returns:
         A Ranking. The model is not changed in any way, also when an error is raised.
@@ -83,10 +89,14 @@ def rank(
         OptionError: an argument cannot work.  SourceError: the source cannot be read.  BackendError: no such backend.
         ComputeError: a single matrix does not fit into memory, or a library routine failed on it.
         Interrupted: Ctrl-C; its ``partial`` is the Ranking of what was done.
-        NotImplementedError: a parameter is sharded (DTensor, ZeRO), or cache or process_group was given.
+        NotImplementedError: a parameter is sharded (DTensor, ZeRO), or process_group was given.
+
+    Warns:
+        UserWarning: intervals could not be proven; the cache is damaged, or cannot be written to.
     """
     check_options(top, top_per_group, rtol, certify)
-    _check(score, cache, process_group)
+    _check(score, process_group)
+    directory = cache_directory(cache)
     filters = Filters(include, exclude, embeddings, routers, fused, min_dim, max_dim)
     settings: dict[str, Any] = {
         "top": top,
@@ -106,20 +116,22 @@ def rank(
     with undisturbed():
         opened = open_source(source, filters, places_of, quiet=not shown(progress))
         executor = Executor(opened, backend, usable_device(device), parse_bytes(memory_budget))
-        run = _Run(opened, executor, progress, score)
         budgeted = None if top is None else BudgetedTop.of(opened.matrices, top, top_per_group)
         goal = Goal(rtol, certify is True)
-        try:
-            with run.tracking() as tracker:
-                if budgeted is None or callable(score):  # bounds of kappa say nothing of another score
-                    run.resolve_all(goal, tracker)
-                else:
-                    run.resolve_top(budgeted, goal, tracker)
-                if budgeted is not None and certify == "selection":
-                    run.prove(budgeted.winners(run.entries), goal, tracker)
-        except KeyboardInterrupt as stop:
-            done = f"interrupted: {len(run.entries)} of {len(opened.matrices)} matrices are done (see .partial)"
-            raise Interrupted(done, run.ranking(settings, started, partial=True)) from stop
+        with opened_cache(directory, opened.matrices) as store:
+            run = _Run(opened, executor, store, progress, score)
+            try:
+                with run.tracking() as tracker:
+                    if budgeted is None or callable(score):  # bounds of kappa say nothing of another score
+                        run.resolve_all(goal, tracker)
+                    else:
+                        run.resolve_top(budgeted, goal, tracker)
+                    if budgeted is not None and certify == "selection":
+                        run.prove(budgeted.winners(run.entries), goal, tracker)
+            except KeyboardInterrupt as stop:
+                done = f"interrupted: {len(run.entries)} of {len(opened.matrices)} matrices are done (see .partial)"
+                partial = run.ranking(settings, started, partial=True)
+                raise Interrupted(done, partial, resumable=store is not None and store.keeps) from stop
     _warn_unproven(run.entries.values(), certify)
     return run.ranking(settings, started, partial=False)
 
@@ -127,8 +139,15 @@ def rank(
 class _Run:
     """One call of rank(): what is to be resolved, and the results by position of the matrix."""
 
-    def __init__(self, source: Source, executor: Executor, progress: ProgressOption, score: Score) -> None:
-        self.source, self.executor, self.entries = source, executor, dict[int, TensorKappa]()
+    def __init__(
+        self,
+        source: Source,
+        executor: Executor,
+        store: ResultCache | None,
+        progress: ProgressOption,
+        score: Score,
+    ) -> None:
+        self.source, self.executor, self.store, self.entries = source, executor, store, dict[int, TensorKappa]()
         self._progress, self._score = progress, score
 
     def tracking(self) -> contextlib.AbstractContextManager[Tracker]:
@@ -176,21 +195,32 @@ class _Run:
             "num_parameters": self.source.num_parameters,
             "partial": partial,
         }
+        if self.store is not None:
+            metadata["cache"] = self.store.metadata(self.entries)
         return Ranking(self.entries.values(), self.source.skipped, metadata)
 
     def _resolve(self, positions: Sequence[int], goal: Goal, tracker: Tracker) -> None:
-        with contextlib.closing(
-            self.executor.results(positions, lambda b, weights: resolve(b, weights, goal))
-        ) as results:
+        def work(_: Sequence[int], backend: Backend, weights: list[torch.Tensor]) -> list[Resolution]:
+            return resolve(backend, weights, goal)
+
+        with contextlib.closing(self._results(positions, work, Wanted(goal))) as results:
             for position, found in results:
                 self.entries[position] = self._entry(self.source.matrices[position], found, goal)
                 tracker.advance(1, self._operations([position]))
 
     def _probe(self, positions: Sequence[int], cutoff: float) -> dict[int, float]:
-        with contextlib.closing(
-            self.executor.results(positions, lambda b, weights: lower_bounds(b, weights, cutoff))
-        ) as found:
+        def work(_: Sequence[int], backend: Backend, weights: list[torch.Tensor]) -> list[float]:
+            return lower_bounds(backend, weights, cutoff)
+
+        with contextlib.closing(self._results(positions, work, Bound(cutoff))) as found:
             return dict(found)
+
+    def _results(
+        self, positions: Sequence[int], work: Work[R], question: Question[R]
+    ) -> Generator[tuple[int, R], None, None]:
+        if self.store is None:
+            return self.executor.results(positions, work)
+        return self.store.results(self.executor, positions, work, question)
 
     def _bound(self, positions: Sequence[int], bounds: Mapping[int, float], tracker: Tracker) -> None:
         nan = math.nan
@@ -247,11 +277,9 @@ def check_options(top: object, top_per_group: object, rtol: object, certify: obj
         raise OptionError("certify='selection' proves what decides who is in the top: give top= as well")
 
 
-def _check(score: object, cache: object, process_group: object) -> None:
+def _check(score: object, process_group: object) -> None:
     if not callable(score) and not (isinstance(score, str) and score == "kappa"):
         raise OptionError(f"score={score!r}: give 'kappa' or a callable that takes a TensorKappa")
-    if cache is not None:
-        raise NotImplementedError("cache= is not part of this version: store rankings with to_json() and from_json()")
     if process_group is not None:
         raise NotImplementedError("process_group= is not part of this version: rank on one process, share the JSON")
 

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The command line uses the user's cache: every test and its children get an empty one, made when it is written to.
+    monkeypatch.setenv("KAPPA_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / uuid.uuid4().hex))
 
 
 @pytest.fixture(scope="session")

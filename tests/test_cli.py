@@ -145,8 +145,8 @@ def test_without_a_command_the_help_is_shown_as_wrong_use(cli):
 def test_every_option_of_rank_that_fits_a_command_line_is_there_with_the_same_default():
     python = inspect.signature(kappa_fast.rank).parameters
     shell = inspect.signature(rank_command.rank).parameters
-    assert set(python) - set(shell) == {"source", "score", "cache", "process_group"}
-    for name in set(python) & set(shell) - {"certify"}:
+    assert set(python) - set(shell) == {"source", "score", "process_group"}
+    for name in set(python) & set(shell) - {"certify", "cache"}:  # the same command goes on from there: it has a cache
         assert shell[name].default == python[name].default, name
     assert rank_command.proofs(shell["certify"].default) is python["certify"].default
 
@@ -172,6 +172,8 @@ def test_every_option_of_rank_that_fits_a_command_line_is_there_with_the_same_de
         (["--memory-budget", "2GB"], {"memory_budget": "2GB"}),
         (["--progress"], {"progress": True}),
         (["--no-progress"], {"progress": False}),
+        (["--no-cache"], {"cache": None}),
+        (["--cache", "--cache-dir", "some/where"], {"cache": Path("some/where")}),
         ([], {}),
     ],
 )
@@ -189,7 +191,7 @@ def test_every_option_reaches_rank(arguments, expected, cli, checkpoint, monkeyp
     defaults = {name: p.default for name, p in inspect.signature(kappa_fast.rank).parameters.items()}
     for name, value in seen.items():
         if name != "source":
-            want = expected.get(name, defaults[name])
+            want = expected.get(name, True if name == "cache" else defaults[name])
             assert (value, type(value)) == (want, type(want)), name
 
 
@@ -343,14 +345,14 @@ def test_debug_shows_the_log_and_takes_it_away_again(cli, checkpoint, monkeypatc
     assert (execution.log.level, execution.log.handlers) == before
 
 
-def interrupt(*arguments: object) -> tuple[int, str, str]:
+def interrupt(*arguments: object, number: int = signal.SIGINT) -> tuple[int, str, str]:
     """Run in a process of its own, interrupted from outside in its third wave."""
     command = [sys.executable, "-c", WAITING, *map(str, arguments), "--memory-budget", "1"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     ready = child.stderr.readline()
     assert ready == "ready\n", ready + child.communicate()[1]
     time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     out, err = child.communicate(timeout=60)
     return child.returncode, out, err
 
@@ -359,7 +361,9 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(checkpoint, tmp_path):
     file = tmp_path / "partial.json"
     code, out, err = interrupt("rank", checkpoint, "--json", file)
     assert (code, out) == (130, "")
-    assert err == f"interrupted: 2 of 5 matrices are done and written to {file}, marked as partial\n"
+    assert err == f"interrupted: 2 of 5 matrices are done and written to {file}, marked as partial; " + (
+        "the same command goes on from there\n"
+    )
     partial = kappa_fast.Ranking.from_json(file)
     assert partial.metadata["partial"] is True
     whole = kappa_fast.rank(checkpoint)
@@ -367,10 +371,26 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(checkpoint, tmp_path):
     assert len(partial) == 2
 
 
-def test_ctrl_c_without_a_file_says_how_to_keep_it(checkpoint):
-    code, out, err = interrupt("rank", checkpoint)
+def test_ctrl_c_without_a_file_and_a_cache_says_how_to_keep_it(checkpoint):
+    code, out, err = interrupt("rank", checkpoint, "--no-cache")
     assert (code, out) == (130, "")
     assert err == "interrupted: 2 of 5 matrices are done; --json FILE would have kept them\n"
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_after_ctrl_c_or_sigterm_the_same_command_goes_on(number, code, word, checkpoint):
+    stopped, out, err = interrupt("rank", checkpoint, number=getattr(signal, number))
+    assert (stopped, out) == (code, "")
+    assert err == f"{word}: 2 of 5 matrices are done; the same command goes on from there\n"
+    again = run("rank", checkpoint)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "from the cache: 3 of 5" in again.stdout  # the one in hand was finished and kept too
+
+
+def test_sigterm_is_handled_as_before_afterwards(cli, checkpoint):
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli("rank", checkpoint)[0] == 0
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_ctrl_c_before_the_first_matrix_leaves_the_file_of_an_earlier_run(cli, checkpoint, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def _app(
 ) -> None:
     """Rank the weight matrices of a model by their condition number, lowest first.
 
-    Exit codes: 0, 1 for a failure, 2 for wrong use, 130 after Ctrl-C.
+    Exit codes: 0, 1 for a failure, 2 for wrong use, 130 after Ctrl-C, 143 after SIGTERM.
     """
 
 

@@ -1,10 +1,12 @@
-"""What every command does with success, failure, Ctrl-C and a reader that went away."""
+"""What every command does with success, failure, Ctrl-C, SIGTERM and a reader that went away."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import typer
 
 from ..errors import Interrupted, KappaError, OptionError
 
-FAILURE, WRONG_USE, INTERRUPTED = 1, 2, 130
+FAILURE, WRONG_USE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
 @contextmanager
@@ -24,9 +26,9 @@ def outcome(debug: bool) -> Iterator[None]:
     Warnings become a line each. With ``debug`` the traceback and the log of kappa_fast are shown as well.
 
     Raises:
-        typer.Exit: with 1 after an error, 2 after an OptionError, 130 after Ctrl-C.
+        typer.Exit: with 1 after an error, 2 after an OptionError, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    with warnings.catch_warnings(), _logged(debug):
+    with warnings.catch_warnings(), _logged(debug), _terminable() as terminated:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _show_warning
         try:
@@ -37,8 +39,9 @@ def outcome(debug: bool) -> Iterator[None]:
         except BrokenPipeError:
             _discard_output()  # `| head` has seen enough, and the work is done
         except KeyboardInterrupt as stop:
-            typer.echo(str(stop) if isinstance(stop, Interrupted) else "interrupted", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+            said = str(stop) if isinstance(stop, Interrupted) else "interrupted"
+            typer.echo("terminated" + said.removeprefix("interrupted") if terminated else said, err=True)
+            raise typer.Exit(TERMINATED if terminated else INTERRUPTED) from None
         except Exception as error:
             if debug:
                 traceback.print_exc()
@@ -70,6 +73,26 @@ def _in_one_line(error: Exception) -> str:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+
+
+@contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """SIGTERM stops the body as Ctrl-C does; the list then holds it. A second one ends the process at once."""
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # where signals do not arrive
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -87,6 +87,12 @@ def rank(
     progress: Annotated[
         bool | None, typer.Option("--progress/--no-progress", help="A bar on stderr; by default on a terminal.")
     ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep results by the content of the weights, and use them again.")
+    ] = True,
+    cache_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to keep them instead of the user's cache directory.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the ranking to this file.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 40,
     all_rows: Annotated[bool, typer.Option("--all", help="All rows of the table, whatever --limit says.")] = False,
@@ -94,7 +100,8 @@ def rank(
 ) -> None:
     """Rank a checkpoint's matrices by condition number.
 
-    Ctrl-C stops; what is done by then goes to the --json FILE, marked as partial.
+    Ctrl-C stops; what is done by then goes to the --json FILE, marked as partial, and into the cache: the
+    same command goes on from there.
     """
     with outcome(debug):
         count = None if top is None else count_or_share(top, "--top")
@@ -119,6 +126,7 @@ def rank(
                 device=device,
                 backend=backend.value,
                 memory_budget=memory_budget,
+                cache=(cache_dir or True) if cache else None,
                 progress=progress,
             )
         except Interrupted as stop:
@@ -142,6 +150,8 @@ def summary(ranking: Ranking, rtol: float) -> list[str]:
     metadata = ranking.metadata
     where = f"{', '.join(metadata['device'])}, threads: {metadata['threads']}"
     lines = [", ".join(parts), f"{metadata['seconds']:.2f} s ({where})"]
+    hits = metadata.get("cache", {}).get("hits", 0)
+    lines += [f"from the cache: {hits} of {len(ranking)}"] if hits else []
     reasons = [(reason, len(items)) for reason, items in by_reason(ranking.skipped)]
     lines += [f"skipped: {number} {reason}" for reason, number in reasons[:MOST_REASONS]]
     rest = sum(number for _, number in reasons[MOST_REASONS:])
@@ -174,12 +184,13 @@ def check_writable(path: Path, what: str = "ranking") -> None:
 def _kept(stop: Interrupted, json: Path | None) -> Interrupted:
     """The same interruption, with what became of the partial ranking."""
     done = str(stop).partition(" (")[0]
+    again = "; the same command goes on from there" if stop.resumable else ""
     if json is None:
-        return Interrupted(f"{done}; --json FILE would have kept them", stop.partial)
+        return Interrupted(done + (again or "; --json FILE would have kept them"), stop.partial)
     if not len(stop.partial):
         return Interrupted(f"{done}; {json} was not written", stop.partial)
     stop.partial.to_json(json)
-    return Interrupted(f"{done} and written to {json}, marked as partial", stop.partial)
+    return Interrupted(f"{done} and written to {json}, marked as partial{again}", stop.partial)
 
 
 def _print(ranking: Ranking, limit: int | None) -> None:

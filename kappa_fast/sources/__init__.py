@@ -15,7 +15,7 @@ import torch
 
 from ..entries import Index, Skipped
 from ..errors import OptionError, SourceError
-from .base import Inventory, Matrix, Place, Source, Stored
+from .base import Inventory, Matrix, Place, Source, Stamp, Stored
 from .checkpoint import read_checkpoint
 from .filters import Filters, Surroundings
 from .gguf import is_gguf, read_gguf
@@ -153,6 +153,7 @@ def _matrix(stored: Stored, part: Part, place: Place | None) -> Matrix:
         overhead=stored.overhead + _cut_off(stored, part),
         prefetch=None if stored.prefetch is None else partial(stored.prefetch, index),
         location=stored.location,
+        stamp=None if stored.stamp is None else _part_of(stored.stamp, part, index),
     )
 
 
@@ -161,6 +162,12 @@ def _cut_off(stored: Stored, part: Part) -> int:
     assert stored.dtype is not None
     whole = math.prod(stored.shape[-2:])
     return whole * stored.dtype.itemsize if stored.quantization is not None and whole > math.prod(part.shape) else 0
+
+
+def _part_of(stamp: Stamp, part: Part, index: Index) -> Stamp:
+    """The index and the shape tell one part of a tensor from another, whatever they are called."""
+    places = [f"{i.start}:{i.stop}:{i.step}" if isinstance(i, slice) else str(i) for i in index]
+    return Stamp(stamp.files, f"{stamp.what} [{', '.join(places)}] {part.shape[0]}x{part.shape[1]}")
 
 
 def _load(stored: Stored, index: Index, device: torch.device | None = None) -> torch.Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -27,6 +29,59 @@ class Load(Protocol):
 
 
 @dataclass(frozen=True)
+class FileState:
+    """A file as it was when its header was read: whatever is done to the file later changes one of these."""
+
+    path: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, path: Path, found: os.stat_result | None = None) -> FileState:
+        """The present state of what the path leads to, ``found`` if it is known already.
+
+        Raises:
+            OSError: there is nothing.
+        """
+        found = os.stat(path) if found is None else found
+        return cls(
+            os.path.realpath(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        )
+
+    def has_same_content(self, found: os.stat_result) -> bool:
+        """Whether it has not been written to; a new link to it or other rights do not count."""
+        known = (self.device, self.inode, self.size, self.mtime_ns)
+        return known == (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What identifies values without reading them.
+
+    files: all files that they come from (weights, and scales if those are elsewhere).
+    what: which part of these files, and how it is read; equal for equal values.
+    """
+
+    files: tuple[FileState, ...]
+    what: str
+
+    @classmethod
+    def joined(cls, parts: Sequence[Stamp | None], how: str) -> Stamp | None:
+        """Of values made from several tensors, codes and their scales for instance; None if one has no stamp.
+
+        how: what is made of them, such as the format; another format must not find what this one has left.
+        """
+        known = [part for part in parts if part is not None]
+        if not known or len(known) < len(parts):
+            return None
+        files = tuple(dict.fromkeys(file for part in known for file in part.files))
+        return cls(files, f"{how}({', '.join(part.what for part in known)})")
+
+
+@dataclass(frozen=True)
 class Stored:
     """A tensor as a reader finds it, before anything is decided about it.
 
@@ -45,6 +100,7 @@ class Stored:
         prefetch: ``prefetch(index)`` has the operating system read ahead what ``take(index)`` will want; it neither
             waits nor takes memory nor raises. None where there is nothing to read.
         location: the file and the offset in it where the values begin, for reading in the order of the disk.
+        stamp: what identifies the values without reading them, None if nothing does.
     """
 
     names: tuple[str, ...]
@@ -60,6 +116,7 @@ class Stored:
     overhead: int = 0
     prefetch: Callable[[Index], None] | None = field(default=None, repr=False, compare=False)
     location: tuple[str, int] | None = None
+    stamp: Stamp | None = None
 
     @property
     def name(self) -> str:
@@ -111,6 +168,7 @@ class Matrix:
     (``quantization`` says how) are dequantized by it: ``load(device)`` moves their codes there first.
     ``prefetch()`` has the operating system read ahead what ``load()`` will want, if anything has to be read;
     ``location`` is where that begins, a file and an offset.
+    ``stamp`` identifies the values of this matrix without reading them, where something does.
     """
 
     name: str
@@ -127,6 +185,7 @@ class Matrix:
     overhead: int = 0  # bytes that load() needs at its peak beside the matrix
     prefetch: Callable[[], None] | None = field(default=None, repr=False, compare=False)
     location: tuple[str, int] | None = None
+    stamp: Stamp | None = field(default=None, repr=False, compare=False)
 
     @property
     def key(self) -> str:

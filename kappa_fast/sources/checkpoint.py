@@ -136,11 +136,8 @@ class Shard:
             shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
             # What has no dtype here is skipped before anybody reads it.
             region = Region(self._file, name, offset, shape, dtype or torch.uint8)
-            cpu = torch.device("cpu")
-            item = Stored(
-                (name,), shape, dtype, cpu, region.take, note, prefetch=region.prefetch, location=region.location
-            )
-            found.append(item)
+            item = Stored((name,), shape, dtype, torch.device("cpu"), region.take, note)
+            found.append(region.described(item))
         return found
 
     def _header(self) -> tuple[dict[str, Any], int]:

@@ -13,20 +13,20 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..entries import Index
 from ..errors import SourceError
+from .base import FileState, Stamp, Stored
 
 ALL = slice(None)
 LARGEST_READ = 64 << 20  # Ctrl-C has to wait for the read that is going on
 ROWS = 4 << 20  # bytes of rows that are read at a time where only some of their columns are wanted
 # Linux takes on no more than the device's read-ahead for one call, which may be as little as this.
 ADVICE = 128 << 10
-
-Stamp = tuple[int, int, int, int]
 
 
 class DataFile:
@@ -38,25 +38,25 @@ class DataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stamp: Stamp | None = None
+        self._state: FileState | None = None
 
     @property
-    def stamp(self) -> Stamp:
-        """Device, inode, size and time of the last change, as they were when the file was first looked at.
+    def state(self) -> FileState:
+        """What the file was when it was first looked at.
 
         Raises:
             OSError: there is no such file, or it is a directory, a pipe, ...
         """
-        if self._stamp is None:
+        if self._state is None:
             found = os.stat(self.path)
             if not stat.S_ISREG(found.st_mode):
                 raise OSError("it is no regular file")
-            self._stamp = _stamp_of(found)
-        return self._stamp
+            self._state = FileState.of(self.path, found)
+        return self._state
 
     @property
     def size(self) -> int:
-        return self.stamp[2]
+        return self.state.size
 
     def read(self, offset: int, out: torch.Tensor) -> None:
         """Fill ``out``, a contiguous tensor on the CPU, with the bytes from ``offset`` on.
@@ -91,7 +91,7 @@ class DataFile:
             yield file
 
     def _check(self, file: io.FileIO) -> None:
-        if _stamp_of(os.fstat(file.fileno())) != self.stamp:
+        if not self.state.has_same_content(os.fstat(file.fileno())):
             raise OSError("it has changed since it was opened")
 
 
@@ -109,6 +109,11 @@ class Region:
     def location(self) -> tuple[str, int]:
         """Where it begins, for reading in the order of the file."""
         return str(self.file.path), self.offset
+
+    def described(self, item: Stored) -> Stored:
+        """``item`` with what is known of the file: how to read ahead, where it begins, whether it is what it was."""
+        stamp = Stamp((self.file.state,), self.name)
+        return replace(item, prefetch=self.prefetch, location=self.location, stamp=stamp)
 
     def take(self, index: Index, device: torch.device | None = None) -> torch.Tensor:
         """The array, or what ``index`` leaves of it, in memory that nobody else has, whatever ``device`` is.
@@ -187,7 +192,3 @@ def _rows(part: object, count: int) -> tuple[int, int, int]:
 def _without_waiting(path: str, flags: int) -> int:
     """Opening a pipe would wait for somebody who writes into it; for a file the flag means nothing."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def _stamp_of(found: os.stat_result) -> Stamp:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

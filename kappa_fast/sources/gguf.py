@@ -189,7 +189,7 @@ def _check_ranges(regions: Sequence[Region], size: int) -> None:
 
 def _stored(region: Region, kind: Any, problem: str | None) -> Stored:
     coded = isinstance(region, Coded)
-    return Stored(
+    item = Stored(
         names=(region.name,),
         shape=region.shape,
         dtype=region.dtype,
@@ -198,9 +198,8 @@ def _stored(region: Region, kind: Any, problem: str | None) -> Stored:
         problem=problem,
         quantization=f"gguf {kind.name}" if coded and problem is None else None,
         overhead=4 * files.ROWS if coded else 0,  # codes, weights, and what lies between them
-        prefetch=region.prefetch,
-        location=region.location,
     )
+    return region.described(item)
 
 
 def _parts_of(path: Path) -> list[Path]:

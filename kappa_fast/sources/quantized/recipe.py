@@ -12,7 +12,7 @@ import torch
 from ...entries import Index
 from ...errors import SourceError
 from .. import codes
-from ..base import Stored
+from ..base import Stamp, Stored
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,14 @@ def compose(stored: Stored, recipe: Recipe) -> Stored:
         quantization=recipe.quantization,
         overhead=read + matrix * recipe.peak,
         prefetch=None if stored.prefetch is None else partial(_prefetch, recipe),
+        stamp=Stamp.joined([item.stamp for item in recipe.inputs.values()], _how(recipe)),
     )
+
+
+def _how(recipe: Recipe) -> str:
+    """All that decides about the values beside those of the inputs, which may come from the config."""
+    details = sorted(getattr(recipe.dequantize, "keywords", {}).items())
+    return f"{recipe.quantization} {recipe.shape} {recipe.dtype} {details}"
 
 
 @dataclass(frozen=True)

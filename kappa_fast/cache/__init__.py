@@ -1,0 +1,352 @@
+"""Results kept under what their weights are: rank() asks here first, and stores here what it had to compute.
+
+Layout, keys and durability are described in docs/caching.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Collection, Generator, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from .._version import __version__
+from ..backends.base import Backend
+from ..errors import OptionError
+from ..execution import Executor, Work
+from ..sources.base import FileState, Matrix, Stamp
+from ..spectrum.ladder import NUMERICS
+from . import files
+from .fingerprints import fingerprint, is_fingerprint
+from .journal import Journal, leftovers
+from .memos import Memo, is_settled, name_of
+from .records import Bound, Question, Record, Wanted, decode, encode
+
+__all__ = ["Bound", "CacheOption", "ResultCache", "Wanted", "cache_directory", "opened_cache"]
+
+log = logging.getLogger("kappa_fast")
+
+CacheOption = bool | str | os.PathLike[str] | None
+R = TypeVar("R")
+
+ENVIRONMENT = "KAPPA_FAST_CACHE"
+LAYOUT = "v1"
+RESULT_FORMAT, JOURNAL_FORMAT = "kappa_fast result", "kappa_fast journal"
+RESULT_LIMIT = 1 << 16  # bytes
+
+
+def cache_directory(cache: CacheOption) -> Path | None:
+    """Where the option ``cache`` of rank() says that results are; None for nowhere.
+
+    Raises:
+        OptionError: it is neither a bool, None nor a path, or no directory can be there.
+    """
+    if cache is None or cache is False:
+        return None
+    where = os.environ.get(ENVIRONMENT) if cache is True else cache
+    if cache is True and not where:
+        from platformdirs import user_cache_path
+
+        where = user_cache_path("kappa_fast", appauthor=False)
+        if not where.is_absolute():
+            raise OptionError(f"cache=True: this user has no home for caches; set {ENVIRONMENT}, or give a path")
+    if not isinstance(where, (str, os.PathLike)) or not os.fspath(where):
+        raise OptionError(f"cache={cache!r}: give True, False, None or the path of a directory")
+    path = Path(os.path.abspath(os.fsdecode(where)))
+    if path.exists() and not path.is_dir():
+        raise OptionError(f"cache={cache!r}: {path} is no directory; give the path of one, it is made if need be")
+    return path
+
+
+class ResultCache:
+    """The cache as one run of rank() sees it. ``results`` may be used by one thread, what it starts by many."""
+
+    def __init__(self, directory: Path, matrices: Sequence[Matrix]) -> None:
+        self.directory, self._matrices = directory, matrices
+        self._home = directory / LAYOUT
+        self._lock = threading.RLock()
+        self._journal: Journal | None = None
+        self._records: dict[str, Record] = {}  # by fingerprint: what this run has read or found
+        self._looked_up: set[str] = set()  # fingerprints of which the result, or that there is none, has been read
+        self._prints: dict[int, str] = {}  # fingerprints by position
+        self._memos: dict[FileState, Memo] = {}
+        self._hits: set[int] = set()
+        self._damaged: dict[Path, str] = {}
+        self._failure: Exception | None = None
+        self._warned = False
+        now = time.time_ns()
+        self._stamps = {i: m.stamp for i, m in enumerate(matrices) if m.stamp is not None and is_settled(m.stamp, now)}
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what is done so far will be found by the next run."""
+        return self._failed() is None
+
+    def metadata(self, positions: Collection[int]) -> dict[str, int]:
+        """How many of these results came from the cache, and how many were computed."""
+        hits = sum(position in self._hits for position in positions)
+        return {"hits": hits, "computed": len(positions) - hits}
+
+    def results(
+        self, executor: Executor, positions: Sequence[int], work: Work[R], question: Question[R]
+    ) -> Generator[tuple[int, R], None, None]:
+        """As ``executor.results``; what is known is not computed, and what is computed will be known."""
+        rest = []
+        for position in positions:
+            found = self._remembered(position, question)
+            if found is None:
+                rest.append(position)
+            else:
+                self._hits.add(position)
+                yield position, found
+        if rest:
+            with contextlib.closing(executor.results(rest, partial(self._on_wave, work, question))) as computed:
+                for pair in computed:
+                    self._warn_if_nothing_is_kept()  # here, since in a thread of the executor it might end the work
+                    yield pair
+
+    def _on_wave(
+        self,
+        work: Work[R],
+        question: Question[R],
+        positions: Sequence[int],
+        backend: Backend,
+        weights: list[torch.Tensor],
+    ) -> list[R]:
+        """A wave: by content first, and the rest as a smaller wave. In a thread of the executor."""
+        prints = [fingerprint(weight) for weight in weights]
+        known = [self._by_content(text) for text in prints]
+        answers = [None if record is None else question.answer(record) for record in known]
+        todo = [k for k, answer in enumerate(answers) if answer is None]
+        found = work([positions[k] for k in todo], backend, [weights[k] for k in todo]) if todo else []
+        with self._lock:
+            self._prints.update(zip(positions, prints, strict=True))
+            self._hits.update(p for p, answer in zip(positions, answers, strict=True) if answer is not None)
+            self._hits.difference_update(positions[k] for k in todo)
+            for k, result in zip(todo, found, strict=True):
+                answers[k] = self._keep(positions[k], prints[k], question, result)
+        return [answer for answer in answers if answer is not None]
+
+    def _keep(self, position: int, text: str, question: Question[R], found: R) -> R:
+        """Store a result. What is returned takes earlier ones into account, as the next run will."""
+        new = question.record(found)
+        old = self._records.get(text)
+        record = new if old is None else old.merged(new)
+        self._records[text] = record
+        journal = self._begun_journal()
+        if journal is not None:
+            stamp = self._stamps.get(position)
+            journal.append([text, encode(record), None if stamp is None else _plain(stamp)])
+        answer = question.answer(record)
+        return found if answer is None else answer
+
+    def _remembered(self, position: int, question: Question[R]) -> R | None:
+        """The answer for a matrix if it is known without reading its values."""
+        text = self._prints.get(position)
+        if text is None:
+            known = self._by_stamp(position)
+            if known is None:
+                return None
+            text, record = known
+            with self._lock:
+                self._prints[position] = text
+                self._records.setdefault(text, record)
+        answer = question.answer(self._records[text]) if text in self._records else None
+        if answer is None:  # another run may have found out more than the memo knows
+            found = self._by_content(text)
+            answer = None if found is None else question.answer(found)
+        return answer
+
+    def _by_stamp(self, position: int) -> tuple[str, Record] | None:
+        stamp = self._stamps.get(position)
+        if stamp is None:
+            return None
+        memo = self._memo(stamp.files[0])
+        try:
+            return memo.get(stamp)
+        except files.DamagedError as error:
+            self._damaged[memo.path] = str(error)
+            return None
+
+    def _by_content(self, text: str) -> Record | None:
+        """What this run, the memo and the result itself know, the latter read once."""
+        with self._lock:
+            if text in self._looked_up:
+                return self._records.get(text)
+        path = self._result_path(text)
+        with self._noting_damage(path):
+            found = _read_result(path, text)
+            with self._lock:
+                if found is not None and text not in self._looked_up:
+                    known = self._records.get(text)
+                    self._records[text] = found if known is None else found.merged(known)
+        with self._lock:
+            self._looked_up.add(text)
+            return self._records.get(text)
+
+    def _memo(self, state: FileState) -> Memo:
+        memo = self._memos.get(state)
+        if memo is None:
+            path = self._home / "sources" / name_of(state)
+            memo = Memo(path, state)
+            with self._noting_damage(path):
+                memo = Memo.read(path, state)
+            self._memos[state] = memo
+        return memo
+
+    @contextlib.contextmanager
+    def _noting_damage(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except files.DamagedError as error:
+            with self._lock:
+                self._damaged[path] = str(error)
+
+    def replay(self) -> None:
+        """Settle what runs have left that were killed."""
+        for tag, lines, remove in leftovers(self._home / "journals"):
+            whole = [line for line in lines[1:] if _is_result(line)] if lines and lines[0] == _header() else []
+            log.info("%d results of an interrupted run are taken over", len(whole))
+            try:
+                self._settle(whole, tag)  # with the tag of that run, so that it takes over what was half written
+                self._settle_stamps(whole, tag)
+                remove()
+            except OSError as error:
+                self._failure = error
+                for text, raw, _ in whole:
+                    self._records[text] = decode(raw)
+
+    def _begun_journal(self) -> Journal | None:
+        """The journal, from the first result on; None where none can be kept."""
+        if self._journal is None and self._failure is None:
+            try:
+                self._journal = Journal(self._home / "journals", _header(), self._settle)
+            except OSError as error:
+                self._failure = error
+        return self._journal
+
+    def _settle(self, lines: Sequence[Any], tag: str | None = None) -> None:
+        """Lines of a journal become results; a later line of the same content says more than an earlier one."""
+        tag = tag or (self._journal.tag if self._journal else "")
+        for text, raw in {line[0]: line[1] for line in lines}.items():
+            path = self._result_path(text)
+            record = decode(raw)
+            with contextlib.suppress(files.DamagedError):
+                others = _read_result(path, text)
+                record = record if others is None else others.merged(record)
+            body = {"format": RESULT_FORMAT, "numerics": NUMERICS, "kappa_fast": __version__, "fingerprint": text}
+            files.write(path, {**body, **encode(record)}, tag)
+
+    def _settle_stamps(self, lines: Sequence[Any], tag: str) -> None:
+        for text, raw, stamp in lines:
+            if stamp is not None:
+                known = _stamp(stamp)
+                self._memo(known.files[0]).put(known, text, decode(raw))
+        self._write_memos(tag)
+
+    def _write_memos(self, tag: str) -> None:
+        for memo in self._memos.values():
+            if memo.changed:
+                memo.write(tag, durable=self._journal is not None)
+
+    def close(self) -> None:
+        """Bring everything to where it belongs. Never raises because of the cache."""
+        for position, stamp in self._stamps.items():
+            text = self._prints.get(position)
+            if text in self._records:
+                self._memo(stamp.files[0]).put(stamp, text, self._records[text])
+        if self._journal is not None:
+            self._journal.close(lambda: self._write_memos(self._journal.tag if self._journal else ""))
+        elif self._failure is None:
+            try:
+                self._write_memos(str(os.getpid()))
+            except OSError as error:
+                self._failure = error
+
+    def warn(self) -> None:
+        """One warning for what is damaged, and one if nothing can be kept."""
+        if self._damaged:
+            path, reason = min(self._damaged.items())
+            warnings.warn(
+                f"damaged or foreign files in the cache: {len(self._damaged)}, {path} among them ({reason}); what they "
+                "should hold was computed and written anew",
+                stacklevel=5,
+            )
+        self._warn_if_nothing_is_kept()
+
+    def _warn_if_nothing_is_kept(self) -> None:
+        failure = self._failed()
+        if failure is not None and not self._warned:
+            self._warned = True
+            reason = getattr(failure, "strerror", None) or failure
+            warnings.warn(
+                f"results cannot be kept in the cache {self.directory} ({reason}): the ranking "
+                "goes on without; make room, make it writable, or give another directory",
+                stacklevel=6,
+            )
+
+    def _failed(self) -> Exception | None:
+        return self._failure or (self._journal.failure if self._journal is not None else None)
+
+    def _result_path(self, text: str) -> Path:
+        return self._home / "results" / text[-32:-30] / f"{text}.json"
+
+
+@contextlib.contextmanager
+def opened_cache(directory: Path | None, matrices: Sequence[Matrix]) -> Iterator[ResultCache | None]:
+    """The cache for the body of a run, or None; closed afterwards, and then it warns of what was wrong with it."""
+    if directory is None:
+        yield None
+        return
+    opened = ResultCache(directory, matrices)
+    opened.replay()
+    try:
+        yield opened
+    finally:
+        opened.close()
+    opened.warn()
+
+
+def _header() -> dict[str, Any]:
+    return {"format": JOURNAL_FORMAT, "numerics": NUMERICS, "kappa_fast": __version__}
+
+
+def _read_result(path: Path, text: str) -> Record | None:
+    body = files.read(path, RESULT_LIMIT)
+    if body is None:
+        return None
+    if not isinstance(body, dict) or (body.get("format"), body.get("fingerprint")) != (RESULT_FORMAT, text):
+        raise files.DamagedError("another format, or the result of other weights")
+    if body.get("numerics") != NUMERICS:
+        return None
+    try:
+        return decode(body)
+    except ValueError as error:
+        raise files.DamagedError(str(error)) from error
+
+
+def _plain(stamp: Stamp) -> list[Any]:
+    return [[list(vars(state).values()) for state in stamp.files], stamp.what]
+
+
+def _stamp(raw: Any) -> Stamp:
+    return Stamp(tuple(FileState(*state) for state in raw[0]), raw[1])
+
+
+def _is_result(line: Any) -> bool:
+    try:
+        text, raw, stamp = line
+        decode(raw)
+        if stamp is not None:
+            _stamp(stamp)
+        return is_fingerprint(text)
+    except (ValueError, TypeError, LookupError):
+        return False

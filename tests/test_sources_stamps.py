@@ -1,0 +1,80 @@
+"""Stamps tell matrices apart without reading them, and change with every file that their values come from."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from models import EVERYTHING, matrices
+from safetensors.torch import save_file
+
+from kappa_fast.sources.base import FileState, Stamp
+
+
+def stamps(path: Path) -> dict[str, Stamp]:
+    return {key: matrix.stamp for key, matrix in matrices(path).items()}
+
+
+def test_every_matrix_of_a_checkpoint_has_a_stamp_of_its_own(tmp_path):
+    tensors = {
+        "layers.0.mlp.experts.gate_up_proj": torch.randn(3, 64, 16),
+        "layers.0.mlp.experts.down_proj": torch.randn(3, 16, 32),
+        "layers.0.conv.weight": torch.randn(8, 4, 3, 3),
+        "layers.0.q.weight": torch.randn(16, 16),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    split = stamps(tmp_path)
+    assert len(split) == 6 + 3 + 2
+    stored = {m.key: m.stamp for m in matrices(tmp_path, replace(EVERYTHING, fused="stored")).values()}
+    every = [*split.values(), *(stored[key] for key in stored if key not in split)]
+    assert len(set(every)) == len(every)
+    assert all(split[key] == stored[key] for key in split.keys() & stored.keys())
+    assert stamps(tmp_path / "model.safetensors") == split
+
+
+def test_a_stamp_says_the_shape_and_the_real_path_of_the_file(tmp_path):
+    save_file({"a": torch.randn(8, 6)}, tmp_path / "model.safetensors")
+    before = stamps(tmp_path)["a"]
+    assert "8x6" in before.what
+    assert before.files[0].path == str((tmp_path / "model.safetensors").resolve())
+
+
+def test_a_stamp_changes_with_the_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.randn(8, 6)}, path)
+    first = stamps(tmp_path)["a"]
+    assert stamps(tmp_path)["a"] == first
+    time.sleep(0.05)
+    os.utime(path, ns=(1, 1))
+    second = stamps(tmp_path)["a"]
+    time.sleep(0.05)
+    os.utime(path, ns=(1, 1))  # the same time once more: ctime tells
+    assert len({first, second, stamps(tmp_path)["a"]}) == 3
+
+
+def test_the_link_of_a_snapshot_and_its_blob_are_one_file(tmp_path):
+    save_file({"a": torch.randn(8, 6)}, tmp_path / "blob.safetensors")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to(tmp_path / "blob.safetensors")
+    assert stamps(tmp_path / "snapshot") == stamps(tmp_path / "blob.safetensors")
+
+
+def test_tensors_in_memory_have_none():
+    assert set(stamps({"a": torch.randn(8, 6)}).values()) == {None}
+    assert set(stamps(torch.nn.Linear(8, 6)).values()) == {None}
+
+
+def test_values_of_several_files_carry_the_state_of_all(tmp_path):
+    states = []
+    for name in ("codes", "scales"):
+        (tmp_path / name).write_text(name)
+        states.append(FileState.of(tmp_path / name))
+    codes, scales = Stamp((states[0],), "w"), Stamp((states[1],), "w_scale")
+    assert Stamp.joined([codes, scales], "fp8") == Stamp(tuple(states), "fp8(w, w_scale)")
+    assert Stamp.joined([codes, replace(scales, files=(states[0],))], "fp8").files == (states[0],)
+    assert Stamp.joined([codes, scales], "awq") != Stamp.joined([codes, scales], "fp8")
+    assert Stamp.joined([codes, None], "fp8") is None
+    assert Stamp.joined([], "fp8") is None
