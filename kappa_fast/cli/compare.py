@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError, RankingFileError
-from .export import Unit
+from .budget import Unit
 from .outcome import FAILURE, count_or_share, outcome
 from .rank import check_writable
 

@@ -240,7 +240,7 @@ def _resolve_timed(backend: Backend, weight: torch.Tensor, goal: Goal, at_once: 
     """Seconds for each of ``at_once`` matrices side by side, or in one wave, ``rounds`` times over."""
     times: list[float] = []
 
-    def work(backend: Backend, weights: list[torch.Tensor]) -> list[None]:
+    def work(_: Sequence[int], backend: Backend, weights: list[torch.Tensor]) -> list[None]:
         started = clock()
         resolve(backend, weights, goal)  # it reads numbers from the device, and so waits for it
         times.extend([(clock() - started) / len(weights)] * len(weights))
