@@ -26,7 +26,7 @@ ROWS = 4 << 20  # bytes of rows that are read at a time where only some of their
 # Linux takes on no more than the device's read-ahead for one call, which may be as little as this.
 ADVICE = 128 << 10
 
-Stamp = tuple[int, int, int, int]
+State = tuple[int, int, int, int]
 
 
 class DataFile:
@@ -38,25 +38,25 @@ class DataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stamp: Stamp | None = None
+        self._state: State | None = None
 
     @property
-    def stamp(self) -> Stamp:
+    def state(self) -> State:
         """Device, inode, size and time of the last change, as they were when the file was first looked at.
 
         Raises:
             OSError: there is no such file, or it is a directory, a pipe, ...
         """
-        if self._stamp is None:
+        if self._state is None:
             found = os.stat(self.path)
             if not stat.S_ISREG(found.st_mode):
                 raise OSError("it is no regular file")
-            self._stamp = _stamp_of(found)
-        return self._stamp
+            self._state = _state_of(found)
+        return self._state
 
     @property
     def size(self) -> int:
-        return self.stamp[2]
+        return self.state[2]
 
     def read(self, offset: int, out: torch.Tensor) -> None:
         """Fill ``out``, a contiguous tensor on the CPU, with the bytes from ``offset`` on.
@@ -91,7 +91,7 @@ class DataFile:
             yield file
 
     def _check(self, file: io.FileIO) -> None:
-        if _stamp_of(os.fstat(file.fileno())) != self.stamp:
+        if _state_of(os.fstat(file.fileno())) != self.state:
             raise OSError("it has changed since it was opened")
 
 
@@ -189,5 +189,5 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _stamp_of(found: os.stat_result) -> Stamp:
+def _state_of(found: os.stat_result) -> State:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
