@@ -1,6 +1,6 @@
 """How good is the time that plan() predicts? Predicted and real times of the same models in the same run.
 
-    python benchmarks/bench_plan.py [--rounds N] [--output FILE]
+    python benchmarks/bench_plan.py [--rounds N] [--only REGEX] [--output FILE]
 
 For every model the prediction is made anew, and rank() is run right after it, ``rounds`` times. On a machine with
 other work to do both are disturbed, differently: so the seconds of the processor are compared as well, those that
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -85,13 +86,15 @@ def main() -> None:
     """Print a line for each model and option, and keep the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="models and options, such as 'TinyLlama.*certify'")
     parser.add_argument("--output", type=Path)
     chosen = parser.parse_args()
     found: list[dict[str, Any]] = []
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the start; medians of {chosen.rounds}")
     for name, make in MODELS.items():
-        source = make()
-        for label, options in OPTIONS.items():
+        wanted = {o: OPTIONS[o] for o in OPTIONS if re.search(chosen.only, f"{name} {o}".strip())}
+        source = make() if wanted else None
+        for label, options in wanted.items():
             rows = compare(source, options, chosen.rounds)
             found.append({"model": name, "options": label, "load": os.getloadavg()[0], "rows": rows})
             print(f"{name:<40}{label:<14}{_words(rows, '')};  processor: {_words(rows, 'processor_')}", flush=True)
