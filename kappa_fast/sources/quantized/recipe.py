@@ -21,11 +21,13 @@ class Candidate:
         codes: as the reader found it, in a dtype that codes have.
         companions: by what they are to the codes, see ``codes.role_of``.
         config: the ``quantization_config`` of the model; empty if there is none.
+        header: what the headers of the files say beside names and shapes; torchao says there what it has stored.
     """
 
     codes: Stored
     companions: Mapping[str, Stored]
     config: Mapping[str, Any] = field(default_factory=dict)
+    header: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
