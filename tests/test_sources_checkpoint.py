@@ -162,7 +162,7 @@ def test_every_dtype_is_loaded_as_stored(dtype, tmp_path):
 
 
 def test_codes_and_scales_of_a_checkpoint_are_skipped(tmp_path):
-    stored = {"w.weight": torch.zeros(16, 16).to(torch.float8_e4m3fn), "w.weight_scale_inv": torch.ones(16, 16)}
+    stored = {"w.qweight": torch.zeros(16, 16, dtype=torch.int32), "w.scales": torch.ones(16, 16)}
     save_file(stored | {"v.weight": torch.randn(16, 16)}, tmp_path / "m.safetensors")
     assert set(matrices(tmp_path)) == {"v.weight"}
     assert set(reasons(tmp_path)) == set(stored)

@@ -244,7 +244,7 @@ class Quantized(torch.Tensor):
 
 def test_subclasses_of_tensor_are_skipped_by_name():
     source = {"w": Quantized(torch.randn(16, 16)), "v": torch.randn(16, 16)}
-    reason = "quantized or other tensor subclass Quantized; quantized formats are not supported yet"
+    reason = "quantized or other tensor subclass Quantized; this quantized format is not supported"
     assert reasons(source) == {"w": reason}
     model = nn.Linear(16, 16)
     model.weight = nn.Parameter(Quantized(torch.randn(16, 16)))

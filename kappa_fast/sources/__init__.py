@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -113,8 +114,15 @@ def _matrix(stored: Stored, part: Part) -> Matrix:
         device=stored.device,
         load=partial(_load, stored, part),
         quantization=stored.quantization,
-        overhead=stored.overhead,
+        overhead=stored.overhead + _cut_off(stored, part),
     )
+
+
+def _cut_off(stored: Stored, part: Part) -> int:
+    """Bytes of a dequantized matrix of which only a part is wanted."""
+    assert stored.dtype is not None
+    whole = math.prod(stored.shape[-2:])
+    return whole * stored.dtype.itemsize if stored.quantization is not None and whole > math.prod(part.shape) else 0
 
 
 def _load(stored: Stored, part: Part, device: torch.device | None = None) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import torch
 
-NOT_SUPPORTED = "quantized formats are not supported yet"
+NOT_SUPPORTED = "this quantized format is not supported"
 
 # Float formats whose values are the weights. Of eight bits only those that hold a sign and a mantissa.
 RANKED = frozenset(
@@ -105,10 +105,10 @@ def scales_reason(companion: str) -> str:
     return f"scales or zero points of quantized weights ({_last_word(companion)}), not a weight"
 
 
-def codes_reason(companion_names: Collection[str]) -> str:
-    """Why codes that have companions are not ranked."""
+def codes_reason(companion_names: Collection[str], method: str = "") -> str:
+    """Why codes that have companions are not ranked; ``method`` is what the config calls the format."""
     listed = ", ".join(sorted({_last_word(name) for name in companion_names}))
-    return f"quantized codes that need their scales ({listed}); {NOT_SUPPORTED}"
+    return f"quantized codes that need their scales ({listed}); {NOT_SUPPORTED}" + (f" ({method})" if method else "")
 
 
 def dtype_reason(dtype: torch.dtype | None) -> str | None:

@@ -13,11 +13,17 @@ from typing import Any
 from ...errors import SourceError
 from .. import codes
 from ..base import Stored
+from .compressed import NVFP4, CompressedInts
+from .config import method_of
+from .fp8 import FP8
+from .mxfp4 import MXFP4
+from .packed import PackedInts
 from .recipe import Candidate, Family, compose
 
 __all__ = ["FAMILIES", "weights_of"]
 
-FAMILIES: tuple[Family, ...] = ()
+# The first that recognizes codes takes them.
+FAMILIES: tuple[Family, ...] = (FP8(), MXFP4(), NVFP4(), PackedInts(), CompressedInts())
 
 
 def weights_of(found: Sequence[Stored], config: Mapping[str, Any] | None) -> list[Stored]:
@@ -42,6 +48,8 @@ def weights_of(found: Sequence[Stored], config: Mapping[str, Any] | None) -> lis
         candidate = _candidate(stored, by_name, config or {})
         recipe = next((r for family in FAMILIES if (r := family.recognize(candidate)) is not None), None)
         if recipe is None:
+            if candidate.companions and (method := method_of(candidate.config)):
+                replaced[id(stored)] = replace(stored, problem=codes.codes_reason(candidate.names, method))
             continue
         _check_single(candidate, by_name)
         replaced[id(stored)] = compose(stored, recipe)

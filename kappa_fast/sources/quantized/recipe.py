@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ...entries import Index
+from ...errors import SourceError
 from .. import codes
 from ..base import Stored
 
@@ -33,6 +34,26 @@ class Candidate:
     def name(self) -> str:
         return self.codes.name
 
+    @property
+    def plain_name(self) -> str:
+        return codes.plain_name(self.codes.name)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the companions."""
+        return [companion.name for companion in self.companions.values()]
+
+    def find(self, *roles: str) -> Stored | None:
+        """The first companion that is one of these to the codes."""
+        return next((self.companions[role] for role in roles if role in self.companions), None)
+
+    def missing(self, what: str) -> SourceError:
+        """The error for a companion that has to be there."""
+        return SourceError(
+            f"{self.name!r} of shape {self.codes.shape} holds quantized codes, but {what!r} beside it is missing: give "
+            "the directory if it is in another file, else download it again"
+        )
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -56,6 +77,19 @@ class Recipe:
     peak: int = 8
 
 
+def refuse(candidate: Candidate, companion: Stored, why: str) -> SourceError:
+    """The error for a companion that does not fit the codes."""
+    found, about = candidate.codes, companion
+    return SourceError(
+        f"{about.name!r} of shape {about.shape}, {_dtype_name(about)}, does not fit the codes {found.name!r} of shape "
+        f"{found.shape}, {_dtype_name(found)}: {why}. Compare them with the config, or download them again"
+    )
+
+
+def _dtype_name(stored: Stored) -> str:
+    return str(stored.dtype).removeprefix("torch.")
+
+
 class Family(Protocol):
     """Formats that have something in common.
 
@@ -70,6 +104,7 @@ class Family(Protocol):
 
 def compose(stored: Stored, recipe: Recipe) -> Stored:
     """The weight in place of its codes: under its plain name, with that of the codes among the aliases."""
+    # Readers give a Stored what else they know of it; that of the companions is to be combined with it here.
     names = (*(codes.plain_name(name) for name in stored.names), *stored.names)
     matrix = recipe.shape[-2] * recipe.shape[-1]
     read = sum(_nbytes(item) // (item.shape[0] if _per_expert(item, recipe) else 1) for item in recipe.inputs.values())
@@ -80,8 +115,7 @@ def compose(stored: Stored, recipe: Recipe) -> Stored:
         dtype=recipe.dtype,
         take=_Taker(recipe),
         quantization=recipe.quantization,
-        # Where a part is taken, the rest of the matrix was there too.
-        overhead=read + matrix * (recipe.peak + recipe.dtype.itemsize),
+        overhead=read + matrix * recipe.peak,
     )
 
 
