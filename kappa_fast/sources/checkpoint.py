@@ -80,11 +80,14 @@ def read_checkpoint(path: Path) -> Inventory:
     model_types = model_types_in(config)
     tensors: dict[str, Stored] = {}
     homes: dict[str, Path] = {}
+    header: dict[str, str] = {}
     for file in files:
-        for item in Shard(file).tensors(expected):
+        shard = Shard(file)
+        for item in shard.tensors(expected):
             if item.name in tensors:
                 raise SourceError(f"{item.name!r} is in both {homes[item.name]} and {file}: remove the stale file")
             tensors[item.name], homes[item.name] = item, file
+        header.update(shard.header)
     for name, file in (expected or {}).items():
         if homes.get(name) != file:
             raise SourceError(
@@ -99,7 +102,7 @@ def read_checkpoint(path: Path) -> Inventory:
         "model_type": next(iter(model_types), None),
         "fingerprint": fingerprint(found),
     }
-    weights = weights_of(found, quantization_config(directory, config))
+    weights = weights_of(found, quantization_config(directory, config), header)
     return Inventory(weights, count_weights(weights), metadata, in_memory=False, in_peft=has_adapters(tensors))
 
 
@@ -114,6 +117,7 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.header: dict[str, str] = {}
         self._handle: Any = None
         self._served = 0
         self._stamp: tuple[int, int, int] | None = None
@@ -126,6 +130,7 @@ class Shard:
         """
         found = []
         handle = self._open()
+        self.header = dict(handle.metadata() or {})
         for name in handle.keys():  # noqa: SIM118 - not a dict
             part = handle.get_slice(name)
             dtype = getattr(torch, DTYPES.get(part.get_dtype(), ""), None)

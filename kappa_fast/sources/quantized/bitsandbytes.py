@@ -18,7 +18,7 @@ import torch
 from ...entries import Index
 from ...errors import SourceError
 from ..base import Stored
-from .recipe import Candidate, Recipe
+from .recipe import Candidate, Recipe, refuse
 
 # The sixteen values of each type, by code: get_4bit_type() of bitsandbytes/functional.py (nf4: arXiv 2305.14314, E).
 TABLES: dict[str, tuple[float, ...]] = {
@@ -163,7 +163,7 @@ class Scales:
         return dequantize_scales(codes, table, absmax[start // size :], self.blocks)[first - start :]
 
 
-class _Bitsandbytes:
+class Bitsandbytes:
     """Recognizes both formats by what lies beside the codes, in files, state dicts and modules."""
 
     name = "bitsandbytes"
@@ -180,16 +180,10 @@ class _Bitsandbytes:
             blocks = blocks_of(candidate.name, beside[states[0]], states[0].removeprefix(STATE))
             return four_bits(candidate, blocks)
         if "absmax" in beside or "nested_absmax" in beside:
-            raise SourceError(
-                f"{candidate.name!r} is quantized by bitsandbytes, but {candidate.name}.{STATE}nf4 or ...fp4, which "
-                "says how, is not there: load the model with bitsandbytes and save it again"
-            )
+            raise candidate.missing(f"{candidate.name}.{STATE}nf4")
         if "SCB" in beside and candidate.codes.dtype == torch.int8:
             return eight_bits(candidate)
         return None
-
-
-FAMILY = _Bitsandbytes()
 
 
 def blocks_of(name: str, state: Stored, kind: str) -> Blocks:
@@ -213,7 +207,7 @@ def _blocks(said: Mapping[str, Any], kind: str) -> Blocks:
     if said["quant_type"] != kind or kind not in TABLES:
         raise ValueError(f"quant_type {said['quant_type']!r} under the name of {kind!r}")
     size, shape = said["blocksize"], tuple(said["shape"])
-    nested_size = said["nested_blocksize"] if "nested_blocksize" in said else 0
+    nested_size = said.get("nested_blocksize", 0)
     counts = (size, *shape, *([nested_size] if "nested_blocksize" in said else []))
     if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts) or size % 2 or not shape:
         raise ValueError(f"blocks of {size} and {nested_size} in a weight of shape {shape}")
@@ -233,18 +227,14 @@ def four_bits(candidate: Candidate, blocks: Blocks) -> Recipe:
         wanted |= {"nested_absmax": -(-blocks.count // blocks.nested_size), "nested_quant_map": 256}
     for role, count in wanted.items():
         if role not in beside:
-            raise SourceError(
-                f"{candidate.name!r} is quantized by bitsandbytes ({blocks.kind}), but {candidate.name}.{role} is not "
-                "there: download the checkpoint again"
-            )
-        if beside[role].numel != count:
-            raise _misfit(candidate, beside[role].name, f"{beside[role].numel} values instead of {count}")
-    if blocks.nested_size and beside["absmax"].dtype != torch.uint8:
-        raise _misfit(candidate, beside["absmax"].name, f"{beside['absmax'].dtype} instead of uint8")
+            raise candidate.missing(f"{candidate.name}.{role}")
+        if beside[role].numel != count or len(beside[role].shape) != 1:
+            raise refuse(candidate, beside[role], f"{count} values are expected")
+    if (beside["absmax"].dtype == torch.uint8) != bool(blocks.nested_size):
+        raise refuse(candidate, beside["absmax"], "uint8 is for scales that are quantized themselves")
     assert codes.dtype is not None
-    nbytes = codes.numel * codes.dtype.itemsize
-    if nbytes != -(-blocks.numel // 2):
-        raise _misfit(candidate, candidate.name, f"{nbytes} bytes instead of {-(-blocks.numel // 2)}")
+    if codes.numel * codes.dtype.itemsize != -(-blocks.numel // 2):
+        raise refuse(candidate, beside["absmax"], f"a weight of shape {blocks.shape} has two codes in a byte")
     nested = (beside["nested_absmax"], beside["nested_quant_map"]) if blocks.nested_size else None
     return recipe_of(codes, Scales(beside["absmax"], blocks, nested), blocks)
 
@@ -288,7 +278,7 @@ def eight_bits(candidate: Candidate) -> Recipe:
     """
     codes, scales = candidate.codes, candidate.companions["SCB"]
     if len(codes.shape) != 2 or scales.numel != codes.shape[0]:
-        raise _misfit(candidate, scales.name, f"{scales.numel} scales for codes of shape {codes.shape}")
+        raise refuse(candidate, scales, "a float32 for each row is expected")
     arrangement = candidate.companions.get("format")
     if arrangement is not None and arrangement.take(()).flatten().tolist() != [0]:
         raise SourceError(
@@ -301,13 +291,6 @@ def eight_bits(candidate: Candidate) -> Recipe:
 
     inputs = {"codes": codes, "scales": scales}
     return Recipe("bitsandbytes int8, a scale for each row", codes.shape, torch.float32, inputs, dequantize, peak=0)
-
-
-def _misfit(candidate: Candidate, name: str, what: str) -> SourceError:
-    return SourceError(
-        f"{candidate.name!r} is quantized by bitsandbytes, but {name!r} does not fit ({what}): download it again, or "
-        f"leave the weight out with exclude={candidate.name!r}"
-    )
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def _eight_bits(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) 
 
 
 def _not_yet_quantized(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) -> Stored | None:
-    """bitsandbytes quantizes when a parameter is moved; until then, or for good, it holds the weights themselves."""
+    """What bitsandbytes quantizes when it is moved to a device, if ever; until then it holds the weights themselves."""
     known = type(tensor).__name__ in ("Params4bit", "Int8Params")
     carries = any(getattr(tensor, name, None) is not None for name in ("quant_state", "SCB"))
     whole = tensor.is_floating_point() and not getattr(tensor, "bnb_quantized", False)
@@ -171,7 +171,7 @@ def _of_layer(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) ->
     meta = getattr(holder, "meta", None)
     if not stored.name.endswith("W_q") or not isinstance(meta, dict) or "shape" not in meta:
         return None
-    shape, dtype = tuple(meta["shape"]), holder.compute_dtype
+    shape, dtype = tuple(meta["shape"]), vars(holder)["compute_dtype"]
     names = tuple(dict.fromkeys((*(n.removesuffix("W_q") + "weight" for n in stored.names), *stored.names)))
     description = f"hqq {meta['nbits']} bits, groups of {meta['group_size']}"
     numel = shape[0] * shape[1]

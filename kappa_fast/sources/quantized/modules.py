@@ -7,7 +7,7 @@ here goes through the same families as the tensors of a checkpoint.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def config_of(module: nn.Module | None, config: Mapping[str, Any]) -> Mapping[st
     version = getattr(module, "qzero_format", None)
     if callable(version):
         found |= {"quant_method": "gptq", "checkpoint_format": "gptq" if version() == 1 else "gptq_v2"}
-    weights = getattr(getattr(module, "quantization_scheme", None), "weights", None)
+    weights: Any = getattr(getattr(module, "quantization_scheme", None), "weights", None)
     if callable(getattr(weights, "model_dump", None)):
         group = {"targets": ["Linear"], "weights": weights.model_dump()}
         found |= {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
@@ -81,8 +81,8 @@ def config_of(module: nn.Module | None, config: Mapping[str, Any]) -> Mapping[st
 
 
 def config_in(config: object) -> Mapping[str, Any]:
-    """``quantization_config`` of a model's config, which is an object or what JSON made of one; empty if it has none."""
-    found = getattr(config, "quantization_config", None)
+    """``quantization_config`` of a model's config, an object or what JSON made of one; empty if it has none."""
+    found: Any = getattr(config, "quantization_config", None)
     if found is None:
         text = getattr(config, "text_config", None)
         found = getattr(text, "quantization_config", None)
@@ -91,29 +91,27 @@ def config_in(config: object) -> Mapping[str, Any]:
     return dict(found) if isinstance(found, Mapping) else {}
 
 
-def out_of_reach(name: str, module: nn.Module, shown: Collection[str]) -> Iterator[Stored]:
-    """Weights of a module that are in none of its tensors: a layer with sizes and no matrix, experts for one kernel.
+def out_of_reach(model: nn.Module, shown: Collection[str]) -> Iterator[Stored]:
+    """Weights that are in no tensor of the model: layers with sizes and no matrix, experts for one kernel.
 
     Args:
-        name: of the module in the model, with a dot at the end; "" for the model itself.
-        shown: names of all tensors with two or more dimensions, and of all modules that hold any.
+        model: the whole model.
+        shown: names of all modules that hold a matrix, themselves or further down.
     """
-    kind = type(module).__name__
-    for stack in _STACKS:
-        kept = vars(module).get(stack)
-        shape = getattr(kept, "shape", None)
-        if kept is not None and not isinstance(kept, torch.Tensor) and shape is not None and len(shape) == 3:
-            reason = f"codes in the order of one kernel ({kind}): rank the checkpoint"
-            yield _unknown(name + stack, tuple(map(int, shape)), reason)
-    sizes = [vars(module).get(side) for side in ("out_features", "in_features")]
-    if all(isinstance(n, int) and n > 0 for n in sizes) and name.rstrip(".") not in shown:
-        yield _unknown(
-            name + "weight", (sizes[0], sizes[1]), f"kept by {kind} where it cannot be read: rank the checkpoint"
-        )
+    for name, module in model.named_modules():
+        kind, start = type(module).__name__, f"{name}." if name else ""
+        for stack in _STACKS:
+            kept = vars(module).get(stack)
+            shape = getattr(kept, "shape", None)
+            if kept is not None and not isinstance(kept, torch.Tensor) and shape is not None and len(shape) == 3:
+                yield _unknown(start + stack, shape, f"codes in the order of one kernel ({kind}): rank the checkpoint")
+        sizes = [vars(module).get(side) for side in ("out_features", "in_features")]
+        if name not in shown and all(isinstance(n, int) and n > 0 for n in sizes):
+            yield _unknown(start + "weight", sizes, f"kept by {kind} where it cannot be read: rank the checkpoint")
 
 
-def _unknown(name: str, shape: tuple[int, ...], reason: str) -> Stored:
+def _unknown(name: str, shape: Iterable[Any], reason: str) -> Stored:
     def take(index: object, device: torch.device | None = None) -> torch.Tensor:
         raise AssertionError(f"{name!r} has a problem and is not read")
 
-    return Stored((name,), shape, None, torch.device("cpu"), take, reason)
+    return Stored((name,), tuple(int(size) for size in shape), None, torch.device("cpu"), take, reason)

@@ -93,13 +93,13 @@ def _dtype_name(stored: Stored) -> str:
 class Family(Protocol):
     """Formats that have something in common.
 
-    ``recognize`` returns None for what is not of the family, and raises SourceError for what is, but damaged: a
-    companion that is missing or has the wrong shape or dtype.
+    ``recognize`` returns None for what is not of the family, a text with the reason for what is of it and cannot be
+    dequantized, and raises SourceError for what is damaged: a companion that is missing, or has a wrong shape or dtype.
     """
 
     name: str
 
-    def recognize(self, candidate: Candidate, /) -> Recipe | None: ...
+    def recognize(self, candidate: Candidate, /) -> Recipe | str | None: ...
 
 
 def compose(stored: Stored, recipe: Recipe) -> Stored:

@@ -43,7 +43,7 @@ def dequantizer(tensor: torch.Tensor) -> Dequantize | None:
 
 
 def refusal(tensor: torch.Tensor, dequantize: Dequantize) -> str | None:
-    """Why ``dequantize`` would not give plain numbers of the tensor's shape and dtype, tried without values; or None."""
+    """Why ``dequantize`` would not give plain numbers of its shape and dtype, as tried without values; or None."""
     try:
         empty = tensor.detach().to("meta")
         found = dequantize(empty)
@@ -63,16 +63,16 @@ def _int4(tensor: Any) -> torch.Tensor:
     packed = tensor.qdata.view(torch.int8)
     values = torch.stack([(packed << 4) >> 4, packed >> 4], -1).flatten(-2).float()  # shifts of int8 keep the sign
     scale, zero = (t.float().transpose(-1, -2).unsqueeze(-1) for t in (tensor.scale, tensor.zero_point))
-    grouped = values.unflatten(-1, (scale.shape[-2], -1))
+    grouped = values.view(*scale.shape[:-1], -1)
     return grouped.mul_(scale).add_(zero).flatten(-2).to(tensor.dtype)
 
 
-class _Torchao:
+class Torchao:
     """Recognizes the tensors of a file by their names and what the header says about them."""
 
     name = "torchao"
 
-    def recognize(self, candidate: Candidate, /) -> Recipe | None:
+    def recognize(self, candidate: Candidate, /) -> Recipe | str | None:
         """See ``recipe.Family``.
 
         Raises:
@@ -93,9 +93,6 @@ class _Torchao:
         return _recipe(name, _description(name, said), candidate)
 
 
-FAMILY = _Torchao()
-
-
 def _description(name: str, said: str) -> Mapping[str, Any]:
     try:
         description = json.loads(said)
@@ -107,16 +104,13 @@ def _description(name: str, said: str) -> Mapping[str, Any]:
     return description
 
 
-def _recipe(name: str, description: Mapping[str, Any], candidate: Candidate) -> Recipe:
+def _recipe(name: str, description: Mapping[str, Any], candidate: Candidate) -> Recipe | str:
     parts = {CODES: candidate.codes}
     for part in description["_tensor_data_names"]:
         if part == CODES:
             continue
         if part not in candidate.companions:
-            raise SourceError(
-                f"{name!r} is quantized by torchao ({description['_type']}), but the part {part!r} of it is not there: "
-                "download the checkpoint again"
-            )
+            raise candidate.missing(f"{candidate.name.removesuffix(CODES)}{part}")
         parts[part] = candidate.companions[part]
     kind = f"torchao {description['_type']}"
     empty = {part: torch.empty(s.shape, dtype=s.dtype, device="meta") for part, s in parts.items()}
@@ -124,17 +118,14 @@ def _recipe(name: str, description: Mapping[str, Any], candidate: Candidate) -> 
     dequantize = dequantizer(whole)
     why = refusal(whole, dequantize) if dequantize is not None else "it has no dequantize()"
     if why is not None:
-        raise SourceError(
-            f"{name!r} is quantized by torchao as {description['_type']}, which cannot be dequantized ({why}): rank the "
-            f"model before it is quantized, or leave the weight out with exclude={name!r}"
-        )
+        return f"quantized by {kind}, which cannot be dequantized ({why}): rank the model before it is quantized"
     shape, dtype = tuple(whole.shape), whole.dtype
     experts = shape[0] if len(shape) == 3 else 0
     if experts and all(s.shape[:1] == (experts,) or s.numel == 1 for s in parts.values()):
         one = _of_one_expert(description, shape)
 
         def of_expert(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            stacked = {p: t if parts[p].numel == 1 else t.unsqueeze(0) for p, t in inputs.items()}
+            stacked = {p: t if t.shape == parts[p].shape else t.unsqueeze(0) for p, t in inputs.items()}
             return _dequantized(name, one, stacked)[0]
 
         return Recipe(kind, shape, dtype, parts, of_expert, peak=8)
@@ -190,6 +181,5 @@ class _Whole:
 
 def _unreadable(name: str, error: Exception) -> SourceError:
     return SourceError(
-        f"{name!r} is quantized by torchao, but its parts do not make a tensor ({error!r}): download the checkpoint "
-        f"again, or leave the weight out with exclude={name!r}"
+        f"{name!r} is quantized by torchao, but its parts make no tensor ({error!r}): download the checkpoint again"
     )
