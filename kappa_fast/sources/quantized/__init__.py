@@ -50,16 +50,18 @@ def weights_of(
         SourceError: a companion is missing or does not fit, or the weight is there twice, as codes and plain.
     """
     by_name = {name: t for t in found if t.problem is None for name in t.names}
+    coded = [t for t in found if t.problem is None and t.quantization is None and _may_be_codes(t, by_name)]
+    candidates = [
+        _candidate(t, by_name, (config(t) if callable(config) else config) or {}, header or {}) for t in coded
+    ]
+    companions = {id(companion) for candidate in candidates for companion in candidate.companions.values()}
     replaced: dict[int, Stored] = {}
-    scales: set[str] = set()
-    for stored in found:
-        if stored.quantization is not None:  # it has its scales with it; a state dict has them beside it as well
-            scales.update(c for name in stored.names for c in codes.companions(name, by_name))
+    # What was dequantized before has its scales with it; in a state dict they lie beside it as well.
+    complete = (name for t in found if t.quantization is not None for name in t.names)
+    scales = {companion for name in complete for companion in codes.companions(name, by_name)}
+    for stored, candidate in zip(coded, candidates, strict=True):
+        if id(stored) in companions:  # scales may come in the dtypes of codes
             continue
-        if stored.problem is not None or not _may_be_codes(stored, by_name):
-            continue
-        said = config(stored) if callable(config) else config
-        candidate = _candidate(stored, by_name, said or {}, header or {})
         recipe = next((r for family in FAMILIES if (r := family.recognize(candidate)) is not None), None)
         if isinstance(recipe, str):
             replaced[id(stored)] = replace(stored, problem=recipe)

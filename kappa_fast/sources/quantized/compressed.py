@@ -14,7 +14,7 @@ import torch
 
 from ..base import Stored
 from .config import is_left_plain, method_of, scheme_of, whole_number
-from .packed import FLOATS
+from .packed import FLOATS, checked_groups
 from .recipe import Candidate, Recipe, refuse
 from .unpack import WORD, affine, block_size, e2m1, fields, times_blocks
 
@@ -79,7 +79,14 @@ def _ints(candidate: Candidate, scale: Stored, zero: Stored | None, packed: bool
         dtype=scale.dtype or torch.bfloat16,
         inputs={role: stored for role, stored in found.items() if stored is not None},
         dequantize=partial(
-            _dequantize_ints, bits=bits, packed=packed, group=group, columns=shape[-1], rows=shape[-2], groups=groups
+            _dequantize_ints,
+            name=candidate.name,
+            bits=bits,
+            packed=packed,
+            group=group,
+            columns=shape[-1],
+            rows=shape[-2],
+            groups=groups,
         ),
         peak=16,
     )
@@ -127,7 +134,15 @@ def _described(scale: Stored, groups: int, group: int) -> str:
 
 
 def _dequantize_ints(
-    inputs: Mapping[str, torch.Tensor], *, bits: int, packed: bool, group: int, columns: int, rows: int, groups: int
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    name: str,
+    bits: int,
+    packed: bool,
+    group: int,
+    columns: int,
+    rows: int,
+    groups: int,
 ) -> torch.Tensor:
     # Of unsigned fields and unsigned zero points the middle of the range cancels.
     middle = 1 << (bits - 1)
@@ -135,10 +150,11 @@ def _dequantize_ints(
     scale, zero = inputs["scale"].reshape(-1, groups), inputs.get("zero")
     if zero is not None and zero.dtype == torch.int32:
         zero = fields(zero.t().contiguous(), bits, rows).t() - middle
+    zero = None if zero is None else zero.reshape(-1, groups)
     order = inputs.get("g_idx")
-    if order is None or int(order.min()) < 0:  # all -1: never set
-        return affine(codes, scale, None if zero is None else zero.reshape(-1, groups), group)
-    return affine(codes, scale, None if zero is None else zero.reshape(-1, groups), order)
+    if order is None or int(order.max()) == -1:  # -1 throughout: never set
+        return affine(codes, scale, zero, group)
+    return affine(codes, scale, zero, checked_groups(order, groups, name))
 
 
 class NVFP4:

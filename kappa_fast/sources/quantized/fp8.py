@@ -17,7 +17,7 @@ from ...errors import SourceError
 from ..base import Stored
 from .config import is_left_plain, method_of, scheme_of, whole_number
 from .recipe import Candidate, Recipe, refuse
-from .unpack import block_size, scale_values, times_blocks
+from .unpack import block_sizes, scale_values, times_blocks
 
 FORMATS = {
     torch.float8_e4m3fn: "e4m3",
@@ -52,7 +52,7 @@ class FP8:
         rows, columns = _laid_out(candidate, scale)
         if min(rows, columns) == 1 and scale.name.rpartition(".")[2] == "scale":
             return None  # DeepSeek calls the scales of blocks so, others what they have divided or multiplied by
-        block = (_block(candidate, scale, 0, rows), _block(candidate, scale, 1, columns))
+        block = _block(candidate, scale, rows, columns)
         return Recipe(
             quantization=f"fp8 {kind}, {describe_blocks(codes.shape, block)}",
             shape=codes.shape,
@@ -94,13 +94,20 @@ def _laid_out(candidate: Candidate, scale: Stored) -> tuple[int, int]:
     raise refuse(candidate, scale, "it has neither one scale, nor one for each row, nor a grid of blocks")
 
 
-def _block(candidate: Candidate, scale: Stored, axis: int, count: int) -> int:
-    size = candidate.codes.shape[axis - 2]
-    found = size if count == 1 else 1 if count == size else block_size(size, count, _configured(candidate, axis))
-    if found is None:
-        along = "rows" if axis == 0 else "columns"
-        raise refuse(candidate, scale, f"{count} scales along {size} {along} leave open which belongs to which")
-    return found
+def _block(candidate: Candidate, scale: Stored, *counts: int) -> tuple[int, int]:
+    """Rows and columns of a block. Blocks are square where nothing else is said, which tells 128 from 96."""
+    shape = candidate.codes.shape[-2:]
+    plausible = [
+        {1} if count == size else block_sizes(size, count, _configured(candidate, axis))
+        for axis, (size, count) in enumerate(zip(shape, counts, strict=True))
+    ]
+    square = plausible[0] & plausible[1]
+    if len(square) == 1 and all(1 < count < size for size, count in zip(shape, counts, strict=True)):
+        plausible = [square, square]
+    for sizes, size, count, along in zip(plausible, shape, counts, ("rows", "columns"), strict=True):
+        if len(sizes) != 1:
+            raise refuse(candidate, scale, f"{count} scales along {size} {along} leave open which belongs to which")
+    return min(plausible[0]), min(plausible[1])
 
 
 def _configured(candidate: Candidate, axis: int) -> int | None:

@@ -133,12 +133,9 @@ def _dequantize_gptq(
     inputs: Mapping[str, torch.Tensor], *, name: str, bits: int, group: int | None, offset: int | None
 ) -> torch.Tensor:
     scales = inputs["scales"].t()  # (outputs, groups)
-    groups = inputs.get("g_idx", group)
-    if isinstance(groups, torch.Tensor) and not 0 <= int(groups.min()) <= int(groups.max()) < scales.shape[1]:
-        raise SourceError(
-            f"g_idx of {name!r} names groups from {int(groups.min())} to {int(groups.max())}, but there are scales for "
-            f"{scales.shape[1]}: download it again"
-        )
+    groups: torch.Tensor | int | None = group
+    if "g_idx" in inputs:
+        groups = checked_groups(inputs["g_idx"], scales.shape[1], name)
     codes = fields(inputs["codes"].t().contiguous(), bits, inputs["codes"].shape[0] * WORD // bits)
     zeros = fields(inputs["zeros"], bits, scales.shape[0]).t()
     if offset is None:
@@ -146,6 +143,20 @@ def _dequantize_gptq(
     # In the first version 0 is stored as the largest zero point.
     zeros = (zeros + offset) & ((1 << bits) - 1)
     return affine(codes, scales, zeros, groups if groups is not None else codes.shape[1])
+
+
+def checked_groups(order: torch.Tensor, groups: int, name: str) -> torch.Tensor:
+    """``order`` (``g_idx``) if it names only groups that have scales.
+
+    Raises:
+        SourceError: it does not.
+    """
+    low, high = int(order.min()), int(order.max())
+    if 0 <= low <= high < groups:
+        return order
+    raise SourceError(
+        f"g_idx of {name!r} names groups from {low} to {high}, but there are scales for {groups}: download it again"
+    )
 
 
 def _offset_of(zeros: torch.Tensor, bits: int, name: str) -> int:

@@ -95,17 +95,20 @@ def affine(
     return shifted.to(scale.dtype).mul_(scale.index_select(1, group))
 
 
-def block_size(size: int, count: int, configured: int | None) -> int | None:
-    """How many of ``size`` entries share a scale if there are ``count`` scales; None if that is not known.
+def block_sizes(size: int, count: int, configured: int | None) -> set[int]:
+    """How many of ``size`` entries may share a scale if there are ``count`` scales; empty if nothing fits.
 
-    Without ``configured`` the size is taken from the counts, if only one is plausible: a power of two from 8 on, or
-    equal shares. A configured size that does not fit is not known either.
+    What is configured, if it fits; else powers of two from 8 on, and equal shares.
     """
     if count == 1:
-        return size
+        return {size}
     if configured is not None:
-        return configured if configured > 0 and -(-size // configured) == count else None
+        return {configured} if configured > 0 and -(-size // configured) == count else set()
     plausible = {block for block in _TYPICAL_BLOCKS if -(-size // block) == count}
-    if count and size % count == 0:
-        plausible.add(size // count)
+    return plausible | ({size // count} if count and size % count == 0 else set())
+
+
+def block_size(size: int, count: int, configured: int | None) -> int | None:
+    """The only one of ``block_sizes``, or None."""
+    plausible = block_sizes(size, count, configured)
     return plausible.pop() if len(plausible) == 1 else None
