@@ -138,12 +138,12 @@ def _of_itself(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) -
 
 def _can_be_cut(tensor: torch.Tensor) -> bool:
     try:
-        first = tensor.detach()[0]
+        last = tensor.detach()[tensor.shape[0] - 1]  # the first is there also where experts share their scales
     except Exception:  # the subclass says in its own way that it does not know how
         return False
-    dequantize = torchao.dequantizer(first)
-    same = type(first) is type(tensor.detach()) and first.shape == tensor.shape[1:]
-    return same and dequantize is not None and torchao.refusal(first, dequantize) is None
+    dequantize = torchao.dequantizer(last)
+    same = type(last) is type(tensor.detach()) and last.shape == tensor.shape[1:]
+    return same and dequantize is not None and torchao.refusal(last, dequantize) is None
 
 
 @dataclass(frozen=True)

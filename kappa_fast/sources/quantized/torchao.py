@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,8 +122,8 @@ def _recipe(name: str, description: Mapping[str, Any], candidate: Candidate) -> 
         return f"quantized by {kind}, which cannot be dequantized ({why}): rank the model before it is quantized"
     shape, dtype = tuple(whole.shape), whole.dtype
     experts = shape[0] if len(shape) == 3 else 0
-    if experts and all(s.shape[:1] == (experts,) or s.numel == 1 for s in parts.values()):
-        one = _of_one_expert(description, shape)
+    one = _of_one_expert(name, description, shape, parts) if experts else None
+    if one is not None:
 
         def of_expert(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
             stacked = {p: t if t.shape == parts[p].shape else t.unsqueeze(0) for p, t in inputs.items()}
@@ -135,11 +136,25 @@ def _recipe(name: str, description: Mapping[str, Any], candidate: Candidate) -> 
     return Recipe(kind, shape, dtype, parts, lambda inputs: _dequantized(name, description, inputs), peak=8)
 
 
-def _of_one_expert(description: Mapping[str, Any], shape: tuple[int, ...]) -> Mapping[str, Any]:
+def _of_one_expert(
+    name: str, description: Mapping[str, Any], shape: tuple[int, ...], parts: Mapping[str, Stored]
+) -> Mapping[str, Any] | None:
+    """The description of a stack of one; None if experts share what they are dequantized with."""
     one = copy.deepcopy(dict(description))
     if "shape" in one["_data"]:
         one["_data"]["shape"] = [1, *shape[1:]]
-    return one
+    cut = {part: (1, *s.shape[1:]) if s.shape[:1] == shape[:1] else s.shape for part, s in parts.items()}
+    shared = [size for part, size in cut.items() if size == parts[part].shape and math.prod(size) > 1]
+    if shared and shape[0] > 1:
+        return None
+    try:
+        empty = {p: torch.empty(size, dtype=parts[p].dtype, device="meta") for p, size in cut.items()}
+        stack = _made(name, one, empty)
+    except SourceError:
+        return None
+    dequantize = dequantizer(stack)
+    fits = stack.shape == (1, *shape[1:]) and dequantize is not None and refusal(stack, dequantize) is None
+    return one if fits else None
 
 
 def _made(name: str, description: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
