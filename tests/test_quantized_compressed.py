@@ -76,7 +76,7 @@ def test_integers_are_what_the_library_makes_of_them(format, scheme, words, tmp_
     tensors = {f"a.{name}": tensor for name, tensor in stored.items()}
     ranking = check(saved(tmp_path, tensors, quantization_config=settings(format, INT | scheme)), {"a.weight": values})
     (entry,) = ranking
-    assert (entry.quantization, entry.dtype) == (f"compressed-tensors {words}", "bfloat16")
+    assert (entry.quantization, entry.dtype) == (f"{words} (compressed-tensors)", "bfloat16")
     assert ranking.metadata["num_parameters"] == ROWS * COLUMNS
     check_complete(tensors, ranking)
     check(tensors, {"a.weight": values})
@@ -170,8 +170,8 @@ def test_the_config_group_of_a_module_is_found_by_name_pattern_or_class(targets,
         stored, truth[f"b.{name}.weight"] = compressed(trained(ROWS, 192), PACKED, scheme)
         tensors |= {f"b.{name}.{key}": tensor for key, tensor in stored.items()}
     found = {e.name: e.quantization for e in check(saved(tmp_path, tensors, quantization_config=config), truth)}
-    assert found["b.q_proj.weight"] == "compressed-tensors int4, groups of 64"
-    assert found["b.k_proj.weight"] == "compressed-tensors int8, groups of 32"
+    assert found["b.q_proj.weight"] == "int4, groups of 64 (compressed-tensors)"
+    assert found["b.k_proj.weight"] == "int8, groups of 32 (compressed-tensors)"
 
 
 def test_what_a_format_of_the_library_lacks_here_is_skipped_by_name(tmp_path):

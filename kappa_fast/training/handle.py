@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..errors import OptionError
-from ..integrations.names import Target, match
+from ..integrations.names import Target, holds_codes, match
 from ..selection import Selection
 from .masks import Frozen
 
@@ -208,10 +208,10 @@ def _check(model: nn.Module, targets: list[Target]) -> None:
             raise OptionError(
                 f"{name!r} is a flat parameter of FSDP1: wrap the model with use_orig_params=True, or use FSDP2"
             )
-        if name in chosen and not (parameter.is_floating_point() or parameter.is_complex()):
+        if name in chosen and holds_codes(parameter):
             raise OptionError(
-                f"{name!r} is stored as {parameter.dtype}, which cannot be trained: leave it out with "
-                f"excluding({name!r}), or train an adapter beside it"
+                f"{name!r} is stored as {parameter.dtype}, which cannot be trained: train adapters beside it "
+                f"(kappa_fast.integrations.peft.lora_config), or leave it out with excluding({name!r})"
             )
     if _in_ddp(model) and any(p.requires_grad != (n in chosen) for n, p in parameters.items()):
         flips = next(n for n, p in parameters.items() if p.requires_grad != (n in chosen))

@@ -74,7 +74,7 @@ def _ints(candidate: Candidate, scale: Stored, zero: Stored | None, packed: bool
         raise candidate.missing("weight_zero_point")
     found = {"codes": codes, "scale": scale, "zero": zero, "g_idx": order}
     return Recipe(
-        quantization=f"compressed-tensors int{bits}, {_described(scale, groups, group)}",
+        quantization=f"int{bits}, {_described(scale, groups, group)} (compressed-tensors)",
         shape=shape,
         dtype=scale.dtype or torch.bfloat16,
         inputs={role: stored for role, stored in found.items() if stored is not None},
