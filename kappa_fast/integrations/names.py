@@ -74,8 +74,9 @@ def match(selection: Selection, model: nn.Module) -> list[Target]:
     checkpoint that transformers converts while loading. Names and shapes are checked, contents are not.
 
     Raises:
-        OptionError: the model lacks a parameter of the selection, or has it in another shape or as codes of a quantized
-            stack; an ``including`` pattern matches nothing.  MissingExtraError: names of a checkpoint need transformers, which is not installed.
+        OptionError: the model lacks a parameter of the selection, has it in another shape, or a part of it as codes;
+            an ``including`` pattern matches nothing.  MissingExtraError: names of a checkpoint need transformers, which
+            is not installed.
     """
     names = _Names(model)
     chosen: dict[str, list[tuple[Index, TensorKappa]]] = {}
@@ -200,8 +201,8 @@ def _check_shapes(names: _Names, chosen: dict[str, list[tuple[Index, TensorKappa
         for index, entry in pairs:
             if coded and index and not _fits(shape, index, entry.shape):
                 raise OptionError(
-                    f"{entry.key!r} is a part of {name!r}, which holds codes ({names.parameters[name].dtype}) and cannot "
-                    f"be trained: leave it out with excluding({entry.name!r})"
+                    f"{entry.key!r} is a part of {name!r}, which holds codes ({names.parameters[name].dtype}) that "
+                    f"cannot be trained: leave it out with excluding({entry.name!r})"
                 )
             if entry.numel and not (coded and index == ()) and not _fits(shape, index, entry.shape):
                 wrong.append(f"{entry.key!r} is {tuple(entry.shape)} in the ranking, but {name!r} is {tuple(shape)}")

@@ -106,8 +106,11 @@ def _stored(names: tuple[str, ...], item: _Held, places: list[_Place], head: boo
     roles: set[Role] = {role for place in places for role in place.roles}
     if head:
         roles.add("head")
+    if modules.is_scale(item.holder, item.leaf):
+        roles.add("scales")
     owner, model_types = places[0].owner, places[0].model_types
-    found = store(names, item.tensor, owner, model_types, frozenset(roles), item.holder)
+    tensor = modules.as_on_disk(item.holder, item.leaf, item.tensor)
+    found = store(names, tensor, owner, model_types, frozenset(roles), item.holder)
     problem = modules.problem_of(item.holder, item.leaf)
     return replace(found, problem=problem) if problem is not None and found.problem is None else found
 

@@ -50,7 +50,8 @@ def weights_of(
         SourceError: a companion is missing or does not fit, or the weight is there twice, as codes and plain.
     """
     by_name = {name: t for t in found if t.problem is None for name in t.names}
-    coded = [t for t in found if t.problem is None and t.quantization is None and _may_be_codes(t, by_name)]
+    undecided = [t for t in found if t.problem is None and t.quantization is None and "scales" not in t.roles]
+    coded = [t for t in undecided if _may_be_codes(t, by_name)]
     candidates = [
         _candidate(t, by_name, (config(t) if callable(config) else config) or {}, header or {}) for t in coded
     ]

@@ -33,6 +33,11 @@ _UNREAD = {
     "SINQLinear": "sinq",
     "VQuantLinear": "vptq",
 }
+# Classes of transformers that keep scales the other way round than the weight, for the kernel they call.
+_TURNED = {
+    "CompressedTensorsFP8Linear": ("weight_scale",),  # [1, out] beside [out, in]
+    "FbgemmFp8Llama4TextExperts": ("down_proj_scale",),  # [experts, out, 1] beside [experts, in, out]
+}
 # Attributes under which transformers' Mxfp4GptOssExperts keeps objects of triton_kernels in place of parameters.
 _STACKS = ("gate_up_proj", "down_proj")
 
@@ -53,6 +58,12 @@ def beside_codes(module: nn.Module) -> dict[str, torch.Tensor]:
     return {n: t for n, t in {**buffers, **attributes}.items() if n in belongs and n not in own}
 
 
+def as_on_disk(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A view of a tensor of a module as checkpoints have it, where the module has turned it."""
+    turned = any(name in _TURNED.get(c.__name__, ()) for c in type(module).__mro__)
+    return tensor.transpose(-1, -2) if turned and tensor.dim() >= 2 else tensor
+
+
 def problem_of(module: nn.Module, name: str) -> str | None:
     """Why the tensor of this name in a module is no weight, whatever is beside it; None if its class is no reason."""
     kinds = [c.__name__ for c in type(module).__mro__]
@@ -62,6 +73,18 @@ def problem_of(module: nn.Module, name: str) -> str | None:
     if name == "qweight" and not any(_AS_STORED.fullmatch(kind) for kind in kinds):
         return f"codes in the order of one kernel ({kinds[0]}): rank the checkpoint"
     return None
+
+
+def is_scale(module: nn.Module, name: str) -> bool:
+    """True for what compressed-tensors keeps beside a weight that it has calibrated and not compressed yet.
+
+    The weight is as it was, and rounded in every forward pass; zero points may come in float8, as if they were codes.
+    """
+    weight = module._parameters.get("weight")
+    plain = weight is not None and not codes.may_be_codes(weight.dtype)
+    if not plain or getattr(module, "quantization_scheme", None) is None:
+        return False
+    return name in codes.companions("weight", module._parameters) or name.startswith(("input_", "output_"))
 
 
 def config_of(module: nn.Module | None, config: Mapping[str, Any]) -> Mapping[str, Any]:
