@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from models import EVERYTHING, matrices
-from packing import check, minilm, saved, trained
+from packing import check, in_bytes, minilm, saved, trained
 from safetensors.torch import save_file
-from test_quantized_fp4 import as_in_gpt_oss
+from test_quantized_fp4 import as_in_gpt_oss, nvfp4
 from test_quantized_fp8 import FP8, dequantized, quantized
-from test_quantized_packed import config, gptq, in_turn
+from test_quantized_packed import awq, config, gptq, in_turn
+from torch.profiler import ProfilerActivity, profile
 
 import kappa_fast
 from kappa_fast.errors import SourceError
@@ -181,6 +183,17 @@ def test_codes_and_scales_may_lie_in_different_shards(tmp_path):
         kappa_fast.rank(tmp_path / "model-00001-of-00002.safetensors")
 
 
+def test_scales_whose_codes_are_elsewhere_are_no_weights():
+    names = ("a.weight_scale_inv", "b.weight_scale", "experts.down_proj_scale", "experts.up_proj_scale_inv")
+    source = dict.fromkeys(("w", "logit_scale", "scale_proj.weight", "kept.weight_scale"), None)
+    tensors = {name: torch.randn(16, 16) for name in (*names, *source, "kept.weight")}
+    opened = open_source(tensors, EVERYTHING)
+    assert {m.name for m in opened.matrices} == {*source, "kept.weight"}
+    assert {s.name for s in opened.skipped} == set(names)
+    assert all(s.reason.startswith("scales or zero points of quantized weights") for s in opened.skipped)
+    assert opened.num_parameters == 5 * 256
+
+
 def test_scales_that_the_index_does_not_list_are_not_used(tmp_path):
     codes, scale = quantized(trained(128, 128), (128, 128))
     save_file({"a.weight": codes, "a.weight_scale_inv": scale}, tmp_path / "model-00001-of-00001.safetensors")
@@ -276,3 +289,55 @@ def test_no_family_takes_what_has_another_dtype_or_rank():
                 (codes, *rest), _ = recorded({name: torch.zeros(shape, dtype=dtype), "scales": scale})
                 candidate = Candidate(codes, {"scale": rest[0]})
                 assert all(family.recognize(candidate) is None for family in FAMILIES), (name, dtype, shape)
+
+
+# Memory
+
+
+def peak_of(matrix) -> int:
+    """Bytes that torch has allocated at most while the matrix was loaded, what is returned among them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+        loaded = matrix.load()
+    changes = [e.nbytes() for e in recording.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert loaded.numel()
+    return max(itertools.accumulate(changes))
+
+
+def in_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    codes, scale = quantized(weight, (64, 64))
+    return {"a.weight": codes, "a.weight_scale_inv": scale}
+
+
+def in_nvfp4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    codes, scale, by = nvfp4(weight)
+    return {"a.weight_packed": in_bytes(codes), "a.weight_scale": scale, "a.weight_global_scale": torch.tensor([by])}
+
+
+def in_int4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    rows, columns = weight.shape
+    zero = {"a.weight_zero_point": torch.zeros(rows // 8, 4).int(), "a.weight_scale": torch.ones(rows, 4).bfloat16()}
+    return zero | {
+        "a.weight_packed": torch.zeros(rows, columns // 8).int(),
+        "a.weight_shape": torch.tensor([rows, columns]),
+    }
+
+
+FORMATS = {
+    "fp8": in_fp8,
+    "gpt-oss": lambda weight: as_in_gpt_oss("down_proj", weight[None].contiguous())[0],
+    "nvfp4": in_nvfp4,
+    "gptq 3 bits": lambda weight: gptq(weight, 3, in_turn(64, 256), symmetric=True)[0],
+    "gptq 4 bits": lambda weight: gptq(weight, 4, in_turn(64, 256), symmetric=True)[0],
+    "awq": lambda weight: awq(weight, 64)[0],
+    "int4": in_int4,
+    "int8": lambda weight: {"a.weight": torch.ones(256, 256).char(), "a.weight_scale": torch.ones(256, 1).bfloat16()},
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_loading_takes_no_more_than_is_counted_and_not_far_less(format):
+    (matrix,) = matrices(FORMATS[format](trained(256, 256))).values()
+    matrix.load()  # whatever is allocated once
+    peak = peak_of(matrix)
+    assert peak <= matrix.nbytes + matrix.overhead
+    assert matrix.nbytes + matrix.overhead <= 2 * peak

@@ -63,6 +63,10 @@ _BESIDE = (
 )
 
 
+# What nothing but scales are called, so that they are known where their codes are in another file.
+_UNMISTAKABLE = re.compile(r"(?:(?:weight|_proj)_scale(?:_inv|_2)?|weight_global_scale)$")
+
+
 def may_be_codes(dtype: torch.dtype | None) -> bool:
     """True for dtypes in which quantized weights are stored."""
     return dtype is not None and not dtype.is_complex and (not dtype.is_floating_point or dtype.itemsize == 1)
@@ -76,6 +80,16 @@ def companions(name: str, names: Collection[str]) -> list[str]:
     candidates = [name + suffix for suffix in _APPENDED]
     candidates += [stem + suffix for suffix in _BESIDE if stem != name]
     return [candidate for candidate in dict.fromkeys(candidates) if candidate != name and candidate in names]
+
+
+def is_orphan(name: str, names: Collection[str]) -> bool:
+    """True for scales whose codes are not there."""
+    found = _UNMISTAKABLE.search(name)
+    if found is None:
+        return False
+    stem = name[: found.start()]
+    owner = stem + ("_proj" if found.group().startswith("_proj") else "weight")
+    return not any(candidate in names for candidate in (owner, f"{stem}weight_packed", f"{owner}_packed"))
 
 
 def role_of(name: str, companion: str) -> str:

@@ -75,6 +75,7 @@ def weights_of(
         _check_single(candidate, by_name)
         replaced[id(stored)] = compose(stored, recipe)
         scales.update(name for companion in candidate.companions.values() for name in companion.names)
+    scales |= {name for name in by_name if codes.is_orphan(name, by_name)}
     return [
         replaced.get(id(t)) or (t if scales.isdisjoint(t.names) else replace(t, roles=t.roles | {"scales"}))
         for t in found

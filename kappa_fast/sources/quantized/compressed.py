@@ -88,7 +88,7 @@ def _ints(candidate: Candidate, scale: Stored, zero: Stored | None, packed: bool
             rows=shape[-2],
             groups=groups,
         ),
-        peak=16,
+        peak=8,
     )
 
 
@@ -186,7 +186,7 @@ class NVFP4:
             dtype=torch.float32,
             inputs={"codes": codes, "scale": scale, "whole": whole},
             dequantize=partial(_dequantize_nvfp4, divides=divides),
-            peak=12,
+            peak=5,
         )
 
 

@@ -97,19 +97,40 @@ def _laid_out(candidate: Candidate, scale: Stored) -> tuple[int, int]:
 
 
 def _block(candidate: Candidate, scale: Stored, *counts: int) -> tuple[int, int]:
-    """Rows and columns of a block. Blocks are square where nothing else is said, which tells 128 from 96."""
+    """Rows and columns of a block. Blocks are square, or equal shares, where nothing else is said."""
     shape = candidate.codes.shape[-2:]
-    plausible = [
-        {1} if count == size else block_sizes(size, count, _configured(candidate, axis))
-        for axis, (size, count) in enumerate(zip(shape, counts, strict=True))
-    ]
+    configured = _configured(candidate, 0), _configured(candidate, 1)
+    plausible = [_plausible(*of_axis) for of_axis in zip(shape, counts, configured, strict=True)]
     square = plausible[0] & plausible[1]
     if len(square) == 1 and all(1 < count < size for size, count in zip(shape, counts, strict=True)):
         plausible = [square, square]
-    for sizes, size, count, along in zip(plausible, shape, counts, ("rows", "columns"), strict=True):
-        if len(sizes) != 1:
-            raise refuse(candidate, scale, f"{count} scales along {size} {along} leave open which belongs to which")
+    if len(candidate.codes.shape) == 3 and counts[0] == 2 and _has_two_halves(shape, counts[1], plausible, configured):
+        plausible[0] = {shape[0] // 2}
+    for axis, along in enumerate(("rows", "columns")):
+        if len(plausible[axis]) != 1:
+            why = f"{counts[axis]} scales along {shape[axis]} {along} "
+            fixed = configured[axis]
+            why += "leave open which belongs to which" if fixed is None else f"are not those of blocks of {fixed}"
+            raise refuse(candidate, scale, why)
     return min(plausible[0]), min(plausible[1])
+
+
+def _plausible(size: int, count: int, configured: int | None) -> set[int]:
+    if configured is not None and -(-size // max(configured, 1)) != count:
+        return set()
+    return {1} if count == size else block_sizes(size, count, configured)
+
+
+def _has_two_halves(
+    shape: Sequence[int], across: int, plausible: Sequence[set[int]], configured: Sequence[int | None]
+) -> bool:
+    """Whether two scales along the rows are those of gate and up, which transformers fuses.
+
+    So they are if a block would hold both, or if nothing is said of blocks and square ones would cut the columns too.
+    """
+    if configured[0] is not None:
+        return configured[0] >= shape[0] and shape[0] % 2 == 0
+    return across == 1 and shape[0] % 2 == 0 and all(size < shape[1] for size in plausible[0])
 
 
 def _configured(candidate: Candidate, axis: int) -> int | None:

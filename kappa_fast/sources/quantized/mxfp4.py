@@ -44,7 +44,7 @@ class MXFP4:
         if scale.shape != (*above, columns * 2 // BLOCK) or columns * 2 % BLOCK:
             raise refuse(candidate, scale, f"one scale for {BLOCK} weights, two of them in a byte, is expected")
         shape = (*above, columns * 2)
-        return Recipe("mxfp4", shape, torch.float32, {"codes": codes, "scale": scale}, _dequantize, peak=12)
+        return Recipe("mxfp4", shape, torch.float32, {"codes": codes, "scale": scale}, _dequantize, peak=5)
 
 
 def _of_gpt_oss(candidate: Candidate) -> Recipe | None:
@@ -56,7 +56,7 @@ def _of_gpt_oss(candidate: Candidate) -> Recipe | None:
         raise refuse(candidate, scale, "a byte for each row of 16 bytes of codes is expected")
     experts, rows, blocks, _ = codes.shape
     inputs = {"codes": codes, "scale": scale}
-    return Recipe("mxfp4", (experts, blocks * BLOCK, rows), torch.bfloat16, inputs, _dequantize_blocks, peak=8)
+    return Recipe("mxfp4", (experts, blocks * BLOCK, rows), torch.bfloat16, inputs, _dequantize_blocks, peak=5)
 
 
 def _dequantize(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -64,6 +64,7 @@ def _dequantize(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _dequantize_blocks(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    # bfloat16 has the exponents of float32, so that the product is exact.
-    values = e2m1(inputs["codes"], torch.bfloat16).mul_(scale_values(inputs["scale"])[..., None])
+    # bfloat16 has the exponents of float32, so that scales and products are exact.
+    scale = scale_values(inputs["scale"]).to(torch.bfloat16)
+    values = e2m1(inputs["codes"], torch.bfloat16).mul_(scale[..., None])
     return values.flatten(1).t()

@@ -85,7 +85,7 @@ def _gptq(candidate: Candidate, scales: Stored, zeros: Stored) -> Recipe:
         dequantize=partial(
             _dequantize_gptq, name=candidate.name, bits=bits, group=group, offset=_zero_offset(candidate.config)
         ),
-        peak=16 if bits != 3 else 40,
+        peak=8 if bits != 3 else 17,
     )
 
 
@@ -105,7 +105,7 @@ def _awq(candidate: Candidate, scales: Stored, zeros: Stored) -> Recipe:
         dtype=scales.dtype or torch.float16,
         inputs={"codes": codes, "scales": scales, "zeros": zeros},
         dequantize=partial(_dequantize_awq, group=group),
-        peak=16,
+        peak=8,
     )
 
 

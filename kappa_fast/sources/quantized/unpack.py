@@ -27,10 +27,10 @@ def fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     at = torch.arange(count, device=words.device) * bits
     first, offset = at // WORD, at % WORD
     unsigned = words.to(torch.int64) & 0xFFFFFFFF
-    lower = unsigned.index_select(-1, first) >> offset
+    found = unsigned.index_select(-1, first).bitwise_right_shift_(offset)
     second = (first + 1).clamp_(max=words.shape[-1] - 1)  # where a field ends in its word, the mask cuts this off
-    upper = unsigned.index_select(-1, second) << (WORD - offset)
-    return ((lower | upper) & mask).to(torch.int32)
+    found |= unsigned.index_select(-1, second).bitwise_left_shift_(WORD - offset)
+    return found.bitwise_and_(mask).to(torch.int32)
 
 
 def nibbles_in_order(words: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
@@ -45,10 +45,12 @@ def _shifted(words: torch.Tensor, shifts: torch.Tensor, mask: int) -> torch.Tens
 
 def e2m1(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The two four-bit floats in each byte, the lower half first; of shape (..., 2 * bytes)."""
-    table = torch.tensor(E2M1, dtype=dtype, device=packed.device)
-    codes = packed.view(torch.uint8)
-    both = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-    return table[both.int()]
+    # Both halves of a byte are looked up at once, as one integer that is as wide as two floats.
+    table, byte = torch.tensor(E2M1, dtype=dtype), torch.arange(256)
+    pair = torch.int64 if dtype.itemsize == 4 else torch.int32
+    pairs = torch.stack((table[byte & 15], table[byte >> 4]), dim=-1).view(pair).view(256).to(packed.device)
+    found = pairs.index_select(0, packed.contiguous().view(torch.uint8).flatten().int())
+    return found.view(dtype).view(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def scale_values(scale: torch.Tensor) -> torch.Tensor:
