@@ -220,6 +220,14 @@ def test_rankings_and_selections_keep_how_weights_were_quantized(tmp_path):
     assert ranking.select(max_params=0.9).names == (("b.weight",) if ranking[0].name == "b.weight" else ("a.weight",))
 
 
+def test_a_selection_from_a_quantized_checkpoint_trains_the_plain_model(tmp_path):
+    stored, _ = gptq(trained(96, 128), 4, in_turn(), symmetric=True)
+    ranking = kappa_fast.rank(saved(tmp_path, stored, quantization_config=config(4)))
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(128, 96), "b": torch.nn.Linear(8, 8)})
+    with ranking.select(num_tensors=1).apply(model):
+        assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["a.weight"]
+
+
 def test_a_plain_model_has_no_quantization_to_tell():
     ranking = kappa_fast.rank({"a.weight": trained(96, 64)})
     assert ranking[0].quantization is None

@@ -66,7 +66,15 @@ def test_every_make_target_in_it_exists(readme, root):
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "docs/design.md", "docs/numerics.md", "docs/kernels.md", "docs/training.md", "CONTRIBUTING.md"],
+    [
+        "README.md",
+        "docs/design.md",
+        "docs/numerics.md",
+        "docs/kernels.md",
+        "docs/training.md",
+        "docs/quantized.md",
+        "CONTRIBUTING.md",
+    ],
 )
 def test_every_local_link_leads_to_a_file(document, root):
     file = root / document
