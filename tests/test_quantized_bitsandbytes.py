@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import EVERYTHING, Experts, LoraLinear, matrices, reasons
 from safetensors.torch import load_file, save_file
+from test_quantized_reading import peak_of
 from test_unchanged import nothing_changes
 from torch import nn
 
@@ -172,6 +173,14 @@ def test_codes_are_read_where_the_experts_are_and_no_others(tmp_path, monkeypatc
     expected = functional.dequantize_4bit(*quantized(weight, nested=True))
     assert torch.equal(found["mlp.experts.up[2]"].load(), expected[2])
     assert sum(nbytes for name, nbytes in read if name == "mlp.experts.up") == 32 * 64 // 2
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (1536, 1024), (3, 256, 256), (3, 255, 255)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_loading_takes_no_more_than_is_counted_and_not_far_less(shape, nested):
+    m = next(iter(matrices(stored("experts.up", torch.randn(shape).bfloat16(), nested=nested)).values()))
+    m.load()  # whatever is allocated once
+    assert peak_of(m) <= m.nbytes + m.overhead <= 2 * peak_of(m)
 
 
 def test_codes_move_before_they_are_dequantized():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import EVERYTHING, Experts, matrices, reasons
 from safetensors.torch import save_file
+from test_quantized_reading import peak_of
 from torch import nn
 
 import kappa_fast
@@ -173,6 +174,20 @@ def test_experts_that_share_their_scales_are_dequantized_together(scales, block,
     for source in ({"mlp.experts": tensor}, tmp_path):
         found = matrices(source)
         assert torch.equal(torch.stack([m.load() for m in found.values()]), tensor.dequantize())
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS, "Int4Tensor"])
+def test_loading_takes_no_more_than_is_counted_and_not_far_less(kind):
+    made = nn.Linear(256, 256, bias=False).bfloat16()
+    if kind == "Int4Tensor":
+        made.weight = nn.Parameter(int4(made.weight.detach()), requires_grad=False)
+    else:
+        quantization.quantize_(made, CONFIGS[kind]())
+    for source in (made, {"experts.up": stack(kind)} if kind != "IntxUnpackedToInt8Tensor" else made):
+        m = next(iter(matrices(source).values()))
+        m.load()  # whatever is allocated once
+        peak = peak_of(m)
+        assert peak <= m.nbytes + m.overhead <= 2 * peak
 
 
 def test_codes_move_before_they_are_dequantized(tmp_path):

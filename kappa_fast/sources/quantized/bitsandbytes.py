@@ -73,6 +73,12 @@ class Blocks:
         return -(-self.numel // self.size)
 
     @property
+    def peak(self) -> int:
+        """Bytes for each weight of a matrix beside codes and result: of a chunk, an int32 for two and a float32."""
+        matrix = self.numel // (self.shape[0] if len(self.shape) == 3 else 1)
+        return -(-7 * min(matrix, _CHUNK) // matrix)
+
+    @property
     def description(self) -> str:
         nested = ", nested" if self.nested_size else ""
         return f"bitsandbytes {self.kind}, blocks of {self.size}{nested}"
@@ -101,6 +107,7 @@ def dequantize_4bit(codes: torch.Tensor, scales: torch.Tensor, blocks: Blocks) -
         values[: whole * blocks.size].view(-1, blocks.size).mul_(scales[first : first + whole, None])
         values[whole * blocks.size :].mul_(scales[first + whole : first + whole + 1])
         found[start : start + step] = values.view(-1, 2)
+        del values  # or it would be there while the next ones are looked up
     return found.flatten()
 
 
@@ -121,7 +128,7 @@ def dequantize_scales(codes: torch.Tensor, table: torch.Tensor, scales: torch.Te
 
 def dequantize_8bit(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Rows of int8 times a scale for each row over 127, in float32, as ``int8_vectorwise_dequant`` has it."""
-    return (codes * scales.to(codes.device, torch.float32).view(-1, 1)).mul_(PER_127)
+    return codes.float().mul_(scales.to(codes.device, torch.float32).view(-1, 1)).mul_(PER_127)
 
 
 def unpacked_from_cpu(codes: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -250,7 +257,9 @@ def recipe_of(codes: Stored, scales: Scales, blocks: Blocks) -> Recipe:
             values = dequantize_4bit(inputs["codes"], inputs["scales"], blocks)
             return values[: blocks.numel].view(matrix)
 
-        return Recipe(blocks.description, matrix, blocks.dtype, {"codes": codes, "scales": every}, dequantize, peak=1)
+        return Recipe(
+            blocks.description, matrix, blocks.dtype, {"codes": codes, "scales": every}, dequantize, blocks.peak
+        )
     experts = blocks.shape[0]
     part = blocks.numel // experts
     if part % blocks.size == 0:
@@ -264,10 +273,12 @@ def recipe_of(codes: Stored, scales: Scales, blocks: Blocks) -> Recipe:
         def of_expert(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
             return dequantize_4bit(inputs["codes"], inputs["scales"], blocks).view(blocks.shape[1:])
 
-        return Recipe(blocks.description, blocks.shape, blocks.dtype, inputs, of_expert, peak=1)
+        return Recipe(blocks.description, blocks.shape, blocks.dtype, inputs, of_expert, blocks.peak)
     # A block that reaches into the next expert: the blocks that an expert touches are dequantized where they are.
     whole = Stored(codes.names, blocks.shape, blocks.dtype, where, _Straddling(codes, scales))
-    return Recipe(blocks.description, blocks.shape, blocks.dtype, {"weights": whole}, lambda i: i["weights"], peak=4)
+    return Recipe(
+        blocks.description, blocks.shape, blocks.dtype, {"weights": whole}, lambda i: i["weights"], blocks.peak
+    )
 
 
 def eight_bits(candidate: Candidate) -> Recipe:

@@ -90,7 +90,7 @@ def _packed_for_cpu(stored: Stored, tensor: torch.Tensor, absmax: torch.Tensor, 
         return bnb.dequantize_4bit(codes, inputs["scales"].t().float().flatten(), blocks).view(rows, columns)
 
     inputs = {"codes": held(stored.name, tensor), "scales": held(f"{stored.name}.absmax", absmax)}
-    return Recipe(blocks.description, blocks.shape, blocks.dtype, inputs, dequantize, peak=4)
+    return Recipe(blocks.description, blocks.shape, blocks.dtype, inputs, dequantize, peak=8)
 
 
 def _eight_bits(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) -> Stored | None:
@@ -129,9 +129,9 @@ def _of_itself(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) -
     if (why := torchao.refusal(tensor, dequantize)) is not None:
         return replace(stored, problem=f"quantized or other tensor subclass {called}; {why}")
     cut = tensor.dim() == 3 and _can_be_cut(tensor)
-    weights = tensor.shape[1:].numel() if cut else tensor.numel()
-    # Codes as int32 and float32 products, as torchao makes them; and the result is there beside what is taken of it.
-    overhead = weights * (8 + tensor.dtype.itemsize)
+    overhead = tensor.shape[-2:].numel() * torchao.peak_of(kind.__name__)
+    if tensor.dim() > 2 and not cut:  # the whole stack is there, of which one matrix is taken
+        overhead = tensor.numel() * (torchao.peak_of(kind.__name__) + tensor.dtype.itemsize)
     take = _Dequantized(tensor, dequantize, cut)
     return replace(stored, take=take, problem=None, quantization=called, overhead=overhead)
 

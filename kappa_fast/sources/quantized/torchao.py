@@ -24,6 +24,10 @@ from .recipe import Candidate, Recipe
 
 CODES = "qdata"
 
+# Bytes for each weight that dequantize() takes beside its result, as measured; of those not listed _PEAK.
+_PEAKS = {"NVFP4Tensor": 29, "NF4Tensor": 13, "MXTensor": 3, "IntxUnpackedToInt8Tensor": 3}
+_PEAK = 9
+
 Dequantize = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -41,6 +45,11 @@ def dequantizer(tensor: torch.Tensor) -> Dequantize | None:
     if kind.dequantize is torch.Tensor.dequantize:
         return None
     return lambda t: t.dequantize()
+
+
+def peak_of(kind: str) -> int:
+    """Bytes for each weight that a kind of tensor needs while it is dequantized, beside the result."""
+    return _PEAKS.get(kind, _PEAK)
 
 
 def refusal(tensor: torch.Tensor, dequantize: Dequantize) -> str | None:
@@ -113,7 +122,7 @@ def _recipe(name: str, description: Mapping[str, Any], candidate: Candidate) -> 
         if part not in candidate.companions:
             raise candidate.missing(f"{candidate.name.removesuffix(CODES)}{part}")
         parts[part] = candidate.companions[part]
-    kind = f"torchao {description['_type']}"
+    kind, peak = f"torchao {description['_type']}", peak_of(description["_type"])
     empty = {part: torch.empty(s.shape, dtype=s.dtype, device="meta") for part, s in parts.items()}
     whole = _made(name, description, empty)
     dequantize = dequantizer(whole)
@@ -129,11 +138,11 @@ def _recipe(name: str, description: Mapping[str, Any], candidate: Candidate) -> 
             stacked = {p: t if t.shape == parts[p].shape else t.unsqueeze(0) for p, t in inputs.items()}
             return _dequantized(name, one, stacked)[0]
 
-        return Recipe(kind, shape, dtype, parts, of_expert, peak=8)
+        return Recipe(kind, shape, dtype, parts, of_expert, peak)
     if experts:  # the parts cannot be told apart by expert
         every = Stored((name,), shape, dtype, candidate.codes.device, _Whole(name, description, parts))
-        return Recipe(kind, shape, dtype, {"weights": every}, lambda i: i["weights"], peak=8 * experts)
-    return Recipe(kind, shape, dtype, parts, lambda inputs: _dequantized(name, description, inputs), peak=8)
+        return Recipe(kind, shape, dtype, {"weights": every}, lambda i: i["weights"], (peak + dtype.itemsize) * experts)
+    return Recipe(kind, shape, dtype, parts, lambda inputs: _dequantized(name, description, inputs), peak)
 
 
 def _of_one_expert(
