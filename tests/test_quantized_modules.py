@@ -239,11 +239,11 @@ class TritonV2QuantLinear(BaseQuantLinear):
 
 
 class AwqTorchLinear(BaseQuantLinear):
-    qzero_format = None
-
-
-class WQLinear_GEMM(AwqTorchLinear):
     pass
+
+
+class WQLinear_GEMM(BaseQuantLinear):
+    qzero_format = None
 
 
 class MarlinQuantLinear(BaseQuantLinear):
@@ -265,10 +265,12 @@ def test_gptq_layers_are_read_from_their_buffers_in_the_version_that_they_say(ki
 
 
 @pytest.mark.parametrize("kind", [AwqTorchLinear, WQLinear_GEMM])
-def test_awq_layers_are_read_from_their_buffers(kind):
+@pytest.mark.parametrize("told", [False, True])
+def test_awq_layers_are_read_from_their_buffers(kind, told):
     stored, values = awq(trained(96, 128), GROUP)
     model = nn.ModuleDict({"a": kind(stored)})
-    model.config = Config(quantization_config=dict(quant_method="awq", bits=4, group_size=GROUP))
+    if told:
+        model.config = Config(quantization_config=dict(quant_method="awq", bits=4, group_size=GROUP))
     assert check_unchanged(model, {"a.weight": values})[0].quantization.startswith("awq 4 bits")
 
 

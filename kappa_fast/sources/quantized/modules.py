@@ -19,6 +19,7 @@ from ..base import Stored
 # Classes whose buffers are those of the checkpoint. gptqmodel's other kernels rearrange them under the same names when
 # the model is loaded, and nothing in the buffers tells.
 _AS_STORED = re.compile(r"(?:Torch|TritonV2)(?:Quant)?Linear|Awq(?:Torch|GEMM)(?:Quant)?Linear|WQLinear_GEMM")
+_AWQ = ("Awq", "AWQ", "WQLinear")
 # Classes of formats that no family reads, by name: all that they hold is codes, code books and scales.
 _UNREAD = {
     "BitLinear": "bitnet",
@@ -94,7 +95,9 @@ def config_of(module: nn.Module | None, config: Mapping[str, Any]) -> Mapping[st
     """
     found = dict(config)
     version = getattr(module, "qzero_format", None)
-    if callable(version):
+    if any(c.__name__.startswith(_AWQ) for c in type(module).__mro__):  # gptqmodel's have a version too, of no meaning
+        found |= {"quant_method": "awq"}
+    elif callable(version):
         found |= {"quant_method": "gptq", "checkpoint_format": "gptq" if version() == 1 else "gptq_v2"}
     weights: Any = getattr(getattr(module, "quantization_scheme", None), "weights", None)
     if callable(getattr(weights, "model_dump", None)):
