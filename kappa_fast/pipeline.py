@@ -18,6 +18,7 @@ from .budget import BudgetedTop, TopGroup
 from .entries import TensorKappa
 from .errors import Interrupted, OptionError
 from .execution import Executor, operations
+from .integrations.checkpoint_names import places_of
 from .progress import ProgressOption, Tracker, tracking
 from .ranking import Ranking
 from .sources import Filters, open_source
@@ -101,7 +102,7 @@ def rank(
     }
     started = time.perf_counter()
     with undisturbed():
-        opened = open_source(source, filters)
+        opened = open_source(source, filters, places_of)
         executor = Executor(opened, backend, _device(device), parse_bytes(memory_budget))
         run = _Run(opened, executor, progress, score)
         budgeted = None if top is None else BudgetedTop.of(opened.matrices, top, top_per_group)

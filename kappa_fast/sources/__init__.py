@@ -5,30 +5,38 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..entries import Skipped
+from ..entries import Index, Skipped
 from ..errors import OptionError, SourceError
-from .base import Inventory, Matrix, Source, Stored
+from .base import Inventory, Matrix, Place, Source, Stored
 from .checkpoint import read_checkpoint
 from .filters import Filters, Surroundings
-from .layouts import Part, cut
+from .layouts import Cut, Part, cut
 from .module import read_module
 from .names import group_of, layer_of
 from .tensors import read_mapping
 
-__all__ = ["Filters", "Matrix", "Source", "open_source"]
+__all__ = ["Filters", "Matrix", "PlacesOf", "Source", "open_source"]
+
+PlacesOf = Callable[[Inventory], Mapping[str, Place]]  # by the first name of a tensor
 
 
 def open_source(
-    source: torch.nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str], filters: Filters
+    source: torch.nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str],
+    filters: Filters,
+    places_of: PlacesOf | None = None,
 ) -> Source:
     """The matrices of a model: no values are read yet, and nothing is changed.
+
+    ``places_of`` tells which tensors of a checkpoint have another name in the model: they get that one, and keep their
+    own as an alias.
 
     Raises:
         OptionError: ``source`` is of a kind that cannot hold a model.
@@ -38,6 +46,7 @@ def open_source(
     """
     inventory = _read(source)
     around = Surroundings.of(inventory)
+    places = places_of(inventory) if places_of is not None else {}
     matrices: list[Matrix] = []
     skipped: list[Skipped] = []
     notes: dict[str, str] = {}
@@ -47,27 +56,36 @@ def open_source(
             f"{_called(inventory)} holds no parameter with two or more dimensions, so there is nothing to rank: "
             "pass the model itself, or the directory with its weights"
         )
-    for stored in candidates:
+    for found in candidates:
+        place = places.get(found.name)
+        stored = found if place is None else replace(found, names=(place.name, *found.names))
         reason = filters.reason(stored, around)
         if reason is not None:
-            skipped.append(Skipped(stored.name, stored.shape, reason))
+            skipped.append(Skipped(stored.name + (place.label if place else ""), stored.shape, reason))
             continue
-        pieces = cut(stored, around.shapes, filters.fused == "split")
+        pieces = _pieces(stored, place, around, filters.fused == "split")
         if pieces.note:
             notes[group_of(stored.name)] = pieces.note
         reasons = [filters.size_reason(part.shape) for part in pieces.parts]
         if reasons and reasons[0] is not None and len(set(reasons)) == 1:
-            skipped.append(Skipped(stored.name, stored.shape, reasons[0]))
+            skipped.append(Skipped(stored.name + (place.label if place else ""), stored.shape, reasons[0]))
             continue
         for part, small in zip(pieces.parts, reasons, strict=True):
             if small is not None:
                 skipped.append(Skipped(stored.name + part.label, part.shape, small))
             else:
-                matrices.append(_matrix(stored, part))
+                matrices.append(_matrix(stored, part, place))
     _check_keys(matrices)
     quantized = Counter(t.quantization for t in candidates if t.quantization is not None)
     metadata: dict[str, Any] = {**inventory.metadata, "layouts": notes, "quantization": dict(quantized)}
     return Source(tuple(matrices), tuple(skipped), inventory.num_parameters, metadata, inventory.in_memory)
+
+
+def _pieces(stored: Stored, place: Place | None, around: Surroundings, split: bool) -> Cut:
+    if place is None or not place.index:
+        return cut(stored, around.shapes, split)
+    rows, columns = stored.shape
+    return Cut((Part(place.label, place.index, (rows, columns)),))  # the model fuses what is stored on its own
 
 
 def _read(source: object) -> Inventory:
@@ -100,7 +118,7 @@ def _called(inventory: Inventory) -> str:
     return str(metadata.get("path") or metadata.get("class") or f"the {metadata['kind']}")
 
 
-def _matrix(stored: Stored, part: Part) -> Matrix:
+def _matrix(stored: Stored, part: Part, place: Place | None) -> Matrix:
     assert stored.dtype is not None  # the filters have refused those without
     return Matrix(
         name=stored.name,
@@ -112,7 +130,7 @@ def _matrix(stored: Stored, part: Part) -> Matrix:
         shape=part.shape,
         dtype=stored.dtype,
         device=stored.device,
-        load=partial(_load, stored, part),
+        load=partial(_load, stored, () if place and place.index else part.index),
         quantization=stored.quantization,
         overhead=stored.overhead + _cut_off(stored, part),
     )
@@ -125,6 +143,6 @@ def _cut_off(stored: Stored, part: Part) -> int:
     return whole * stored.dtype.itemsize if stored.quantization is not None and whole > math.prod(part.shape) else 0
 
 
-def _load(stored: Stored, part: Part, device: torch.device | None = None) -> torch.Tensor:
-    tensor = stored.take(part.index, device)
+def _load(stored: Stored, index: Index, device: torch.device | None = None) -> torch.Tensor:
+    tensor = stored.take(index, device)
     return tensor if tensor.dim() == 2 else tensor.flatten(1)

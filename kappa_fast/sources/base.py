@@ -66,6 +66,15 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor of a checkpoint is in the model: the parameter, what to index it with, the label of that part."""
+
+    name: str
+    index: Index
+    label: str = ""
+
+
+@dataclass(frozen=True)
 class Inventory:
     """Everything that a reader found.
 
@@ -76,6 +85,7 @@ class Inventory:
         in_memory: False where ``take`` brings a tensor into memory that was not there before.
         buffers: names of what lies beside the tensors and is no candidate itself.
         in_peft: whether PEFT has wrapped the model, which makes more names those of adapters.
+        config: what config.json says, for checkpoints.
     """
 
     tensors: Sequence[Stored]
@@ -84,6 +94,7 @@ class Inventory:
     in_memory: bool = True
     buffers: Collection[str] = ()
     in_peft: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,9 @@ def read_checkpoint(path: Path) -> Inventory:
         "fingerprint": fingerprint(found),
     }
     weights = weights_of(found, quantization_config(directory, config), header)
-    return Inventory(weights, count_weights(weights), metadata, in_memory=False, in_peft=has_adapters(tensors))
+    return Inventory(
+        weights, count_weights(weights), metadata, in_memory=False, in_peft=has_adapters(tensors), config=config
+    )
 
 
 class Shard:

@@ -96,13 +96,20 @@ def resolve(backend: Backend, weights: Sequence[Tensor], goal: Goal) -> list[Res
         if not climber.done:
             _finish_exactly(backend, climber, goal)
     _measure_sensitivity(backend, [c for c in climbers if c.best is not None and c.best.status == "ok"])
+    if goal.certify:
+        _prove(backend, [c for c in climbers if c.triplets is not None], goal.rtol)
     for climber in climbers:
-        found = climber.best
-        assert found is not None  # the exact rung always answers
-        if goal.certify and found.status == "ok" and climber.triplets is not None:
-            found = proofs.certified(backend, climber.operand, found, goal.rtol)
-        results[climber.position] = _unscaled(found, climber.operand.exponent)
+        assert climber.best is not None  # the exact rung always answers
+        results[climber.position] = _unscaled(climber.best, climber.operand.exponent)
     return [r for r in results if r is not None]
+
+
+def _prove(backend: Backend, climbers: Sequence[_Climber], rtol: float) -> None:
+    chosen = [c for c in climbers if c.best is not None and c.best.status == "ok"]
+    founds = [c.best for c in chosen if c.best is not None]
+    proven = proofs.certified_wave(backend, [c.operand for c in chosen], founds, rtol)
+    for climber, found in zip(chosen, proven, strict=True):
+        climber.best = found
 
 
 def _svd_is_cheapest(shape: tuple[int, int]) -> bool:
