@@ -57,8 +57,14 @@ def plain_name(name: str) -> str:
 
 
 def holds_codes(parameter: torch.Tensor) -> bool:
-    """True for parameters of quantized models, whose shape may be another than that of the weight."""
-    return not (parameter.is_floating_point() or parameter.is_complex()) or parameter.dtype.itemsize == 1
+    """True for parameters of quantized models, whose shape may be another than that of the weight.
+
+    Integers and eight-bit floats; bytes that bitsandbytes lets pass as floats; tensors that dequantize themselves.
+    """
+    if not (parameter.is_floating_point() or parameter.is_complex()) or parameter.dtype.itemsize == 1:
+        return True
+    itself = type(parameter).dequantize is not torch.Tensor.dequantize
+    return itself or getattr(parameter, "quant_state", None) is not None
 
 
 def match(selection: Selection, model: nn.Module) -> list[Target]:
@@ -68,8 +74,9 @@ def match(selection: Selection, model: nn.Module) -> list[Target]:
     checkpoint that transformers converts while loading. Names and shapes are checked, contents are not.
 
     Raises:
-        OptionError: the model lacks a parameter of the selection, or has it in another shape; an ``including`` pattern
-            matches nothing.  MissingExtraError: names of a checkpoint need transformers, which is not installed.
+        OptionError: the model lacks a parameter of the selection, has it in another shape, or a part of it as codes;
+            an ``including`` pattern matches nothing.  MissingExtraError: names of a checkpoint need transformers, which
+            is not installed.
     """
     names = _Names(model)
     chosen: dict[str, list[tuple[Index, TensorKappa]]] = {}
@@ -192,6 +199,11 @@ def _check_shapes(names: _Names, chosen: dict[str, list[tuple[Index, TensorKappa
     for name, pairs in chosen.items():
         shape, coded = names.parameters[name].shape, holds_codes(names.parameters[name])
         for index, entry in pairs:
+            if coded and index and not _fits(shape, index, entry.shape):
+                raise OptionError(
+                    f"{entry.key!r} is a part of {name!r}, which holds codes ({names.parameters[name].dtype}) that "
+                    f"cannot be trained: leave it out with excluding({entry.name!r})"
+                )
             if entry.numel and not (coded and index == ()) and not _fits(shape, index, entry.shape):
                 wrong.append(f"{entry.key!r} is {tuple(entry.shape)} in the ranking, but {name!r} is {tuple(shape)}")
     if wrong:

@@ -79,11 +79,14 @@ def read_checkpoint(path: Path) -> Inventory:
     model_types = model_types_in(config)
     tensors: dict[str, Stored] = {}
     homes: dict[str, Path] = {}
+    header: dict[str, str] = {}
     for file in files:
-        for item in Shard(file).tensors(expected):
+        shard = Shard(file)
+        for item in shard.tensors(expected):
             if item.name in tensors:
                 raise SourceError(f"{item.name!r} is in both {homes[item.name]} and {file}: remove the stale file")
             tensors[item.name], homes[item.name] = item, file
+        header.update(shard.header)
     for name, file in (expected or {}).items():
         if homes.get(name) != file:
             raise SourceError(
@@ -98,7 +101,7 @@ def read_checkpoint(path: Path) -> Inventory:
         "model_type": next(iter(model_types), None),
         "fingerprint": fingerprint(found),
     }
-    weights = weights_of(found, quantization_config(directory, config))
+    weights = weights_of(found, quantization_config(directory, config), header)
     return Inventory(
         weights, count_weights(weights), metadata, in_memory=False, in_peft=has_adapters(tensors), config=config
     )
@@ -119,6 +122,7 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.header: dict[str, str] = {}
         self._file = DataFile(path)
 
     def tensors(self, expected: Mapping[str, Path] | None) -> list[Stored]:
@@ -162,7 +166,7 @@ class Shard:
             raise SourceError(
                 f"{self.path} is no readable safetensors file ({error}): truncated or damaged, download it again"
             ) from error
-        header.pop("__metadata__", None)
+        self.header = header.pop("__metadata__", None) or {}
         return header, size.nbytes + int(size)
 
 

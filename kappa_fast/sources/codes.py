@@ -20,7 +20,13 @@ RANKED = frozenset(
 )
 
 # What the name of the codes ends in, and what a companion adds to the name as a whole, or puts beside that ending.
-_ENDING = re.compile(r"(?:qweight|weight_packed|_weight_qdata|weight|_blocks)$")
+_ENDING = re.compile(r"(?:qweight|weight_packed|weight|_blocks)$")
+# torchao calls the parts of a.weight a._weight_qdata, a._weight_scale, ...
+_QDATA = re.compile(r"^(?P<owner>(?:.*\.)?)_(?P<weight>\w+)_qdata$")
+_TORCHAO = (
+    *("scale", "zero_point", "scale_and_zero", "per_tensor_scale", "act_pre_scale"),
+    *("act_quant_scale", "act_quant_zero_point", "act_per_tensor_scale"),
+)
 _APPENDED = (
     "_scale_inv",
     "_scale",
@@ -45,8 +51,7 @@ _BESIDE = (
     "weight_zero_point",
     "weight_shape",
     "weight_g_idx",
-    "_weight_scale",
-    "_weight_zero_point",
+    "weight_format",
     "scale_weight",
     "scale_inv",
     "scale",
@@ -69,6 +74,8 @@ def may_be_codes(dtype: torch.dtype | None) -> bool:
 
 def companions(name: str, names: Collection[str]) -> list[str]:
     """Those of ``names`` that hold scales, zero points and the like of the codes called ``name``."""
+    if found := _QDATA.match(name):
+        return [c for part in _TORCHAO if (c := f"{found['owner']}_{found['weight']}_{part}") in names]
     stem = _ENDING.sub("", name)
     candidates = [name + suffix for suffix in _APPENDED]
     candidates += [stem + suffix for suffix in _BESIDE if stem != name]
@@ -91,12 +98,16 @@ def role_of(name: str, companion: str) -> str:
     The same words whether it is called after the codes or beside them: ``weight_scale`` is "scale" both to ``weight``
     and to ``weight_packed``.
     """
+    if found := _QDATA.match(name):
+        return companion.removeprefix(f"{found['owner']}_{found['weight']}_")
     rest = companion.removeprefix(name) if companion.startswith(name) else companion.removeprefix(_ENDING.sub("", name))
     return rest.lstrip("._").removeprefix("weight_")
 
 
 def plain_name(name: str) -> str:
     """What the weight is called whose codes are called ``name``: the name it has in the model before quantization."""
+    if found := _QDATA.match(name):
+        return f"{found['owner']}{found['weight']}"
     ending = _ENDING.search(name)
     if ending is None:
         return name

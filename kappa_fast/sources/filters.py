@@ -42,8 +42,9 @@ class Surroundings:
         scales: set[str] = set()
         embeddings: set[tuple[int, ...]] = set()
         for stored in inventory.tensors:
-            if codes.may_be_codes(stored.dtype):
-                scales.update(*(codes.companions(name, shapes) for name in stored.names))
+            beside = {c for name in stored.names for c in codes.companions(name, shapes)}
+            # Zero points are never weights, also beside a weight that was calibrated and is not quantized yet.
+            scales |= beside if codes.may_be_codes(stored.dtype) else {c for c in beside if c.endswith("_zero_point")}
             if "embedding" in stored.roles or any(names.is_embedding(name) for name in stored.names):
                 embeddings.add(stored.shape)
         return cls(shapes, frozenset(scales), frozenset(embeddings), inventory.in_peft)

@@ -13,10 +13,10 @@ from . import codes
 from .base import Inventory, Role, Stored, Take
 from .names import base_name, has_adapters, is_buffer
 from .quantized import weights_of
+from .quantized.live import weights_in
 
-# Attributes in which quantized parameters, or the modules that own them, keep what their codes need.
+# Attributes in which quantized parameters keep what their codes need.
 _OF_PARAMETER = ("quant_state", "SCB")
-_OF_MODULE = ("weight_scale_inv", "weight_scale", "SCB", "scales", "scale")
 
 
 def read_mapping(weights: Mapping[str, torch.Tensor]) -> Inventory:
@@ -44,17 +44,31 @@ def store(
     parent: torch.nn.Module | None = None,
     model_types: tuple[str, ...] = (),
     roles: frozenset[Role] = frozenset(),
+    holder: torch.nn.Module | None = None,
 ) -> Stored:
-    """A tensor in memory as the rest of the room wants it.
+    """A tensor in memory as the rest of the room wants it; one that carries its scales is dequantized.
+
+    Args:
+        names: all names of it.
+        tensor: itself.
+        parent, model_types, roles: for Stored.
+        holder: the module that has it among its parameters, where that is not ``parent``.
 
     Raises:
+        SourceError: its scales do not fit.
         NotImplementedError: it is sharded.
     """
     refuse_sharded(names[0], tensor)
-    lazy = isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
+    lazy = is_lazy(tensor)
     shape = (0, 0) if lazy else tuple(tensor.shape)
-    problem = "lazy and without a shape yet: run the model once" if lazy else _problem(tensor, parent)
-    return Stored(names, shape, tensor.dtype, tensor.device, _taker(tensor), problem, parent, model_types, roles)
+    problem = "lazy and without a shape yet: run the model once" if lazy else _problem(tensor)
+    plain = Stored(names, shape, tensor.dtype, tensor.device, _taker(tensor), problem, parent, model_types, roles)
+    return plain if lazy else weights_in(plain, tensor, holder or parent) or plain
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """True for a parameter that gets its shape with the first input."""
+    return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
 
 
 def own_names(groups: Iterable[Collection[str]]) -> dict[str, tuple[str, ...]]:
@@ -154,11 +168,9 @@ def _no_tensor(name: object, value: object) -> str:
     return f"{what}: pass model.state_dict() or what safetensors.torch.load_file() returns"
 
 
-def _problem(tensor: torch.Tensor, parent: torch.nn.Module | None) -> str | None:
+def _problem(tensor: torch.Tensor) -> str | None:
     """Why the values of a tensor in memory are no weights as they stand, or None."""
     found = [attribute for attribute in _OF_PARAMETER if getattr(tensor, attribute, None) is not None]
-    if parent is not None and codes.may_be_codes(tensor.dtype):
-        found += [a for a in _OF_MODULE if isinstance(getattr(parent, a, None), torch.Tensor)]
     if found:
         return codes.codes_reason(found)
     kind = type(tensor)

@@ -195,6 +195,11 @@ def apply(selection: Selection, model: nn.Module, *, around_steps: bool = True) 
     return handle
 
 
+def _kind(parameter: nn.Parameter) -> str:
+    """Of codes: the class of the tensor where that says more than the dtype."""
+    return type(parameter).__name__ if parameter.dtype.itemsize > 1 else str(parameter.dtype)
+
+
 def _check(model: nn.Module, targets: list[Target]) -> None:
     chosen = {target.name for target in targets}
     parameters = dict(model.named_parameters())
@@ -210,7 +215,7 @@ def _check(model: nn.Module, targets: list[Target]) -> None:
             )
         if name in chosen and holds_codes(parameter):
             raise OptionError(
-                f"{name!r} is stored as {parameter.dtype}, which cannot be trained: train adapters beside it "
+                f"{name!r} is stored as {_kind(parameter)}, which cannot be trained: train adapters beside it "
                 f"(kappa_fast.integrations.peft.lora_config), or leave it out with excluding({name!r})"
             )
     if _in_ddp(model) and any(p.requires_grad != (n in chosen) for n, p in parameters.items()):

@@ -86,6 +86,8 @@ def _laid_out(candidate: Candidate, scale: Stored) -> tuple[int, int]:
         if len(found) == 2 and found[0] == shape[0] and found[1] in (1, shape[1]):
             return found[1], 1
     elif len(found) == 2:
+        if found == (1, shape[0]) and scale.name.endswith("weight_scale") and _configured(candidate, 1) is None:
+            return found[1], 1  # a row for each row: transformers turns them so for its kernel, also where it is square
         return found[0], found[1]
     elif len(found) == 1 and found[0] in (1, shape[0]):
         return found[0], 1

@@ -23,11 +23,13 @@ class Candidate:
         codes: as the reader found it, in a dtype that codes have.
         companions: by what they are to the codes, see ``codes.role_of``.
         config: the ``quantization_config`` of the model; empty if there is none.
+        header: what the headers of the files say beside names and shapes; torchao says there what it has stored.
     """
 
     codes: Stored
     companions: Mapping[str, Stored]
     config: Mapping[str, Any] = field(default_factory=dict)
+    header: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -92,13 +94,13 @@ def _dtype_name(stored: Stored) -> str:
 class Family(Protocol):
     """Formats that have something in common.
 
-    ``recognize`` returns None for what is not of the family, and raises SourceError for what is, but damaged: a
-    companion that is missing or has the wrong shape or dtype.
+    ``recognize`` returns None for what is not of the family, a text with the reason for what is of it and cannot be
+    dequantized, and raises SourceError for what is damaged: a companion that is missing, or has a wrong shape or dtype.
     """
 
     name: str
 
-    def recognize(self, candidate: Candidate, /) -> Recipe | None: ...
+    def recognize(self, candidate: Candidate, /) -> Recipe | str | None: ...
 
 
 def compose(stored: Stored, recipe: Recipe) -> Stored:
