@@ -198,6 +198,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(built, clone):
     assert "License-Expression: Apache-2.0\n" in metadata
 
 
+def test_a_page_can_be_made_from_the_wheel(built, clone, tmp_path, run_python):
+    python, cwd, site, _ = wheel_install(built, clone, tmp_path)
+    code = "import kappa_fast; kappa_fast.Ranking([]).to_html('x.html'); print(kappa_fast.__file__)"
+    assert run_python(code, cwd=cwd, python=python, env={"PYTHONPATH": str(site)}).startswith(str(site))
+    assert (cwd / "x.html").read_text().endswith("</html>\n")
+
+
 def test_the_sdist_holds_what_building_and_testing_need(built):
     with tarfile.open(built[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}

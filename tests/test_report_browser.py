@@ -412,6 +412,16 @@ def test_the_page_is_as_wide_as_the_window(name, width, rankings, open_page):
         assert box["x"] + box["width"] <= width
 
 
+def test_unfolded_experts_are_in_view_on_a_narrow_screen_too(rankings, open_page):
+    view = open_page(rankings["mixtral"], width=360)
+    view.page.click("#map .cell[aria-expanded] >> nth=2")  # the last column: the map is scrolled to it
+    assert view.page.evaluate("document.getElementById('map').scrollLeft") > 100
+    for cell in view.page.locator(".unfolded .cell").all():
+        box = cell.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 360
+
+
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 
 

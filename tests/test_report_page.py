@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_entries import bounded, entry_lists, make_entry, metadata, non_finite, skipped
 
-from kappa_fast.entries import Skipped, TensorKappa
+from kappa_fast.entries import Skipped
 from kappa_fast.errors import MissingExtraError, OptionError, RankingFileError
 from kappa_fast.ranking import Ranking
 from kappa_fast.report.page import render_page
@@ -181,11 +181,10 @@ def test_the_same_ranking_gives_the_same_bytes_in_another_process(tmp_path, run_
 
 
 def test_the_head_says_what_was_ranked_and_how():
-    class Quantized(TensorKappa):
-        quantization = "nf4"
-
     usual = make_entry("layers.0.a", 20.0, layer=0, certified=True)
-    entries = [usual, Quantized(**{**vars(usual), "name": "layers.0.b"}), make_entry("c", math.inf), non_finite("d")]
+    quantized = make_entry("layers.0.b", 20.0, layer=0, certified=True)
+    object.__setattr__(quantized, "quantization", "nf4")  # frozen, and not yet a field of every entry
+    entries = [usual, quantized, make_entry("c", math.inf), non_finite("d")]
     meta = {
         "source": {"kind": "directory", "path": "/models/Llama-4", "model_type": "llama4"},
         "num_parameters": 1234567,

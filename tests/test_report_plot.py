@@ -16,6 +16,7 @@ from make_entries import bounded, make_entry, non_finite
 
 from kappa_fast.errors import MissingExtraError, OptionError, RankingFileError
 from kappa_fast.ranking import Ranking
+from kappa_fast.report import plot
 from kappa_fast.report.plot import render_plot
 from kappa_fast.sources.names import group_of, layer_of
 
@@ -103,6 +104,7 @@ import sys, matplotlib
 before = dict.items(matplotlib.rcParams)
 before = {k: repr(v) for k, v in before}
 from kappa_fast.ranking import Ranking
+from kappa_fast.report import plot
 from kappa_fast.entries import TensorKappa
 entry = TensorKappa(
     "h.0.w", (), "", (), 0, "h.*.w", (4, 2), "float32", 8, 3.0, 3.0, 3.0, 3.0, 1.0, 3.0, True, "svd64", 0.1, "ok"
@@ -120,6 +122,14 @@ def test_no_name_breaks_the_picture(name):
     ranking = Ranking([named(name)], metadata={"source": {"path": f"/models/{name}"}})
     assert len(svg_texts(render_plot(ranking, "svg"))) >= 4
     assert render_plot(ranking, "png").startswith(b"\x89PNG")
+
+
+def test_more_cells_than_one_can_read_have_no_numbers(monkeypatch):
+    assert "1.0e3" in svg_texts(render_plot(PLAIN, "svg"))
+    monkeypatch.setattr(plot, "_MAX_NUMBERS", 11)
+    texts = svg_texts(render_plot(PLAIN, "svg"))
+    assert texts.count("1.0e3") == 1  # at the scale
+    assert "mlp.up_proj" in texts
 
 
 @pytest.mark.parametrize(("layers", "types"), [(1, 1), (6, 6), (32, 9), pytest.param(61, 12, marks=pytest.mark.slow)])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _FORMATS = (".png", ".svg")
 _DPI = 144
+_MAX_NUMBERS = 4000  # cells with their kappa written into them; more take minutes and help nobody
 _HATCHES: dict[Status, tuple[str, str]] = {
     "rank_deficient": ("///", "rank deficient"),
     "bounded": ("---", "only bounded from below"),
@@ -120,6 +121,8 @@ def _draw_cells(axes: Any, grid: Grid, colors: Any, norm: Any) -> None:
         spot = (cell.column + 0.03, cell.row + 0.05)
         edge = (1.0, 1.0, 1.0, 0.6) if dark else (0.0, 0.0, 0.0, 0.35)
         axes.add_patch(Rectangle(spot, 0.94, 0.9, facecolor=face, hatch=hatch, edgecolor=edge, linewidth=0))
+        if len(grid.cells) > _MAX_NUMBERS:
+            continue
         plate = {"facecolor": face, "edgecolor": "none", "pad": 0.6} if hatch else None
         where = (cell.column + 0.5, cell.row + 0.5)
         ink = "white" if dark else "black"

@@ -81,7 +81,8 @@ function drawAxes(context, frame) {
   context.fillText(onCurve.length.toLocaleString("en"), frame.width - MARGIN.right, frame.height - MARGIN.bottom + 6);
   context.textAlign = "center";
   const order = scoresAreKappas ? "place in the ranking" : "place in the ranking (by score)";
-  context.fillText(order, MARGIN.left + (frame.width - MARGIN.left - MARGIN.right) / 2, frame.height - MARGIN.bottom + 6);
+  const middle = (MARGIN.left + frame.width - MARGIN.right) / 2;
+  context.fillText(order, middle, frame.height - MARGIN.bottom + 6);
 }
 
 // A rectangle at half pixels, unless it is the one that was drawn last: of tens of thousands, few are left.

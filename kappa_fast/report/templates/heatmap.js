@@ -112,7 +112,8 @@ function toggleLayer(row, table) {
     const title = element("div", { class: "title" }, `layer ${found.layer}, ${found.label}`);
     return element("div", { class: isWide ? "strip wide" : "strip" }, title, members);
   });
-  const holder = element("td", { colspan: raw.grid.columns.length + 1 }, ...strips);
+  const inView = element("div", { class: "strips" }, ...strips);
+  const holder = element("td", { colspan: raw.grid.columns.length + 1 }, inView);
   const unfolded = element("tr", { class: "unfolded", "data-row": row }, holder);
   several[0].cell.closest("tr").after(unfolded);
   return markChosen(unfolded);
@@ -179,7 +180,12 @@ function legend() {
     .map((status) => legendKey(status, STATUS_WORDS[status]));
   const target = document.getElementById("legend");
   if (kappasOfRegular.length) target.append("kappa", element("div", { class: "bar" }, ramp, ticks));
-  target.append(...keys, legendKey("chosen", "in the budget"));
+  target.append(...keys);
+  if (mapCells.some((found) => isBroken(found.status) && !Number.isNaN(found.kappa))) {
+    const mark = element("span", { class: "mixed", "aria-hidden": "true" }, "!");
+    target.append(element("span", { class: "key" }, mark, "some without a finite kappa"));
+  }
+  target.append(legendKey("chosen", "in the budget"));
 }
 
 function legendKey(name, words) {
@@ -204,10 +210,10 @@ function besideList() {
 }
 
 function mapHelp(hasGroups) {
-  const parts = ["The color is kappa on a logarithmic scale; point at a cell, or move with the arrow keys, for the rest."];
-  if (hasGroups) parts.push("A cell of several matrices, such as experts, shows their geometric mean: open it for each.");
-  else if (!mapCells.length) parts.splice(0, 1, "No matrix of this ranking has the number of a layer in its name.");
-  return parts.join(" ");
+  if (!mapCells.length) return "No matrix of this ranking has the number of a layer in its name.";
+  const colors = "The color is kappa on a logarithmic scale; point at a cell, or go there by arrow keys, for the rest.";
+  const groups = "A cell of several matrices, such as experts, shows their geometric mean: open it for each.";
+  return hasGroups ? `${colors} ${groups}` : colors;
 }
 
 function startMap(reveal) {

@@ -5,27 +5,53 @@ const rowsBox = document.getElementById("rows");
 
 // Ids of repeated texts as places in the order of the texts.
 function placesOfTexts(column) {
-  const order = column.values.map((_, id) => id).sort((a, b) => (String(column.values[a]) < String(column.values[b]) ? -1 : 1));
+  const texts = column.values.map(String);
+  const order = texts.map((_, id) => id).sort((a, b) => (texts[a] < texts[b] ? -1 : 1));
   const places = new Uint32Array(order.length);
   order.forEach((id, place) => (places[id] = place));
   return (i) => places[column.id[i]];
 }
 
+const textColumn = (name, header) => ({
+  name,
+  header,
+  text: (i) => printable(valueOf(ranking[name], i) ?? ""),
+  value: placesOfTexts(ranking[name]),
+});
+
 // name, header, text of a row, what it is sorted by (nan always comes last), whether it is set to the right
 const COLUMNS = [
   { name: "place", header: "#", text: (i) => String(i + 1), value: (i) => i, isNumber: true },
   { name: "key", header: "Tensor", text: (i) => printable(ranking.key[i]), value: (i) => ranking.order[i] },
-  { name: "layer", header: "Layer", text: (i) => String(ranking.layer[i] ?? ""), value: (i) => ranking.layer[i] ?? NaN, isNumber: true },
+  {
+    name: "layer",
+    header: "Layer",
+    text: (i) => String(ranking.layer[i] ?? ""),
+    value: (i) => ranking.layer[i] ?? NaN,
+    isNumber: true,
+  },
   { name: "shape", header: "Shape", text: formatShape, value: numelOf, isNumber: true },
-  { name: "dtype", header: "Dtype", text: (i) => printable(valueOf(ranking.dtype, i)), value: placesOfTexts(ranking.dtype) },
-  { name: "score", header: "Score", text: (i) => (isSettled(i) ? formatNumber(ranking.score[i]) : "?"), value: (i) => ranking.score[i], isNumber: true },
+  textColumn("dtype", "Dtype"),
+  {
+    name: "score",
+    header: "Score",
+    text: (i) => (isSettled(i) ? formatNumber(ranking.score[i]) : "?"),
+    value: (i) => ranking.score[i],
+    isNumber: true,
+  },
   { name: "kappa", header: "kappa", text: formatKappa, value: (i) => ranking.kappa[i], isNumber: true },
   { name: "interval", header: "Interval", text: formatInterval, value: (i) => ranking.lower[i] },
   { name: "proven", header: "Proven", text: formatProven, value: (i) => ranking.certified[i] },
-  { name: "sensitivity", header: "Sensitivity", text: (i) => formatRelative(ranking.sensitivity[i]), value: (i) => ranking.sensitivity[i], isNumber: true },
-  { name: "status", header: "Status", text: (i) => STATUS_WORDS[statusOf(i)], value: placesOfTexts(ranking.status) },
-  { name: "method", header: "Method", text: (i) => printable(valueOf(ranking.method, i)), value: placesOfTexts(ranking.method) },
-  { name: "quantization", header: "Quantized", text: (i) => printable(valueOf(ranking.quantization, i) ?? ""), value: placesOfTexts(ranking.quantization) },
+  {
+    name: "sensitivity",
+    header: "Sensitivity",
+    text: (i) => formatRelative(ranking.sensitivity[i]),
+    value: (i) => ranking.sensitivity[i],
+    isNumber: true,
+  },
+  { ...textColumn("status", "Status"), text: (i) => STATUS_WORDS[statusOf(i)] },
+  textColumn("method", "Method"),
+  textColumn("quantization", "Quantized"),
   { name: "budget", header: "Budget", text: (i) => (cut.chosen[i] ? "in" : ""), value: (i) => 1 - cut.chosen[i] },
 ].filter((column) => {
   if (column.name === "score") return !scoresAreKappas;
