@@ -57,8 +57,7 @@ def rank(
     """Rank the weight matrices of a model by their condition number sigma_max / sigma_min, lowest first.
 
     Args:
-        source: a module, a mapping of names to tensors, a .safetensors file, or a directory of them. Quantized weights
-            are dequantized matrix by matrix; ``TensorKappa.quantization`` says how they were quantized.
+        source: a module, a mapping of names to tensors, a .safetensors file, or a directory of them.
         top: resolve only what is needed to know the ``top`` entries with the lowest score (an int), or that share of
             all (a float in (0, 1]); the others are reported as "bounded".
         top_per_group: ``top`` counts within each group of like matrices.
