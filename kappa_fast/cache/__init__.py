@@ -70,7 +70,7 @@ class ResultCache:
     """The cache as one run of rank() sees it. ``results`` may be used by one thread, what it starts by many."""
 
     def __init__(self, directory: Path, matrices: Sequence[Matrix]) -> None:
-        self.directory, self._matrices = directory, matrices
+        self.directory = directory
         self._home = directory / LAYOUT
         self._lock = threading.RLock()
         self._journal: Journal | None = None
