@@ -30,7 +30,7 @@ class TensorKappa:
         layer: number of the layer in the model, None outside of layers.
         group: the name with its numbers as ``*``, plus the part without its expert.
         shape: (rows, columns) of the matrix as ranked (convolutions flattened).
-        dtype: stored dtype, such as "bfloat16".
+        dtype: stored dtype, such as "bfloat16"; of the dequantized values where the weight was quantized.
         numel: number of weights in the matrix.
         kappa: best estimate of sigma_max / sigma_min; inf if rank deficient, nan if bounded or non-finite.
         lower, upper: the interval that holds the true kappa of the stored weights.
@@ -41,6 +41,9 @@ class TensorKappa:
         sensitivity: first-order standard deviation of the relative change of kappa under one rounding of all
             weights to the storage dtype; nan where kappa is.
         status: "ok", "rank_deficient", "bounded" (known only to lie above ``lower``) or "non_finite".
+        quantization: how the weight was quantized, such as "fp8 e4m3, 128x128 blocks", or None for plain weights.
+            Everything else is about the dequantized values; so ``sensitivity`` is about a rounding to their dtype,
+            not about the far larger one to the codes.
     """
 
     name: str
@@ -62,6 +65,7 @@ class TensorKappa:
     method: str
     sensitivity: float
     status: Status
+    quantization: str | None = None
 
     @property
     def key(self) -> str:

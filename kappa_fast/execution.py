@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from .backends import Backend, get_backend
 from .errors import BackendError, ComputeError, KappaError
 from .sources.base import Matrix, Source
-from .staging import Staged, one_ahead
+from .staging import Staged, one_ahead, read_ahead
 from .undisturbed import undisturbed_thread
 from .waves import cut, default_budget, is_out_of_memory
 from .workers import each_on_one_thread, fits_one_thread
@@ -29,6 +30,19 @@ def operations(shape: tuple[int, int]) -> float:
     """What a matrix costs, in multiply-adds: Gram matrix and Cholesky factor."""
     m, n = max(shape), min(shape)
     return float(m) * n * n + n**3 / 3
+
+
+@dataclass(frozen=True)
+class PlannedWave:
+    """Matrices, by position, that are worked on together; ``nbytes`` is what they are taken to need beside the weights.
+
+    side_by_side: whether each is worked on alone, by one thread of many where it is small enough.
+    """
+
+    device: torch.device
+    side_by_side: bool
+    positions: tuple[int, ...]
+    nbytes: int
 
 
 class Executor:
@@ -52,15 +66,37 @@ class Executor:
         """Where work was done."""
         return sorted({str(device) for device in self._backends})
 
-    def results(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
-        """``work`` on every matrix, wave by wave; an accelerator gets the next wave while it works on this one."""
+    def planned(self, positions: Sequence[int]) -> Iterator[PlannedWave]:
+        """The waves that ``results`` would work on; nothing is loaded."""
         for device, waves in self._waves(positions):
-            if self._backend_for(device).side_by_side:
-                yield from self._on_cores(waves, work)
-                continue
-            with contextlib.closing(one_ahead(waves, self._matrices_of, device)) as staged:
-                for wave, weights in staged:
-                    yield from zip(wave, self._attempt(wave, work, weights), strict=True)
+            backend = self._backend_for(device)
+            for wave in waves:
+                need = sum(self._need(i, backend) for i in wave)
+                yield PlannedWave(device, backend.side_by_side, tuple(wave), need)
+
+    def budget_on(self, device: torch.device) -> int:
+        """Bytes that a wave may take there."""
+        return self._budget or default_budget(device)
+
+    def results(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
+        """``work`` on every matrix, wave by wave, in the order of the disk where the weights come from one.
+
+        The next waves are read ahead from the disk; an accelerator gets one of them while it works on this one.
+        """
+        for device, waves in self._waves(sorted(positions, key=lambda i: self._matrices[i].location or ("", 0))):
+            with contextlib.closing(self._read_ahead(waves)) as coming:
+                if self._backend_for(device).side_by_side:
+                    yield from self._on_cores(coming, work)
+                    continue
+                with contextlib.closing(one_ahead(coming, self._matrices_of, device)) as staged:
+                    for wave, weights in staged:
+                        yield from zip(wave, self._attempt(wave, work, weights), strict=True)
+
+    def _read_ahead(self, waves: Iterator[list[int]]) -> Generator[list[int], None, None]:
+        if any(matrix.prefetch is not None for matrix in self._matrices):
+            yield from read_ahead(waves, self._matrices_of)
+        else:
+            yield from waves
 
     def _on_cores(self, waves: Iterable[list[int]], work: Work[R]) -> Generator[tuple[int, R], None, None]:
         """On a CPU the small matrices by themselves, for one thread each, and the large ones one by one."""
@@ -103,7 +139,7 @@ class Executor:
         half = len(wave) // 2
         try:
             with undisturbed_thread():
-                weights = staged.ready() if staged and staged.weights else [m.load() for m in matrices]
+                weights = staged.ready() if staged and staged.weights else [m.load(place) for m in matrices]
                 return work(wave, backend, weights)
         except Exception as error:
             if is_out_of_memory(error) or isinstance(error, LINALG_ERROR):
@@ -137,13 +173,14 @@ class Executor:
             by_device.setdefault(self._where(self._matrices[i]), []).append(i)
         for device, chosen in by_device.items():
             backend = self._backend_for(device)
-            budget = self._budget or default_budget(device)
-            yield device, cut(chosen, lambda i, b=backend: self._need(i, b), budget)  # type: ignore[misc]
+            waves = cut(chosen, lambda i, b=backend: self._need(i, b), self.budget_on(device))  # type: ignore[misc]
+            yield device, waves
 
     def _need(self, position: int, backend: Backend) -> int:
         matrix = self._matrices[position]
         tall = (max(matrix.shape), min(matrix.shape))
-        moved = 0 if matrix.device == backend.device and self._in_memory else matrix.nbytes
+        there = matrix.device == backend.device and self._in_memory and matrix.quantization is None
+        moved = 0 if there else matrix.nbytes + matrix.overhead
         ahead = 1 if backend.side_by_side else 2  # the next wave comes in while this one is there
         return backend.workspace(tall, matrix.dtype) + ahead * moved
 

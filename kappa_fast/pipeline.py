@@ -21,7 +21,8 @@ from .cache.records import Question
 from .entries import TensorKappa
 from .errors import Interrupted, OptionError
 from .execution import Executor, Work, operations
-from .progress import ProgressOption, Tracker, tracking
+from .integrations.checkpoint_names import places_of
+from .progress import ProgressOption, Tracker, shown, tracking
 from .ranking import Ranking
 from .sources import Filters, open_source
 from .sources.base import Matrix, Source
@@ -60,7 +61,8 @@ def rank(
     """Rank the weight matrices of a model by their condition number sigma_max / sigma_min, lowest first.
 
     Args:
-        source: a module, a mapping of names to tensors, a .safetensors file, or a directory of them.
+        source: a module, a mapping of names to tensors, a .safetensors file, a directory of them, or the id of a model
+            on the hub ("org/name" or "org/name@revision"), from the local cache if it is complete there.
         top: resolve only what is needed to know the ``top`` entries with the lowest score (an int), or that share of
             all (a float in (0, 1]); the others are reported as "bounded".
         top_per_group: ``top`` counts within each group of like matrices.
@@ -92,7 +94,8 @@ def rank(
     Warns:
         UserWarning: intervals could not be proven; the cache is damaged, or cannot be written to.
     """
-    _check(top, top_per_group, rtol, certify, score, process_group)
+    check_options(top, top_per_group, rtol, certify)
+    _check(score, process_group)
     directory = cache_directory(cache)
     filters = Filters(include, exclude, embeddings, routers, fused, min_dim, max_dim)
     settings: dict[str, Any] = {
@@ -111,8 +114,8 @@ def rank(
     }
     started = time.perf_counter()
     with undisturbed():
-        opened = open_source(source, filters)
-        executor = Executor(opened, backend, _device(device), parse_bytes(memory_budget))
+        opened = open_source(source, filters, places_of, quiet=not shown(progress))
+        executor = Executor(opened, backend, usable_device(device), parse_bytes(memory_budget))
         budgeted = None if top is None else BudgetedTop.of(opened.matrices, top, top_per_group)
         goal = Goal(rtol, certify is True)
         with opened_cache(directory, opened.matrices) as store:
@@ -250,20 +253,15 @@ class _Run:
             method=found.method,
             sensitivity=found.sensitivity,
             status=found.status,
+            quantization=matrix.quantization,
         )
         if callable(self._score) and found.status in ("ok", "rank_deficient"):
             entry = replace(entry, score=_scored(self._score, entry))
         return entry
 
 
-def _check(
-    top: object,
-    top_per_group: object,
-    rtol: object,
-    certify: object,
-    score: object,
-    process_group: object,
-) -> None:
+def check_options(top: object, top_per_group: object, rtol: object, certify: object) -> None:
+    """Raises OptionError where one of them is not what rank() takes."""
     if top is not None:
         count = isinstance(top, int) and not isinstance(top, bool) and top >= 1
         share = isinstance(top, float) and 0 < top <= 1
@@ -277,13 +275,17 @@ def _check(
         raise OptionError(f"certify={certify!r}: give True, False or 'selection'")
     if isinstance(certify, str) and top is None:
         raise OptionError("certify='selection' proves what decides who is in the top: give top= as well")
+
+
+def _check(score: object, process_group: object) -> None:
     if not callable(score) and not (isinstance(score, str) and score == "kappa"):
         raise OptionError(f"score={score!r}: give 'kappa' or a callable that takes a TensorKappa")
     if process_group is not None:
         raise NotImplementedError("process_group= is not part of this version: rank on one process, share the JSON")
 
 
-def _device(device: torch.device | str | None) -> torch.device | None:
+def usable_device(device: torch.device | str | None) -> torch.device | None:
+    """The device as torch has it, None for None; OptionError where rank() could not compute there."""
     if device is None:
         return None
     try:

@@ -28,6 +28,11 @@ class Progress:
 ProgressOption = bool | Callable[[Progress], None] | None
 
 
+def shown(option: ProgressOption) -> bool:
+    """Whether the option ``progress`` of rank() asks for bars: True, or None on a terminal."""
+    return option is True or (option is None and sys.stderr is not None and sys.stderr.isatty())
+
+
 class Tracker:
     """Counts finished matrices and reports them."""
 
@@ -62,7 +67,7 @@ def tracking(option: ProgressOption, total: int, operations: float) -> Iterator[
         OptionError: ``option`` is neither a bool, None nor a callable.
     """
     if option is None:
-        option = sys.stderr is not None and sys.stderr.isatty()
+        option = shown(option)
     if option is False:
         yield Tracker(total, operations, None)
     elif option is True:

@@ -17,6 +17,7 @@ from .units import UnitName
 if TYPE_CHECKING:
     import pandas
 
+    from .comparison import Comparison
     from .report.table import RankingTable
 
 # Entries that are known come first, so that the first k of a ranking with top=k are exactly those k.
@@ -163,6 +164,19 @@ class Ranking(Sequence[TensorKappa]):
             unit=unit,
         )
 
+    def compare(self, other: Ranking) -> Comparison:
+        """How ``other`` differs from this ranking: before and after training, in one dtype and in another.
+
+        Matrices are the same if their keys are, up to the wrappers of compile, DDP, FSDP and PEFT, tied names, and the
+        prefix of a base model that only one of the two has.
+
+        Raises:
+            OptionError: ``other`` is no Ranking, or the two have no matrix in common.
+        """
+        from .comparison import compare
+
+        return compare(self, other)
+
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the ranking to a file, replacing it all at once.
 
@@ -217,6 +231,41 @@ class Ranking(Sequence[TensorKappa]):
         names = [item.name for item in fields(TensorKappa)]
         rows = [[entry.key, *(getattr(entry, name) for name in names)] for entry in self.entries]
         return pandas.DataFrame(rows, columns=["key", *names])
+
+    def to_html(self, path: str | os.PathLike[str], *, selection: Selection | None = None) -> None:
+        """Write a page that shows the ranking: one HTML file that needs no network, replaced all at once.
+
+        It has a heat map of layers and types of matrices (experts unfold), the sorted curve with intervals and the cut
+        of a budget chosen in the page, a histogram, a table to sort and search, and what was skipped. The same ranking
+        gives the same bytes.
+
+        Args:
+            path: where to write it.
+            selection: what the page shows as chosen at first, besides the budgets to be tried in it.
+
+        Raises:
+            OptionError: ``selection`` holds a matrix that is not in this ranking.
+            MissingExtraError: jinja2 is not installed.
+            RankingFileError: the file cannot be written.
+        """
+        from .report.page import write_page
+
+        write_page(self, path, selection)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write the heat map of layers and types of matrices as a picture, PNG or SVG as the name of the file ends.
+
+        Several matrices of one type in one layer (experts) show as their geometric mean. The same ranking gives the
+        same bytes with the same version of matplotlib. Neither its backend nor its settings are touched.
+
+        Raises:
+            OptionError: the name ends in neither .png nor .svg, or no matrix has the number of a layer in its name.
+            MissingExtraError: matplotlib is not installed.
+            RankingFileError: the file cannot be written.
+        """
+        from .report.plot import write_plot
+
+        write_plot(self, path)
 
     def table(self, limit: int | None = None) -> RankingTable:
         """The first ``limit`` entries (None: all) as something ``rich`` prints, fitted to the width it prints at.

@@ -104,6 +104,8 @@ def _decode(record: type[_Record], readers: Mapping[str, _Reader], raw: Any, whe
         raise RankingFileError(f"{where} is no object; {_REWRITE}")
     values = {}
     for name, (expected, read) in readers.items():
+        if name not in raw and name in _ADDED:
+            continue
         if name not in raw:
             raise RankingFileError(f"{where} has no {name!r}; {_REWRITE}")
         try:
@@ -207,7 +209,11 @@ _ENTRY_FIELDS: dict[str, _Reader] = {
     "method": _TEXT,
     "sensitivity": _FLOAT,
     "status": ("one of " + ", ".join(get_args(Status)), _read_status),
+    "quantization": ("text or null", lambda raw: None if raw is None else _read_text(raw)),
 }
+
+# Fields that files of older versions lack; they have a default.
+_ADDED = frozenset({"quantization"})
 
 _SKIPPED_FIELDS: dict[str, _Reader] = {"name": _TEXT, "shape": ("a list of sizes", _read_shape), "reason": _TEXT}
 
@@ -225,18 +231,29 @@ def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) ->
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text all at once: whoever reads the file sees the old one or the new one, never half.
+    """Write a text all at once, see ``write_bytes``.
+
+    Raises:
+        RankingFileError: the file cannot be written there.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file all at once: whoever reads it sees the old one or the new one, never half.
 
     Raises:
         RankingFileError: the file cannot be written there.
     """
     # A link stays a link: what it points at is replaced.
     target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file() and not target.is_dir():  # root could replace /dev/null by a file
+        raise RankingFileError(f"cannot write {path}: it is a device or a pipe; give the name of a file")
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
         try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                file.write(text)
+            with open(temporary, "xb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)

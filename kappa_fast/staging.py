@@ -1,8 +1,13 @@
-"""Reading ahead: the weights of the next wave are loaded, and copied to the device, while this one is worked on."""
+"""Reading ahead: while one wave is worked on, the next ones come from the disk, and to an accelerator its weights.
+
+From the disk they come into the cache of the operating system, which takes no memory of this process.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +19,9 @@ from .undisturbed import undisturbed_thread
 from .waves import is_out_of_memory
 
 T = TypeVar("T")
+
+# Beside the next wave so many bytes are read ahead: a disk must not wait where a few small waves follow a costly one.
+AHEAD = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -37,15 +45,21 @@ class Staged:
 
 
 def stage(matrices: Sequence[Matrix], device: torch.device) -> Staged:
-    """Load, and copy to an accelerator on a stream of its own what is not there; nothing is waited for."""
+    """Load, and copy to an accelerator on a stream of its own what is not there; nothing is waited for.
+
+    The codes of quantized weights are what is copied: they are dequantized on that stream.
+    """
     try:
         with undisturbed_thread():
-            weights = [matrix.load() for matrix in matrices]
-            if device.type != "cuda" or all(weight.device == device for weight in weights):
-                return Staged(weights)
+            if device.type != "cuda":
+                return Staged([matrix.load(device) for matrix in matrices])
+            if all(matrix.device == device for matrix in matrices):  # dequantized where they are used, on that stream
+                return Staged([])
             stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            if any(matrix.device == device for matrix in matrices):  # codes may still be on their way
+                stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                moved = [_copied(weight, device) for weight in weights]
+                moved = [_copied(matrix.load(device), device) for matrix in matrices]
             return Staged(moved, stream.record_event())
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -75,4 +89,36 @@ def one_ahead(items: Iterable[T], matrices: Any, device: torch.device) -> Genera
         for item, staged in waiting:
             yield item, staged.result()
     finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_ahead(
+    waves: Iterable[T], matrices: Callable[[T], Sequence[Matrix]], ahead: int = AHEAD
+) -> Generator[T, None, None]:
+    """The same waves; a thread prefetches this one, the next, and those after it up to ``ahead`` bytes in all."""
+    pool = ThreadPoolExecutor(1, "kappa_fast_read_ahead")
+    ended = threading.Event()
+
+    def prefetch(wanted: Sequence[Callable[[], None]]) -> None:
+        for read in wanted:
+            if ended.is_set():
+                return
+            read()
+
+    source = iter(waves)
+    coming: deque[tuple[T, int]] = deque()
+    try:
+        while True:
+            while len(coming) < 2 or sum(size for _, size in coming) < ahead:
+                wave = next(source, None)
+                if wave is None:
+                    break
+                chosen = matrices(wave)
+                coming.append((wave, sum(matrix.nbytes for matrix in chosen)))
+                pool.submit(prefetch, [matrix.prefetch for matrix in chosen if matrix.prefetch is not None])
+            if not coming:
+                return
+            yield coming.popleft()[0]
+    finally:
+        ended.set()
         pool.shutdown(wait=True, cancel_futures=True)

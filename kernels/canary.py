@@ -12,8 +12,9 @@ from functools import cache
 import numpy as np
 import torch
 
-from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, triangular
+from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, triangular
 from .problems import INNER_COLUMNS, INNER_NONE, Problems, Storage, Tensor
+from .quantize import DIGIT_BITS
 
 EXACT = 1e-11  # relative error of float64 results; wrong ones are off by 1e-8 (a float32 somewhere) or all of it
 
@@ -24,7 +25,7 @@ class CanaryError(RuntimeError):
 
 @cache
 def check_device(device: torch.device) -> None:
-    """The kernels that know no dtype: Cholesky, products and solves, inner products, orthogonalization, Ritz values.
+    """The kernels that know no dtype: Cholesky, its residuals, solves, inner products, orthogonalization, Ritz values.
 
     Raises:
         CanaryError: one of them is wrong there; it names which.
@@ -40,6 +41,7 @@ def check_device(device: torch.device) -> None:
     for lower, g in zip(lowers, grams, strict=True):
         _compare("cholesky", device, lower @ lower.T, g)
     _check_triangular(problems, factored, lowers)
+    _check_shifted(problems, grams)
     _check_blocks(device)
     _check_ritz(device)
     _check_splits(device)
@@ -60,22 +62,27 @@ def check_storage(device: torch.device, storage: Storage) -> None:
     found = peaks.view(torch.float32).cpu().double().split(problems.n.tolist())
     for got, a in zip(found, exact, strict=True):
         _compare("column_peaks", device, got, a.abs().amax(dim=0), 0.0)
-    for count in (2, 3):
-        slices = quantize.quantize(problems, peaks, count)
-        views = problems.gram_views(gram.gram_of_slices(problems, slices))
-        for view, a, squared in zip(views, exact, slices.residual.tolist(), strict=True):
-            # |A^T A - G| <= 2 ||A|| ||D|| + ||D||^2 for what the slices leave out.
-            size, rest = float(torch.linalg.matrix_norm(a)), squared**0.5
-            allowed = (2 * size * rest + squared) / size**2 + EXACT
-            if allowed > 1e-3 and count == 3:
-                raise CanaryError(f"quantize leaves out too much on {device} for {storage}")
-            _compare(
-                f"gram_of_slices, {count} slices of {storage},", device, torch.tril(view), torch.tril(a.T @ a), allowed
-            )
+    for count in (2, 3, 4):
+        _check_slices(problems, peaks, count, exact, storage)
     if storage.dtype in (torch.bfloat16, torch.float16):
         for view, a in zip(problems.gram_views(gram.gram_of_weights(problems)), exact, strict=True):
             _compare(f"gram_of_weights of {storage}", device, torch.tril(view), torch.tril(a.T @ a), 1e-5)
     _check_products(problems, exact, storage)
+
+
+def _check_slices(problems: Problems, peaks: Tensor, count: int, exact: list[Tensor], storage: Storage) -> None:
+    """Slices hold a matrix Q as near as they say, and G is Q^T Q: proofs rest on both."""
+    device = problems.device
+    slices = quantize.quantize(problems, peaks, count)
+    views = problems.gram_views(gram.gram_of_slices(problems, slices))
+    for view, q, a, squared in zip(views, slices.dense(problems), exact, slices.residual.tolist(), strict=True):
+        true = float(torch.linalg.matrix_norm(a - q)) ** 2
+        if not true * (1 - EXACT) <= squared <= true * (1 + 1e-8):
+            raise CanaryError(f"quantize calls {true:.17g} {squared:.17g} on {device} for {storage}")
+        if not squared**0.5 <= 2.0 ** (3 - DIGIT_BITS.value * count) * float(torch.linalg.matrix_norm(a)):
+            raise CanaryError(f"quantize leaves out too much on {device} for {storage}")
+        what = f"gram_of_slices, {count} slices of {storage},"
+        _compare(what, device, torch.tril(view), torch.tril(q.T @ q))
 
 
 def _check_products(problems: Problems, exact: list[Tensor], storage: Storage) -> None:
@@ -109,6 +116,33 @@ def _check_triangular(problems: Problems, factored: cholesky.Factored, lowers: l
     _compare("forward_solve", device, found, torch.cat(x))
     found = triangular.backward_solve(problems, factored, members, torch.cat(transposed).to(device))
     _compare("backward_solve", device, found, torch.cat(x))
+
+
+def _check_shifted(problems: Problems, grams: list[Tensor]) -> None:
+    """What proofs rest on. A residual that came out too small would prove anything."""
+    device = problems.device
+    packed = torch.zeros(problems.gram_elements, dtype=torch.float64, device=device)
+    for view, g in zip(problems.gram_views(packed), grams, strict=True):
+        view.copy_(g)
+    kept = shifted.Mirrored.of(problems, packed)
+    _compare("traces", device, kept.traces(), torch.stack([g.trace() for g in grams]))
+    chosen = range(len(grams))
+    for sign, shifts in ((1, [0.5, 0.25]), (-1, [2e3, 1e3])):
+        found = kept.factored(chosen, shifts, sign)
+        if int(found.info.abs().max()):
+            raise CanaryError(f"cholesky broke down on {device} for a shifted matrix that is definite")
+        factors = [torch.tril(view).cpu() for view in problems.gram_views(packed)]
+        moved = [sign * (g - t * torch.eye(len(g), dtype=torch.float64)) for g, t in zip(grams, shifts, strict=True)]
+        squares, sizes = found.residuals()
+        _compare("sizes of factors", device, sizes, torch.stack([(lower * lower).sum() for lower in factors]))
+        small = float((squares.sqrt() / sizes).max())
+        if not small <= EXACT:
+            raise CanaryError(f"residuals of good factors are {small:.1e} on {device}, where {EXACT:.0e} is allowed")
+        for view in problems.gram_views(packed):
+            view.sub_(torch.tril(view) / 2)  # of L / 2 three quarters of the matrix are left
+        squares, _ = found.residuals()
+        left = torch.stack([0.75 * torch.linalg.matrix_norm(m) for m in moved])
+        _compare("residuals of halved factors", device, squares.sqrt(), left)
 
 
 def _check_blocks(device: torch.device) -> None:

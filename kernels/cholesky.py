@@ -188,20 +188,28 @@ def _trailing_kernel(table, owner, first, packed, info, start, SIDE: tl.constexp
         tl.store(base + row * leading + column + place, tile, mask=inside)
 
 
-def cholesky(problems: Problems, packed: Tensor) -> Factored:
+def diagonal_starts(problems: Problems) -> tuple[Tensor, int]:
+    """Where the diagonal tiles of every matrix begin in an array that holds them all, (w,) int64; and its length."""
+    tiles = -(-problems.n // BLOCK.value)
+    starts = (np.cumsum(tiles) - tiles) * BLOCK.value**2
+    return to_device(starts.astype(np.int64), problems.device), int(tiles.sum()) * BLOCK.value**2
+
+
+def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None) -> Factored:
     """Factor the lower triangles in ``packed`` (see Problems.gram_views) in place.
 
-    Costs n^3 / 3 operations and, per matrix, about 8 n^3 / (3 SUPER) bytes. 2 ceil(n / 64) + ceil(n / 256) launches for
-    the largest n, however many matrices there are. No synchronization: read ``info`` when it is needed.
+    ``info``, (w,) int32, leaves out the matrices where it is not 0, and becomes the result's. Costs n^3 / 3 operations
+    and, per matrix, about 8 n^3 / (3 SUPER) bytes. 2 ceil(n / 64) + ceil(n / 256) launches for the largest n, however
+    many matrices there are. No synchronization: read ``info`` when it is needed.
     """
     blocks = -(-problems.n // BLOCK.value)
-    starts = np.cumsum(blocks) - blocks
     device = problems.device
+    starts, total = diagonal_starts(problems)
     result = Factored(
         packed,
-        torch.empty(int(blocks.sum()) * BLOCK.value**2, dtype=torch.float64, device=device),
-        to_device(starts.astype(np.int64) * BLOCK.value**2, device),
-        torch.zeros(len(blocks), dtype=torch.int32, device=device),
+        torch.empty(total, dtype=torch.float64, device=device),
+        starts,
+        torch.zeros(len(blocks), dtype=torch.int32, device=device) if info is None else info,
     )
     use_dot = target_of(device) in WITH_DOT
     per_super = SUPER.value // BLOCK.value

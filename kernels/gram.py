@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -33,7 +34,7 @@ from .problems import (
     triangular,
 )
 from .quantize import Slices, column_shift, power_of_two
-from .splits import Splits, add_parts, store_tile, triangular_tiles
+from .splits import Splits, add_parts, split_counts, store_tile, triangular_tiles
 from .splits import instances as split_instances
 
 # Products of 16-bit weights are summed by the matrix units, which truncate, over this many rows only.
@@ -264,6 +265,20 @@ def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None
         )
         add_parts(problems, shares, out)
     return out
+
+
+def slice_roundings(problems: Problems, count: int) -> np.ndarray:
+    """The h for which gram_of_slices with ``count`` slices is off by at most gamma(h) |Q|^T |Q|, entry by entry: (w,).
+
+    Products and sums of integers are exact; additions of different weights round, three for every pair of slices and
+    one for every split after the first. What they add is at most P^T P with P = sum_i w_i |Q_i| <= 3.04 |Q|, since the
+    digits behind the first that is not zero weigh at most 64 / 127 of one unit of it.
+    """
+    target = target_of(problems.device)
+    sides = {SLICE_TILES[target][high].side for high in range(2, max(2, count) + 1)}
+    splits = np.max([split_counts(problems, side) for side in sides], axis=0)
+    found: np.ndarray = np.ceil(9.3 * (count - 1) * (splits + 2))
+    return found
 
 
 def gram_of_weights(problems: Problems, chosen: Sequence[int] | None = None, out: Tensor | None = None) -> Tensor:

@@ -244,6 +244,18 @@ class Slices:
     def count(self) -> int:
         return self.data.shape[0]
 
+    def dense(self, problems: Problems) -> list[Tensor]:
+        """Q diag(s) of every matrix, (m, n) float64 on the host, put together digit by digit: slow, for checks."""
+        data, table = self.data.cpu().to(torch.float64), problems.table.cpu().numpy()
+        exponents = (self.peaks.cpu() >> 23) - (TOP_EXPONENT.value + 126)  # -p, see column_shift
+        found = []
+        for row in table:
+            m, n, pitch, start, first = (int(row[f.value]) for f in (ROWS, COLUMNS, PITCH, SLICE, FIRST_COLUMN))
+            digits = data[:, start : start + n * pitch].view(-1, n, pitch)[..., :m]
+            q = sum(digit * 2.0 ** (DIGIT_BITS.value * (MAX_SLICES - 1 - k)) for k, digit in enumerate(digits))
+            found.append(torch.ldexp(q, exponents[first : first + n, None]).T)
+        return found
+
 
 def quantize(problems: Problems, peaks: Tensor, slices: int, earlier: Slices | None = None) -> Slices:
     """The first ``slices`` (1 to 4) digits of every matrix; those that ``earlier`` holds are taken from there.

@@ -71,14 +71,19 @@ class Splits:
 
     @classmethod
     def of(cls, problems: Problems, side: int) -> Splits:
-        tiles = triangular_tiles(problems.n, side)
-        counts = np.maximum(1, np.minimum(-(-FULL_CHIP // tiles), problems.m // SPLIT_ROWS))
-        counts = np.maximum(counts, -(-problems.m // INTEGER_ROWS))
+        counts = split_counts(problems, side)
         sizes = (counts - 1) * problems.n * (-(-problems.n // ROW_PAD) * ROW_PAD)
         starts = np.cumsum(sizes) - sizes
         moved = torch.from_numpy(np.stack([counts, starts])).to(problems.device)
         parts = torch.empty(max(1, int(sizes.sum())), dtype=torch.float64, device=problems.device)
         return cls(counts, moved[0].to(torch.int32), moved[1], parts)
+
+
+def split_counts(problems: Problems, side: int) -> np.ndarray:
+    """Into how many runs of rows the work on each matrix is cut, with tiles of this side."""
+    tiles = triangular_tiles(problems.n, side)
+    counts = np.maximum(1, np.minimum(-(-FULL_CHIP // tiles), problems.m // SPLIT_ROWS))
+    return np.maximum(counts, -(-problems.m // INTEGER_ROWS))
 
 
 def triangular_tiles(n: np.ndarray, side: int) -> np.ndarray:

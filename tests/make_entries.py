@@ -84,6 +84,7 @@ def entries(draw: st.DrawFn) -> TensorKappa:
         method=draw(_texts),
         sensitivity=draw(_floats),
         status=status,
+        quantization=draw(st.none() | _texts),
     )
 
 

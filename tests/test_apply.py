@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import math
 import pickle
@@ -17,6 +18,7 @@ from test_wrap import assert_only_the_selected_moved, selection_of, snapshot
 import kappa_fast
 from kappa_fast import OptionError, Selection
 from kappa_fast.integrations.names import match
+from kappa_fast.integrations.peft import lora_config
 from kappa_fast.training.masks import frozen_mask
 
 
@@ -126,6 +128,29 @@ def test_an_expert_with_its_whole_sibling():
     targets = {t.name.rpartition(".")[2]: t for t in match(Selection(tuple(wanted), True, {}), model)}
     assert targets["gate_up_proj"].whole
     assert targets["down_proj"].indices == ((2,),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
+def test_codes_cannot_train_and_the_error_says_what_can(dtype):
+    model = torch.nn.Linear(20, 20)
+    selection = kappa_fast.rank(model, progress=False).select(num_tensors=1)
+    shape = (20, 20) if dtype.is_floating_point else (200, 1)  # two codes in a byte have another shape than the weight
+    model.weight = torch.nn.Parameter(torch.zeros(shape).to(dtype), requires_grad=False)
+    message = rf"'weight' is stored as {dtype}, which cannot be trained: train adapters .*peft\.lora_config"
+    with pytest.raises(OptionError, match=message):
+        selection.apply(model)
+    with pytest.raises(OptionError, match=message):
+        kappa_fast.wrap(torch.optim.AdamW, model, selection, lr=1e-3)
+
+
+def test_a_model_that_keeps_codes_in_buffers_is_told_from_another_model():
+    model = torch.nn.ModuleDict({"a": torch.nn.Module(), "b": torch.nn.Linear(3, 3)})
+    model["a"].register_buffer("qweight", torch.zeros(4, 32, dtype=torch.int32))
+    entry = kappa_fast.rank({"a.weight": torch.randn(32, 32)}, progress=False)[0]
+    selection = Selection((dataclasses.replace(entry, aliases=("a.qweight",), quantization="gptq 4 bits"),), True, {})
+    with pytest.raises(OptionError, match=r"the model keeps 'a\.qweight' in place of the weight: it is quantized"):
+        selection.apply(model)
+    assert lora_config(selection, r=2).target_modules == "a"
 
 
 def test_integers_cannot_train():

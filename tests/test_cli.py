@@ -148,7 +148,7 @@ def test_every_option_of_rank_that_fits_a_command_line_is_there_with_the_same_de
     assert set(python) - set(shell) == {"source", "score", "process_group"}
     for name in set(python) & set(shell) - {"certify", "cache"}:  # the same command goes on from there: it has a cache
         assert shell[name].default == python[name].default, name
-    assert rank_command._certify(shell["certify"].default) is python["certify"].default
+    assert rank_command.proofs(shell["certify"].default) is python["certify"].default
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_every_option_reaches_rank(arguments, expected, cli, checkpoint, monkeyp
     monkeypatch.setattr(pipeline, "rank", rank)
     code, _, err = cli("rank", checkpoint, *arguments)
     assert (code, err) == (0, "")
-    assert seen["source"] == checkpoint
+    assert seen["source"] == str(checkpoint)
     defaults = {name: p.default for name, p in inspect.signature(kappa_fast.rank).parameters.items()}
     for name, value in seen.items():
         if name != "source":
@@ -407,7 +407,7 @@ def test_ctrl_c_before_the_first_matrix_leaves_the_file_of_an_earlier_run(cli, c
 
 
 def test_ctrl_c_while_the_source_is_opened_is_clean_too(cli, checkpoint, monkeypatch):
-    def open_source(*_):
+    def open_source(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "open_source", open_source)

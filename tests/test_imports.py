@@ -26,7 +26,19 @@ PUBLIC_NAMES = [
     "__version__",
 ]
 
-HEAVY_OR_OPTIONAL = {"matplotlib", "pandas", "peft", "rich", "scipy", "transformers", "triton", "typer"}
+HEAVY_OR_OPTIONAL = {
+    "gguf",
+    "huggingface_hub",
+    "jinja2",
+    "matplotlib",
+    "pandas",
+    "peft",
+    "rich",
+    "scipy",
+    "transformers",
+    "triton",
+    "typer",
+}
 
 # torch comes first, so that only what kappa_fast adds to it is counted.
 IMPORT_AFTER_TORCH = """

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kappa_fast.kernels import apply, canary, cholesky, gram, orthogonal, panel, quantize, ritz, triangular
+from kappa_fast.kernels import apply, canary, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, triangular
 from kappa_fast.kernels.canary import CanaryError, check_device, check_storage
 from kappa_fast.kernels.problems import INNER_COLUMNS, INNER_NONE, INNER_ROWS, Storage, storages
 
@@ -79,25 +79,71 @@ def test_a_column_that_is_not_seen_is_found(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("gram_of_slices", "gram_of_slices, 2 slices"), ("gram_of_weights", "gram_of_weights")]
+    ("name", "what", "factor"),
+    [("gram_of_slices", "gram_of_slices, 2 slices", 1 + 1e-8), ("gram_of_weights", "gram_of_weights", 1.05)],
 )
-def test_a_gram_matrix_that_is_wrong_is_found(name, what, monkeypatch):
+def test_a_gram_matrix_that_is_wrong_is_found(name, what, factor, monkeypatch):
     original = getattr(gram, name)
-    monkeypatch.setattr(gram, name, lambda *arguments: original(*arguments) * 1.05)
+    monkeypatch.setattr(gram, name, lambda *arguments: original(*arguments) * factor)
     with pytest.raises(CanaryError, match=f"^{what} of Storage"):
         check_storage(CPU, SIXTEEN)
 
 
+@pytest.mark.parametrize("factor", [1 - 1e-8, 1 + 1e-7], ids=["less", "more"])
+def test_slices_that_lie_elsewhere_than_they_say_are_found(factor, monkeypatch):
+    original = quantize.quantize
+
+    def wrong(problems, peaks, slices):
+        found = original(problems, peaks, slices)
+        return quantize.Slices(found.data, found.peaks, found.residual * factor)
+
+    monkeypatch.setattr(quantize, "quantize", wrong)
+    with pytest.raises(CanaryError, match=r"^quantize calls \S+ \S+ on cpu"):
+        check_storage(CPU, SIXTEEN)
+
+
 def test_slices_that_hold_too_little_are_found(monkeypatch):
+    # All but the first slice are left empty, and the residual says so.
     original = quantize.quantize
 
     def coarse(problems, peaks, slices):
-        found = original(problems, peaks, slices)
-        return quantize.Slices(found.data, found.peaks, found.residual + 1)
+        found, first = original(problems, peaks, slices), original(problems, peaks, 1)
+        data = torch.cat([first.data, torch.zeros_like(found.data[1:])])
+        return quantize.Slices(data, found.peaks, first.residual)
 
     monkeypatch.setattr(quantize, "quantize", coarse)
     with pytest.raises(CanaryError, match="quantize leaves out too much on cpu"):
         check_storage(CPU, SIXTEEN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "what"), [(0, "^residuals of halved factors is off"), (1, "^sizes of factors is off")]
+)
+def test_a_proof_that_would_rest_on_a_wrong_residual_is_found(place, what, monkeypatch):
+    original = shifted.Shifted.residuals
+
+    def residuals(self):
+        found = list(original(self))
+        found[place] *= 1 - 1e-8
+        return tuple(found)
+
+    monkeypatch.setattr(shifted.Shifted, "residuals", residuals)
+    with pytest.raises(CanaryError, match=what):
+        check_device(CPU)
+
+
+@pytest.mark.slow
+def test_a_residual_that_is_not_small_where_it_should_be_is_found(monkeypatch):
+    original = shifted.Shifted.residuals
+
+    def residuals(self):
+        squares, sizes = original(self)
+        return squares + (1e-10 * sizes) ** 2, sizes
+
+    monkeypatch.setattr(shifted.Shifted, "residuals", residuals)
+    with pytest.raises(CanaryError, match=r"^residuals of good factors are"):
+        check_device(CPU)
 
 
 @pytest.mark.slow

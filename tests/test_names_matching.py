@@ -93,7 +93,7 @@ def on_disk(model, family, folder):
     gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     tensors = {}
     for name, tensor in model.state_dict().items():
-        if "experts.gate_up_proj" in name or "experts.down_proj" in name:
+        if ".experts.gate_up_proj" in name or ".experts.down_proj" in name:
             home = name.rpartition(".")[0]
             home = home.replace(".mlp.", ".block_sparse_moe.") if family == "mixtral" else home
             for e, matrix in enumerate(tensor):

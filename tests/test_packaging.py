@@ -188,7 +188,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(built, clone):
     modules = {str(module.relative_to(clone)) for module in clone.glob("kappa_fast/**/*.py")}
     kernels = {f"kappa_fast/kernels/{kernel.name}" for kernel in clone.glob("kernels/*.py")}
     assert {name for name in names if name.endswith(".py")} == modules | kernels
-    assert "kappa_fast/py.typed" in names
+    templates = {str(file.relative_to(clone)) for file in clone.glob("kappa_fast/report/templates/*")}
+    assert len(templates) > 10
+    others = {"kappa_fast/py.typed", *templates}
+    assert {name for name in names if name.startswith("kappa_fast/") and not name.endswith(".py")} == others
     assert f"kappa_fast-{__version__}.dist-info/licenses/LICENSE" in names
     assert "kappa-fast = kappa_fast.cli:main" in scripts
     assert f"Version: {__version__}\n" in metadata
@@ -198,7 +201,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(built, clone):
 def test_the_sdist_holds_what_building_and_testing_need(built):
     with tarfile.open(built[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {*SOURCES, "kernels/README.md", "kernels/probe.py", "tests/conftest.py"} <= names
+    assert {
+        *SOURCES,
+        "kernels/README.md",
+        "kernels/probe.py",
+        "tests/conftest.py",
+        "kappa_fast/report/templates/page.html",
+    } <= names
     assert not any("__pycache__" in name for name in names)
 
 

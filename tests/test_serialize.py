@@ -174,6 +174,7 @@ WRONG = [
     ("index", [[0, 1]], "a list of integers and"),
     ("index", [True], "a list of integers and"),
     ("index", 3, "a list of integers and"),
+    ("quantization", 3, "text or null"),
     ("layer", "3", "an integer or null"),
     ("shape", [1, 2, 3], "a list of two sizes"),
     ("shape", [1, -2], "a list of two sizes"),
@@ -198,7 +199,13 @@ def test_a_damaged_field_is_named_with_what_belongs_there(tmp_path, name, value,
         Ranking.from_json(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("name", [item.name for item in fields(TensorKappa)])
+def test_a_file_from_before_quantization_was_told_still_loads(tmp_path):
+    path = tmp_path / "x.json"
+    _rewrite(path, lambda raw: [entry.pop("quantization") for entry in raw["entries"]])
+    assert {entry.quantization for entry in Ranking.from_json(path)} == {None}
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(TensorKappa) if item.name != "quantization"])
 def test_a_missing_field_is_named(tmp_path, name):
     _rewrite(tmp_path / "x.json", lambda raw: raw["entries"][0].pop(name))
     with pytest.raises(RankingFileError, match=rf"entries\[0\] has no '{name}'"):
@@ -309,3 +316,17 @@ def test_every_error_of_a_file_is_an_error_of_the_library(tmp_path):
         Ranking.from_json(tmp_path / "x.json")
     with pytest.raises(FileNotFoundError):
         Ranking.from_json(tmp_path / "none.json")
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="devices are POSIX")
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path, monkeypatch):
+    """os.replace() as root would."""
+    monkeypatch.setattr(serialize.os, "replace", lambda *_: pytest.fail("something was replaced"))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    link = tmp_path / "link"
+    link.symlink_to("/dev/null")
+    for path in ("/dev/null", pipe, link):
+        with pytest.raises(RankingFileError, match=r"cannot write .*: it is a device or a pipe; give the name"):
+            Ranking([]).to_json(path)
+    assert sorted(tmp_path.iterdir()) == [link, pipe]

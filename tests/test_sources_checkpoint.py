@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -17,8 +18,9 @@ from models import EVERYTHING, matrices, reasons, weights
 from safetensors.torch import save_file
 
 from kappa_fast.errors import OptionError, SourceError, SourceNotFoundError
-from kappa_fast.sources import Filters, open_source
-from kappa_fast.sources.checkpoint import DTYPES, Shard
+from kappa_fast.sources import Filters, files, open_source
+from kappa_fast.sources.checkpoint import DTYPES
+from kappa_fast.sources.files import DataFile, Region
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -109,47 +111,131 @@ def test_a_checkpoint_says_what_it_is(single, sharded):
     assert again["fingerprint"] == metadata["fingerprint"]
 
 
-class Recorder:
-    """An open file that notes which parts of its tensors are asked for."""
+@pytest.fixture
+def ranges(monkeypatch) -> list[tuple[int, int]]:
+    """Offset and length of everything that is read from files of weights."""
+    found: list[tuple[int, int]] = []
 
-    def __init__(self, handle: object, asked: list[object]) -> None:
-        self._handle, self._asked = handle, asked
+    def read(self: DataFile, offset: int, out: torch.Tensor, inner=DataFile.read) -> None:
+        found.append((offset, out.nbytes))
+        inner(self, offset, out)
 
-    def keys(self) -> list[str]:
-        return list(self._handle.keys())
-
-    def get_slice(self, name: str) -> Recorder:
-        return Recorder(self._handle.get_slice(name), self._asked)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._handle, name)
-
-    def __getitem__(self, part: object) -> torch.Tensor:
-        self._asked.append(part)
-        return self._handle[part]
+    monkeypatch.setattr(DataFile, "read", read)
+    return found
 
 
-def test_opening_reads_headers_only_and_loading_one_expert_only_that_expert(single, monkeypatch):
-    asked: list[object] = []
-    monkeypatch.setattr(Shard, "_open", lambda self, inner=Shard._open: Recorder(inner(self), asked))
+def test_opening_reads_headers_only_and_loading_one_expert_only_that_expert(single, ranges):
     found = matrices(single)
-    assert asked == []
+    length = int.from_bytes((single / "model.safetensors").read_bytes()[:8], "little")
+    assert ranges == [(0, 8), (8, length)]
+    ranges.clear()
     expert = found["model.layers.0.mlp.experts.down_proj[2]"].load()
-    assert asked == [slice(2, 3)]
     assert torch.equal(expert, MODEL["model.layers.0.mlp.experts.down_proj"][2])
+    ((_, size),) = ranges
+    assert size == expert.nbytes
 
 
-def test_the_map_is_made_anew_after_so_many_bytes(single, monkeypatch):
-    shard = Shard(single / "model.safetensors")
-    (stored,) = [t for t in shard.tensors(None) if "layers.2" in t.name]
-    assert shard._handle is None
-    monkeypatch.setattr(Shard, "MAPPED", 2000)
-    first = stored.take(())
-    assert shard._handle is not None
-    second = stored.take(())
-    assert shard._handle is None
-    assert torch.equal(first, second)
-    assert torch.equal(first, stored.take(()))
+FUSED = weights(
+    model__layers__0__mlp__experts__gate_up_proj=(3, 32, 36),
+    model__layers__0__mlp__experts__down_proj=(3, 18, 32),
+)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "part", "columns"),
+    [("llama4", "gate", slice(0, 18)), ("llama4", "up", slice(18, 36)), ("gpt_oss", "up", slice(1, 36, 2))],
+)
+def test_some_columns_of_an_expert_are_read_a_few_rows_at_a_time(
+    model_type, part, columns, tmp_path, ranges, monkeypatch
+):
+    monkeypatch.setattr(files, "ROWS", 4 * 36 * 5)  # five rows
+    save_file(FUSED, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    found = matrices(tmp_path)[f"model.layers.0.mlp.experts.gate_up_proj[1].{part}"]
+    ranges.clear()
+    weight = found.load()
+    assert weight.is_contiguous()
+    assert weight.untyped_storage().nbytes() == weight.nbytes
+    assert torch.equal(weight, FUSED["model.layers.0.mlp.experts.gate_up_proj"][1][:, columns])
+    assert [size for _, size in ranges] == [720] * 6 + [288]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        *((), (2,), (0, slice(1, 4)), (1, slice(None), slice(2, 5)), (slice(None), 1), (slice(1, 3),)),
+        *((slice(0, 4, 2),), (slice(1, 4, 2), slice(None), slice(0, 5, 3)), (3, 2), (3, slice(1, 5, 3))),
+        *((slice(None), slice(None)), (slice(2, 2),), (1, slice(4, 4), slice(None))),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 100, 1 << 20])
+def test_every_index_reads_what_it_takes_from_the_tensor(index, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ROWS", rows)
+    tensor = torch.arange(4 * 5 * 6, dtype=torch.int16).reshape(4, 5, 6)
+    (tmp_path / "raw").write_bytes(b"before" + tensor.numpy().tobytes() + b"after")
+    region = Region(DataFile(tmp_path / "raw"), "raw", 6, tensor.shape, tensor.dtype)
+    taken = region.take(index)
+    assert taken.dtype == tensor.dtype
+    assert torch.equal(taken, tensor[index])
+    offset, size = region.span(index)
+    assert offset >= 6
+    assert taken.nbytes <= size
+    assert offset + size <= 6 + tensor.nbytes
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_prefetching_advises_the_bytes_of_a_matrix_in_steps_and_reads_none(single, ranges, monkeypatch):
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, size, advice: advised.append((offset, size)))
+    monkeypatch.setattr(files, "ADVICE", 500)
+    found = matrices(single)["model.layers.0.mlp.experts.down_proj[1]"]
+    ranges.clear()
+    found.prefetch()
+    assert ranges == []
+    found.load()
+    ((start, size),) = ranges
+    assert advised == [(start, 500), (start + 500, 500), (start + 1000, size - 1000)]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_prefetching_quantized_weights_advises_codes_and_scales(single, ranges, monkeypatch):
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, size, advice: advised.append((offset, size)))
+    codes, scale = torch.randn(3, 32, 32).to(torch.float8_e4m3fn), torch.rand(3, 1, 1)
+    save_file({"experts.w.weight": codes, "experts.w.weight_scale_inv": scale}, single / "model.safetensors")
+    found = matrices(single)["experts.w.weight[2]"]
+    ranges.clear()
+    found.load()
+    found.prefetch()
+    assert advised == ranges
+    assert sorted(size for _, size in advised) == [4, 32 * 32]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_prefetching_never_fails(single, monkeypatch):
+    found = matrices(single)["model.layers.0.up.weight"]
+
+    def refuse(*_: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    found.prefetch()
+    monkeypatch.delattr(os, "posix_fadvise")  # as on macOS
+    found.prefetch()
+    (single / "model.safetensors").unlink()
+    found.prefetch()
+
+
+def test_matrices_know_their_order_on_the_disk(single, sharded):
+    assert all(m.prefetch is None and m.location is None for m in open_source(MODEL, EVERYTHING).matrices)
+    (single / "model.safetensors").unlink()
+    found = open_source(sharded, EVERYTHING).matrices
+    order = sorted(found, key=lambda m: m.location)
+    assert [m.location[0] for m in order] == sorted(m.location[0] for m in found)
+    # as the library safetensors lays them out, by name
+    assert [m.name for m in order if m.name.endswith("up.weight")] == [
+        f"model.layers.{i}.up.weight" for i in (0, 10, 2)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
@@ -162,7 +248,7 @@ def test_every_dtype_is_loaded_as_stored(dtype, tmp_path):
 
 
 def test_codes_and_scales_of_a_checkpoint_are_skipped(tmp_path):
-    stored = {"w.weight": torch.zeros(16, 16).to(torch.float8_e4m3fn), "w.weight_scale_inv": torch.ones(16, 16)}
+    stored = {"w.qweight": torch.zeros(16, 16, dtype=torch.int32), "w.scales": torch.ones(16, 16)}
     save_file(stored | {"v.weight": torch.randn(16, 16)}, tmp_path / "m.safetensors")
     assert set(matrices(tmp_path)) == {"v.weight"}
     assert set(reasons(tmp_path)) == set(stored)
@@ -185,10 +271,9 @@ def test_a_path_that_does_not_exist_is_named(tmp_path):
         open_source(missing, Filters())
 
 
-def test_a_hub_id_is_told_from_a_typing_error():
-    message = refused("org/model-7B", SourceNotFoundError)
-    assert "org/model-7B" in message
-    assert "ids are not resolved yet, download the model and give its directory" in message
+def test_a_word_that_is_neither_path_nor_id_says_what_ids_look_like():
+    message = refused("model-7B", SourceNotFoundError)
+    assert message.startswith("model-7B: no such file or directory, and no id of a model on the hub either")
 
 
 def test_an_empty_path_is_not_the_current_directory():
@@ -206,6 +291,54 @@ def test_a_file_that_is_no_safetensors_is_named(content, tmp_path):
     assert message.startswith(f"{file} is no readable safetensors file (")
     assert message.endswith("truncated or damaged, download it again")
     assert str(file) in refused(tmp_path)
+
+
+def written(file: Path, header: bytes, values: bytes = b"", length: int | None = None) -> Path:
+    file.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + values)
+    return file
+
+
+@pytest.mark.parametrize("length", [1 << 60, (1 << 63) - 1, (1 << 64) - 1, 100_000_001])
+def test_a_header_that_claims_to_be_enormous_is_not_believed(length, tmp_path):
+    file = written(tmp_path / "bomb.safetensors", b"{}", bytes(100), length)
+    assert refused(file).startswith(f"{file} is no readable safetensors file (")
+
+
+def test_a_header_of_a_hundred_megabytes_of_brackets_is_refused_at_once(tmp_path):
+    file = written(tmp_path / "bomb.safetensors", b"[" * 99_000_000)
+    assert refused(file).startswith(f"{file} is no readable safetensors file (")
+
+
+@pytest.mark.parametrize(
+    ("second", "size"),
+    [((8, 24), 32), ((0, 16), 16), ((20, 36), 36), ((16, 31), 31), ((32, 16), 32), ((16, 1 << 62), 32)],
+    ids=["overlap", "same", "gap", "short", "backwards", "beyond"],
+)
+def test_ranges_that_overlap_leave_gaps_or_do_not_fit_are_refused(second, size, tmp_path):
+    entry = '"%s": {"dtype": "F32", "shape": [2, 2], "data_offsets": [%d, %d]}'
+    header = "{" + entry % ("v", 0, 16) + "," + entry % ("w", *second) + "}"
+    file = written(tmp_path / "ranges.safetensors", header.encode(), bytes(size))
+    assert refused(file).startswith(f"{file} is no readable safetensors file (")
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    header = b'{"\xff\xfe": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}'
+    file = written(tmp_path / "name.safetensors", header, bytes(16))
+    assert refused(file).startswith(f"{file} is no readable safetensors file (")
+
+
+def test_names_may_be_any_text(tmp_path):
+    names = ["größe", "重み.0", "a b\n", "\U0001f600", "'\"", "__metadata", "x" * 1000]
+    save_file({name: torch.full((2, 2), float(i)) for i, name in enumerate(names)}, tmp_path / "m.safetensors")
+    found = matrices(tmp_path)
+    assert {name: float(found[name].load()[0, 0]) for name in names} == {name: float(i) for i, name in enumerate(names)}
+
+
+def test_tensors_without_values_are_skipped(tmp_path):
+    stored = {"none": torch.zeros(0, 16), "flat": torch.zeros(16, 0), "point": torch.ones(()), "w": torch.randn(16, 16)}
+    save_file(stored, tmp_path / "m.safetensors")
+    assert set(matrices(tmp_path)) == {"w"}
+    assert reasons(tmp_path) == {"none": "empty", "flat": "empty"}
 
 
 def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path):
@@ -315,6 +448,34 @@ def test_nor_by_a_link(tmp_path):
         assert f"names the shard {shard!r}" in refused(index(folder, dict.fromkeys(MODEL, shard)))
 
 
+def test_links_that_lead_nowhere_or_in_circles_are_refused(sharded, tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    assert refused(tmp_path / "circle", SourceNotFoundError) == (
+        f"{tmp_path / 'circle'} is a link that leads nowhere: give the directory of the model itself"
+    )
+    (sharded / SECOND).unlink()
+    (sharded / SECOND).symlink_to(SECOND)
+    message = refused(sharded) if sys.version_info < (3, 13) else refused(sharded, SourceNotFoundError)
+    assert message.startswith(f"{sharded / INDEX} names ")
+    assert SECOND in message
+
+
+def test_pipes_and_directories_that_are_called_like_files_are_no_weights(single):
+    os.mkfifo(single / "pipe.safetensors")
+    message = refused(single / "pipe.safetensors")
+    assert message == f"{single / 'pipe.safetensors'} is no .safetensors file: give one, or the directory of a model"
+    os.mkfifo(single / INDEX)
+    assert "is no .safetensors file" in refused(single / INDEX)
+    (single / "folder.safetensors").mkdir()
+    assert same_as_in_memory(single)
+    (single / INDEX).unlink()
+    message = refused(index(single, {"w": "folder.safetensors"}), SourceNotFoundError)
+    assert "names folder.safetensors, which is not there" in message
+    assert "names pipe.safetensors, which is not there" in refused(
+        index(single, {"w": "pipe.safetensors"}), SourceNotFoundError
+    )
+
+
 def test_links_inside_of_the_directory_and_to_the_directory_itself_are_fine(sharded, tmp_path):
     (sharded / FIRST).rename(sharded / "first.safetensors")
     (sharded / FIRST).symlink_to("first.safetensors")
@@ -393,7 +554,7 @@ def test_an_index_that_names_pickles_is_refused_in_the_same_way(tmp_path):
     assert message.startswith(f"{tmp_path / 'pytorch_model.bin'} is pickled")
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "notes.txt", "safetensors"])
+@pytest.mark.parametrize("name", ["notes.txt", "safetensors"])
 def test_a_file_of_another_kind_is_no_model(name, tmp_path):
     (tmp_path / name).write_bytes(b"text")
     assert (
@@ -454,4 +615,63 @@ def test_a_file_that_changes_after_it_was_opened_is_an_error_that_names_the_tens
     with pytest.raises(
         SourceError, match=f"'{found.name}' cannot be read from .*model.safetensors \\(.*\\): check the file"
     ):
+        found.load()
+
+
+@pytest.mark.parametrize(("code", "words"), [(13, "Permission denied"), (116, "Stale file handle"), (5, "I/O error")])
+def test_a_file_that_the_system_does_not_give_is_named_with_its_words(code, words, single, monkeypatch):
+    def refuse(*_: object) -> int:
+        raise OSError(code, words)
+
+    found = matrices(single)["model.layers.0.up.weight"]
+    monkeypatch.setattr(files, "_without_waiting", refuse)
+    file = single / "model.safetensors"
+    message = refused(single)
+    assert message.startswith(f"{file} cannot be read ([Errno {code}] {words}): look after the disk and your rights")
+    with pytest.raises(SourceError, match=rf"'{found.name}' cannot be read from .*\({words}|\[Errno {code}\] {words}"):
+        found.load()
+
+
+class Failing(io.FileIO):
+    """A file on a network that is gone after the first bytes."""
+
+    def readinto(self, buffer: memoryview) -> int:
+        if self.tell() > 1000:
+            raise OSError(116, "Stale file handle")
+        return super().readinto(buffer[:100])
+
+
+def test_a_network_that_goes_away_while_a_tensor_is_read_is_an_error_that_names_it(single, monkeypatch):
+    found = matrices(single)["model.embed_tokens.weight"]
+    monkeypatch.setattr(files.io, "FileIO", Failing)
+    with pytest.raises(SourceError, match=r"'model.embed_tokens.weight' cannot be read .*Stale file handle\): check"):
+        found.load()
+
+
+def test_reads_that_come_back_short_go_on(single, monkeypatch):
+    class Slow(io.FileIO):
+        def readinto(self, buffer: memoryview) -> int:
+            return super().readinto(buffer[:100])
+
+    monkeypatch.setattr(files.io, "FileIO", Slow)
+    assert same_as_in_memory(single)
+
+
+@pytest.mark.parametrize("change", ["shorter", "written"])
+def test_a_file_that_changes_during_the_read_itself_is_an_error(change, single, monkeypatch):
+    file = single / "model.safetensors"
+    found = matrices(single)["model.layers.2.up.weight"]
+
+    class Changing(io.FileIO):
+        def readinto(self, buffer: memoryview) -> int:
+            if change == "shorter":
+                os.truncate(file, min(self.tell() + 100, file.stat().st_size))
+                return super().readinto(buffer)
+            count = super().readinto(buffer)
+            os.utime(file, ns=(1, 1))  # as after a write
+            return count
+
+    monkeypatch.setattr(files.io, "FileIO", Changing)
+    words = "it ends 1180 bytes too early" if change == "shorter" else "it has changed since it was opened"
+    with pytest.raises(SourceError, match=rf"'model.layers.2.up.weight' cannot be read from .* \({words}\)"):
         found.load()

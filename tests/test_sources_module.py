@@ -244,7 +244,7 @@ class Quantized(torch.Tensor):
 
 def test_subclasses_of_tensor_are_skipped_by_name():
     source = {"w": Quantized(torch.randn(16, 16)), "v": torch.randn(16, 16)}
-    reason = "quantized or other tensor subclass Quantized; quantized formats are not supported yet"
+    reason = "quantized or other tensor subclass Quantized; this quantized format is not supported"
     assert reasons(source) == {"w": reason}
     model = nn.Linear(16, 16)
     model.weight = nn.Parameter(Quantized(torch.randn(16, 16)))
@@ -260,27 +260,43 @@ def test_a_parameter_that_carries_its_scales_is_codes(attribute):
 
 @pytest.mark.parametrize("keep", ["parameter", "buffer", "attribute"])
 @pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale", "scale"])
-def test_a_float8_weight_with_its_scale_in_the_module_is_codes(keep, name):
+def test_a_float8_weight_is_multiplied_by_the_scale_that_its_module_keeps(keep, name):
     model = nn.ModuleDict({"a": nn.Linear(16, 16, bias=False), "b": nn.Linear(16, 16, bias=False)})
     for module in model.values():
         module.weight = nn.Parameter(module.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
-    scale = torch.ones(16, 16)
+    scale = torch.rand(2, 2)
     if keep == "parameter":
         setattr(model["a"], name, nn.Parameter(scale))
     elif keep == "buffer":
         model["a"].register_buffer(name, scale)
     else:
         setattr(model["a"], name, scale)
-    assert set(matrices(model)) == {"b.weight"}
-    assert reasons(model)["a.weight"].startswith(f"quantized codes that need their scales ({name})")
+    found = matrices(model)
+    assert set(found) == {"a.weight", "b.weight"}
+    expected = model["a"].weight.float() * scale.repeat_interleave(8, 0).repeat_interleave(8, 1)
+    assert torch.equal(found["a.weight"].load(), expected)
+    assert found["b.weight"].quantization is None
+    assert reasons(model) == {f"a.{name}": f"scales or zero points of quantized weights ({name}), not a weight"}
+    assert open_source(model, Filters()).num_parameters == 512
 
 
-def test_float8_experts_with_scales_in_a_buffer_are_codes():
+def test_float8_experts_are_multiplied_by_scales_in_a_buffer():
     model = nn.Module()
-    model.experts = Experts(2, 16, 16)
+    model.experts = Experts(2, 32, 16)
     model.experts.gate_up_proj.data = model.experts.gate_up_proj.data.to(torch.float8_e4m3fn)
-    model.experts.register_buffer("gate_up_proj_scale_inv", torch.ones(2, 16, 16))
-    assert set(reasons(model)) == {"experts.gate_up_proj"}
+    model.experts.register_buffer("gate_up_proj_scale_inv", torch.rand(2, 2, 2))
+    blocks = model.experts.gate_up_proj_scale_inv.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    expected = model.experts.gate_up_proj.float() * blocks
+    found = matrices(model)
+    assert set(found) == {
+        f"experts.{n}" for e in "01" for n in (f"gate_up_proj[{e}].gate", f"gate_up_proj[{e}].up")
+    } | {
+        "experts.down_proj[0]",
+        "experts.down_proj[1]",
+    }
+    for e, half in ((0, "gate"), (1, "up")):
+        rows = slice(16) if half == "gate" else slice(16, None)
+        assert torch.equal(found[f"experts.gate_up_proj[{e}].{half}"].load(), expected[e, rows])
 
 
 @pytest.fixture

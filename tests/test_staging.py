@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kappa_fast.staging import Staged, one_ahead, stage
+from kappa_fast.staging import Staged, one_ahead, read_ahead, stage
 
 CPU = torch.device("cpu")
 
 
 def matrix(value, log=None, before=lambda: None):
-    def load():
+    def load(device=None):
         before()
         if log is not None:
             log.append(value)
@@ -61,7 +61,7 @@ def test_a_wave_that_does_not_fit_yet_is_left_for_its_turn(error):
 
 def test_what_is_staged_on_the_cpu_is_what_load_returns():
     weight = torch.randn(3, 3)
-    assert stage([SimpleNamespace(load=lambda: weight)], CPU).weights[0] is weight
+    assert stage([SimpleNamespace(load=lambda device: weight)], CPU).weights[0] is weight
 
 
 def test_leaving_early_ends_the_thread():
@@ -69,3 +69,67 @@ def test_leaving_early_ends_the_thread():
     next(staged)
     staged.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kappa_fast_staging")]
+
+
+def on_disk(value, log, nbytes=1, before=lambda: None):
+    def prefetch():
+        before()
+        log.append(value)
+
+    return SimpleNamespace(prefetch=prefetch, nbytes=nbytes)
+
+
+def until(log, count):
+    for _ in range(1000):
+        if len(log) >= count:
+            break
+        threading.Event().wait(0.01)
+    threading.Event().wait(0.02)  # time enough to go too far
+    return list(log)
+
+
+def test_this_wave_and_the_next_are_read_ahead_however_large_and_no_more():
+    log: list[int] = []
+    waves = read_ahead(range(5), lambda wave: [on_disk(wave, log, 10)], ahead=1)
+    for wave in waves:
+        assert until(log, min(wave + 2, 5)) == list(range(min(wave + 2, 5)))
+
+
+def test_small_waves_are_read_ahead_up_to_so_many_bytes():
+    log: list[int] = []
+    waves = read_ahead(range(100), lambda wave: [on_disk(wave, log, 10)], ahead=45)
+    assert next(waves) == 0
+    assert until(log, 5) == list(range(5))
+    assert next(waves) == 1
+    assert until(log, 6) == list(range(6))
+    waves.close()
+
+
+def test_what_lies_in_memory_is_not_read_ahead():
+    here = SimpleNamespace(prefetch=None, nbytes=0)
+    assert list(read_ahead("abc", lambda wave: [here])) == ["a", "b", "c"]
+
+
+def test_leaving_early_ends_reading_ahead_before_the_next_matrix():
+    log, started, gate = [], threading.Event(), threading.Event()
+
+    def first():
+        started.set()
+        gate.wait(10)
+
+    waves = read_ahead(range(50), lambda wave: [on_disk(wave, log, before=first), on_disk(-1, log)])
+    next(waves)
+    assert started.wait(10)
+    threading.Timer(0.05, gate.set).start()
+    waves.close()
+    assert log == [0]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kappa_fast_read")]
+
+
+def test_the_way_into_the_next_wave_may_fail_as_the_waves_do():
+    def failing():
+        yield 0
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        list(read_ahead(failing(), lambda wave: []))

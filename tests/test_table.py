@@ -53,6 +53,16 @@ def test_every_line_fits_into_100_columns_and_nothing_but_names_is_cut():
     assert "151936x4096" in next(line for line in lines if "[31].gate" in line)
 
 
+def test_quantized_weights_show_their_format_in_place_of_the_dtype_and_a_line_explains_it():
+    formats = ("fp8 e4m3, 128x128 blocks", "gptq 4 bits, groups of 128", "gptq 4 bits, groups of 128", None)
+    entries = [make_entry(f"{i}.weight", 10.0 + i, quantization=name) for i, name in enumerate(formats)]
+    *lines, summary, explained = Ranking(entries).to_text().splitlines()
+    assert [line.split()[3] for line in lines] == ["dtype", "fp8*", "gptq*", "gptq*", "f32"]
+    assert summary.startswith("4 ranked")
+    assert explained == "* dequantized: 2 gptq 4 bits, groups of 128; 1 fp8 e4m3, 128x128 blocks"
+    assert "dequantized" not in Ranking(entries[3:]).to_text()
+
+
 def test_each_status_reads_as_what_it_is():
     lines = Ranking(WORST).to_text().splitlines()
     assert re.search(r"\binf >= 1\.00e15 +no +- deficient$", lines[2])
@@ -76,7 +86,8 @@ def test_no_width_from_60_on_cuts_a_number(width):
 @given(entry_lists, st.integers(60, 200))
 def test_any_ranking_has_a_table_with_one_printable_line_per_entry(entries, width):
     lines = Ranking(entries).to_text(width=width).split("\n")
-    assert len(lines) == (len(entries) + 2 if entries else 1)
+    explained = any(entry.quantization for entry in entries)
+    assert len(lines) == (len(entries) + 2 + explained if entries else 1)
     assert all(line.isprintable() for line in lines)
 
 

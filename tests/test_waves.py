@@ -17,6 +17,7 @@ from kappa_fast import ComputeError, OptionError, execution, pipeline, waves
 from kappa_fast.backends import get_backend
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.pipeline import rank
+from kappa_fast.spectrum import exact
 from kappa_fast.waves import cut, default_budget, is_out_of_memory, parse_bytes
 
 GIVEN = weights(a=(200, 170), b=(180, 180), c=(64, 32), d=(40, 90), e=(300, 165))
@@ -264,3 +265,28 @@ def test_the_weights_of_a_checkpoint_count_since_they_are_brought_into_memory(tm
 @pytest.mark.parametrize("budget", [1, "1B", "200KB", "1 TiB"])
 def test_the_budget_changes_no_bit(budget):
     assert list(rank(GIVEN, memory_budget=budget)) == list(rank(GIVEN))
+
+
+def test_large_exact_decompositions_take_turns_and_small_ones_do_not(monkeypatch):
+    running, most, lock, together = [0], [0], threading.Lock(), threading.Barrier(2)
+    decompose = exact.decompose
+
+    def watched(a: Any) -> Any:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        if exact.LARGE:
+            together.wait(60)  # both are here at once
+        found = decompose(a)
+        with lock:
+            running[0] -= 1
+        return found
+
+    monkeypatch.setattr(exact, "decompose", watched)
+    small = {f"w{i}": torch.randn(40, 30) for i in range(2)}  # by a singular value decomposition from the start
+    expected = list(rank(small))
+    assert most == [2]
+    most[0] = 0
+    monkeypatch.setattr(exact, "LARGE", 0)
+    assert list(rank(small)) == expected
+    assert most == [1]

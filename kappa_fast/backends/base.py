@@ -164,6 +164,28 @@ class Ritz(Protocol):
         """Orthonormal (w, k, min(count, k)) that span the eigenvectors of the largest values, the largest last."""
 
 
+class ExactProducts(Protocol):
+    """G = fl(Q^T Q) for matrices Q near the operands, ||A - Q||_F <= distance, kept for proofs (spectrum/certify.py).
+
+    which: the operands that it covers, by position; everything else has one item for each of these.
+    traces: of G, float64.  roundings: h with |G - Q^T Q| <= gamma(h) |Q|^T |Q| entry by entry.
+    """
+
+    which: tuple[int, ...]
+    distances: Sequence[float]
+    traces: Sequence[float]
+    roundings: Sequence[int]
+
+    def residuals(self, chosen: Sequence[int], shifts: Sequence[float], sign: int) -> list[tuple[float, float]]:
+        """||M - L L^T||_F and ||L||_F^2 for M = sign (G - shift I), for places ``chosen`` in ``which``, L its factor.
+
+        Infinite where the factorization broke down. Entries of the residual go through ``residual_roundings(n)``.
+        """
+
+    def residual_roundings(self, place: int) -> int:
+        """See residuals()."""
+
+
 def dense_projection(columns: Sequence[Tensor]) -> Tensor:
     """T as (w, k, k) from its block columns as Backend.ritz takes them; only the upper triangle counts."""
     w, k, _ = columns[-1].shape
@@ -202,6 +224,12 @@ class Backend(Protocol):
 
     def cholesky(self, grams: Sequence[Tensor]) -> list[bool]:
         """Factor G = L L^T in place (lower triangle, zeros above); False where a pivot was not positive."""
+
+    def exact_products(self, operands: Sequence[Operand], level: int) -> ExactProducts | None:
+        """Products for proofs, from level 0 on each closer to the weights than the one before; None past the last.
+
+        A backend without any leaves its proofs to ``gram`` and ``cholesky``.
+        """
 
     def factor(self, operands: Sequence[Operand], rung: Rung) -> Factors:
         """Factor every operand by the rung."""

@@ -66,6 +66,9 @@ class TorchBackend:
     def cholesky(self, grams: Sequence[Tensor]) -> list[bool]:
         return [_cholesky(g) for g in grams]
 
+    def exact_products(self, operands: Sequence[Operand], level: int) -> None:
+        return None
+
     def factor(self, operands: Sequence[Operand], rung: Rung) -> Factors:
         return Factors(rung, tuple(a.shape[1] for a in operands), tuple(_factor(a.tensor, rung) for a in operands))
 

@@ -1,7 +1,7 @@
 """The Triton backend: every operation on a wave as a handful of launches, whatever the number of matrices.
 
-The proofs and the rungs that these kernels do not climb are torch's, one matrix after the other: few matrices get
-there. Float64 weights are torch's altogether: four slices hold 28 bits.
+The rungs that these kernels do not climb and the proofs beyond 28 bits are torch's, one matrix after the other: few
+matrices get there. Float64 weights are torch's altogether: four slices hold 28 bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import BackendError
-from .base import DROP, Extension, Factors, Operand, Panel, Ritz, Rung, Tensor
+from .base import DROP, ExactProducts, Extension, Factors, Operand, Panel, Ritz, Rung, Tensor
 from .torch_backend import SAFE, SLENDER, TorchBackend, prepare_one
 
 if TYPE_CHECKING:
@@ -82,13 +82,12 @@ class TritonBackend:
         return (first, SLICES[3], *rest)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Beside the Gram matrix, the inverses of its diagonal tiles and the slices, blocks of 16 columns: Krylov bases
-        of 32 blocks at most, and three images. Higher rungs take more, one matrix at a time."""
+        """Beside the Gram matrix, its diagonal tiles with their inverses and the slices (a proof takes four), blocks of
+        16 columns: Krylov bases of 32 blocks at most, and three images. Higher rungs take more, one at a time."""
         m, n = shape
-        slices = [KINDS[rung.kind] for rung in self.rungs(shape, dtype) if rung.kind in KINDS]
-        if not slices:
+        if not any(rung.kind in KINDS for rung in self.rungs(shape, dtype)):
             return self._torch.workspace(shape, dtype)
-        return 8 * n * (n + 80) + max(slices) * (m + 128) * n + 8 * LANES * (40 * n + 3 * m)
+        return 8 * n * (n + 144) + 4 * (m + 128) * n + 8 * LANES * (40 * n + 3 * m)
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
         """One launch per storage class and one read for all peaks; what must be scaled goes through torch.
@@ -125,6 +124,14 @@ class TritonBackend:
 
     def cholesky(self, grams: Sequence[Tensor]) -> list[bool]:
         return self._torch.cholesky(grams)
+
+    def exact_products(self, operands: Sequence[Operand], level: int) -> ExactProducts | None:
+        from kappa_fast.kernels.problems import supported
+
+        from .triton_proofs import COUNTS, SliceProducts
+
+        which = [i for i, a in enumerate(operands) if supported(a.tensor.dtype)]
+        return SliceProducts(operands, which, COUNTS[level]) if which and level < len(COUNTS) else None
 
     def factor(self, operands: Sequence[Operand], rung: Rung) -> Factors:
         if rung.kind not in KINDS:

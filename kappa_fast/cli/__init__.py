@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from . import demo, export, rank
+from . import compare, demo, export, plan, rank, report
 
 # Plain text instead of typer's boxes: it survives logs and narrow terminals, and is there at once.
 app = typer.Typer(
@@ -40,6 +40,9 @@ def _app(
 app.command("rank")(rank.rank)
 app.command("demo")(demo.demo)
 app.command("export")(export.export)
+app.command("plan")(plan.plan)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from .outcome import count_or_share, outcome
+from .budget import MaxKappa, MaxParams, NumTensors, PerGroup, TopP, Unit, UnitOption, given_budget
+from .outcome import outcome
 
 if TYPE_CHECKING:
     from ..selection import Selection
@@ -27,28 +28,18 @@ class Format(StrEnum):
     LLAMA_FACTORY = "llama-factory"  # refused, with the reason
 
 
-class Unit(StrEnum):
-    """What is selected as a whole."""
-
-    MATRIX = "matrix"
-    EXPERT = "expert"
-    PARAMETER = "parameter"
-
-
 def export(
     path: Annotated[
         Path,
         typer.Argument(metavar="JSON", help="A ranking or a selection, as to_json() wrote it.", show_default=False),
     ],
     kind: Annotated[Format, typer.Option("--format", help="Whose words.", show_default=False)],
-    num_tensors: Annotated[int | None, typer.Option(help="Budget: this many matrices.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Budget: this share of the matrices.")] = None,
-    max_kappa: Annotated[float | None, typer.Option(help="Budget: all up to this condition number.")] = None,
-    max_params: Annotated[
-        str | None, typer.Option(metavar="N|SHARE", help="Budget: weights, a count or a share of all (0.1).")
-    ] = None,
-    per_group: Annotated[bool, typer.Option("--per-group", help="The budget counts within each group.")] = False,
-    unit: Annotated[Unit, typer.Option(help="What is selected as a whole.")] = Unit.MATRIX,
+    num_tensors: NumTensors = None,
+    top_p: TopP = None,
+    max_kappa: MaxKappa = None,
+    max_params: MaxParams = None,
+    per_group: PerGroup = False,
+    unit: UnitOption = Unit.MATRIX,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write to this file.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log.")] = False,
 ) -> None:
@@ -56,11 +47,8 @@ def export(
 
     A ranking needs one budget; a selection has had its own.
     """
-    budget: dict[str, Any] = {"num_tensors": num_tensors, "top_p": top_p, "max_kappa": max_kappa}
-    budget = {key: value for key, value in budget.items() if value is not None}
     with outcome(debug):
-        if max_params is not None:
-            budget["max_params"] = count_or_share(max_params, "--max-params")
+        budget = given_budget(num_tensors, top_p, max_kappa, max_params)
         selection = _selection(path, budget, {"per_group": per_group, "unit": unit.value})
         text = selection.export(kind.value, output)
         typer.echo(f"written to {output}" if output is not None else text, nl=output is not None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import tempfile
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..errors import Interrupted, OptionError, RankingFileError
+from ..report.skipped import by_reason
 from .outcome import count_or_share, outcome
 
 if TYPE_CHECKING:
@@ -48,7 +48,12 @@ class BackendName(StrEnum):
 
 def rank(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A .safetensors file, or a directory of them.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A .safetensors file, a directory of them, or the id of a model on the hub (org/name).",
+            show_default=False,
+        ),
     ],
     top: Annotated[
         str | None,
@@ -101,7 +106,7 @@ def rank(
     with outcome(debug):
         count = None if top is None else count_or_share(top, "--top")
         if json is not None:
-            _check_writable(json)
+            check_writable(json)
         from ..pipeline import rank as rank_weights  # torch takes a second: not before everything else is checked
 
         try:
@@ -110,7 +115,7 @@ def rank(
                 top=count,
                 top_per_group=top_per_group,
                 rtol=rtol,
-                certify=_certify(certify),
+                certify=proofs(certify),
                 include=include,
                 exclude=exclude,
                 embeddings=embeddings,
@@ -147,22 +152,26 @@ def summary(ranking: Ranking, rtol: float) -> list[str]:
     lines = [", ".join(parts), f"{metadata['seconds']:.2f} s ({where})"]
     hits = metadata.get("cache", {}).get("hits", 0)
     lines += [f"from the cache: {hits} of {len(ranking)}"] if hits else []
-    # "scales of layers.3.q_proj.weight" and its like are one reason, not one for every layer.
-    reasons = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", skipped.reason) for skipped in ranking.skipped).most_common()
+    reasons = [(reason, len(items)) for reason, items in by_reason(ranking.skipped)]
     lines += [f"skipped: {number} {reason}" for reason, number in reasons[:MOST_REASONS]]
     rest = sum(number for _, number in reasons[MOST_REASONS:])
     return lines + ([f"skipped: {rest} for other reasons, which the --json FILE lists"] if rest else [])
 
 
-def _certify(choice: Certify) -> bool | Literal["selection"]:
+def proofs(choice: Certify) -> bool | Literal["selection"]:
+    """The option ``certify`` of rank()."""
     return "selection" if choice is Certify.SELECTION else choice is Certify.ALL
 
 
-def _check_writable(path: Path) -> None:
-    """Find out now, not after an hour of work, that the ranking cannot be written (it replaces the file at once)."""
+def check_writable(path: Path, what: str = "ranking") -> None:
+    """Find out now, not after an hour of work, that the result cannot be written (it replaces the file at once).
+
+    Raises:
+        OptionError: it is no name of a file.  RankingFileError: nothing can be written there.
+    """
     target = Path(os.path.realpath(path))
-    if path.name == "-" or target.is_dir():
-        raise OptionError(f"--json {path}: give the name of a file to write the ranking to")
+    if path.name == "-" or (target.exists() and not target.is_file()):
+        raise OptionError(f"--json {path}: give the name of a file to write the {what} to")
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass

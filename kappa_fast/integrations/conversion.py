@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..entries import Index
 from ..errors import OptionError, missing_extra
+from ..sources.base import Place
 from .pieces import box_of, index_of
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor of a checkpoint ends up: a parameter of the model, and what to index it with."""
-
-    name: str
-    index: Index
 
 
 class Conversion:
@@ -48,8 +40,9 @@ class Conversion:
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         named = self._model.named_parameters(remove_duplicate=False)
         self._parameters = {plain_name(name): parameter for name, parameter in named}
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
 
-    def place(self, name: str, shape: tuple[int, int]) -> Place | None:
+    def place(self, name: str, shape: tuple[int, ...]) -> Place | None:
         """Where the tensor ``name`` of a checkpoint, a matrix of this shape, ends up; None if nowhere.
 
         Raises:
@@ -69,7 +62,7 @@ class Conversion:
         return Place(f"{self._prefix}.{target}" if self._prefix else target, index)
 
 
-def _index(converter: Any, pattern: str, name: str, shape: tuple[int, int], target: tuple[int, ...]) -> Index:
+def _index(converter: Any, pattern: str, name: str, shape: tuple[int, ...], target: tuple[int, ...]) -> Index:
     """What to index the converted tensor with to get the tensor of ``name``, by following the operations."""
     box: list[int | slice] = [slice(0, size) for size in shape]
     sizes: list[int] = list(shape)

@@ -56,6 +56,17 @@ def plain_name(name: str) -> str:
     return base_name(_WRAPPERS.sub("", name))
 
 
+def holds_codes(parameter: torch.Tensor) -> bool:
+    """True for parameters of quantized models, whose shape may be another than that of the weight.
+
+    Integers and eight-bit floats; bytes that bitsandbytes lets pass as floats; tensors that dequantize themselves.
+    """
+    if not (parameter.is_floating_point() or parameter.is_complex()) or parameter.dtype.itemsize == 1:
+        return True
+    itself = type(parameter).dequantize is not torch.Tensor.dequantize
+    return itself or getattr(parameter, "quant_state", None) is not None
+
+
 def match(selection: Selection, model: nn.Module) -> list[Target]:
     """The parameters of ``model`` that ``selection`` names, in the order of ``named_parameters()``.
 
@@ -63,8 +74,9 @@ def match(selection: Selection, model: nn.Module) -> list[Target]:
     checkpoint that transformers converts while loading. Names and shapes are checked, contents are not.
 
     Raises:
-        OptionError: the model lacks a parameter of the selection, or has it in another shape; an ``including`` pattern
-            matches nothing.  MissingExtraError: names of a checkpoint need transformers, which is not installed.
+        OptionError: the model lacks a parameter of the selection, has it in another shape, or a part of it as codes;
+            an ``including`` pattern matches nothing.  MissingExtraError: names of a checkpoint need transformers, which
+            is not installed.
     """
     names = _Names(model)
     chosen: dict[str, list[tuple[Index, TensorKappa]]] = {}
@@ -99,6 +111,7 @@ class _Names:
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = dict(model.named_parameters())
+        self.buffers = {plain_name(name) for name, _ in model.named_buffers()}
         first = {id(parameter): name for name, parameter in self.parameters.items()}
         self._first = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
         plain: dict[str, set[str]] = {}
@@ -164,6 +177,12 @@ def _missing(names: _Names, unknown: Sequence[TensorKappa], total: int) -> str:
         close = difflib.get_close_matches(plain_name(entry.name), names.parameters, 1, 0.5)
         lines.append(repr(entry.key) + (f" (the model has {close[0]!r})" if close else ""))
     more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+    coded = {name for entry in unknown for name in entry.aliases} & names.buffers
+    if coded:
+        return (
+            f"the model keeps {min(coded)!r} in place of the weight: it is quantized, and codes cannot be trained. "
+            "Train adapters beside them: kappa_fast.integrations.peft.lora_config(selection), without model="
+        )
     return (
         f"the model lacks {len(unknown)} of the {total} selected matrices: {', '.join(lines)}{more}. "
         f"It has {_some(names.parameters)}: was the ranking made from another model?"
@@ -178,9 +197,14 @@ def _some(parameters: Iterable[str]) -> str:
 def _check_shapes(names: _Names, chosen: dict[str, list[tuple[Index, TensorKappa]]]) -> None:
     wrong = []
     for name, pairs in chosen.items():
-        shape = names.parameters[name].shape
+        shape, coded = names.parameters[name].shape, holds_codes(names.parameters[name])
         for index, entry in pairs:
-            if entry.numel and not _fits(shape, index, entry.shape):
+            if coded and index and not _fits(shape, index, entry.shape):
+                raise OptionError(
+                    f"{entry.key!r} is a part of {name!r}, which holds codes ({names.parameters[name].dtype}) that "
+                    f"cannot be trained: leave it out with excluding({entry.name!r})"
+                )
+            if entry.numel and not (coded and index == ()) and not _fits(shape, index, entry.shape):
                 wrong.append(f"{entry.key!r} is {tuple(entry.shape)} in the ranking, but {name!r} is {tuple(shape)}")
     if wrong:
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""

@@ -12,6 +12,7 @@ from torch import nn
 from ..entries import Index, TensorKappa
 from ..errors import OptionError, missing_extra
 from ..selection import Selection
+from .names import holds_codes
 from .originals import condition_numbers
 
 if TYPE_CHECKING:
@@ -188,8 +189,11 @@ class KappaTuneSelector:
                 if parameter.ndim == 3 and name.endswith(self.moe_param_suffixes)
             }
             for name, weight in {**linear, **stacks}.items():
-                if not weight.is_floating_point() or hasattr(weight, "quant_state"):
-                    raise OptionError(f"{name!r} is quantized ({weight.dtype}): rank the model before it is quantized")
+                if holds_codes(weight):
+                    raise OptionError(
+                        f"{name!r} is quantized ({weight.dtype}), which only rank() can read: use "
+                        "lora_config(kappa_fast.rank(model).select(...)), or rank the model before it is quantized"
+                    )
             self._found = self._of(linear), self._of(stacks)
         return self._found
 

@@ -1,1 +1,1 @@
-"""What people see of a ranking: the table."""
+"""What people see of a ranking: the table, the page, the plot."""

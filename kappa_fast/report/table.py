@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
@@ -14,13 +15,14 @@ from ..entries import TensorKappa
 from ..errors import OptionError
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
+    from rich.console import Console, ConsoleOptions, ConsoleRenderable, JustifyMethod, RenderableType, RichCast
 
     from ..ranking import Ranking
 
 _MIN_NAME = 12
 _MIN_TAIL = 8
 _MIN_WIDTH = 60
+_MAX_FORMAT = 8
 _RIGHT = ("#", "score", "kappa", "sens.")
 _DISPENSABLE = ("method", "sens.", "dtype")
 _STYLES = {"ok": "", "rank_deficient": "yellow", "bounded": "dim", "non_finite": "red"}
@@ -30,9 +32,10 @@ _STYLES = {"ok": "", "rank_deficient": "yellow", "bounded": "dim", "non_finite":
 class RankingTable:
     """The first ``limit`` entries of a ranking (None: all), printed by a ``rich.console.Console`` or ``to_text``.
 
-    Columns: position; key, shortened in the middle where the page is too narrow; shape and dtype; kappa; the interval,
-    its ends rounded outward; whether it is proven; the sensitivity; the method, or the status of an entry without a
-    finite kappa. Entries ranked by another score show it too. Pages too narrow for all that lose the last columns.
+    Columns: position; key, shortened in the middle where the page is too narrow; shape and dtype, or the format of
+    quantized weights with an asterisk; kappa; the interval, its ends rounded outward; whether it is proven; the
+    sensitivity; the method, or the status of an entry without a finite kappa. Entries ranked by another score show it
+    too. Pages too narrow for all that lose the last columns.
 
     Raises:
         OptionError: ``limit`` is no count.
@@ -63,6 +66,8 @@ class RankingTable:
         if shown:
             yield table
         yield from map(Text, self._summary(len(shown)))
+        if formats := self._formats():
+            yield Text(shorten(formats, options.max_width), no_wrap=True, overflow="crop")
 
     def to_text(self, width: int = 100) -> str:
         """The table as text without colors, ``width`` columns wide.
@@ -70,21 +75,14 @@ class RankingTable:
         Raises:
             OptionError: less than 60 columns.
         """
-        from rich.console import Console
-
-        if width < _MIN_WIDTH:
-            raise OptionError(f"width={width!r}: the table needs at least {_MIN_WIDTH} columns")
-        page = io.StringIO()
-        console = Console(file=page, width=width, color_system=None, force_terminal=False, force_jupyter=False)
-        console.print(self)
-        return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+        return to_plain_text(self, width)
 
     def _columns(self, shown: Sequence[TensorKappa]) -> dict[str, list[str]]:
         columns = {
             "#": [str(i) for i in range(1, len(shown) + 1)],
             "tensor": [printable(entry.key) for entry in shown],
             "shape": ["x".join(map(str, entry.shape)) if entry.numel else "?" for entry in shown],
-            "dtype": [_short_dtype(entry.dtype) for entry in shown],
+            "dtype": [_short_dtype(entry) for entry in shown],
             "score": [format_number(entry.score) if _is_settled(entry) else "?" for entry in shown],
             "kappa": [format_number(entry.kappa, max(4, _digits(entry))) for entry in shown],
             "interval": [format_interval(entry) for entry in shown],
@@ -95,6 +93,12 @@ class RankingTable:
         if all(entry.score == entry.kappa for entry in self.ranking if _is_settled(entry)):
             del columns["score"]
         return columns
+
+    def _formats(self) -> str:
+        """What the asterisks mean; "" where there are none."""
+        found = Counter(entry.quantization for entry in self.ranking if entry.quantization)
+        listed = "; ".join(f"{count} {printable(name)}" for name, count in found.most_common())
+        return f"* dequantized: {listed}" if listed else ""
 
     def _summary(self, shown: int) -> Iterable[str]:
         ranking = self.ranking
@@ -107,6 +111,22 @@ class RankingTable:
             yield "interrupted: matrices are missing"
 
 
+def to_plain_text(page: RichCast | ConsoleRenderable, width: int) -> str:
+    """What ``rich`` would print, as text without colors, ``width`` columns wide.
+
+    Raises:
+        OptionError: less than 60 columns.
+    """
+    from rich.console import Console
+
+    if width < _MIN_WIDTH:
+        raise OptionError(f"width={width!r}: the table needs at least {_MIN_WIDTH} columns")
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None, force_terminal=False, force_jupyter=False)
+    console.print(page)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
 def _is_settled(entry: TensorKappa) -> bool:
     return entry.status in ("ok", "rank_deficient")
 
@@ -115,9 +135,11 @@ def _how(entry: TensorKappa) -> str:
     return printable(entry.method) if entry.status == "ok" else entry.status.removeprefix("rank_")
 
 
-def _short_dtype(dtype: str) -> str:
-    """bf16, f32, e4m3fn: what is left of a name once everybody knows it is a float."""
-    return printable(dtype.removeprefix("float8_").replace("bfloat", "bf").replace("float", "f"))
+def _short_dtype(entry: TensorKappa) -> str:
+    """bf16, f32, e4m3fn: what is left of a name once everybody knows it is a float. Of quantized weights "gptq*"."""
+    if entry.quantization:
+        return printable(re.split(r"[ ,]", entry.quantization, maxsplit=1)[0][:_MAX_FORMAT]) + "*"
+    return printable(entry.dtype.removeprefix("float8_").replace("bfloat", "bf").replace("float", "f"))
 
 
 def _fit(columns: dict[str, list[str]], width: int) -> tuple[dict[str, list[str]], int, int]:

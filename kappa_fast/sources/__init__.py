@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..entries import Skipped
+from ..entries import Index, Skipped
 from ..errors import OptionError, SourceError
-from .base import Inventory, Matrix, Source, Stamp, Stored
+from .base import Inventory, Matrix, Place, Source, Stamp, Stored
 from .checkpoint import read_checkpoint
 from .filters import Filters, Surroundings
-from .layouts import Part, cut
+from .gguf import is_gguf, read_gguf
+from .hub import HubId, hub_id, snapshot
+from .layouts import Cut, Part, cut
 from .module import read_module
 from .names import group_of, layer_of
 from .tensors import read_mapping
 
-__all__ = ["Filters", "Matrix", "Source", "open_source"]
+__all__ = ["Filters", "Matrix", "PlacesOf", "Source", "open_source"]
+
+PlacesOf = Callable[[Inventory], Mapping[str, Place]]  # by the first name of a tensor
 
 
 def open_source(
-    source: torch.nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str], filters: Filters
+    source: torch.nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str],
+    filters: Filters,
+    places_of: PlacesOf | None = None,
+    *,
+    quiet: bool = False,
 ) -> Source:
     """The matrices of a model: no values are read yet, and nothing is changed.
 
+    ``places_of`` tells which tensors of a checkpoint have another name in the model: they get that one, and keep their
+    own as an alias. A text that is no path but may be the id of a model on the hub (org/name or org/name@revision) is
+    looked for in the hub's local cache, and downloaded if it is not complete there, with bars on stderr unless
+    ``quiet``.
+
     Raises:
         OptionError: ``source`` is of a kind that cannot hold a model.
-        SourceNotFoundError: there is no such path, or the index of a checkpoint names a shard that is not there.
+        MissingExtraError: it may be an id, but huggingface_hub is not installed; or it is GGUF, but gguf is not.
+        SourceNotFoundError: there is no such path or model, or an index names a shard that is not there.
         SourceError: the source cannot be read, has no parameter with two or more dimensions, or two with one name.
         NotImplementedError: a parameter is sharded.
     """
-    inventory = _read(source)
+    inventory = _read(source, quiet)
     around = Surroundings.of(inventory)
+    places = places_of(inventory) if places_of is not None else {}
     matrices: list[Matrix] = []
     skipped: list[Skipped] = []
     notes: dict[str, str] = {}
@@ -46,29 +63,39 @@ def open_source(
             f"{_called(inventory)} holds no parameter with two or more dimensions, so there is nothing to rank: "
             "pass the model itself, or the directory with its weights"
         )
-    for stored in candidates:
+    for found in candidates:
+        place = places.get(found.name)
+        stored = found if place is None else replace(found, names=(place.name, *found.names))
         reason = filters.reason(stored, around)
         if reason is not None:
-            skipped.append(Skipped(stored.name, stored.shape, reason))
+            skipped.append(Skipped(stored.name + (place.label if place else ""), stored.shape, reason))
             continue
-        pieces = cut(stored, around.shapes, filters.fused == "split")
+        pieces = _pieces(stored, place, around, filters.fused == "split")
         if pieces.note:
             notes[group_of(stored.name)] = pieces.note
         reasons = [filters.size_reason(part.shape) for part in pieces.parts]
         if reasons and reasons[0] is not None and len(set(reasons)) == 1:
-            skipped.append(Skipped(stored.name, stored.shape, reasons[0]))
+            skipped.append(Skipped(stored.name + (place.label if place else ""), stored.shape, reasons[0]))
             continue
         for part, small in zip(pieces.parts, reasons, strict=True):
             if small is not None:
                 skipped.append(Skipped(stored.name + part.label, part.shape, small))
             else:
-                matrices.append(_matrix(stored, part))
+                matrices.append(_matrix(stored, part, place))
     _check_keys(matrices)
-    metadata: dict[str, Any] = {**inventory.metadata, "layouts": notes}
+    quantized = Counter(t.quantization for t in candidates if t.quantization is not None)
+    metadata: dict[str, Any] = {**inventory.metadata, "layouts": notes, "quantization": dict(quantized)}
     return Source(tuple(matrices), tuple(skipped), inventory.num_parameters, metadata, inventory.in_memory)
 
 
-def _read(source: object) -> Inventory:
+def _pieces(stored: Stored, place: Place | None, around: Surroundings, split: bool) -> Cut:
+    if place is None or not place.index:
+        return cut(stored, around.shapes, split)
+    rows, columns = stored.shape
+    return Cut((Part(place.label, place.index, (rows, columns)),))  # the model fuses what is stored on its own
+
+
+def _read(source: object, quiet: bool) -> Inventory:
     if isinstance(source, torch.nn.Module):
         return read_module(source)
     if isinstance(source, Mapping):
@@ -76,11 +103,21 @@ def _read(source: object) -> Inventory:
     if isinstance(source, (str, os.PathLike)):
         if not os.fspath(source):
             raise OptionError("the path of the checkpoint is empty: give a .safetensors file or a directory with them")
-        return read_checkpoint(Path(os.fsdecode(source)))
+        path = Path(os.fsdecode(source))
+        wanted = hub_id(source) if isinstance(source, str) and not os.path.lexists(path) else None
+        if wanted is not None:
+            return _from_hub(wanted, quiet)
+        return read_gguf(path) if is_gguf(path) else read_checkpoint(path)
     raise OptionError(
         f"source is of type {type(source).__name__}, which is no model: give an nn.Module, a mapping of names to "
-        "tensors, a .safetensors file or a directory with them"
+        "tensors, a .safetensors or .gguf file, a directory with them, or the id of a model on the hub"
     )
+
+
+def _from_hub(wanted: HubId, quiet: bool) -> Inventory:
+    directory = snapshot(wanted, quiet)
+    inventory = read_checkpoint(directory)
+    return replace(inventory, metadata={**inventory.metadata, "id": wanted.name, "revision": directory.name})
 
 
 def _check_keys(matrices: Sequence[Matrix]) -> None:
@@ -98,8 +135,9 @@ def _called(inventory: Inventory) -> str:
     return str(metadata.get("path") or metadata.get("class") or f"the {metadata['kind']}")
 
 
-def _matrix(stored: Stored, part: Part) -> Matrix:
+def _matrix(stored: Stored, part: Part, place: Place | None) -> Matrix:
     assert stored.dtype is not None  # the filters have refused those without
+    index = () if place and place.index else part.index
     return Matrix(
         name=stored.name,
         aliases=tuple(sorted(stored.names[1:])),
@@ -110,17 +148,28 @@ def _matrix(stored: Stored, part: Part) -> Matrix:
         shape=part.shape,
         dtype=stored.dtype,
         device=stored.device,
-        load=partial(_load, stored, part),
-        stamp=None if stored.stamp is None else _part_of(stored.stamp, part),
+        load=partial(_load, stored, index),
+        quantization=stored.quantization,
+        overhead=stored.overhead + _cut_off(stored, part),
+        prefetch=None if stored.prefetch is None else partial(stored.prefetch, index),
+        location=stored.location,
+        stamp=None if stored.stamp is None else _part_of(stored.stamp, part, index),
     )
 
 
-def _part_of(stamp: Stamp, part: Part) -> Stamp:
+def _cut_off(stored: Stored, part: Part) -> int:
+    """Bytes of a dequantized matrix of which only a part is wanted."""
+    assert stored.dtype is not None
+    whole = math.prod(stored.shape[-2:])
+    return whole * stored.dtype.itemsize if stored.quantization is not None and whole > math.prod(part.shape) else 0
+
+
+def _part_of(stamp: Stamp, part: Part, index: Index) -> Stamp:
     """The index and the shape tell one part of a tensor from another, whatever they are called."""
-    places = [f"{i.start}:{i.stop}:{i.step}" if isinstance(i, slice) else str(i) for i in part.index]
+    places = [f"{i.start}:{i.stop}:{i.step}" if isinstance(i, slice) else str(i) for i in index]
     return Stamp(stamp.files, f"{stamp.what} [{', '.join(places)}] {part.shape[0]}x{part.shape[1]}")
 
 
-def _load(stored: Stored, part: Part) -> torch.Tensor:
-    tensor = stored.take(part.index)
+def _load(stored: Stored, index: Index, device: torch.device | None = None) -> torch.Tensor:
+    tensor = stored.take(index, device)
     return tensor if tensor.dim() == 2 else tensor.flatten(1)

@@ -7,13 +7,25 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from ..entries import Index, Skipped
 
-Role = Literal["adapter", "embedding", "head", "router"]
+Role = Literal["adapter", "embedding", "head", "router", "scales"]
+
+
+class Take(Protocol):
+    """Reads a part of a tensor, detached. See ``Stored.take``."""
+
+    def __call__(self, index: Index, device: torch.device | None = None) -> torch.Tensor: ...
+
+
+class Load(Protocol):
+    """Reads a matrix. See ``Matrix.load``."""
+
+    def __call__(self, device: torch.device | None = None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -28,17 +40,21 @@ class FileState:
     ctime_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> FileState:
-        """The present state of what the path leads to; OSError if there is nothing."""
-        found = os.stat(path)
+    def of(cls, path: Path, found: os.stat_result | None = None) -> FileState:
+        """The present state of what the path leads to, ``found`` if it is known already.
+
+        Raises:
+            OSError: there is nothing.
+        """
+        found = os.stat(path) if found is None else found
         return cls(
             os.path.realpath(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
         )
 
-    def has_same_content(self, path: Path) -> bool:
-        """Whether what the path leads to has not been written to; a new link to it or other rights do not count."""
-        found = os.stat(path)
-        return (found.st_ino, found.st_size, found.st_mtime_ns) == (self.inode, self.size, self.mtime_ns)
+    def has_same_content(self, found: os.stat_result) -> bool:
+        """Whether it has not been written to; a new link to it or other rights do not count."""
+        known = (self.device, self.inode, self.size, self.mtime_ns)
+        return known == (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -71,11 +87,19 @@ class Stored:
 
     Attributes:
         names: all names of the tensor, without the wrappers of PEFT; the first is the one it is called by.
-        take: ``take(index)`` reads that part of it, detached.
+        take: ``take(index)`` reads that part of it, detached. With ``device``, codes are moved there before they are
+            dequantized; what is not quantized comes where it is.
         problem: why its values are no weights, or None.
         parent: the module that owns it, where there is one.
         model_types: ``config.model_type`` of the model around it, then that of the text model in it; () if unknown.
         roles: what it is for, as far as the model itself tells; names may tell more.
+        quantization: how it was quantized, such as "mxfp4", where ``take`` dequantizes; ``shape`` and ``dtype`` are
+            then those of the dequantized weight. None for values that are weights as they stand.
+        overhead: bytes that ``take`` needs at its peak beside what it returns, for the whole tensor, or for one index
+            of the first dimension where there are three.
+        prefetch: ``prefetch(index)`` has the operating system read ahead what ``take(index)`` will want; it neither
+            waits nor takes memory nor raises. None where there is nothing to read.
+        location: the file and the offset in it where the values begin, for reading in the order of the disk.
         stamp: what identifies the values without reading them, None if nothing does.
     """
 
@@ -83,11 +107,15 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     device: torch.device
-    take: Callable[[Index], torch.Tensor] = field(repr=False, compare=False)
+    take: Take = field(repr=False, compare=False)
     problem: str | None = None
     parent: torch.nn.Module | None = field(default=None, repr=False, compare=False)
     model_types: tuple[str, ...] = ()
     roles: frozenset[Role] = frozenset()
+    quantization: str | None = None
+    overhead: int = 0
+    prefetch: Callable[[Index], None] | None = field(default=None, repr=False, compare=False)
+    location: tuple[str, int] | None = None
     stamp: Stamp | None = None
 
     @property
@@ -97,6 +125,15 @@ class Stored:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a checkpoint is in the model: the parameter, what to index it with, the label of that part."""
+
+    name: str
+    index: Index
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,6 +147,7 @@ class Inventory:
         in_memory: False where ``take`` brings a tensor into memory that was not there before.
         buffers: names of what lies beside the tensors and is no candidate itself.
         in_peft: whether PEFT has wrapped the model, which makes more names those of adapters.
+        config: what config.json says, for checkpoints.
     """
 
     tensors: Sequence[Stored]
@@ -118,14 +156,18 @@ class Inventory:
     in_memory: bool = True
     buffers: Collection[str] = ()
     in_peft: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Matrix:
     """One matrix to rank: where it is, and how to get at its values.
 
-    ``load()`` returns a 2-D tensor of shape ``shape`` in the stored dtype, on the device where the weight lives: a
-    view where the storage allows one, detached, never to be written to. It may be called more than once.
+    ``load()`` returns a 2-D tensor of shape ``shape`` in ``dtype``, on the device where the weight lives: a view where
+    the storage allows one, detached, never to be written to. It may be called more than once. Quantized weights
+    (``quantization`` says how) are dequantized by it: ``load(device)`` moves their codes there first.
+    ``prefetch()`` has the operating system read ahead what ``load()`` will want, if anything has to be read;
+    ``location`` is where that begins, a file and an offset.
     ``stamp`` identifies the values of this matrix without reading them, where something does.
     """
 
@@ -138,7 +180,11 @@ class Matrix:
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+    load: Load = field(repr=False, compare=False)
+    quantization: str | None = None
+    overhead: int = 0  # bytes that load() needs at its peak beside the matrix
+    prefetch: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    location: tuple[str, int] | None = None
     stamp: Stamp | None = field(default=None, repr=False, compare=False)
 
     @property

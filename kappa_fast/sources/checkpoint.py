@@ -1,4 +1,4 @@
-"""Weights from safetensors: one file, or a directory with or without an index. Memory-mapped, read matrix by matrix."""
+"""Weights from safetensors: one file, or a directory with or without an index. Values are read matrix by matrix."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 
-from ..entries import Index
 from ..errors import SourceError, SourceNotFoundError
-from .base import FileState, Inventory, Stamp, Stored
+from .base import Inventory, Stored
+from .files import DataFile, Region
 from .names import has_adapters, in_model_order
+from .quantized import weights_of
+from .quantized.config import quantization_config
 from .tensors import count_weights, fingerprint, model_types_in, own_names
 
 INDEX_ENDING = ".safetensors.index.json"
@@ -29,7 +30,6 @@ CONVERT = (
     "weights = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
     "save_file({k: v.clone().contiguous() for k, v in weights.get('state_dict', weights).items()}, sys.argv[2])"
 )
-ALL = slice(None)
 
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 
@@ -65,23 +65,28 @@ def read_checkpoint(path: Path) -> Inventory:
         SourceError: it is no model, damaged, pickled, or its index is wrong.
     """
     if not os.path.exists(path):
+        if os.path.islink(path):
+            raise SourceNotFoundError(f"{path} is a link that leads nowhere: give the directory of the model itself")
         raise SourceNotFoundError(
-            f"{path}: no such file or directory. If this is the id of a model on a hub: ids are not resolved yet, "
-            "download the model and give its directory"
+            f"{path}: no such file or directory, and no id of a model on the hub either (those look like org/name)"
         )
     directory = path if path.is_dir() else path.parent
     try:
         files, expected = _files_of(path)
     except PermissionError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}): ask for the right to, or copy it") from error
-    model_types = _model_types(directory / "config.json")
+    config = _config(directory / "config.json")
+    model_types = model_types_in(config)
     tensors: dict[str, Stored] = {}
     homes: dict[str, Path] = {}
+    header: dict[str, str] = {}
     for file in files:
-        for item in Shard(file).tensors(expected):
+        shard = Shard(file)
+        for item in shard.tensors(expected):
             if item.name in tensors:
                 raise SourceError(f"{item.name!r} is in both {homes[item.name]} and {file}: remove the stale file")
             tensors[item.name], homes[item.name] = item, file
+        header.update(shard.header)
     for name, file in (expected or {}).items():
         if homes.get(name) != file:
             raise SourceError(
@@ -96,92 +101,84 @@ def read_checkpoint(path: Path) -> Inventory:
         "model_type": next(iter(model_types), None),
         "fingerprint": fingerprint(found),
     }
-    return Inventory(found, count_weights(found), metadata, in_memory=False, in_peft=has_adapters(tensors))
+    weights = weights_of(found, quantization_config(directory, config), header)
+    return Inventory(
+        weights, count_weights(weights), metadata, in_memory=False, in_peft=has_adapters(tensors), config=config
+    )
+
+
+def check_files(directory: Path) -> None:
+    """Raise what ``read_checkpoint`` would for the names of the files alone.
+
+    Raises:
+        SourceNotFoundError: a shard is missing.
+        SourceError: there are no weights, or their index is wrong.
+    """
+    _files_of(directory)
 
 
 class Shard:
-    """One safetensors file, mapped into memory when it is read from.
-
-    The map is dropped after ``MAPPED`` bytes, so that the pages that were read do not pile up, and made anew. A file
-    that has changed since its header was read is refused: a shorter one would end the process (SIGBUS).
-    """
-
-    MAPPED = 1 << 30
+    """One safetensors file. Whether it is sound is for the library safetensors to say; values are read as ranges."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handle: Any = None
-        self._served = 0
-        self._state: FileState | None = None
+        self.header: dict[str, str] = {}
+        self._file = DataFile(path)
 
     def tensors(self, expected: Mapping[str, Path] | None) -> list[Stored]:
         """Everything in the file; what an index does not list carries that problem.
 
         Raises:
-            SourceError: the file is damaged.
+            SourceError: the file is damaged, or cannot be read.
         """
         found = []
-        handle = self._open()
-        for name in handle.keys():  # noqa: SIM118 - not a dict
-            part = handle.get_slice(name)
-            dtype = getattr(torch, DTYPES.get(part.get_dtype(), ""), None)
+        header, start = self._header()
+        for name, entry in header.items():
             stray = expected is not None and name not in expected
             note = f"in {self.path.name}, but not listed in the index" if stray else None
-            take = partial(self.take, name)
-            stamp = Stamp((self._state,), name) if self._state else None
-            found.append(Stored((name,), tuple(part.get_shape()), dtype, torch.device("cpu"), take, note, stamp=stamp))
-        self._handle = None  # a model may have more shards than a process may have open files
+            dtype = getattr(torch, DTYPES.get(entry["dtype"], ""), None)
+            shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
+            # What has no dtype here is skipped before anybody reads it.
+            region = Region(self._file, name, offset, shape, dtype or torch.uint8)
+            item = Stored((name,), shape, dtype, torch.device("cpu"), region.take, note)
+            found.append(region.described(item))
         return found
 
-    def take(self, name: str, index: Index) -> torch.Tensor:
-        """A tensor or the indexed part of it, as a view of the map.
+    def _header(self) -> tuple[dict[str, Any], int]:
+        """The header without its metadata, and where in the file the values begin."""
+        from safetensors import SafetensorError, safe_open
 
-        Raises:
-            SourceError: the file has changed, or cannot be read.
-        """
         try:
-            if self._state is None or not self._state.has_same_content(self.path):
-                raise OSError("it has changed since it was opened")
-            part = self._open().get_slice(name)
-            if not index:
-                tensor: torch.Tensor = part[...]
-            elif isinstance(index[0], slice):
-                tensor = part[index[0]][(ALL, *index[1:])]
-            else:  # one expert: the reader skips the others
-                tensor = part[index[0] : index[0] + 1][(0, *index[1:])]
-        except Exception as error:  # safetensors has several for a file that is not what its header says
+            size = torch.empty(1, dtype=torch.int64)
+            if self._file.size >= size.nbytes:  # safetensors has its own words for a shorter one
+                self._file.read(0, size)
+            # It refuses headers that are no JSON, too long, of overlapping or missing ranges, or with a name twice.
+            with safe_open(self.path, framework="np"):
+                pass
+            text = torch.empty(int(size), dtype=torch.uint8)
+            self._file.read(size.nbytes, text)
+            header = json.loads(text.numpy().tobytes().decode())
+        except OSError as error:
             raise SourceError(
-                f"{name!r} cannot be read from {self.path} ({error}): check the file, rank again"
+                f"{self.path} cannot be read ({error}): look after the disk and your rights to the file, or copy it"
             ) from error
-        self._served += tensor.nbytes
-        if self._served > self.MAPPED:
-            self._handle, self._served = None, 0
-        return tensor
-
-    def _open(self) -> Any:
-        handle = self._handle
-        if handle is None:
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                self._state = self._state or FileState.of(self.path)
-                self._handle = handle = safe_open(self.path, framework="pt", device="cpu")
-            except (SafetensorError, OSError, ValueError) as error:
-                raise SourceError(
-                    f"{self.path} is no readable safetensors file ({error}): truncated or damaged, download it again"
-                ) from error
-        return handle
+        except (SafetensorError, ValueError) as error:
+            raise SourceError(
+                f"{self.path} is no readable safetensors file ({error}): truncated or damaged, download it again"
+            ) from error
+        self.header = header.pop("__metadata__", None) or {}
+        return header, size.nbytes + int(size)
 
 
 def _files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
     """The files to read, in order, and where an index says that each tensor is; None without an index."""
     if not path.is_dir():
-        if path.name.endswith(INDEX_ENDING):
+        if path.name.endswith(INDEX_ENDING) and path.is_file():
             return _listed(path)
         if path.name.endswith(".safetensors") and path.is_file():
             return [path], None
         raise _not_safetensors(path)
-    indices = sorted(path.glob("*" + INDEX_ENDING))
+    indices = sorted(p for p in path.glob("*" + INDEX_ENDING) if p.is_file())  # opening a pipe would never end
     if path / INDEX in indices:
         return _listed(path / INDEX)
     if (path / SINGLE).is_file():
@@ -249,7 +246,7 @@ def _stays_inside(shard: str, directory: Path) -> bool:
         allowed += [base.parents[1] / "blobs", base.parents[2] / "blobs"]
     try:
         target = (directory / shard).resolve()
-    except ValueError:  # half a surrogate pair, which no file name can hold
+    except (ValueError, RuntimeError, OSError):  # half a surrogate pair, which no file name can hold; a loop of links
         return False
     return any(target.is_relative_to(place) for place in allowed)
 
@@ -269,14 +266,14 @@ def _check_complete(files: Sequence[Path]) -> None:
             )
 
 
-def _model_types(path: Path) -> tuple[str, ...]:
+def _config(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
-        return ()
+        return {}
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read ({error}): repair it, or move it away to rank without it") from error
-    return model_types_in(found)
+    return found if isinstance(found, dict) else {}
 
 
 def _no_weights(directory: Path) -> SourceError:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import torch
 
-NOT_SUPPORTED = "quantized formats are not supported yet"
+NOT_SUPPORTED = "this quantized format is not supported"
 
 # Float formats whose values are the weights. Of eight bits only those that hold a sign and a mantissa.
 RANKED = frozenset(
@@ -20,7 +20,13 @@ RANKED = frozenset(
 )
 
 # What the name of the codes ends in, and what a companion adds to the name as a whole, or puts beside that ending.
-_ENDING = re.compile(r"(?:qweight|weight_packed|_weight_qdata|weight|_blocks)$")
+_ENDING = re.compile(r"(?:qweight|weight_packed|weight|_blocks)$")
+# torchao calls the parts of a.weight a._weight_qdata, a._weight_scale, ...
+_QDATA = re.compile(r"^(?P<owner>(?:.*\.)?)_(?P<weight>\w+)_qdata$")
+_TORCHAO = (
+    *("scale", "zero_point", "scale_and_zero", "per_tensor_scale", "act_pre_scale"),
+    *("act_quant_scale", "act_quant_zero_point", "act_per_tensor_scale"),
+)
 _APPENDED = (
     "_scale_inv",
     "_scale",
@@ -29,6 +35,7 @@ _APPENDED = (
     "_global_scale",
     "_zero_point",
     "_shape",
+    "_g_idx",
     ".absmax",
     ".quant_map",
     ".nested_absmax",
@@ -43,8 +50,8 @@ _BESIDE = (
     "weight_global_scale",
     "weight_zero_point",
     "weight_shape",
-    "_weight_scale",
-    "_weight_zero_point",
+    "weight_g_idx",
+    "weight_format",
     "scale_weight",
     "scale_inv",
     "scale",
@@ -56,6 +63,10 @@ _BESIDE = (
 )
 
 
+# What nothing but scales are called, so that they are known where their codes are in another file.
+_UNMISTAKABLE = re.compile(r"(?:(?:weight|_proj)_scale(?:_inv|_2)?|weight_global_scale)$")
+
+
 def may_be_codes(dtype: torch.dtype | None) -> bool:
     """True for dtypes in which quantized weights are stored."""
     return dtype is not None and not dtype.is_complex and (not dtype.is_floating_point or dtype.itemsize == 1)
@@ -63,10 +74,44 @@ def may_be_codes(dtype: torch.dtype | None) -> bool:
 
 def companions(name: str, names: Collection[str]) -> list[str]:
     """Those of ``names`` that hold scales, zero points and the like of the codes called ``name``."""
+    if found := _QDATA.match(name):
+        return [c for part in _TORCHAO if (c := f"{found['owner']}_{found['weight']}_{part}") in names]
     stem = _ENDING.sub("", name)
     candidates = [name + suffix for suffix in _APPENDED]
     candidates += [stem + suffix for suffix in _BESIDE if stem != name]
     return [candidate for candidate in dict.fromkeys(candidates) if candidate != name and candidate in names]
+
+
+def is_orphan(name: str, names: Collection[str]) -> bool:
+    """True for scales whose codes are not there."""
+    found = _UNMISTAKABLE.search(name)
+    if found is None:
+        return False
+    stem = name[: found.start()]
+    owner = stem + ("_proj" if found.group().startswith("_proj") else "weight")
+    return not any(candidate in names for candidate in (owner, f"{stem}weight_packed", f"{owner}_packed"))
+
+
+def role_of(name: str, companion: str) -> str:
+    """What a companion is to the codes called ``name``, such as "scale_inv", "zero_point", "qzeros" or "absmax".
+
+    The same words whether it is called after the codes or beside them: ``weight_scale`` is "scale" both to ``weight``
+    and to ``weight_packed``.
+    """
+    if found := _QDATA.match(name):
+        return companion.removeprefix(f"{found['owner']}_{found['weight']}_")
+    rest = companion.removeprefix(name) if companion.startswith(name) else companion.removeprefix(_ENDING.sub("", name))
+    return rest.lstrip("._").removeprefix("weight_")
+
+
+def plain_name(name: str) -> str:
+    """What the weight is called whose codes are called ``name``: the name it has in the model before quantization."""
+    if found := _QDATA.match(name):
+        return f"{found['owner']}{found['weight']}"
+    ending = _ENDING.search(name)
+    if ending is None:
+        return name
+    return name[: ending.start()] + ("" if ending.group() == "_blocks" else "weight")
 
 
 def scales_reason(companion: str) -> str:
@@ -74,10 +119,10 @@ def scales_reason(companion: str) -> str:
     return f"scales or zero points of quantized weights ({_last_word(companion)}), not a weight"
 
 
-def codes_reason(companion_names: Collection[str]) -> str:
-    """Why codes that have companions are not ranked."""
+def codes_reason(companion_names: Collection[str], method: str = "") -> str:
+    """Why codes that have companions are not ranked; ``method`` is what the config calls the format."""
     listed = ", ".join(sorted({_last_word(name) for name in companion_names}))
-    return f"quantized codes that need their scales ({listed}); {NOT_SUPPORTED}"
+    return f"quantized codes that need their scales ({listed}); {NOT_SUPPORTED}" + (f" ({method})" if method else "")
 
 
 def dtype_reason(dtype: torch.dtype | None) -> str | None:

@@ -42,8 +42,9 @@ class Surroundings:
         scales: set[str] = set()
         embeddings: set[tuple[int, ...]] = set()
         for stored in inventory.tensors:
-            if codes.may_be_codes(stored.dtype):
-                scales.update(*(codes.companions(name, shapes) for name in stored.names))
+            beside = {c for name in stored.names for c in codes.companions(name, shapes)}
+            # Zero points are never weights, also beside a weight that was calibrated and is not quantized yet.
+            scales |= beside if codes.may_be_codes(stored.dtype) else {c for c in beside if c.endswith("_zero_point")}
             if "embedding" in stored.roles or any(names.is_embedding(name) for name in stored.names):
                 embeddings.add(stored.shape)
         return cls(shapes, frozenset(scales), frozenset(embeddings), inventory.in_peft)
@@ -59,6 +60,7 @@ class Filters:
         routers: rank the routers of mixtures of experts.
         fused: "split" for the parts of fused projections, "stored" for the tensors as they are.
         min_dim, max_dim: matrices with a smaller side below, or a larger side above, are skipped.
+        without_values: take parameters on the meta device too, for a plan that never looks at a value.
 
     Raises:
         OptionError: a pattern is no regular expression, or a value has the wrong type or is out of range.
@@ -71,6 +73,7 @@ class Filters:
     fused: Literal["split", "stored"] = "split"
     min_dim: int = 16
     max_dim: int | None = None
+    without_values: bool = False
 
     def __post_init__(self) -> None:
         for option in ("include", "exclude"):
@@ -86,7 +89,7 @@ class Filters:
 
     def reason(self, stored: Stored, around: Surroundings) -> str | None:
         """Why this tensor is not ranked at all, or None. Sizes of parts are for ``size_reason``."""
-        return _structural_reason(stored, around) or self._chosen(stored, around)
+        return _structural_reason(stored, around, self.without_values) or self._chosen(stored, around)
 
     def size_reason(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix of this shape is not ranked, or None."""
@@ -114,11 +117,11 @@ def is_router_module(module: torch.nn.Module) -> bool:
     return _ROUTER_CLASS.search(type(module).__name__) is not None
 
 
-def _structural_reason(stored: Stored, around: Surroundings) -> str | None:
+def _structural_reason(stored: Stored, around: Surroundings, without_values: bool) -> str | None:
     """Why the values of a tensor are no matrix of weights, whatever the options are."""
     if "adapter" in stored.roles or any(names.is_adapter(name, around.in_peft) for name in stored.names):
         return "adapter weight"
-    if any(name in around.scales for name in stored.names):
+    if "scales" in stored.roles or any(name in around.scales for name in stored.names):
         return codes.scales_reason(stored.name)
     if stored.problem is not None:
         return stored.problem
@@ -132,7 +135,7 @@ def _structural_reason(stored: Stored, around: Surroundings) -> str | None:
         return reason
     if stored.numel == 0:
         return "empty"
-    if stored.device.type == "meta":
+    if stored.device.type == "meta" and not without_values:
         return "on the meta device, without values: rank from the checkpoint"
     if _is_stack_of_biases(stored, around):
         return "stacked biases of experts, not a matrix"

@@ -48,14 +48,14 @@ class _Fused(NamedTuple):
     interleaved: bool = False
 
 
-_GATE_UP = re.compile(r"(?:^|\.)gate_up_proj(?:\.weight)?$")
+_GATE_UP = re.compile(r"(?:^|\.)(?:gate_up_proj|ffn_gate_up_exps)(?:\.weight)?$")
 # In families that call the two something else.
 _GATE_UP_OF = {
     "jetmoe": re.compile(r"\.mlp\.input_linear\.weight$"),
     "granitemoe": re.compile(r"\.(?:block_sparse_moe|shared_mlp)\.input_linear\.weight$"),
 }
 _GATE_UP_OF |= dict.fromkeys(("granitemoeshared", "granitemoehybrid", "granitemoe_swa"), _GATE_UP_OF["granitemoe"])
-_DOWN = {"gate_up_proj": "down_proj", "input_linear": "output_linear"}
+_DOWN = {"gate_up_proj": "down_proj", "ffn_gate_up_exps": "ffn_down_exps", "input_linear": "output_linear"}
 
 # Experts stored transposed ([experts, in, 2 x width]): in these the columns of gate and up alternate, ...
 _ALTERNATING = {"gpt_oss"}
@@ -85,7 +85,7 @@ _KV_ROWS = {"jetmoe": re.compile(r"\.kv_proj\.weight$")}
 _AFTER_ATTENTION = ("o_proj.weight", "out_proj.weight")
 
 _DBRX_EXPERTS = re.compile(r"^(?P<ffn>(?:.*\.)?ffn)\.experts\.mlp\.(?:w1|v1|w2)$")
-_KNOWN_STACK = re.compile(r"expert|moe|(?:input|output)_linear")
+_KNOWN_STACK = re.compile(r"expert|moe|_(?:ch)?exps|(?:input|output)_linear")
 
 
 def cut(stored: Stored, shapes: Mapping[str, tuple[int, ...]], split: bool) -> Cut:

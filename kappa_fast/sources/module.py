@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from .base import Inventory, Role, Stored
 from .filters import is_router_module
 from .names import has_adapters
-from .tensors import fingerprint, identity, model_types_in, own_names, sharded, store
+from .quantized import modules, weights_of
+from .tensors import fingerprint, identity, is_lazy, model_types_in, own_names, sharded, store
 
 
 @dataclass(frozen=True)
@@ -23,46 +24,95 @@ class _Place:
 
 
 def read_module(model: torch.nn.Module) -> Inventory:
-    """The parameters of a model, tied ones once with all their names.
+    """The parameters of a model, tied ones once with all their names; the quantized weights of its modules.
 
     Raises:
+        SourceError: the scales of a quantized weight are missing or do not fit.
         NotImplementedError: a parameter is sharded (DTensor, FSDP, ZeRO-3).
     """
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise NotImplementedError(sharded(name or type(model).__name__, "FSDP"))
     places = _places(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    held = _held(model)
     groups: dict[object, list[str]] = {}
-    for name, parameter in parameters.items():
-        groups.setdefault(identity(parameter), []).append(name)
+    for name, item in held.items():
+        groups.setdefault(identity(item.tensor), []).append(name)
     own = own_names(groups.values())
     heads = {identity(weight) for weight in _output_heads(model)}
-    tensors = [
-        _stored(own[names[0]], parameters[names[0]], [places[name.rpartition(".")[0]] for name in names], key in heads)
+    stored = [
+        _stored(own[names[0]], held[names[0]], [places[name.rpartition(".")[0]] for name in names], key in heads)
         for key, names in groups.items()
     ]
+    configured = modules.config_in(getattr(model, "config", None))
+    tensors = weights_of(stored, lambda item: modules.config_of(item.parent, configured))
+    weights = {own[names[0]] for names in groups.values() if held[names[0]].is_parameter}
+    counted = [
+        t
+        for before, t in zip(stored, tensors, strict=True)
+        if "scales" not in t.roles and (t.quantization is not None or before.names in weights)
+    ]
+    unseen = [replace(t, names=own_names([t.names])[t.name]) for t in modules.out_of_reach(model, _shown(held))]
     metadata = {
         "kind": "module",
         "class": type(model).__name__,
         "model_type": next((kind for place in places.values() for kind in place.model_types), None),
-        "fingerprint": fingerprint(tensors),
+        "fingerprint": fingerprint(stored),
     }
     buffers = own_names([name] for name, _ in model.named_buffers(remove_duplicate=False)).values()
     return Inventory(
-        tensors,
-        sum(t.numel for t in tensors),
+        [*tensors, *unseen],
+        sum(t.numel for t in (*counted, *unseen)),
         metadata,
         buffers=[name for names in buffers for name in names],
-        in_peft=has_adapters(parameters),
+        in_peft=has_adapters(held),
     )
 
 
-def _stored(names: tuple[str, ...], parameter: torch.Tensor, places: list[_Place], head: bool) -> Stored:
+@dataclass(frozen=True)
+class _Held:
+    """A tensor of the model, and the module that has it under the name ``leaf``."""
+
+    tensor: torch.Tensor
+    holder: torch.nn.Module
+    leaf: str
+    is_parameter: bool
+
+
+def _held(model: torch.nn.Module) -> dict[str, _Held]:
+    """Every parameter, and what belongs to the codes of quantized weights, by name."""
+    found: dict[str, _Held] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        start = f"{prefix}." if prefix else ""
+        own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
+        found |= {start + name: _Held(tensor, module, name, True) for name, tensor in own.items()}
+        beside = modules.beside_codes(module)
+        found |= {start + name: _Held(tensor, module, name, False) for name, tensor in beside.items()}
+    return found
+
+
+def _shown(held: Mapping[str, _Held]) -> set[str]:
+    """All modules that hold a matrix, themselves or further down."""
+    shown: set[str] = set()
+    for name in (n for n, item in held.items() if is_lazy(item.tensor) or item.tensor.dim() >= 2):
+        owner = name.rpartition(".")[0]
+        while owner not in shown:
+            shown.add(owner)
+            owner = owner.rpartition(".")[0]
+    return shown
+
+
+def _stored(names: tuple[str, ...], item: _Held, places: list[_Place], head: bool) -> Stored:
     roles: set[Role] = {role for place in places for role in place.roles}
     if head:
         roles.add("head")
-    return store(names, parameter, places[0].owner, places[0].model_types, frozenset(roles))
+    if modules.is_scale(item.holder, item.leaf):
+        roles.add("scales")
+    owner, model_types = places[0].owner, places[0].model_types
+    tensor = modules.as_on_disk(item.holder, item.leaf, item.tensor)
+    found = store(names, tensor, owner, model_types, frozenset(roles), item.holder)
+    problem = modules.problem_of(item.holder, item.leaf)
+    return replace(found, problem=problem) if problem is not None and found.problem is None else found
 
 
 def _places(model: torch.nn.Module) -> dict[str, _Place]:

@@ -23,8 +23,8 @@ _ADAPTER_IN_PEFT = re.compile(
 
 # The component that owns the tensor, such as "embed_tokens", "word_embeddings", "pos_embed", "relative_attention_bias".
 _EMBEDDING = re.compile(
-    r"(?:\w+_)?(?:emb|embs|embed|embeds|embedding|embeddings|embedder)(?:_\w+)?|wte|wpe|\w*position_bias_table"
-    r"|relative_attention_bias|rel_pos_[hw]|(?:cls|mask|class|dist)_tokens?"
+    r"(?:\w+_)?(?:emb|embs|embd|embed|embeds|embedding|embeddings|embedder)(?:_\w+)?|wte|wpe|\w*position_bias_table"
+    r"|relative_attention_bias|rel_pos_[hw]|token_types|(?:cls|mask|class|dist)_tokens?"
 )
 # ... and what holds one of these words but projects, normalizes or cuts into patches instead of looking up.
 _NO_EMBEDDING = re.compile(
@@ -38,7 +38,9 @@ _HEAD = re.compile(
 # What heads are called too, but other projections as well.
 _VAGUE_HEAD = re.compile(r"(?:^|\.)(?:output|decoder|output_projection|proj_out|head)\.weight$")
 
-_ROUTER = re.compile(r"(?:^|\.)(?:[a-z_]+_)?router(?:\.|$)|(?:^|\.)shared_experts?_gate(?:\.|$)")
+_ROUTER = re.compile(
+    r"(?:^|\.)(?:[a-z_]+_)?router(?:\.|$)|(?:^|\.)(?:shared_experts?_gate|ffn_gate_inp(?:_shexp)?)(?:\.|$)"
+)
 _GATE = re.compile(r"^(?P<block>(?:.*\.)?)gate(?:\.wg)?\.weight$")
 _MOE = re.compile(r"moe|expert|sparse")
 

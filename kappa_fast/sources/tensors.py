@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ..entries import Index
 from ..errors import SourceError
 from . import codes
-from .base import Inventory, Role, Stored
+from .base import Inventory, Role, Stored, Take
 from .names import base_name, has_adapters, is_buffer
+from .quantized import weights_of
+from .quantized.live import weights_in
 
-# Attributes in which quantized parameters, or the modules that own them, keep what their codes need.
+# Attributes in which quantized parameters keep what their codes need.
 _OF_PARAMETER = ("quant_state", "SCB")
-_OF_MODULE = ("weight_scale_inv", "weight_scale", "SCB", "scales", "scale")
 
 
 def read_mapping(weights: Mapping[str, torch.Tensor]) -> Inventory:
@@ -32,8 +32,9 @@ def read_mapping(weights: Mapping[str, torch.Tensor]) -> Inventory:
             raise SourceError(_no_tensor(name, tensor))
         groups.setdefault(identity(tensor), []).append(name)
     own = own_names(groups.values())
-    tensors = [store(own[names[0]], weights[names[0]]) for names in groups.values()]
-    metadata = {"kind": "mapping", "model_type": None, "fingerprint": fingerprint(tensors)}
+    stored = [store(own[names[0]], weights[names[0]]) for names in groups.values()]
+    metadata = {"kind": "mapping", "model_type": None, "fingerprint": fingerprint(stored)}
+    tensors = weights_of(stored, None)
     return Inventory(tensors, count_weights(tensors), metadata, in_peft=has_adapters(weights))
 
 
@@ -43,17 +44,31 @@ def store(
     parent: torch.nn.Module | None = None,
     model_types: tuple[str, ...] = (),
     roles: frozenset[Role] = frozenset(),
+    holder: torch.nn.Module | None = None,
 ) -> Stored:
-    """A tensor in memory as the rest of the room wants it.
+    """A tensor in memory as the rest of the room wants it; one that carries its scales is dequantized.
+
+    Args:
+        names: all names of it.
+        tensor: itself.
+        parent, model_types, roles: for Stored.
+        holder: the module that has it among its parameters, where that is not ``parent``.
 
     Raises:
+        SourceError: its scales do not fit.
         NotImplementedError: it is sharded.
     """
     refuse_sharded(names[0], tensor)
-    lazy = isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
+    lazy = is_lazy(tensor)
     shape = (0, 0) if lazy else tuple(tensor.shape)
-    problem = "lazy and without a shape yet: run the model once" if lazy else _problem(tensor, parent)
-    return Stored(names, shape, tensor.dtype, tensor.device, _taker(tensor), problem, parent, model_types, roles)
+    problem = "lazy and without a shape yet: run the model once" if lazy else _problem(tensor)
+    plain = Stored(names, shape, tensor.dtype, tensor.device, _taker(tensor), problem, parent, model_types, roles)
+    return plain if lazy else weights_in(plain, tensor, holder or parent) or plain
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """True for a parameter that gets its shape with the first input."""
+    return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
 
 
 def own_names(groups: Iterable[Collection[str]]) -> dict[str, tuple[str, ...]]:
@@ -108,10 +123,14 @@ def sharded(what: str, kind: str) -> str:
 
 
 def count_weights(tensors: Iterable[Stored]) -> int:
-    """How many weights a checkpoint or state dict holds: floats, and codes that have scales, but not the scales."""
+    """How many weights a checkpoint or state dict holds: floats, dequantized or not, and codes that have scales.
+
+    Scales are none.
+    """
     tensors = list(tensors)
     names = {name for t in tensors for name in t.names}
-    scales = {c for t in tensors if codes.may_be_codes(t.dtype) for n in t.names for c in codes.companions(n, names)}
+    scales = {name for t in tensors if "scales" in t.roles for name in t.names}
+    scales |= {c for t in tensors if codes.may_be_codes(t.dtype) for n in t.names for c in codes.companions(n, names)}
     count = 0
     for t in tensors:
         quantized = codes.may_be_codes(t.dtype) and any(codes.companions(name, names) for name in t.names)
@@ -138,8 +157,8 @@ def model_types_in(config: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(kind for kind in found if isinstance(kind, str)))
 
 
-def _taker(tensor: torch.Tensor) -> Callable[[Index], torch.Tensor]:
-    return lambda index: tensor.detach()[index] if index else tensor.detach()
+def _taker(tensor: torch.Tensor) -> Take:
+    return lambda index, device=None: tensor.detach()[index] if index else tensor.detach()
 
 
 def _no_tensor(name: object, value: object) -> str:
@@ -149,11 +168,9 @@ def _no_tensor(name: object, value: object) -> str:
     return f"{what}: pass model.state_dict() or what safetensors.torch.load_file() returns"
 
 
-def _problem(tensor: torch.Tensor, parent: torch.nn.Module | None) -> str | None:
+def _problem(tensor: torch.Tensor) -> str | None:
     """Why the values of a tensor in memory are no weights as they stand, or None."""
     found = [attribute for attribute in _OF_PARAMETER if getattr(tensor, attribute, None) is not None]
-    if parent is not None and codes.may_be_codes(tensor.dtype):
-        found += [a for a in _OF_MODULE if isinstance(getattr(parent, a, None), torch.Tensor)]
     if found:
         return codes.codes_reason(found)
     kind = type(tensor)

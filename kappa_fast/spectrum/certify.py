@@ -7,18 +7,22 @@ only assumed to be IEEE sums of at most K exact-to-one-rounding products in any 
 
 sigma_n: from A^T A - t I where float64 leaves room for it, else from a preconditioner X ~ R^-1, for which
 sigma_n(A) >= sigma_n(A X) / ||X|| (Rump, BIT 51 (2011) 367): kappa then enters once, not squared.
+
+Where a backend has products of nearby matrices Q for a whole wave, both ends of Q come from these in lockstep, and
+|sigma_i(A) - sigma_i(Q)| <= ||A - Q||_F (Weyl); what they cannot prove is proved one matrix after the other.
 docs/numerics.md has the derivations.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..backends.base import Backend, Operand, Tensor
+from ..backends.base import Backend, ExactProducts, Operand, Tensor
 
 if TYPE_CHECKING:
     from .ladder import Resolution
@@ -111,6 +115,87 @@ def norm_bound(backend: Backend, product: _Product, estimate: float, rtol: float
         if proven < best:
             return math.sqrt(proven) * OUT_ULP
     return math.sqrt(best) * OUT
+
+
+def certified_wave(
+    backend: Backend, operands: Sequence[Operand], founds: Sequence[Resolution], rtol: float
+) -> list[Resolution]:
+    """``founds`` with proven intervals, or as they were where float64 cannot prove one; one of them per operand."""
+    results = list(founds)
+    rest = [i for i, a in enumerate(operands) if a.exact]
+    level = 0
+    while rest and (products := backend.exact_products([operands[i] for i in rest], level)) is not None:
+        for place, proven in _from_products(products, [founds[i] for i in rest], rtol).items():
+            results[rest[place]] = proven
+        rest = [i for i in rest if not results[i].certified]
+        level += 1
+        del products  # before the next level needs the memory
+    for i in rest:
+        results[i] = certified(backend, operands[i], founds[i], rtol)
+    return results
+
+
+def _from_products(products: ExactProducts, founds: Sequence[Resolution], rtol: float) -> dict[int, Resolution]:
+    """What these products prove of ``founds``, by position: where they are close enough to the weights."""
+    ends = _Ends(products)
+    tail = [founds[i].sigma_min for i in products.which]
+    lows = [
+        math.isfinite(e) and rtol * s**2 > 2 * e and rtol * s > 2 * d
+        for s, e, d in zip(tail, ends.errors, products.distances, strict=True)
+    ]
+    bottoms: dict[int, float] = {}
+    tops: dict[int, float] = {}
+    for widening in WIDENINGS:
+        open_ = [j for j, worth in enumerate(lows) if worth and j not in bottoms]
+        bounds = ends.smallest(open_, [tail[j] ** 2 * (1 - min(widening * rtol, 0.9)) for j in open_])
+        for j, low in zip(open_, bounds, strict=True):
+            proven = math.sqrt(low) * (1 - 4 * U) - products.distances[j] if low > 0 else 0.0
+            if proven > 0:
+                bottoms[j] = proven * (1 - 4 * U)
+    for widening in WIDENINGS:
+        open_ = [j for j in bottoms if j not in tops]
+        heads = [founds[products.which[j]].sigma_max for j in open_]
+        bounds = ends.largest(open_, [head**2 * (1 + widening * rtol) for head in heads])
+        tops.update({j: high for j, high in zip(open_, bounds, strict=True) if high < ends.traces[j]})
+    results = {}
+    for j, low in bottoms.items():
+        found = founds[products.which[j]]
+        high = math.sqrt(tops.get(j, ends.traces[j])) * OUT_ULP + products.distances[j]
+        upper = high / low * (1 + 8 * U)
+        results[products.which[j]] = replace(found, upper=max(upper, found.kappa), certified=True)
+    return results
+
+
+class _Ends:
+    """Proven bounds of the extreme eigenvalues of Q^T Q; errors, traces: of G against it and of it, rounded up."""
+
+    def __init__(self, products: ExactProducts) -> None:
+        self._products = products
+        traces = [trace * OUT for trace in products.traces]
+        self.errors = [gamma(h) * t * OUT + TINY for h, t in zip(products.roundings, traces, strict=True)]
+        self.traces = [(t + e) * OUT for t, e in zip(traces, self.errors, strict=True)]
+
+    def smallest(self, chosen: Sequence[int], shifts: Sequence[float]) -> list[float]:
+        """Lower bounds of lambda_min, near ``shifts`` if all goes well; -inf where G - shift I is not definite."""
+        defects = self._defects(chosen, shifts, 1)
+        return [shift - d - abs(shift) * 4 * U for shift, d in zip(shifts, defects, strict=True)]
+
+    def largest(self, chosen: Sequence[int], bounds: Sequence[float]) -> list[float]:
+        """Upper bounds of lambda_max, near ``bounds`` if all goes well."""
+        defects = self._defects(chosen, bounds, -1)
+        return [bound * (1 + 4 * U) + d for bound, d in zip(bounds, defects, strict=True)]
+
+    def _defects(self, chosen: Sequence[int], shifts: Sequence[float], sign: int) -> list[float]:
+        """How far below 0 the smallest eigenvalue of sign (Q^T Q - shift I) may lie; see residual_norm for the sums."""
+        if not chosen:
+            return []
+        found = []
+        for j, (rest, squares) in zip(chosen, self._products.residuals(chosen, shifts, sign), strict=True):
+            size = 2 * (squares + rest) * OUT
+            # One rounding more for the diagonal, whose entries are no larger than the size.
+            rounding = gamma(self._products.residual_roundings(j) + 1) * size
+            found.append((rest * OUT + rounding + self.errors[j]) * OUT + TINY)
+        return found
 
 
 def certified(backend: Backend, a: Operand, found: Resolution, rtol: float) -> Resolution:

@@ -5,7 +5,10 @@ Also what can be said without any arithmetic: zero matrices, zero columns, repea
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -15,6 +18,30 @@ from ..backends.base import Operand, Tensor
 METHOD = "svd64"
 # Relative error of a computed value beside its share of sigma_max: what is left where kappa is close to 1.
 RELATIVE = 64 * 2.0**-53
+
+# What a decomposition takes at its peak beyond this waits for its turn: waves are cut for the rungs before, and by
+# default give each thread as much (see waves.SHARE).
+LARGE = 256 << 20
+_turn = threading.Lock()
+
+
+def peak_bytes(shape: tuple[int, int]) -> int:
+    """What ``decompose`` takes: operand, copy, U and a second operand (m, n), V and its workspace (n, n), in float64.
+
+    Measured beside the weights: 250 MB at 2048 x 2048 and 194 MB at 4096 x 1024, where this says 268 and 193.
+    """
+    m, n = shape
+    return 8 * (5 * m * n + 3 * n * n)
+
+
+@contextlib.contextmanager
+def in_turn(a: Operand) -> Iterator[None]:
+    """One large matrix at a time, small ones side by side."""
+    if peak_bytes(a.shape) <= LARGE:
+        yield
+    else:
+        with _turn:
+            yield
 
 
 def backward_error(n: int) -> float:

@@ -91,25 +91,34 @@ def resolve(backend: Backend, weights: Sequence[Tensor], goal: Goal) -> list[Res
     operands = backend.prepare(weights)
     results: list[Resolution | None] = [_trivial(a) for a in operands]
     climbers = [
-        _Climber(i, weights[i].dtype, a, () if _svd_is_cheapest(a.shape) else backend.rungs(a.shape, weights[i].dtype))
+        _Climber(i, weights[i].dtype, a, () if left_to_the_svd(a.shape) else backend.rungs(a.shape, weights[i].dtype))
         for i, a in enumerate(operands)
         if results[i] is None
     ]
     _climb(backend, [c for c in climbers if c.rungs], goal)
     for climber in climbers:
         if not climber.done:
-            _finish_exactly(backend, climber, goal)
+            with exact.in_turn(climber.operand):
+                _finish_exactly(backend, climber, goal)
     _measure_sensitivity(backend, [c for c in climbers if c.best is not None and c.best.status == "ok"])
+    if goal.certify:
+        _prove(backend, [c for c in climbers if c.triplets is not None], goal.rtol)
     for climber in climbers:
-        found = climber.best
-        assert found is not None  # the exact rung always answers
-        if goal.certify and found.status == "ok" and climber.triplets is not None:
-            found = proofs.certified(backend, climber.operand, found, goal.rtol)
-        results[climber.position] = _unscaled(found, climber.operand.exponent)
+        assert climber.best is not None  # the exact rung always answers
+        results[climber.position] = _unscaled(climber.best, climber.operand.exponent)
     return [r for r in results if r is not None]
 
 
-def _svd_is_cheapest(shape: tuple[int, int]) -> bool:
+def _prove(backend: Backend, climbers: Sequence[_Climber], rtol: float) -> None:
+    chosen = [c for c in climbers if c.best is not None and c.best.status == "ok"]
+    founds = [c.best for c in chosen if c.best is not None]
+    proven = proofs.certified_wave(backend, [c.operand for c in chosen], founds, rtol)
+    for climber, found in zip(chosen, proven, strict=True):
+        climber.best = found
+
+
+def left_to_the_svd(shape: tuple[int, int]) -> bool:
+    """Whether no other rung is worth its launches for a matrix of this shape (m, n), m >= n."""
     m, n = shape
     return n < EXACT_ALWAYS or (n < EXACT_BELOW and m <= EXACT_SLENDER * n)
 

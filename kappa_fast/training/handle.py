@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..errors import OptionError
-from ..integrations.names import Target, match
+from ..integrations.names import Target, holds_codes, match
 from ..selection import Selection
 from .masks import Frozen
 
@@ -195,6 +195,11 @@ def apply(selection: Selection, model: nn.Module, *, around_steps: bool = True) 
     return handle
 
 
+def _kind(parameter: nn.Parameter) -> str:
+    """Of codes: the class of the tensor where that says more than the dtype."""
+    return type(parameter).__name__ if parameter.dtype.itemsize > 1 else str(parameter.dtype)
+
+
 def _check(model: nn.Module, targets: list[Target]) -> None:
     chosen = {target.name for target in targets}
     parameters = dict(model.named_parameters())
@@ -208,10 +213,10 @@ def _check(model: nn.Module, targets: list[Target]) -> None:
             raise OptionError(
                 f"{name!r} is a flat parameter of FSDP1: wrap the model with use_orig_params=True, or use FSDP2"
             )
-        if name in chosen and not (parameter.is_floating_point() or parameter.is_complex()):
+        if name in chosen and holds_codes(parameter):
             raise OptionError(
-                f"{name!r} is stored as {parameter.dtype}, which cannot be trained: leave it out with "
-                f"excluding({name!r}), or train an adapter beside it"
+                f"{name!r} is stored as {_kind(parameter)}, which cannot be trained: train adapters beside it "
+                f"(kappa_fast.integrations.peft.lora_config), or leave it out with excluding({name!r})"
             )
     if _in_ddp(model) and any(p.requires_grad != (n in chosen) for n, p in parameters.items()):
         flips = next(n for n, p in parameters.items() if p.requires_grad != (n in chosen))

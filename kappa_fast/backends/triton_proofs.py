@@ -1,0 +1,42 @@
+"""Exact integer Gram matrices of a wave, kept for proofs: what TritonBackend.exact_products hands out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from .base import Operand
+
+COUNTS = (3, 4)  # by level: 21 and 28 bits of every column
+
+
+class SliceProducts:
+    """base.ExactProducts from int8 slices; the lower triangles are factored in place, see kernels/shifted.py."""
+
+    def __init__(self, operands: Sequence[Operand], which: Sequence[int], slices: int) -> None:
+        """``which`` must hold dtypes that the kernels read."""
+        from kappa_fast.kernels.gram import gram_of_slices, slice_roundings
+        from kappa_fast.kernels.problems import Problems
+        from kappa_fast.kernels.quantize import column_peaks, quantize
+        from kappa_fast.kernels.shifted import Mirrored
+
+        problems = Problems.of([operands[i].tensor for i in which])
+        digits = quantize(problems, column_peaks(problems), slices)
+        self.which: tuple[int, ...] = tuple(which)
+        self.distances: Sequence[float] = [math.sqrt(squared) for squared in digits.residual.tolist()]
+        self.roundings: Sequence[int] = slice_roundings(problems, slices).astype(int).tolist()
+        packed = gram_of_slices(problems, digits)
+        del digits  # before anything else needs the memory
+        self._mirrored = Mirrored.of(problems, packed)
+        self.traces: Sequence[float] = self._mirrored.traces().tolist()
+
+    def residuals(self, chosen: Sequence[int], shifts: Sequence[float], sign: int) -> list[tuple[float, float]]:
+        squares, sizes = self._mirrored.factored(chosen, shifts, sign).residuals()
+        return [
+            (math.sqrt(x) if x >= 0 else math.inf, y) for x, y in zip(squares.tolist(), sizes.tolist(), strict=True)
+        ]
+
+    def residual_roundings(self, place: int) -> int:
+        from kappa_fast.kernels.shifted import residual_roundings
+
+        return residual_roundings(int(self._mirrored.problems.n[place]))

@@ -1,0 +1,42 @@
+"""The options that choose a budget, for the commands that select."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from .outcome import count_or_share
+
+
+class Unit(StrEnum):
+    """What is selected as a whole."""
+
+    MATRIX = "matrix"
+    EXPERT = "expert"
+    PARAMETER = "parameter"
+
+
+NumTensors = Annotated[int | None, typer.Option(help="Budget: this many matrices.")]
+TopP = Annotated[float | None, typer.Option(help="Budget: this share of the matrices.")]
+MaxKappa = Annotated[float | None, typer.Option(help="Budget: all up to this condition number.")]
+MaxParams = Annotated[
+    str | None, typer.Option(metavar="N|SHARE", help="Budget: weights, a count or a share of all (0.1).")
+]
+PerGroup = Annotated[bool, typer.Option("--per-group", help="The budget counts within each group.")]
+UnitOption = Annotated[Unit, typer.Option("--unit", help="What is selected as a whole.")]
+
+
+def given_budget(
+    num_tensors: int | None, top_p: float | None, max_kappa: float | None, max_params: str | None
+) -> dict[str, Any]:
+    """The budgets that were given, as arguments of ``Ranking.select``.
+
+    Raises:
+        OptionError: ``max_params`` is neither a count nor a share.
+    """
+    budget: dict[str, Any] = {"num_tensors": num_tensors, "top_p": top_p, "max_kappa": max_kappa}
+    if max_params is not None:
+        budget["max_params"] = count_or_share(max_params, "--max-params")
+    return {name: value for name, value in budget.items() if value is not None}

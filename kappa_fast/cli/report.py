@@ -1,0 +1,71 @@
+"""``kappa-fast report``: a ranking as a page to look at, and as a picture."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import OptionError
+from .budget import MaxKappa, MaxParams, NumTensors, PerGroup, TopP, Unit, UnitOption, given_budget
+from .outcome import outcome
+
+
+def report(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RANKING.json",
+            help="A ranking, as to_json() or the reference implementation wrote it.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write the page to this file; by default beside the ranking."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the heat map to this file too, .png or .svg.")
+    ] = None,
+    num_tensors: NumTensors = None,
+    top_p: TopP = None,
+    max_kappa: MaxKappa = None,
+    max_params: MaxParams = None,
+    per_group: PerGroup = False,
+    unit: UnitOption = Unit.MATRIX,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log.")] = False,
+) -> None:
+    """Write a page with the heat map, the sorted curve and the table of a ranking.
+
+    A budget is shown as what would be selected; more of them can be tried in the page.
+    """
+    with outcome(debug):
+        page = path.with_suffix(".html") if output is None else output
+        targets = [target for target in (page, plot) if target is not None]
+        _check_targets(path, targets)
+        budget = given_budget(num_tensors, top_p, max_kappa, max_params)
+        options: dict[str, Any] = {"per_group": per_group, "unit": unit.value}
+        if not budget and options != {"per_group": False, "unit": "matrix"}:
+            raise OptionError("--per-group and --unit go with a budget: --max-params 0.1, for example")
+        from ..ranking import Ranking
+
+        ranking = Ranking.from_json(path)
+        selection = ranking.select(**budget, **options) if budget else None
+        if plot is not None:  # first, because more can be wrong with it
+            ranking.plot(plot)
+        ranking.to_html(page, selection=selection)
+        for target in targets:
+            typer.echo(f"written to {target}")
+
+
+def _check_targets(path: Path, targets: list[Path]) -> None:
+    """No file may take the place of another one."""
+    known = [os.path.realpath(path)]
+    for target in targets:
+        if os.path.realpath(target) in known:
+            raise OptionError(f"{target} would be written over {path} or over the page: give another name")
+        known.append(os.path.realpath(target))

@@ -1,0 +1,131 @@
+"""The names that the tensors of a checkpoint will have in the model, where transformers gives them others.
+
+Most checkpoints of mixtures of experts hold one tensor for every expert and projection, which transformers fuses while
+it loads them. A ranking that is to be trained with should speak of the parameters that will be there.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..entries import Index
+from ..errors import OptionError
+from ..sources.base import Inventory, Place, Stored
+from ..sources.layouts import Part, cut
+from .conversion import Conversion
+
+log = logging.getLogger("kappa_fast")
+
+_EXPERT = re.compile(r"\.experts?\.\d+\.")
+
+
+def places_of(inventory: Inventory) -> dict[str, Place]:
+    """By their names on disk, the tensors that have another name in the model, or are a part of a parameter there.
+
+    Empty where config.json names no model of transformers' own, where transformers is not installed, and for models
+    whose names do not change: without experts on their own and without models inside the model, nothing is imported.
+    Tensors that are permuted on their way keep the name they have.
+    """
+    if not _may_be_renamed(inventory):
+        return {}
+    model = _on_meta(inventory.config)
+    if model is None:
+        return {}
+    conversion = Conversion(model, lambda name: name)
+    parts = _Parts(conversion)
+    found = {}
+    for stored in inventory.tensors:
+        # Scales have no place in the model, and only their names look as if they had.
+        place = parts.place(stored) if "scales" not in stored.roles else None
+        if place is not None and (place.name, place.index) != (stored.name, ()):
+            found[stored.name] = place
+    return _unambiguous(found, inventory)
+
+
+def _may_be_renamed(inventory: Inventory) -> bool:
+    config = inventory.config
+    if not isinstance(config.get("model_type"), str) or not isinstance(config.get("architectures"), list):
+        return False
+    if "auto_map" in config:  # code of the checkpoint's own, which nobody asked to run
+        return False
+    nested = any(key.endswith("_config") and key != "quantization_config" for key in config)
+    return nested or any(_EXPERT.search(stored.name) for stored in inventory.tensors)
+
+
+def _on_meta(config: Mapping[str, Any]) -> torch.nn.Module | None:
+    """The model that the config describes, without values; None if transformers cannot tell."""
+    try:
+        import transformers
+    except ImportError:
+        log.info("transformers is not installed: the names of the checkpoint are kept")
+        return None
+    try:
+        plain = {key: value for key, value in config.items() if key not in ("quantization_config", "model_type")}
+        built = transformers.AutoConfig.for_model(config["model_type"], **plain)
+        architecture = getattr(transformers, str(config["architectures"][0]))
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")  # about a model that nobody will run
+            model: torch.nn.Module = architecture(built)
+    except Exception as error:  # a config may be wrong in as many ways as there are models
+        log.info("transformers builds no %s from config.json (%s): its names are kept", config["model_type"], error)
+        return None
+    return model
+
+
+class _Parts:
+    """Places as the parameters of the model are cut into matrices, with the labels that these have."""
+
+    def __init__(self, conversion: Conversion) -> None:
+        self._conversion = conversion
+        self._parts: dict[str, dict[str, Part]] = {}  # by parameter and by the text of the full index
+
+    def place(self, stored: Stored) -> Place | None:
+        """Where the tensor is in the model, None if nowhere or in no place that an index could name."""
+        try:
+            place = self._conversion.place(stored.name, stored.shape)
+        except OptionError as error:
+            log.info("%s", error)
+            return None
+        except IndexError:  # larger than the parameter that it should be a part of
+            return None
+        if place is None:
+            return None
+        shape = self._conversion.shapes[place.name]
+        if not place.index:
+            return place if shape == stored.shape else None
+        parts = self._parts_of(replace(stored, names=(place.name,), shape=shape))
+        part = parts.get(repr(_full(place.index, shape)))
+        return Place(place.name, part.index, part.label) if part is not None and len(stored.shape) == 2 else None
+
+    def _parts_of(self, parameter: Stored) -> dict[str, Part]:
+        if parameter.name not in self._parts:
+            cuts = [cut(parameter, self._conversion.shapes, split) for split in (False, True)]
+            self._parts[parameter.name] = {
+                repr(_full(part.index, parameter.shape)): part for found in cuts for part in found.parts
+            }
+        return self._parts[parameter.name]
+
+
+def _full(index: Index, shape: tuple[int, ...]) -> tuple[object, ...]:
+    """The index with a number or (start, stop, step) for every dimension: equal for what selects the same."""
+    padded = (*index, *(slice(None) for _ in range(len(shape) - len(index))))
+    return tuple(p.indices(size) if isinstance(p, slice) else p for p, size in zip(padded, shape, strict=True))
+
+
+def _unambiguous(places: dict[str, Place], inventory: Inventory) -> dict[str, Place]:
+    """Without those that two tensors claim, and those whose name another tensor has on disk."""
+    claims = Counter(place.name + place.label for place in places.values())
+    kept = {name for stored in inventory.tensors for name in stored.names if stored.name not in places}
+    return {
+        name: place
+        for name, place in places.items()
+        if claims[place.name + place.label] == 1 and place.name not in kept
+    }

@@ -1,0 +1,167 @@
+"""From what single matrices cost to what a whole ranking would: waves, threads, ``top`` and proofs."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+
+from ..budget import BudgetedTop
+from ..execution import Executor, PlannedWave, operations
+from ..sources.base import Matrix
+from ..spectrum.ladder import Goal
+from ..workers import fits_one_thread
+from .calibration import SECONDS, Costs, Duration, Item, calibrate, counted
+
+# What the search for matrices that cannot be among the top= costs, as a share of resolving all of them.
+PROBES = 0.2  # 15% for MiniLM, where it finds none, and 17% for 36 matrices with 512 columns
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How long the computing would take on the device at hand, from a short measurement there. All in seconds.
+
+    seconds: the prediction; None with ``top``, where it depends on the weights how many must be resolved.
+    low, high: the spread of what was measured, or of what extrapolating from it may be off by; with ``top``, from only
+    the likeliest being resolved to all.  hard: in place of ``high``, if the cheapest rung of the ladder resolves no
+    matrix.  opening: of them, what finding the matrices took.  measured: what the measurement took.
+    shapes: those that were measured; ``exact`` says for which share of the operations the shape itself was.
+    """
+
+    seconds: float | None
+    low: float
+    high: float
+    hard: float
+    opening: float
+    measured: float
+    shapes: tuple[tuple[int, int], ...]
+    exact: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Positions of the matrices that are resolved: for certain, at most, and once more with proofs."""
+
+    certain: Sequence[int]
+    possible: Sequence[int]
+    selected: Sequence[int]  # what certify="selection" resolves again
+    certify: bool
+
+    @classmethod
+    def of(
+        cls, matrices: Sequence[Matrix], top: int | float | None, per_group: bool, certify: bool | Literal["selection"]
+    ) -> Work:
+        every = range(len(matrices))
+        if top is None:
+            return cls(every, every, (), certify is True)
+        groups = BudgetedTop.of(matrices, top, per_group).groups
+        likeliest = [i for group in groups for i in group.order[: group.count]]
+        return cls(likeliest, every, likeliest if certify == "selection" else (), certify is True)
+
+    @property
+    def floor(self) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        """What floor_of() wants: all, for certain, proven."""
+        proven = self.selected or (self.certain if self.certify else ())
+        return self.possible, self.certain, proven
+
+
+def predict(
+    executor: Executor,
+    matrices: Sequence[Matrix],
+    waves: Sequence[PlannedWave],
+    work: Work,
+    rtol: float,
+    opening: float,
+) -> Prediction:
+    """Measure what the matrices cost, and add up; ``opening`` is what finding them took, in seconds."""
+
+    def costs(positions: Iterable[int], certify: bool, seconds: float) -> dict[torch.device, Costs]:
+        chosen = set(positions)
+        goal = Goal(rtol, certify)
+        of_device: dict[torch.device, list[int]] = {}
+        for wave in waves:
+            of_device.setdefault(wave.device, []).extend(i for i in wave.positions if i in chosen)
+        return {
+            device: calibrate(counted(item_of(matrices[i]) for i in some), executor.backend_name, device, goal, seconds)
+            for device, some in of_device.items()
+            if some
+        }
+
+    share = 0.5 if work.selected else 1.0
+    first = costs(work.possible, work.certify, share * SECONDS)
+    again = costs(work.selected, True, share * SECONDS)
+    least, most = _total(matrices, waves, work.certain, first), _total(matrices, waves, work.possible, first)
+    proofs = _total(matrices, waves, work.selected, again)
+    ranged = len(work.certain) < len(work.possible)
+    probes = PROBES * most.typical if ranged else 0.0
+    every = [*first.values(), *again.values()]
+    return Prediction(
+        seconds=None if ranged else opening + most.typical + proofs.typical,
+        low=opening + least.low + proofs.low,
+        high=opening + most.high + probes + proofs.high,
+        hard=opening + most.hard + probes + proofs.hard,
+        opening=opening,
+        measured=sum(found.seconds for found in every),
+        shapes=tuple(sorted({sample.shape for found in every for sample in found.samples}, reverse=True)),
+        exact=_share_measured(matrices, waves, first),
+    )
+
+
+def _total(
+    matrices: Sequence[Matrix],
+    waves: Sequence[PlannedWave],
+    positions: Iterable[int],
+    costs: Mapping[torch.device, Costs],
+) -> Duration:
+    """Seconds for some of the matrices, wave after wave."""
+    chosen = set(positions)
+    durations: dict[tuple[torch.device, tuple[int, int], torch.dtype], Duration] = {}
+    for wave in waves:
+        for i in chosen.intersection(wave.positions):
+            key = (wave.device, *item_of(matrices[i]))
+            if key not in durations:
+                durations[key] = costs[wave.device].of(*item_of(matrices[i]))
+
+    def seconds(quantile: str) -> float:
+        total = 0.0
+        for wave in waves:
+            kept = [i for i in wave.positions if i in chosen]
+            of = {i: float(getattr(durations[wave.device, *item_of(matrices[i])], quantile)) for i in kept}
+            total += _wave_seconds([matrices[i].shape for i in kept], list(of.values()), wave.side_by_side)
+        return total
+
+    return Duration(*(seconds(f.name) for f in fields(Duration)))
+
+
+def _wave_seconds(shapes: Sequence[tuple[int, int]], seconds: Sequence[float], side_by_side: bool) -> float:
+    """Small matrices go to whichever thread is free, the longest first; large ones have all threads one by one."""
+    if not side_by_side:
+        return sum(seconds)
+    alone = [s for shape, s in zip(shapes, seconds, strict=True) if not fits_one_thread(shape)]
+    shared = [(operations(shape), s) for shape, s in zip(shapes, seconds, strict=True) if fits_one_thread(shape)]
+    threads = [0.0] * torch.get_num_threads()
+    for _, s in sorted(shared, reverse=True):
+        heapq.heapreplace(threads, threads[0] + s)
+    return sum(alone) + max(threads)
+
+
+def _share_measured(
+    matrices: Sequence[Matrix], waves: Sequence[PlannedWave], costs: Mapping[torch.device, Costs]
+) -> float:
+    exact = total = 0.0
+    for wave in waves:
+        found = costs[wave.device]
+        measured = {(sample.kind, *sorted(sample.shape)) for sample in found.samples}
+        for i in wave.positions:
+            item = item_of(matrices[i])
+            total += operations(item[0])
+            exact += operations(item[0]) if (found.kind(*item), *sorted(item[0])) in measured else 0.0
+    return exact / total if total else 1.0
+
+
+def item_of(matrix: Matrix) -> Item:
+    """Shape and dtype, which the costs depend on."""
+    return matrix.shape, matrix.dtype

@@ -1,0 +1,133 @@
+"""The text of a comparison: what moved, what is in one ranking only, and what a budget would select now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from ..errors import OptionError
+from .table import format_interval, format_number, printable, shorten, to_plain_text
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+    from ..comparison import Change, Comparison, Lone, Overlap
+
+T = TypeVar("T")
+
+_DIRECTIONS: tuple[Literal["up", "down"], ...] = ("up", "down")
+_VISIBLE = 1.005  # what does not print as 1.00x
+_OTHERS = 62  # columns that the numbers of a row take
+_LEAST = 24
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """A comparison with ``limit`` moves in each direction (None: all), printed by a ``rich.console.Console``.
+
+    Raises:
+        OptionError: ``limit`` is no count.
+    """
+
+    comparison: Comparison
+    limit: int | None = None
+    overlap: Overlap | None = None
+
+    def __post_init__(self) -> None:
+        limit = self.limit
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
+            raise OptionError(f"limit={limit!r}: give a count of rows, or None for all")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.table import Table
+        from rich.text import Text
+
+        rows = list(self._rows())
+        if rows:
+            room = max(_LEAST, options.max_width - _OTHERS)
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+            table.add_column(Text("tensor", "bold"), no_wrap=True, max_width=room)
+            for header in ("before", "after", "ratio", "at least"):
+                table.add_column(Text(header, "bold"), justify="right", no_wrap=True)
+            for change in rows:
+                table.add_row(Text(shorten(printable(change.key), room)), *map(Text, _cells(change)))
+            yield table
+        yield from map(Text, self._lines(len(rows)))
+
+    def to_text(self, width: int = 100) -> str:
+        """The same as text without colors.
+
+        Raises:
+            OptionError: less than 60 columns.
+        """
+        return to_plain_text(self, width)
+
+    def _rows(self) -> Iterator[Change]:
+        for direction in _DIRECTIONS:
+            yield from self._visible(direction)[: self.limit]
+
+    def _visible(self, direction: Literal["up", "down"]) -> Sequence[Change]:
+        """The certain moves, and of the others those that the digits of the table show."""
+        moved = self.comparison.moved(direction)
+        return [change for change in moved if change.at_least > 1 or change.size >= _VISIBLE]
+
+    def _lines(self, shown: int) -> Iterator[str]:
+        c = self.comparison
+        counts = c.counts
+        moved = sum(len(self._visible(direction)) for direction in _DIRECTIONS)
+        if moved > shown:
+            yield f"... {moved - shown:,} more that moved"
+        lone = f"{len(c.only_before):,} only in the first, {len(c.only_after):,} only in the second"
+        yield f"{len(c):,} matrices in both, {lone}"
+        yield (
+            f"kappa: {counts['up']:,} certainly up, {counts['down']:,} certainly down, {counts['within']:,} changed "
+            f"within their intervals, {counts['identical']:,} identical"
+        )
+        if not math.isnan(c.correlation):
+            yield f"rank correlation (Spearman) {c.correlation:.4f} over {c.correlated:,}"
+        for change in _few(c.status_changes, self.limit):
+            yield f"status: {printable(change.key)}: {change.before.status} -> {change.after.status}"
+        if (more := len(c.status_changes) - (self.limit or math.inf)) > 0:
+            yield f"... {more:,} more with another status"
+        yield from self._lone(c.only_before, "first", "second")
+        yield from self._lone(c.only_after, "second", "first")
+        if self.overlap is not None:
+            yield from self._selected(self.overlap)
+
+    def _lone(self, lone: Sequence[Lone], here: str, there: str) -> Iterator[str]:
+        for item in _few(lone, self.limit):
+            why = f" (skipped in the {there}: {printable(item.reason)})" if item.reason else ""
+            yield f"only in the {here}: {printable(item.key)}{why}"
+        if self.limit is not None and len(lone) > self.limit:
+            yield f"... {len(lone) - self.limit:,} more only in the {here}"
+
+    def _selected(self, overlap: Overlap) -> Iterator[str]:
+        weights = "" if math.isnan(overlap.params) else f", {100 * overlap.params:.1f}% of their weights"
+        yield (
+            f"selected by {overlap.budget}: {overlap.before:,} and {overlap.after:,}, {len(overlap.both):,} of them in "
+            f"both: {100 * overlap.jaccard:.1f}% of the matrices{weights}"
+        )
+        for keys, sign in ((overlap.only_before, "-"), (overlap.only_after, "+")):
+            yield from (f"  {sign} {printable(key)}" for key in _few(keys, self.limit))
+            if self.limit is not None and len(keys) > self.limit:
+                yield f"  {sign} ... {len(keys) - self.limit:,} more"
+
+
+def _few(items: Sequence[T], limit: int | None) -> Sequence[T]:
+    return items if limit is None else items[:limit]
+
+
+def _cells(change: Change) -> Sequence[str]:
+    a, b = change.before, change.after
+    shown = [format_interval(e) if e.status == "ok" and math.isfinite(e.upper) else _point(e.kappa) for e in (a, b)]
+    return (*shown, _factor(change.ratio), "-" if change.at_least == 1 else _factor(change.at_least))
+
+
+def _factor(value: float) -> str:
+    return "-" if math.isnan(value) else "inf" if math.isinf(value) else f"{format_number(value, 3)}x"
+
+
+def _point(kappa: float) -> str:
+    return "?" if math.isnan(kappa) else format_number(kappa)

@@ -1,0 +1,187 @@
+"""The text of a plan: a table of what would be ranked, and a line for each thing that it would take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import OptionError
+from .skipped import by_reason
+from .table import printable, to_plain_text
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+    from ..entries import Skipped
+    from ..planning import Plan, PlannedGroup, Prediction
+    from ..planning.devices import Floor
+    from ..planning.disk import Reading
+
+Line = tuple[str, str]  # what it is about, and what there is to say
+MOST_REASONS = 8
+
+
+@dataclass(frozen=True)
+class PlanTable:
+    """The first ``limit`` groups of a plan (None: all), printed by a ``rich.console.Console`` or ``to_text``.
+
+    Raises:
+        OptionError: ``limit`` is no count.
+    """
+
+    plan: Plan
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        limit = self.limit
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
+            raise OptionError(f"limit={limit!r}: give a count of rows, or None for all")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = self.plan.groups[: self.limit]
+        if shown:
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+            table.add_column(Text("to be ranked", "bold"), overflow="fold")
+            for header in ("shape", "dtype", "number", "weights", "Gop", "share"):
+                table.add_column(Text(header, "bold"), justify="right", no_wrap=True)
+            for cells in map(self._row, shown):
+                table.add_row(*map(Text, cells))
+            yield table
+        yield from map(Text, self._counts(len(shown)))
+        facts = Table.grid(padding=(0, 2, 0, 0))
+        facts.add_column(no_wrap=True)
+        facts.add_column(overflow="fold")
+        for what, text in self._lines():
+            facts.add_row(Text(what, "bold"), Text(text))
+        yield facts
+
+    def to_text(self, width: int = 100) -> str:
+        """The same as text without colors.
+
+        Raises:
+            OptionError: less than 60 columns.
+        """
+        return to_plain_text(self, width)
+
+    def _row(self, group: PlannedGroup) -> Sequence[str]:
+        return (
+            printable(group.group),
+            f"{group.shape[0]}x{group.shape[1]}",
+            group.dtype,
+            f"{group.count:,}",
+            format_amount(group.numel),
+            f"{group.operations / 1e9:,.1f}",
+            f"{100 * group.operations / (self.plan.operations or 1):.0f}%",
+        )
+
+    def _counts(self, shown: int) -> Iterator[str]:
+        plan = self.plan
+        if len(plan.groups) > shown:
+            rest = plan.groups[shown:]
+            yield f"... {len(rest)} more kinds, {sum(g.count for g in rest):,} matrices"
+        yield f"{plan.count:,} matrices to be ranked, {len(plan.skipped):,} parameters skipped"
+        yield from skipped_lines(plan.skipped)
+
+    def _lines(self) -> Iterator[Line]:
+        plan = self.plan
+        share = f" ({100 * plan.numel / plan.num_parameters:.0f}%)" if plan.num_parameters else ""
+        yield "weights", f"{format_amount(plan.numel)} of {format_amount(plan.num_parameters)}{share}"
+        yield "operations", f"{format_amount(plan.operations)} multiply-adds in Gram matrices and Cholesky factors"
+        yield "where", f"{', '.join(plan.devices)}, backend {plan.backend}, threads: {plan.threads}"
+        beside = "beside the weights" if plan.in_memory else "with the weights that are read"
+        waves = f"{_count(plan.waves, 'wave')} of up to {format_bytes(plan.budget)}"
+        yield "memory", f"at most {format_bytes(plan.peak)} at a time {beside}; {waves}"
+        if not plan.in_memory:
+            yield "to read", format_bytes(plan.nbytes)
+        if plan.prediction is not None:
+            yield from _computing(plan.prediction)
+        if plan.reading is not None:
+            yield "reading", _reading(plan.reading)
+        if plan.reading is not None and plan.seconds is not None:
+            yield "together", " to ".join(map(format_seconds, plan.seconds))
+        if plan.floor is not None:
+            yield from _floor(plan.floor)
+
+
+def skipped_lines(skipped: Iterable[Skipped]) -> Iterator[str]:
+    """One line for each of the most frequent reasons, and one for the rest."""
+    reasons = [(reason, len(items)) for reason, items in by_reason(skipped)]
+    for reason, number in reasons[:MOST_REASONS]:
+        yield f"  skipped: {number:,} {printable(reason)}"
+    if rest := sum(number for _, number in reasons[MOST_REASONS:]):
+        yield f"  skipped: {rest:,} for other reasons, which the JSON lists"
+
+
+def _computing(found: Prediction) -> Iterator[Line]:
+    spread = f"{format_seconds(found.low)} to {format_seconds(found.high)}"
+    if found.seconds is None:
+        yield "computing", f"{spread}: how many matrices top= leaves to resolve depends on the weights"
+    else:
+        yield "computing", f"about {format_seconds(found.seconds)} ({spread})"
+    if found.hard > 1.05 * found.high:
+        yield "", f"up to {format_seconds(found.hard)} if no matrix answers to the cheapest factorization"
+    basis = "all that there are"
+    if found.exact < 0.9999:
+        basis = f"{100 * found.exact:.0f}% of the operations are of these shapes, the rest is scaled from them"
+    shapes = _count(len(found.shapes), "shape")
+    yield "", f"predicted from {shapes} timed here in {format_seconds(found.measured)}: {basis}"
+
+
+def _reading(reading: Reading) -> str:
+    text = f"about {format_seconds(reading.seconds)} at {format_bytes(reading.rate)}/s"
+    sampled = format_bytes(reading.sampled)
+    if reading.cached is None:
+        return f"{text}, measured on {sampled}, which memory may have held already"
+    if reading.cached > 0.02:
+        return f"{text}, measured on {sampled}; {100 * reading.cached:.0f}% lay in memory, so a disk is slower"
+    return f"{text}, measured on {sampled} from the disk"
+
+
+def _floor(floor: Floor) -> Iterator[Line]:
+    least = f"{format_seconds(floor.low)} to " if floor.low < floor.seconds else ""
+    yield floor.device.name, f"not under {least}{format_seconds(floor.seconds)}: a floor model, NOT a measurement"
+    parts = [f"Gram matrices {format_seconds(floor.gram)}", f"Cholesky {format_seconds(floor.cholesky)}"]
+    parts += [f"proofs {format_seconds(floor.proofs)}"] if floor.proofs else []
+    yield "", f"{', '.join(parts)}, one pass over the weights {format_seconds(floor.reading)},"
+    yield "", f"at published peak rates ({floor.device.source})."
+    yield "", "Krylov steps, launches and copies are not in it: a run takes longer, possibly several times."
+    if not floor.weights_fit:
+        yield "", f"The weights do not fit into its {format_bytes(floor.device.memory)} and come from the host."
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def format_amount(value: float) -> str:
+    """Three digits and a letter: "21.3 M", "4.96 G"; whole numbers below a thousand as they are."""
+    for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit * 0.9995:
+            return f"{_digits(value / limit)} {letter}"
+    return f"{value:.0f}"
+
+
+def format_bytes(value: float) -> str:
+    """As format_amount, in bytes of the decimal system: "1.07 GB"."""
+    text = format_amount(value)
+    return f"{text}B" if text[-1].isalpha() else f"{text} B"
+
+
+def format_seconds(value: float) -> str:
+    """Two or three digits in the unit that fits: "0.42 s", "3.1 min", "5.2 h"."""
+    if value < 1e-3:
+        return f"{value * 1e6:.0f} us"
+    if value < 0.1:
+        return f"{_digits(value * 1e3)} ms"
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if value < limit:
+            return f"{_digits(value / size)} {unit}"
+    return f"{_digits(value / 86400)} days"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

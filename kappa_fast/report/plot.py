@@ -1,0 +1,206 @@
+"""The heat map of a ranking as a picture, drawn by matplotlib without pyplot."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from .. import serialize
+from ..entries import Status
+from ..errors import OptionError, missing_extra
+from .grid import Cell, Grid, color_range, make_grid
+from .page import title_of
+from .table import format_number, printable, shorten
+
+if TYPE_CHECKING:
+    from ..ranking import Ranking
+
+_FORMATS = (".png", ".svg")
+_DPI = 144
+_HATCHES: dict[Status, tuple[str, str]] = {
+    "rank_deficient": ("///", "rank deficient"),
+    "bounded": ("---", "only bounded from below"),
+    "non_finite": ("xxx", "NaN or inf among the weights"),
+}
+# Inches.
+_CELL_WIDTH, _CELL_HEIGHT, _LAYER_NAMES, _MARGIN, _SCALE = 0.86, 0.24, 0.7, 0.15, 0.55
+_CHARACTER = 0.062
+_TURN = 38  # degrees
+
+
+def write_plot(ranking: Ranking, path: str | os.PathLike[str]) -> None:
+    """Write ``render_plot`` to a file, replacing it all at once.
+
+    Raises:
+        OptionError: the name ends in neither .png nor .svg, or no matrix has the number of a layer in its name.
+        MissingExtraError: matplotlib is not installed.
+        RankingFileError: the file cannot be written.
+    """
+    suffix = PurePath(path).suffix.lower()
+    if suffix not in _FORMATS:
+        raise OptionError(f"cannot plot to {path}: end the name in .png or .svg")
+    serialize.write_bytes(path, render_plot(ranking, suffix[1:]))
+
+
+def render_plot(ranking: Ranking, kind: str) -> bytes:
+    """The heat map as the bytes of a "png" or an "svg". The same ranking and matplotlib give the same bytes.
+
+    Raises:
+        OptionError: no matrix has the number of a layer in its name.
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("matplotlib", "report", "Ranking.plot()") from error
+    grid = make_grid(ranking.entries)
+    if not grid.cells:
+        raise OptionError("there is nothing to plot: no ranked matrix has the number of a layer in its name")
+    # matplotlib's own settings instead of the user's, for as long as this takes; never its backend.
+    settings = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+    # Names hold dollars and underscores that mean nothing; ids must not be random.
+    settings |= {"text.parse_math": False, "svg.hashsalt": "kappa_fast", "font.size": 8.0}
+    with matplotlib.rc_context(settings):
+        figure = Figure(facecolor="white")
+        _draw(figure, ranking, grid)
+        page = io.BytesIO()
+        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(page, format=kind, dpi=_DPI, metadata=metadata)
+    return page.getvalue()
+
+
+def _draw(figure: Any, ranking: Ranking, grid: Grid) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+
+    labels = [_column_label(column.label, column.depth) for column in grid.columns]
+    turned = max(map(len, labels)) * _CHARACTER > _CELL_WIDTH
+    header = _CHARACTER * max(map(len, labels)) * math.sin(math.radians(_TURN)) + 0.25 if turned else 0.3
+    overhang = _CHARACTER * len(labels[-1]) * math.cos(math.radians(_TURN)) - _CELL_WIDTH / 2 if turned else 0.1
+    shown = [status for status in _HATCHES if any(cell.status == status for cell in grid.cells)]
+    notes = _notes(ranking, grid)
+    body = (_CELL_WIDTH * len(grid.columns), _CELL_HEIGHT * len(grid.layers))
+    width = max(_LAYER_NAMES + body[0] + max(overhang, 0.2) + _MARGIN, 5.0)
+    footer = _SCALE + 0.2 * len(shown) + 0.17 * len(notes) + _MARGIN
+    height = 0.35 + header + body[1] + footer
+    figure.set_size_inches(width, height)
+    axes = figure.add_axes((_LAYER_NAMES / width, footer / height, body[0] / width, body[1] / height))
+    low, high = color_range(ranking.entries)
+    norm = LogNorm(low, high if high > low else low * 1.01)
+    _draw_cells(axes, grid, colormaps["viridis"], norm)
+    _draw_names(axes, grid, labels, turned)
+    figure.text(
+        _MARGIN / width,
+        1 - 0.12 / height,
+        f"kappa of {shorten(_plain(title_of(ranking.metadata)), 60)}",
+        va="top",
+        fontsize=11,
+    )
+    bar_width = min(3.2, width - _LAYER_NAMES - 0.6)
+    scale = figure.add_axes((_LAYER_NAMES / width, (footer - 0.22) / height, bar_width / width, 0.1 / height))
+    bar = figure.colorbar(ScalarMappable(norm, "viridis"), cax=scale, orientation="horizontal")
+    _draw_ticks(bar, low, high)
+    _draw_legend(figure, shown, notes, (width, height))
+
+
+def _draw_cells(axes: Any, grid: Grid, colors: Any, norm: Any) -> None:
+    from matplotlib.patches import Rectangle
+
+    for cell in grid.cells:
+        known = not math.isnan(cell.kappa)
+        face = colors(norm(cell.kappa)) if known else (0.94, 0.94, 0.94, 1.0)
+        dark = known and _luminance(face) <= 0.179
+        hatch = _HATCHES[cell.status][0] if cell.status != "ok" else None
+        spot = (cell.column + 0.03, cell.row + 0.05)
+        edge = (1.0, 1.0, 1.0, 0.6) if dark else (0.0, 0.0, 0.0, 0.35)
+        axes.add_patch(Rectangle(spot, 0.94, 0.9, facecolor=face, hatch=hatch, edgecolor=edge, linewidth=0))
+        plate = {"facecolor": face, "edgecolor": "none", "pad": 0.6} if hatch else None
+        where = (cell.column + 0.5, cell.row + 0.5)
+        ink = "white" if dark else "black"
+        axes.text(*where, _cell_text(cell), ha="center", va="center", fontsize=7, color=ink, bbox=plate)
+    axes.set_xlim(0, len(grid.columns))
+    axes.set_ylim(len(grid.layers), 0)
+
+
+def _draw_names(axes: Any, grid: Grid, labels: Sequence[str], turned: bool) -> None:
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0, pad=3)
+    axes.set_yticks([row + 0.5 for row in range(len(grid.layers))], [str(layer) for layer in grid.layers])
+    axes.set_ylabel("layer")
+    axes.xaxis.tick_top()
+    turn = {"rotation": _TURN, "ha": "left", "rotation_mode": "anchor"} if turned else {}
+    axes.set_xticks([column + 0.5 for column in range(len(labels))], labels, **turn)
+
+
+def _draw_ticks(bar: Any, low: float, high: float) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    middle = math.sqrt(low) * math.sqrt(high)
+    ticks = [low, middle, high] if high > low else [low]
+    bar.ax.xaxis.set_major_locator(FixedLocator(ticks))
+    bar.ax.xaxis.set_minor_locator(NullLocator())
+    bar.ax.set_xticklabels([_short(tick) for tick in ticks])
+    bar.outline.set_linewidth(0.3)
+
+
+def _draw_legend(figure: Any, shown: Sequence[Status], notes: Sequence[str], size: tuple[float, float]) -> None:
+    from matplotlib.patches import Rectangle
+
+    width, height = size
+    top = _MARGIN + 0.2 * len(shown) + 0.17 * len(notes)
+    left = _LAYER_NAMES / width
+    for status in shown:
+        hatch, words = _HATCHES[status]
+        spot = (left, (top - 0.16) / height)
+        look: dict[str, Any] = {"facecolor": (0.94, 0.94, 0.94), "edgecolor": (0.0, 0.0, 0.0, 0.35), "linewidth": 0}
+        figure.add_artist(
+            Rectangle(spot, 0.3 / width, 0.14 / height, hatch=hatch, transform=figure.transFigure, **look)
+        )
+        figure.text(left + 0.4 / width, (top - 0.09) / height, words, va="center")
+        top -= 0.2
+    for note in notes:
+        figure.text(left, (top - 0.09) / height, note, va="center", color="0.3")
+        top -= 0.17
+
+
+def _notes(ranking: Ranking, grid: Grid) -> list[str]:
+    notes = []
+    if any(column.depth > 1 for column in grid.columns):
+        notes.append("several matrices in a cell: geometric mean of those with a finite kappa")
+    if any(cell.status != "ok" and not math.isnan(cell.kappa) for cell in grid.cells):
+        notes.append("hatched and colored: that is so of some of the matrices in the cell")
+    if grid.beside:
+        notes.append(f"not shown: {len(grid.beside):,} of {len(ranking):,} matrices, which have no place in the map")
+    return notes
+
+
+def _column_label(label: str, depth: int) -> str:
+    return _plain(label) + (f" (x{depth})" if depth > 1 else "")
+
+
+def _plain(text: str) -> str:
+    """What the font of matplotlib certainly has."""
+    return printable(text).encode("ascii", "backslashreplace").decode("ascii")
+
+
+def _cell_text(cell: Cell) -> str:
+    if not math.isnan(cell.kappa):
+        return _short(cell.kappa)
+    return {"rank_deficient": "inf", "bounded": "bounded", "non_finite": "nan"}.get(cell.status, "?")
+
+
+def _short(kappa: float) -> str:
+    return f"{kappa:.1e}".replace("e+0", "e").replace("e+", "e") if kappa >= 1000 else format_number(kappa, 3)
+
+
+def _luminance(color: Sequence[float]) -> float:
+    """Relative luminance of an sRGB color (WCAG 2, "relative luminance")."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3])
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -1,0 +1,223 @@
+"""Weights from GGUF, the format of llama.cpp, read by its own package gguf and dequantized a few rows at a time.
+
+Names are those of llama.cpp (blk.3.attn_q.weight), shapes those of the matrices: GGUF lists dimensions in the opposite
+order. llama.cpp permutes the rows of some q and k projections, which changes no singular value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import SourceError, SourceNotFoundError, missing_extra
+from . import files
+from .base import Inventory, Stored
+from .files import DataFile, Region
+from .names import has_adapters, in_model_order
+from .tensors import count_weights, fingerprint, own_names
+
+ENDING = ".gguf"
+
+# What GGUF stores as it is; everything else is codes.
+PLAIN = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+_SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+def is_gguf(path: Path) -> bool:
+    """True for a .gguf file, and for a directory that has some and no safetensors."""
+    if not path.is_dir():
+        return path.name.endswith(ENDING) and path.exists()
+    with contextlib.suppress(OSError):
+        names = [inner.name for inner in path.iterdir()]
+        return any(n.endswith(ENDING) for n in names) and not any(".safetensors" in n for n in names)
+    return False
+
+
+def read_gguf(path: Path) -> Inventory:
+    """What a .gguf file holds, with the other parts of a split one, or the only model in a directory.
+
+    Raises:
+        MissingExtraError: the package gguf is not installed.
+        SourceNotFoundError: a part of a split model is missing.
+        SourceError: it is damaged, or the directory holds several models.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise missing_extra("gguf", "gguf", f"reading {path}") from error
+    found: dict[str, Stored] = {}
+    homes: dict[str, Path] = {}
+    architecture = None
+    parts = _parts_of(path)
+    for part in parts:
+        tensors, kind = _read_part(gguf, part)
+        architecture = architecture or kind
+        for item in tensors:
+            if item.name in found:
+                raise SourceError(f"{item.name!r} is in both {homes[item.name]} and {part}: remove the stale file")
+            found[item.name], homes[item.name] = item, part
+    in_peft = has_adapters(found)
+    own = own_names([name] for name in found)
+    ordered = [replace(found[name], names=own[name]) for name in in_model_order(found)]
+    metadata = {
+        "kind": "directory" if path.is_dir() else "file",
+        "format": "gguf",
+        "path": str(path),
+        "files": [part.name for part in parts],
+        "model_type": architecture,
+        "fingerprint": fingerprint(ordered),
+    }
+    return Inventory(ordered, count_weights(ordered), metadata, in_memory=False, in_peft=in_peft)
+
+
+class Coded(Region):
+    """An array of quantized rows: shape and dtype are those of the weights, offsets and lengths those of the codes."""
+
+    def __init__(self, file: DataFile, name: str, offset: int, shape: Sequence[int], kind: Any) -> None:
+        super().__init__(file, name, offset, shape, torch.float32)
+        self._kind = kind
+
+    def _bytes(self, shape: Sequence[int]) -> int:
+        block, size = _block_of(self._kind)
+        return math.prod(shape) // block * size
+
+    def _whole(self, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+        out = torch.empty(shape, dtype=self.dtype)
+        columns = shape[-1]
+        rows = out.view(-1, columns)
+        row = self._bytes((columns,))
+        chunk = max(1, files.ROWS // (columns * self.dtype.itemsize))
+        for start in range(0, rows.shape[0], chunk):
+            codes = torch.empty((min(chunk, rows.shape[0] - start), row), dtype=torch.uint8)
+            self.file.read(offset + start * row, codes)
+            rows[start : start + chunk] = _dequantized(codes, self._kind)
+        return out
+
+
+def _dequantized(codes: torch.Tensor, kind: Any) -> torch.Tensor:
+    """Rows of codes (r, bytes) as float32 (r, columns); a scale that is no number gives what is none."""
+    import numpy as np
+    from gguf.quants import dequantize
+
+    with np.errstate(all="ignore"):
+        return torch.from_numpy(dequantize(codes.numpy(), kind))
+
+
+def _block_of(kind: Any) -> tuple[int, int]:
+    """How many weights share a block, and how many bytes it takes."""
+    from gguf.constants import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[kind]
+    return int(block), int(size)
+
+
+def _problem(kind: Any) -> str | None:
+    """Why codes of this kind cannot be dequantized, or None: one block of zeros tells."""
+    try:
+        _dequantized(torch.zeros((1, _block_of(kind)[1]), dtype=torch.uint8), kind)
+    except NotImplementedError:
+        return f"quantized codes ({kind.name}), which the package gguf does not dequantize"
+    return None
+
+
+def _read_part(gguf: Any, path: Path) -> tuple[list[Stored], str | None]:
+    """The tensors of one file, and the architecture that it states."""
+    file = DataFile(path)
+    try:
+        size = file.size
+        reader = gguf.GGUFReader(path)
+        if reader.byte_order != "I":
+            raise ValueError("its numbers are in the byte order of other machines")
+        field = reader.get_field("general.architecture")
+        architecture = field.contents() if field is not None else None
+        kinds = {str(tensor.name): tensor.tensor_type for tensor in reader.tensors}
+        regions = [_region(file, tensor) for tensor in reader.tensors]
+        _check_ranges(regions, size)
+    except Exception as error:  # the package has no errors of its own for files that are not what they should be
+        reason = str(error).strip() or type(error).__name__
+        raise SourceError(
+            f"{path} is no readable GGUF file ({reason}): truncated, damaged, or of a later version than the package "
+            "gguf that is installed"
+        ) from error
+    problems = {kind: _problem(kind) for kind in kinds.values() if kind.name not in PLAIN}
+    stored = []
+    for region in regions:
+        kind = kinds[region.name]
+        problem = problems.get(kind)
+        if kind.name not in PLAIN and re.sub(r"\.weight$", ".scale", region.name) in kinds.keys() - {region.name}:
+            problem = f"quantized codes ({kind.name}) with a scale beside them, which is not applied yet"
+        stored.append(_stored(region, kind, problem))
+    return stored, architecture if isinstance(architecture, str) else None
+
+
+def _region(file: DataFile, tensor: Any) -> Region:
+    name, kind, offset = str(tensor.name), tensor.tensor_type, int(tensor.data_offset)
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    if kind.name in PLAIN:
+        return Region(file, name, offset, shape, PLAIN[kind.name])
+    return Coded(file, name, offset, shape, kind)
+
+
+def _check_ranges(regions: Sequence[Region], size: int) -> None:
+    """Raise ValueError for tensors that overlap, or reach beyond the end."""
+    end, before = 0, ""
+    for region in sorted(regions, key=lambda r: (r.offset, r.span(()))):
+        start, length = region.span(())
+        if start < end:
+            raise ValueError(f"{before!r} and {region.name!r} overlap")
+        if start + length > size:
+            raise ValueError(f"{region.name!r} reaches beyond its end")
+        end, before = start + length, region.name
+
+
+def _stored(region: Region, kind: Any, problem: str | None) -> Stored:
+    coded = isinstance(region, Coded)
+    item = Stored(
+        names=(region.name,),
+        shape=region.shape,
+        dtype=region.dtype,
+        device=torch.device("cpu"),
+        take=region.take,
+        problem=problem,
+        quantization=f"gguf {kind.name}" if coded and problem is None else None,
+        overhead=4 * files.ROWS if coded else 0,  # codes, weights, and what lies between them
+    )
+    return region.described(item)
+
+
+def _parts_of(path: Path) -> list[Path]:
+    """All files of the model, in order."""
+    if path.is_dir():
+        inside = sorted(p for p in path.iterdir() if p.name.endswith(ENDING))
+        models = {found["stem"] if (found := _SPLIT.fullmatch(p.name)) else p.name: p for p in inside}
+        if len(models) > 1:
+            raise SourceError(
+                f"{path} holds several GGUF models ({', '.join(sorted(models))}): give the path of one of them"
+            )
+        path = inside[0]
+    found = _SPLIT.fullmatch(path.name)
+    if found is None:
+        return [path]
+    count = int(found["count"])
+    parts = [path.with_name(f"{found['stem']}-{i:05d}-of-{count:05d}{ENDING}") for i in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise SourceNotFoundError(f"{path} is one of {count} parts, and {missing[0]} is not there: finish the download")
+    return parts

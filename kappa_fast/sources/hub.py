@@ -1,0 +1,187 @@
+"""Models on a hub: ids such as org/name or org/name@revision become directories of the local cache.
+
+What is complete in the cache is used without a word to the network. Otherwise only what is ranked is downloaded: the
+index, its shards and config.json, but no pickles and none of the same weights in another format.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import KappaError, SourceError, SourceNotFoundError, missing_extra
+from .checkpoint import INDEX, INDEX_ENDING, PICKLED, SINGLE, check_files
+
+CONFIG = "config.json"
+
+_WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_ID = re.compile(rf"(?P<name>{_WORD}/{_WORD})(?:@(?P<revision>[^\s@]+))?")
+_FILES = (".safetensors", ".gguf", ".json", *PICKLED)  # what ends so is meant as a path
+
+
+class HubId(NamedTuple):
+    """A model on a hub, and which revision of it: a branch, a tag or a commit; None for the main one."""
+
+    name: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+
+def hub_id(text: str) -> HubId | None:
+    """``text`` as an id, if it may be one: two words with a slash between them."""
+    found = _ID.fullmatch(text)
+    if found is None or text.endswith(_FILES) or "--" in found["name"] or ".." in text:
+        return None
+    return HubId(found["name"], found["revision"])
+
+
+def snapshot(wanted: HubId, quiet: bool = False) -> Path:
+    """The directory of the model in the local cache, downloaded if it is not complete there.
+
+    Args:
+        wanted: the model.
+        quiet: no bars of the download.
+
+    Raises:
+        MissingExtraError: huggingface_hub is not installed.
+        SourceNotFoundError: there is no such model or revision, or nothing of it is here and the hub is out of reach.
+        SourceError: it is gated, incomplete and offline, or has no safetensors.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        what = f"there is no file or directory {str(wanted)!r}, and looking for a model of that name on the hub"
+        raise missing_extra("huggingface-hub", "hub", what) from error
+    cached = _cached(huggingface_hub, wanted)
+    lacking = None if cached is None else _lacking(cached)
+    if cached is not None and lacking is None:
+        return cached
+    try:
+        return _download(huggingface_hub, wanted, _Quiet.bars() if quiet else None)
+    except KappaError:
+        raise
+    except Exception as error:  # of huggingface_hub, of the HTTP client that it happens to use, of the disk
+        raise _explained(wanted, lacking, error) from error
+
+
+def _cached(hub: Any, wanted: HubId) -> Path | None:
+    """The snapshot in the cache, complete or not; None if there is none."""
+    try:
+        found = hub.snapshot_download(wanted.name, revision=wanted.revision, local_files_only=True, allow_patterns=[])
+    except (OSError, ValueError):
+        return None
+    return Path(found)
+
+
+def _lacking(directory: Path) -> SourceError | None:
+    """Why a snapshot cannot be ranked as it is."""
+    try:
+        check_files(directory)
+    except SourceError as error:
+        return error
+    return None
+
+
+def _download(hub: Any, wanted: HubId, bars: type[Any] | None) -> Path:
+    files = hub.HfApi().list_repo_files(wanted.name, revision=wanted.revision)
+    weights = _wanted_files(wanted, files)
+
+    def fetch(names: Collection[str], revision: str | None) -> Path:
+        patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in names]
+        return Path(
+            hub.snapshot_download(wanted.name, revision=revision, allow_patterns=patterns, tqdm_class=bars)
+            if bars
+            else hub.snapshot_download(wanted.name, revision=revision, allow_patterns=patterns)
+        )
+
+    small = [name for name in files if name == CONFIG or (name in weights and name.endswith(INDEX_ENDING))]
+    directory = fetch(small or weights, wanted.revision)  # by this name, or the cache would not know the branch
+    for name in weights:
+        if name.endswith(INDEX_ENDING):
+            weights = _shards(directory / name, files)
+    fetch(weights, directory.name)
+    return directory
+
+
+def _wanted_files(wanted: HubId, files: Collection[str]) -> list[str]:
+    """An index, or files of weights, chosen as in a directory on the disk."""
+    top = [name for name in files if "/" not in name]
+    indices = [name for name in top if name.endswith(INDEX_ENDING)]
+    single = [name for name in (INDEX, SINGLE) if name in top]
+    if single:
+        return single[:1]
+    if len(indices) > 1:
+        raise SourceError(
+            f"{wanted} has several indices ({', '.join(indices)}): download the model and give the path of one of them"
+        )
+    weights = indices or [name for name in top if name.endswith(".safetensors")]
+    if weights:
+        return weights
+    inner = sorted({name.rpartition("/")[0] for name in files if name.endswith(".safetensors")})
+    if inner:
+        raise SourceError(
+            f"{wanted} holds no .safetensors file itself, but {inner[0]} does: download it and give that directory"
+        )
+    others = sorted(name for name in files if name.endswith((*PICKLED, ".gguf")))
+    if others and others[0].endswith(".gguf"):
+        raise SourceError(f"{wanted} holds GGUF files ({others[0]}): download the one you want and give its path")
+    if others:
+        raise SourceError(
+            f"{wanted} holds no .safetensors file, only pickled weights ({others[0]}), which can run code when they "
+            f"are read: look for a converted revision on its page (often {wanted.name}@refs/pr/1), or convert it"
+        )
+    raise SourceError(f"{wanted} holds no .safetensors file: is it a model?")
+
+
+def _shards(index: Path, files: Collection[str]) -> list[str]:
+    """What an index lists, as far as the repository has it; the rest is for the reader of the index to refuse."""
+    try:
+        listed = set(json.loads(index.read_bytes())["weight_map"].values())
+        return sorted(name for name in files if name in listed)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SourceError(f"{index} is no index of a sharded checkpoint ({error!r}): remove it, try again") from error
+
+
+def _explained(wanted: HubId, lacking: SourceError | None, error: Exception) -> SourceError:
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{wanted.name}"
+    if isinstance(error, errors.GatedRepoError):
+        return SourceError(f"{wanted} is gated: accept its conditions at {page}, then log in with `hf auth login`")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return SourceNotFoundError(f"{wanted.name} has no revision {wanted.revision!r}: {page} lists them")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return SourceNotFoundError(
+            f"there is neither a file or directory {str(wanted)!r} nor a model of that name at {constants.ENDPOINT}: "
+            "check the name; if it is private, log in with `hf auth login`"
+        )
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        away = "HF_HUB_OFFLINE is set: unset it, or download the model elsewhere and give its directory"
+    elif isinstance(error, (errors.HfHubHTTPError, errors.LocalEntryNotFoundError)) or not isinstance(error, OSError):
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        away = f"{constants.ENDPOINT} did not give it ({reason}): try again later; what has arrived is kept"
+    else:
+        away = f"it could not be written to {constants.HF_HUB_CACHE} ({error.strerror or error}): free disk space there"
+    if lacking is not None:
+        return SourceError(f"{wanted} is not complete in the cache ({lacking}), and {away}")
+    return SourceNotFoundError(f"{wanted} is neither a path nor in the cache of the hub, and {away}")
+
+
+class _Quiet:
+    """Bars that are not drawn."""
+
+    @staticmethod
+    def bars() -> type[Any]:
+        from tqdm import tqdm
+
+        class Undrawn(tqdm):  # type: ignore[misc]
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                options.pop("name", None)  # huggingface_hub's own
+                super().__init__(*arguments, **{**options, "disable": True})
+
+        return Undrawn

@@ -1,0 +1,106 @@
+"""Quantized weights, dequantized when they are read: codes and their companions become one Stored for each weight.
+
+A family of formats is one file with an object that recognizes it by names, shapes and dtypes (``Family``). What no
+family recognizes stays as it was found, and is skipped with the reason by ``sources/codes.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...errors import SourceError
+from .. import codes
+from ..base import Stored
+from .bitsandbytes import STATE, TABLES, Bitsandbytes
+from .compressed import NVFP4, CompressedInts
+from .config import method_of
+from .fp8 import FP8
+from .mxfp4 import MXFP4
+from .packed import PackedInts
+from .recipe import Candidate, Family, compose
+from .torchao import Torchao
+
+__all__ = ["FAMILIES", "weights_of"]
+
+# The first that recognizes codes takes them.
+FAMILIES: tuple[Family, ...] = (
+    *(Bitsandbytes(), Torchao()),  # whose codes have names or dtypes that others would take for theirs
+    *(FP8(), MXFP4(), NVFP4(), PackedInts(), CompressedInts()),
+)
+
+
+def weights_of(
+    found: Sequence[Stored],
+    config: Mapping[str, Any] | Callable[[Stored], Mapping[str, Any]] | None,
+    header: Mapping[str, str] | None = None,
+) -> list[Stored]:
+    """The tensors with codes replaced by the weights they stand for, in the same order; no values of weights are read.
+
+    Args:
+        found: all tensors of a checkpoint or a state dict.
+        config: its ``quantization_config``, None or empty if it has none, or what gives that of each tensor.
+        header: what the headers of its files say beside names and shapes.
+
+    Returns:
+        As many as were given: companions (scales, zero points) stay, with the role "scales".
+
+    Raises:
+        SourceError: a companion is missing or does not fit, or the weight is there twice, as codes and plain.
+    """
+    by_name = {name: t for t in found if t.problem is None for name in t.names}
+    undecided = [t for t in found if t.problem is None and t.quantization is None and "scales" not in t.roles]
+    coded = [t for t in undecided if _may_be_codes(t, by_name)]
+    candidates = [
+        _candidate(t, by_name, (config(t) if callable(config) else config) or {}, header or {}) for t in coded
+    ]
+    companions = {id(companion) for candidate in candidates for companion in candidate.companions.values()}
+    replaced: dict[int, Stored] = {}
+    # What was dequantized before has its scales with it; in a state dict they lie beside it as well.
+    complete = (name for t in found if t.quantization is not None for name in t.names)
+    scales = {companion for name in complete for companion in codes.companions(name, by_name)}
+    for stored, candidate in zip(coded, candidates, strict=True):
+        if id(stored) in companions:  # scales may come in the dtypes of codes
+            continue
+        recipe = next((r for family in FAMILIES if (r := family.recognize(candidate)) is not None), None)
+        if isinstance(recipe, str):
+            replaced[id(stored)] = replace(stored, problem=recipe)
+            scales.update(candidate.names)
+            continue
+        if recipe is None:
+            if candidate.companions and (method := method_of(candidate.config)):
+                replaced[id(stored)] = replace(stored, problem=codes.codes_reason(candidate.names, method))
+            continue
+        _check_single(candidate, by_name)
+        replaced[id(stored)] = compose(stored, recipe)
+        scales.update(name for companion in candidate.companions.values() for name in companion.names)
+    scales |= {name for name in by_name if codes.is_orphan(name, by_name)}
+    return [
+        replaced.get(id(t)) or (t if scales.isdisjoint(t.names) else replace(t, roles=t.roles | {"scales"}))
+        for t in found
+    ]
+
+
+def _may_be_codes(stored: Stored, by_name: Mapping[str, Stored]) -> bool:
+    """Also for bytes that pass as floats: bitsandbytes' quant_storage, which lets FSDP shard them with the rest."""
+    return codes.may_be_codes(stored.dtype) or any(
+        f"{name}.{STATE}{kind}" in by_name for name in stored.names for kind in TABLES
+    )
+
+
+def _candidate(
+    stored: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any], header: Mapping[str, str]
+) -> Candidate:
+    beside: dict[str, Stored] = {}
+    for name in stored.names:
+        for companion in codes.companions(name, by_name):
+            beside.setdefault(codes.role_of(name, companion), by_name[companion])
+    return Candidate(stored, beside, config, header)
+
+
+def _check_single(candidate: Candidate, by_name: Mapping[str, Stored]) -> None:
+    for name in candidate.codes.names:
+        plain = codes.plain_name(name)
+        if plain != name and plain in by_name:
+            raise SourceError(f"{plain!r} is there twice, as it is and as the codes {name!r}: remove one of them")

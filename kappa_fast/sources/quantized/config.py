@@ -1,0 +1,101 @@
+"""What a checkpoint says about how it was quantized: ``quantization_config`` of config.json, or files of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import SourceError
+
+# Older tools wrote these; what they say is what quantization_config says today. The first one that is there counts.
+FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+# Where configs list the modules that keep their weights as they were.
+_PLAIN = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
+
+
+def quantization_config(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How the weights in a directory were quantized; empty if nothing says so.
+
+    Raises:
+        SourceError: the file that should say it is damaged.
+    """
+    text = config.get("text_config")
+    holders = [config, text] if isinstance(text, Mapping) else [config]
+    for holder in holders:
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(holder.get(key), Mapping):
+                return dict(holder[key])
+    for path in map(directory.joinpath, FILES):
+        if path.is_file():
+            return _read(path)
+    return {}
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """The name of the method, such as "gptq"; "" if the config is empty or does not say."""
+    method = config.get("quant_method")
+    return method.lower() if isinstance(method, str) else ""
+
+
+def whole_number(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of these settings that is a whole number."""
+    found = [config.get(key) for key in keys]
+    return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def is_left_plain(name: str, config: Mapping[str, Any]) -> bool:
+    """True if the config says that the module of the weight called ``name`` was not quantized."""
+    module = name.removesuffix(".weight")
+    listed = [item for key in _PLAIN if isinstance(config.get(key), list) for item in config[key]]
+    return any(isinstance(item, str) and _covers(item, module) for item in listed)
+
+
+def scheme_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What compressed-tensors' ``config_groups`` say about the weight called ``name``; empty if nothing does.
+
+    A group whose targets name the module comes before one that names it by a regular expression, and that before one
+    that names its class: only the first two can be told from names, so the first group with a class is taken.
+    """
+    groups = config.get("config_groups")
+    found = [g for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
+    module = name.removesuffix(".weight")
+
+    def rank(group: Mapping[str, Any]) -> int:
+        targets = group.get("targets")
+        named = [t for t in targets if isinstance(t, str)] if isinstance(targets, Iterable) else []
+        if module in named:
+            return 0
+        if any(t.startswith("re:") and _matches(t.removeprefix("re:"), module) for t in named):
+            return 1
+        return 2 if any(not t.startswith("re:") and "." not in t for t in named) else 3
+
+    best = min(found, key=rank, default=None)
+    weights = best.get("weights") if best is not None and (rank(best) < 3 or len(found) == 1) else None
+    return weights if isinstance(weights, Mapping) else {}
+
+
+def _covers(item: str, module: str) -> bool:
+    if item.startswith("re:"):
+        return _matches(item.removeprefix("re:"), module)
+    if "*" in item:  # modelopt's wildcards
+        return _matches(re.escape(item).replace(r"\*", ".*") + "$", module)
+    return module == item or module.startswith(item + ".") or module.endswith("." + item) or f".{item}." in module
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except re.error:
+        return False
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{path} cannot be read ({error}): repair it, or move it away to rank without it") from error
+    inner = found.get("quantization", found) if isinstance(found, Mapping) else {}  # so in hf_quant_config.json
+    return dict(inner) if isinstance(inner, Mapping) else {}

@@ -1,0 +1,70 @@
+"""MXFP4: four-bit floats (E2M1), 32 of which share a power of two (E8M0), as the OCP Microscaling Formats define it.
+
+Three ways to store it: gpt-oss' experts (``_blocks`` and ``_scales``), ``mxfp4-pack-quantized`` of compressed-tensors,
+and the experts that FP8 checkpoints keep in int8 (``expert_dtype`` of the config).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .config import scheme_of
+from .fp8 import SCALES
+from .recipe import Candidate, Recipe, refuse
+from .unpack import e2m1, scale_values, times_blocks
+
+BLOCK = 32
+
+
+class MXFP4:
+    """Recognized by the names of their companions."""
+
+    name = "mxfp4"
+
+    def recognize(self, candidate: Candidate, /) -> Recipe | None:
+        """Raises SourceError for scales that do not fit the codes."""
+        codes = candidate.codes
+        if codes.dtype == torch.uint8 and candidate.name.endswith("_blocks") and len(codes.shape) == 4:
+            return _of_gpt_oss(candidate)
+        packed = codes.dtype == torch.uint8 and candidate.name.endswith("weight_packed")
+        experts = codes.dtype == torch.int8 and candidate.config.get("expert_dtype") == "fp4"
+        scale = candidate.find("scale", "scale_inv")
+        if not (packed or experts) or len(codes.shape) not in (2, 3) or scale is None:
+            return None
+        stated = {candidate.config.get("format"), scheme_of(candidate.plain_name, candidate.config).get("format")}
+        if packed and not stated.isdisjoint({"mxfp6-pack-quantized", "marlin-24"}):
+            return None
+        if packed and (scale.dtype not in (torch.uint8, torch.float8_e8m0fnu) or candidate.find("global_scale")):
+            return None
+        if scale.dtype not in SCALES:
+            raise refuse(candidate, scale, "scales of MXFP4 are E8M0")
+        *above, columns = codes.shape
+        if scale.shape != (*above, columns * 2 // BLOCK) or columns * 2 % BLOCK:
+            raise refuse(candidate, scale, f"one scale for {BLOCK} weights, two of them in a byte, is expected")
+        shape = (*above, columns * 2)
+        return Recipe("mxfp4", shape, torch.float32, {"codes": codes, "scale": scale}, _dequantize, peak=5)
+
+
+def _of_gpt_oss(candidate: Candidate) -> Recipe | None:
+    """``convert_moe_packed_tensors`` of transformers: rows of 16 bytes, and the result is transposed."""
+    codes, scale = candidate.codes, candidate.find("scales")
+    if scale is None:
+        return None
+    if scale.dtype != torch.uint8 or scale.shape != codes.shape[:-1] or codes.shape[-1] * 2 != BLOCK:
+        raise refuse(candidate, scale, "a byte for each row of 16 bytes of codes is expected")
+    experts, rows, blocks, _ = codes.shape
+    inputs = {"codes": codes, "scale": scale}
+    return Recipe("mxfp4", (experts, blocks * BLOCK, rows), torch.bfloat16, inputs, _dequantize_blocks, peak=5)
+
+
+def _dequantize(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return times_blocks(e2m1(inputs["codes"], torch.float32), scale_values(inputs["scale"]), (1, BLOCK))
+
+
+def _dequantize_blocks(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    # bfloat16 has the exponents of float32, so that scales and products are exact.
+    scale = scale_values(inputs["scale"]).to(torch.bfloat16)
+    values = e2m1(inputs["codes"], torch.bfloat16).mul_(scale[..., None])
+    return values.flatten(1).t()

@@ -1,0 +1,116 @@
+"""A hub on the loopback interface: the few routes that downloading a model takes, over a real HTTP server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "a" * 40
+
+
+class Hub:
+    """Repositories by id, each a mapping of file names to contents; errors by id or file (status and error code)."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Mapping[str, bytes]] = {}
+        self.errors: dict[str, tuple[int, str]] = {}
+        self.requests: list[str] = []
+        self.url = ""
+
+    def downloaded(self) -> list[str]:
+        """Names of the files whose contents were sent."""
+        marker = f"/resolve/{COMMIT}/"
+        found = (line.removeprefix("GET ") for line in self.requests if line.startswith("GET "))
+        return sorted({path.partition(marker)[2] for path in found if marker in path})
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.answer()
+
+        def do_GET(self) -> None:
+            self.answer()
+
+        def answer(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append(f"{self.command} {path}")
+            api = path.startswith("/api/models/")
+            words = path.removeprefix("/api/models").strip("/").split("/")
+            name, rest = "/".join(words[:2]), words[2:]
+            files = hub.repositories.get(name)
+            if error := hub.errors.get(name) or hub.errors.get("/".join(rest[2:])):
+                self.send(error[0], b"{}", {"X-Error-Code": error[1]})
+            elif files is None:
+                self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            elif api and rest[:1] == ["tree"]:
+                self.send_json([entry(path, content) for path, content in files.items()])
+            elif api and rest[:1] == ["revision"] and rest[1] not in ("main", "v1", COMMIT):
+                self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            elif api:
+                siblings = [{"rfilename": path} for path in files]
+                self.send_json({"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "private": False})
+            elif rest[:1] == ["resolve"] and "/".join(rest[2:]) in files:
+                content = files["/".join(rest[2:])]
+                self.send(200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(content)}"'})
+            else:
+                self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+
+        def send_json(self, document: object) -> None:
+            self.send(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
+
+        def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+def entry(path: str, content: bytes) -> dict[str, object]:
+    return {"type": "file", "path": path, "size": len(content), "oid": digest(content)}
+
+
+def store_in_cache(cache: Path, name: str, files: Mapping[str, bytes], commit: str = COMMIT, ref: str = "main") -> Path:
+    """What huggingface_hub keeps of a download: blobs, links to them in a snapshot, and what a branch points to."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    snapshot, blobs = repository / "snapshots" / commit, repository / "blobs"
+    for folder in (snapshot, blobs, repository / "refs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / ref).write_text(commit)
+    for path, content in files.items():
+        (blobs / digest(content)).write_bytes(content)
+        (snapshot / path).symlink_to(Path("..", "..", "blobs", digest(content)))
+    return snapshot

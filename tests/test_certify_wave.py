@@ -1,0 +1,157 @@
+"""Proofs on the wave, under the interpreter: they hold against wrong estimates, and no tighter ones are owed."""
+
+import math
+import sys
+from functools import cache
+
+import pytest
+import torch
+from launches import counted
+from spectra import contains, gaussian, prescribed, singular_values, trained_like
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+
+from kappa_fast.backends.torch_backend import TorchBackend  # noqa: E402
+from kappa_fast.backends.triton_backend import TritonBackend  # noqa: E402
+from kappa_fast.backends.triton_proofs import SliceProducts  # noqa: E402
+from kappa_fast.spectrum import certify  # noqa: E402
+from kappa_fast.spectrum.certify import certified_wave  # noqa: E402
+from kappa_fast.spectrum.ladder import Goal, Resolution, resolve  # noqa: E402
+
+CPU = torch.device("cpu")
+TRITON, TORCH = TritonBackend(CPU), TorchBackend(CPU)
+
+
+def a_wave():
+    """Ragged shapes, four dtypes, kappa from 1 to 1e7; the last is beyond slices by its dtype."""
+    return [
+        trained_like(70, 33, 1).bfloat16(),
+        prescribed("log-uniform", 40, 9, 1e3, seed=2).matrix.float().T,
+        prescribed("one small", 20, 20, 1e4, seed=3).matrix.float(),
+        prescribed("clustered", 30, 12, 1e7, seed=4).matrix.float(),
+        prescribed("geometric", 24, 24, 8, seed=5).matrix.clamp(-400, 400).to(torch.float8_e4m3fn),
+        gaussian(50, 8, 6).half(),
+        prescribed("geometric", 30, 20, 1e3, seed=7).matrix,
+    ]
+
+
+@cache
+def kappas_of_the_wave():
+    """Exact to 50 digits, in the order of a_wave()."""
+    return kappas(TORCH.prepare(a_wave()))
+
+
+def kappas(operands):
+    found = []
+    for a in operands:
+        values = singular_values(a.tensor.double())
+        found.append(values[0] / values[-1])
+    return found
+
+
+def estimates(operands, high=1.0, low=1.0):
+    """The ends that a rung would have found, times factors."""
+    made = []
+    for a in operands:
+        values = torch.linalg.svdvals(a.tensor.double())
+        made.append(Resolution("ok", 1.0, 1.0, 1.0, high * float(values[0]), low * float(values[-1]), "some rung"))
+    return made
+
+
+@pytest.fixture
+def no_other_proof(monkeypatch):
+    """Only what the wave proves counts."""
+    monkeypatch.setattr(certify, "certified", lambda backend, a, found, rtol: found)
+
+
+ENDS = [(1, 1), (1, 3), (0.3, 1), (0.999, 1.001), (3, 0.4), (1e3, 1e-3)]
+TRIALS = [(rtol, *ends) for ends in ENDS for rtol in (1e-2, 1e-4)]
+AT_ONCE = [(1e-2, 1, 1), (1e-4, 1, 3)]
+
+
+@pytest.mark.usefixtures("no_other_proof")
+@pytest.mark.parametrize(
+    ("rtol", "high", "low"),
+    [trial if trial in AT_ONCE else pytest.param(*trial, marks=pytest.mark.slow) for trial in TRIALS],
+)
+def test_no_proof_of_the_wave_misses_whatever_the_estimates_were(rtol, high, low):
+    operands = TRITON.prepare(a_wave())
+    found = certified_wave(TRITON, operands, estimates(operands, high, low), rtol)
+    for entry, kappa in zip(found, kappas_of_the_wave(), strict=True):
+        assert not entry.certified or (math.isfinite(entry.upper) and contains(1.0, kappa, entry.upper))
+    proven = [entry.certified for entry in found]
+    if (high, low) == (1, 1):
+        assert proven == [True, True, rtol > 1e-3, False, True, True, False]
+        ratios = [float(entry.upper / kappa) for entry, kappa in zip(found, kappas_of_the_wave(), strict=True)]
+        assert all(1 <= ratio <= 1 + 1.5 * rtol for ratio, sure in zip(ratios, proven, strict=True) if sure)
+
+
+def test_what_the_wave_cannot_prove_is_proved_alone():
+    operands = TRITON.prepare(a_wave())
+    found = certified_wave(TRITON, operands, estimates(operands), 1e-2)
+    alone = certified_wave(TORCH, operands, estimates(operands), 1e-2)
+    assert all(entry.certified for entry in found)
+    assert [entry.upper for entry in found][3] == alone[3].upper
+    assert [entry.upper for entry in found][6] == alone[6].upper
+
+
+class Distant(SliceProducts):
+    """Slices that hold another matrix than the weights and say how far it is."""
+
+    def __init__(self, operands, which, slices):
+        far = [TORCH.prepare([operands[i].tensor.double() * 1.05])[0].tensor for i in which]
+        moved = [type(operands[i])(x.float(), 0, True, 1.0) for i, x in zip(which, far, strict=True)]
+        super().__init__(moved, range(len(which)), slices)
+        self.which = tuple(which)
+        extra = [float(torch.linalg.matrix_norm(operands[i].tensor.double())) * 0.05 for i in which]
+        self.distances = [d + e * (1 + 1e-6) for d, e in zip(self.distances, extra, strict=True)]
+
+
+def test_the_distance_of_the_slices_enters_both_ends(monkeypatch):
+    monkeypatch.setattr("kappa_fast.backends.triton_proofs.SliceProducts", Distant)
+    monkeypatch.setattr(certify, "certified", lambda backend, a, found, rtol: found)
+    operands = TRITON.prepare([prescribed("geometric", 60, 4, 1.5, seed=1).matrix.float()])
+    (kappa,) = kappas(operands)
+    (found,) = certified_wave(TRITON, operands, estimates(operands), 0.5)
+    assert found.certified
+    assert contains(1.0, kappa, found.upper)
+    # A matrix 5% larger has the same kappa. Beyond rtol it is the distance: 1.22 and 1.31 if it were added to one end.
+    assert found.upper > float(kappa) * 1.38
+
+
+def test_proofs_do_not_depend_on_the_wave():
+    operands = TRITON.prepare(a_wave())
+    together = certified_wave(TRITON, operands, estimates(operands), 1e-2)
+    for i in (0, 2, 5):
+        (alone,) = certified_wave(TRITON, [operands[i]], [estimates(operands)[i]], 1e-2)
+        assert alone.certified
+        assert alone.upper == together[i].upper
+
+
+def test_rank_takes_them_and_intervals_hold():
+    found = resolve(TRITON, a_wave(), Goal(1e-2, certify=True))
+    for entry, kappa in zip(found, kappas_of_the_wave(), strict=True):
+        assert entry.certified
+        assert entry.half_width <= 1e-2
+        assert contains(entry.lower, kappa, entry.upper)
+
+
+def test_launches_do_not_depend_on_how_many_matrices_are_proved():
+    launches = []
+    for count in (2, 9):
+        operands = TRITON.prepare([gaussian(20, 6, seed).bfloat16() for seed in range(count)])
+        founds = estimates(operands)
+        with counted() as names:
+            found = certified_wave(TRITON, operands, founds, 1e-2)
+        assert all(entry.certified for entry in found)
+        launches.append(len(names))
+    assert launches[0] == launches[1]
+
+
+def test_infinite_distances_prove_nothing():
+    operands = TRITON.prepare([gaussian(20, 6, 1).float()])
+    (found,) = estimates(operands)
+    products = TRITON.exact_products(operands, 0)
+    products.distances = [math.inf]
+    assert certify._from_products(products, [found], 1e-2) == {}

@@ -1,0 +1,142 @@
+"""Checkpoints speak of the parameters that the model will have, where transformers' table says which those are."""
+
+import json
+import sys
+
+import pytest
+import torch
+from families import FAMILIES, build
+from safetensors.torch import load_file, save_file
+from test_names_matching import everything, match, on_disk
+
+import kappa_fast
+
+AS_ON_THE_HUB = ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3"]
+
+
+def with_config(model, folder):
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+
+
+@pytest.fixture(params=AS_ON_THE_HUB)
+def hub(request, tmp_path):
+    """The model, and a directory with a 2-D tensor for every expert and projection."""
+    model = build(request.param)
+    tensors = on_disk(model, request.param, tmp_path)
+    with_config(model, tmp_path)
+    return model, tensors, tmp_path
+
+
+def test_entries_are_those_of_the_model_with_the_names_on_disk_as_aliases(hub):
+    model, tensors, folder = hub
+    live = {e.key: e for e in kappa_fast.rank(model, progress=False)}
+    found = kappa_fast.rank(folder, progress=False)
+    assert {e.key for e in found} == set(live)
+    experts = 0
+    for entry in found:
+        twin = live[entry.key]
+        assert (entry.kappa, entry.index, entry.group, entry.layer) == (twin.kappa, twin.index, twin.group, twin.layer)
+        piece = model.get_parameter(entry.name).detach()[entry.index]
+        if entry.part:
+            experts += 1
+            assert len(entry.aliases) == 1
+            assert torch.equal(piece, tensors[entry.aliases[0]])
+    assert experts == 2 * 4 * 3
+    assert all(target.whole for target in match(everything(found), model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_saves_gives_the_keys_of_the_model(family, tmp_path):
+    model = build(family)
+    model.save_pretrained(tmp_path)
+    live, found = kappa_fast.rank(model, progress=False), kappa_fast.rank(tmp_path, progress=False)
+    assert [e.key for e in found] == [e.key for e in live]
+
+
+def test_patterns_find_both_names(hub):
+    _, tensors, folder = hub
+    down = "w2" if any("w2" in name for name in tensors) else r"experts\.\d+\.down_proj"
+    of_disk = kappa_fast.rank(folder, include=down, progress=False)
+    of_model = kappa_fast.rank(folder, include=r"mlp\.experts\.down_proj$", progress=False)
+    assert [e.key for e in of_disk] == [e.key for e in of_model]
+    assert len(of_disk) == 2 * 4
+    left = kappa_fast.rank(folder, exclude=r"mlp\.experts\.down_proj$", progress=False)
+    assert not [e for e in left if "down_proj[" in e.key]
+    assert len([s for s in left.skipped if "down_proj[" in s.name]) == 2 * 4
+
+
+def test_halves_that_are_stored_on_their_own_stay_halves(hub):
+    _, _, folder = hub
+    split, stored = (kappa_fast.rank(folder, fused=fused, progress=False) for fused in ("split", "stored"))
+    assert [e.key for e in split] == [e.key for e in stored]
+
+
+def test_matrices_that_are_too_small_are_listed_one_by_one(hub):
+    _, _, folder = hub
+    found = kappa_fast.rank(folder, min_dim=25, progress=False)
+    small = [s.name for s in found.skipped if s.name.endswith(".gate") and "too small" in s.reason]
+    assert len(small) == len(set(small)) == 2 * 4
+
+
+def kept_as_on_disk(folder):
+    found = kappa_fast.rank(folder, progress=False)
+    assert {e.key for e in found} <= set(load_file(folder / "model.safetensors"))
+    return found
+
+
+@pytest.fixture
+def mixtral(tmp_path):
+    model = build("mixtral")
+    on_disk(model, "mixtral", tmp_path)
+    with_config(model, tmp_path)
+    return tmp_path
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_without_transformers_names_are_those_on_disk(mixtral, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    kept_as_on_disk(mixtral)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}},
+        {"architectures": None},
+        {"architectures": []},
+        {"architectures": ["NoSuchModel"]},
+        {"model_type": "no such type"},
+        {"hidden_size": "wide"},
+        {"num_local_experts": 3},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_where_the_model_is_unknown_names_are_those_on_disk(mixtral, changes):
+    edit(mixtral, **changes)
+    found = kappa_fast.rank(mixtral, progress=False)
+    disk = set(load_file(mixtral / "model.safetensors"))
+    fourth = [e for e in found if "experts.3." in e.name]
+    assert len(fourth) == 2 * 3
+    assert {e.name for e in fourth} <= disk
+
+
+def test_a_tensor_of_another_shape_keeps_its_name(mixtral):
+    tensors = load_file(mixtral / "model.safetensors")
+    odd = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    tensors[odd] = torch.randn(40, 30)
+    save_file(tensors, mixtral / "model.safetensors")
+    keys = {e.key for e in kappa_fast.rank(mixtral, progress=False)}
+    assert odd in keys
+    assert "model.layers.0.mlp.experts.down_proj[2]" in keys
+
+
+def test_a_dense_model_imports_nothing_for_its_names(root, run_python, tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    code = f"import sys, kappa_fast; kappa_fast.rank({str(tmp_path)!r}); print('transformers' in sys.modules)"
+    assert run_python(code, cwd=root).strip() == "False"
