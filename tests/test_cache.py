@@ -18,6 +18,7 @@ from models import one_thread
 from safetensors.torch import load_file, save_file
 
 from kappa_fast import pipeline
+from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.cache import cache_directory, memos
 from kappa_fast.pipeline import rank
 from kappa_fast.sources.files import Region
@@ -300,6 +301,29 @@ def test_progress_counts_what_comes_from_the_cache(tmp_path):
     seen = []
     rank(WEIGHTS, cache=tmp_path, progress=seen.append)
     assert [p.matrices_done for p in seen] == list(range(1, 9))
+
+
+def test_of_a_wave_only_what_is_unknown_is_worked_on(tmp_path, monkeypatch):
+    """Whole waves at once, as on an accelerator; the first attempt at the rest runs out of memory."""
+    rank({key: WEIGHTS[key] for key in ("layers.1.w", "layers.4.w", "zero")}, cache=tmp_path)
+    original, sizes = pipeline.resolve, []
+
+    def crowded(backend, given, goal):
+        sizes.append(len(given))
+        if len(given) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(backend, given, goal)
+
+    monkeypatch.setattr(TorchBackend, "side_by_side", False)
+    monkeypatch.setattr(pipeline, "resolve", crowded)
+    with one_thread():
+        ranking = rank(WEIGHTS, cache=tmp_path)
+        assert sizes[0] == 5
+        assert sum(sizes[1:]) == 5
+        assert ranking.metadata["cache"] == {"hits": 3, "computed": 5}
+        monkeypatch.setattr(pipeline, "resolve", original)
+        assert same(ranking, rank(WEIGHTS))
+        assert rank(WEIGHTS, cache=tmp_path).metadata["cache"] == EXPECTED
 
 
 def test_two_that_are_equal_are_both_answered(tmp_path):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import kappa_fast
 from kappa_fast import pipeline
-from kappa_fast.cache import JOURNAL_FORMAT, _header, journal, memos
+from kappa_fast.cache import JOURNAL_FORMAT, ResultCache, _header, journal, memos
 from kappa_fast.cache.files import seal, unseal
 from kappa_fast.cache.journal import Journal, leftovers
 from kappa_fast.pipeline import rank
@@ -104,6 +104,24 @@ def test_the_next_run_goes_on_and_gets_the_identical_result(killed, tmp_path, mo
     assert not left.exists()
     assert journals(tmp_path) == []
     assert rank(WEIGHTS, cache=tmp_path).metadata["cache"] == {"hits": 5, "computed": 0}
+
+
+@pytest.mark.parametrize("with_memo", [True, False])
+def test_a_journal_goes_only_when_its_results_are_on_the_disk(with_memo, killed, tmp_path, monkeypatch):
+    header, *lines = lines_left(killed)
+    if not with_memo:  # results of weights that came from no file
+        lines = [seal([*unseal(line)[:2], None]) for line in lines]
+    left = left_behind(tmp_path, b"".join([header, *lines]))
+    seen, fsync = [], os.fsync
+
+    def noted(handle: int) -> None:
+        seen.append(left.exists())
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    ResultCache(tmp_path, []).replay()
+    assert not left.exists()
+    assert seen == [True] * (2 if with_memo else 4)  # file and folder: of the memo, or of each result
 
 
 def test_a_journal_that_breaks_off_anywhere_gives_all_its_whole_lines(killed, tmp_path):

@@ -70,7 +70,7 @@ class ResultCache:
     """The cache as one run of rank() sees it. ``results`` may be used by one thread, what it starts by many."""
 
     def __init__(self, directory: Path, matrices: Sequence[Matrix]) -> None:
-        self.directory, self._matrices = directory, matrices
+        self.directory = directory
         self._home = directory / LAYOUT
         self._lock = threading.RLock()
         self._journal: Journal | None = None
@@ -216,7 +216,9 @@ class ResultCache:
             whole = [line for line in lines[1:] if _is_result(line)] if lines and lines[0] == _header() else []
             log.info("%d results of an interrupted run are taken over", len(whole))
             try:
-                self._settle(whole, tag)  # with the tag of that run, so that it takes over what was half written
+                # With the tag of that run, so that it takes over what was half written; and on the disk before the
+                # journal goes, which a loss of power would spare.
+                self._settle(whole, tag)
                 self._settle_stamps(whole, tag)
                 remove()
             except OSError as error:
@@ -234,28 +236,31 @@ class ResultCache:
         return self._journal
 
     def _settle(self, lines: Sequence[Any], tag: str | None = None) -> None:
-        """Lines of a journal become results; a later line of the same content says more than an earlier one."""
-        tag = tag or (self._journal.tag if self._journal else "")
-        for text, raw in {line[0]: line[1] for line in lines}.items():
+        """Lines of a journal become results; a later line of the same content says more than an earlier one.
+
+        tag: of the run that wrote the lines, if it is not this one: then what no memo will hold goes to the disk.
+        """
+        own = self._journal.tag if self._journal else ""
+        for text, raw, stamp in {line[0]: line for line in lines}.values():
             path = self._result_path(text)
             record = decode(raw)
             with contextlib.suppress(files.DamagedError):
                 others = _read_result(path, text)
                 record = record if others is None else others.merged(record)
             body = {"format": RESULT_FORMAT, "numerics": NUMERICS, "kappa_fast": __version__, "fingerprint": text}
-            files.write(path, {**body, **encode(record)}, tag)
+            files.write(path, {**body, **encode(record)}, tag or own, durable=tag is not None and stamp is None)
 
     def _settle_stamps(self, lines: Sequence[Any], tag: str) -> None:
         for text, raw, stamp in lines:
             if stamp is not None:
                 known = _stamp(stamp)
                 self._memo(known.files[0]).put(known, text, decode(raw))
-        self._write_memos(tag)
+        self._write_memos(tag, durable=True)
 
-    def _write_memos(self, tag: str) -> None:
+    def _write_memos(self, tag: str, *, durable: bool) -> None:
         for memo in self._memos.values():
             if memo.changed:
-                memo.write(tag, durable=self._journal is not None)
+                memo.write(tag, durable=durable)
 
     def close(self) -> None:
         """Bring everything to where it belongs. Never raises because of the cache."""
@@ -264,10 +269,10 @@ class ResultCache:
             if text in self._records:
                 self._memo(stamp.files[0]).put(stamp, text, self._records[text])
         if self._journal is not None:
-            self._journal.close(lambda: self._write_memos(self._journal.tag if self._journal else ""))
+            self._journal.close(partial(self._write_memos, self._journal.tag, durable=True))
         elif self._failure is None:
             try:
-                self._write_memos(str(os.getpid()))
+                self._write_memos(str(os.getpid()), durable=False)  # all of it can be found out again
             except OSError as error:
                 self._failure = error
 

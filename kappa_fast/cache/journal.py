@@ -152,7 +152,7 @@ def _whole_lines(file: Any) -> Iterator[Any]:
 def _hold(handle: int) -> None:
     if fcntl is not None:
         with contextlib.suppress(OSError):  # not on every network file system
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX)  # waits for who is just finding out whether it is held
 
 
 def _is_held(handle: int) -> bool:
