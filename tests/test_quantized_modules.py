@@ -250,6 +250,10 @@ class MarlinQuantLinear(BaseQuantLinear):
     pass
 
 
+class IPEXQuantLinear(TorchQuantLinear):
+    pass
+
+
 @pytest.mark.parametrize("kind", [TorchQuantLinear, TritonV2QuantLinear])
 @pytest.mark.parametrize("version", [1, 2])
 def test_gptq_layers_are_read_from_their_buffers_in_the_version_that_they_say(kind, version):
@@ -274,11 +278,12 @@ def test_awq_layers_are_read_from_their_buffers(kind, told):
     assert check_unchanged(model, {"a.weight": values})[0].quantization.startswith("awq 4 bits")
 
 
-def test_a_layer_whose_kernel_orders_the_codes_is_refused_by_name():
+@pytest.mark.parametrize("kind", [MarlinQuantLinear, IPEXQuantLinear])
+def test_a_layer_whose_kernel_orders_the_codes_is_refused_by_name(kind):
     stored, _ = gptq(trained(96, 128), 4, in_turn(), symmetric=False)
-    model = nn.ModuleDict({"a": MarlinQuantLinear(stored), "plain": nn.Linear(128, 32)})
+    model = nn.ModuleDict({"a": kind(stored), "plain": nn.Linear(128, 32)})
     assert set(matrices(model, Filters())) == {"plain.weight"}
-    assert reasons(model)["a.qweight"] == "codes in the order of one kernel (MarlinQuantLinear): rank the checkpoint"
+    assert reasons(model)["a.qweight"] == f"codes in the order of one kernel ({kind.__name__}): rank the checkpoint"
     assert reasons(model)["a.scales"].startswith("scales or zero points of quantized weights")
 
 
