@@ -417,6 +417,23 @@ def test_a_layer_without_a_matrix_is_listed_and_one_around_a_layer_is_not():
     assert "q_proj.weight" in reasons(wrapped)
 
 
+@pytest.mark.parametrize("kind", ["W4A16_ASYM", "FP8", "bitsandbytes 4", "bitsandbytes 8"])
+def test_codes_on_the_meta_device_are_skipped_with_the_way_round(kind):
+    if kind.startswith("bitsandbytes"):
+        bnb = pytest.importorskip("bitsandbytes")
+        four, eight = bnb.nn.Linear4bit(64, 64, bias=False), bnb.nn.Linear8bitLt(64, 64, False, has_fp16_weights=False)
+        model = nn.ModuleDict({"q": four if kind.endswith("4") else eight}).to("cpu")
+        model["q"].weight = model["q"].weight.to("meta")
+    else:
+        compressors = pytest.importorskip("compressed_tensors.compressors")
+        model = calibrated(kind)
+        compressors.ModelCompressor.from_pretrained_model(model).compress_model(model)
+        model.to("meta")
+    model["plain"] = nn.Linear(32, 32)
+    assert set(matrices(model, Filters())) == {"plain.weight"}
+    assert "on the meta device, without values: rank from the checkpoint" in reasons(model, Filters()).values()
+
+
 class EetqLinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
