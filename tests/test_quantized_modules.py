@@ -250,6 +250,10 @@ class MarlinQuantLinear(BaseQuantLinear):
     pass
 
 
+class IPEXQuantLinear(TorchQuantLinear):
+    pass
+
+
 @pytest.mark.parametrize("kind", [TorchQuantLinear, TritonV2QuantLinear])
 @pytest.mark.parametrize("version", [1, 2])
 def test_gptq_layers_are_read_from_their_buffers_in_the_version_that_they_say(kind, version):
@@ -274,11 +278,12 @@ def test_awq_layers_are_read_from_their_buffers(kind, told):
     assert check_unchanged(model, {"a.weight": values})[0].quantization.startswith("awq 4 bits")
 
 
-def test_a_layer_whose_kernel_orders_the_codes_is_refused_by_name():
+@pytest.mark.parametrize("kind", [MarlinQuantLinear, IPEXQuantLinear])
+def test_a_layer_whose_kernel_orders_the_codes_is_refused_by_name(kind):
     stored, _ = gptq(trained(96, 128), 4, in_turn(), symmetric=False)
-    model = nn.ModuleDict({"a": MarlinQuantLinear(stored), "plain": nn.Linear(128, 32)})
+    model = nn.ModuleDict({"a": kind(stored), "plain": nn.Linear(128, 32)})
     assert set(matrices(model, Filters())) == {"plain.weight"}
-    assert reasons(model)["a.qweight"] == "codes in the order of one kernel (MarlinQuantLinear): rank the checkpoint"
+    assert reasons(model)["a.qweight"] == f"codes in the order of one kernel ({kind.__name__}): rank the checkpoint"
     assert reasons(model)["a.scales"].startswith("scales or zero points of quantized weights")
 
 
@@ -410,6 +415,23 @@ def test_a_layer_without_a_matrix_is_listed_and_one_around_a_layer_is_not():
     assert {reason for _, reason in found.values()} == {"adapter weight"}
     wrapped = nn.ModuleDict({"q_proj": LoraLinear(Hidden(), 16), "plain": nn.Linear(32, 32)})
     assert "q_proj.weight" in reasons(wrapped)
+
+
+@pytest.mark.parametrize("kind", ["W4A16_ASYM", "FP8", "bitsandbytes 4", "bitsandbytes 8"])
+def test_codes_on_the_meta_device_are_skipped_with_the_way_round(kind):
+    if kind.startswith("bitsandbytes"):
+        bnb = pytest.importorskip("bitsandbytes")
+        four, eight = bnb.nn.Linear4bit(64, 64, bias=False), bnb.nn.Linear8bitLt(64, 64, False, has_fp16_weights=False)
+        model = nn.ModuleDict({"q": four if kind.endswith("4") else eight}).to("cpu")
+        model["q"].weight = model["q"].weight.to("meta")
+    else:
+        compressors = pytest.importorskip("compressed_tensors.compressors")
+        model = calibrated(kind)
+        compressors.ModelCompressor.from_pretrained_model(model).compress_model(model)
+        model.to("meta")
+    model["plain"] = nn.Linear(32, 32)
+    assert set(matrices(model, Filters())) == {"plain.weight"}
+    assert "on the meta device, without values: rank from the checkpoint" in reasons(model, Filters()).values()
 
 
 class EetqLinear(nn.Module):

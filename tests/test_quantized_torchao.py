@@ -104,6 +104,26 @@ def test_a_model_its_state_dict_and_its_file_are_ranked_by_what_torchao_dequanti
         assert ranking.metadata["num_parameters"] == 96 * 128 + 64 * 128 + 64 + 256
 
 
+def test_what_transformers_saves_in_several_files_is_ranked_like_the_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        **dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=80),
+        **dict(num_key_value_heads=2, bos_token_id=0, eos_token_id=1),
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "plain")
+    how = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    made = load(tmp_path / "plain", quantization_config=how, dtype=torch.bfloat16)
+    made.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    found, live = matrices(tmp_path / "saved", Filters()), matrices(made, Filters())
+    assert found.keys() == live.keys()
+    assert {m.quantization for m in found.values()} == {"torchao Int8Tensor"}
+    for key, m in live.items():
+        assert torch.equal(found[key].load(), m.load())
+        assert torch.equal(m.load(), made.get_parameter(m.name).dequantize())
+
+
 def test_int4_is_unpacked_as_it_was_packed(tmp_path):
     weight = torch.randn(96, 128).bfloat16()
     tensor = int4(weight)

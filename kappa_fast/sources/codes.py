@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 import torch
 
+ON_META = "on the meta device, without values: rank from the checkpoint"
 NOT_SUPPORTED = "this quantized format is not supported"
 
 # Float formats whose values are the weights. Of eight bits only those that hold a sign and a mantissa.

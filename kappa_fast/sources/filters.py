@@ -136,7 +136,7 @@ def _structural_reason(stored: Stored, around: Surroundings, without_values: boo
     if stored.numel == 0:
         return "empty"
     if stored.device.type == "meta" and not without_values:
-        return "on the meta device, without values: rank from the checkpoint"
+        return codes.ON_META
     if _is_stack_of_biases(stored, around):
         return "stacked biases of experts, not a matrix"
     return None

@@ -63,6 +63,10 @@ def weights_of(
     for stored, candidate in zip(coded, candidates, strict=True):
         if id(stored) in companions:  # scales may come in the dtypes of codes
             continue
+        if any(t.device.type == "meta" for t in (stored, *candidate.companions.values())):
+            replaced[id(stored)] = replace(stored, problem=codes.ON_META)
+            scales.update(candidate.names)
+            continue
         recipe = next((r for family in FAMILIES if (r := family.recognize(candidate)) is not None), None)
         if isinstance(recipe, str):
             replaced[id(stored)] = replace(stored, problem=recipe)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...entries import Index
 from ...errors import SourceError
+from .. import codes
 from ..base import Stored
 from . import bitsandbytes as bnb
 from . import torchao
@@ -35,6 +36,8 @@ def weights_in(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None = 
     Raises:
         SourceError: it carries a quantization state that does not fit.
     """
+    if stored.device.type == "meta":
+        return replace(stored, problem=codes.ON_META) if stored.problem is not None else None
     for reader in (_four_bits, _eight_bits, _not_yet_quantized, _of_itself, _of_layer):
         found = reader(stored, tensor, holder)
         if found is not None:
@@ -120,7 +123,7 @@ def _not_yet_quantized(stored: Stored, tensor: torch.Tensor, holder: nn.Module |
 def _of_itself(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) -> Stored | None:
     """A tensor subclass with a way back to plain numbers of its shape and dtype."""
     kind = type(tensor)
-    if kind in PLAIN or not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or stored.device.type == "meta":
+    if kind in PLAIN or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         return None
     dequantize = torchao.dequantizer(tensor)
     if dequantize is None:
