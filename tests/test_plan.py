@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
 
 import families
 import pytest
@@ -168,6 +169,17 @@ def test_threads_share_the_small_matrices_and_proofs_and_waves_add_up(fixed_cost
     proven = plan(weights(a=(32, 16), b=(32, 16), c=(64, 32)), certify=True).prediction
     assert proven.seconds - proven.opening == pytest.approx(20)
     assert proven.exact == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_a_backend_that_works_on_whole_waves_is_timed_in_waves_and_adds_them_up(fixed_costs):
+    found = plan(weights(a=(32, 16), b=(32, 16), c=(64, 32)), backend="triton")
+    assert found.backend == "triton"
+    assert found.prediction.seconds - found.prediction.opening == pytest.approx(1 + 1 + 2)
+    backend = kappa_fast.backends.get_backend("triton", torch.device("cpu"))
+    times = calibration._resolve_timed(backend, torch.randn(40, 20), calibration.Goal(1e-2), 4, 1)
+    assert len(times) == 4
+    assert len(set(times)) == 1
 
 
 def test_matrices_that_may_need_another_rung_take_as_much_longer_as_was_measured(fixed_costs):
