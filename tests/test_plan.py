@@ -6,6 +6,7 @@ import json
 import re
 import struct
 import sys
+from dataclasses import replace
 
 import families
 import pytest
@@ -19,8 +20,6 @@ from kappa_fast.cli.demo import find_weights
 from kappa_fast.planning import calibration, engine, plan, prediction
 from kappa_fast.planning.calibration import Costs, Kind, Sample
 from kappa_fast.planning.prediction import PROBES
-from kappa_fast.sources import tensors
-from kappa_fast.sources.checkpoint import Shard
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -71,9 +70,21 @@ def test_a_model_on_the_meta_device_is_planned_as_the_one_with_weights(family):
     }
 
 
-def test_no_weight_of_a_checkpoint_is_read_though_the_time_is_predicted(tmp_path, monkeypatch):
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Matrices whose values nobody can get at."""
+    original = engine.open_source
+
+    def opened(source, filters):
+        found = original(source, filters)
+        return replace(found, matrices=tuple(replace(matrix, load=no_reading) for matrix in found.matrices))
+
+    monkeypatch.setattr(engine, "open_source", opened)
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_no_weight_of_a_checkpoint_is_read_though_the_time_is_predicted(tmp_path):
     save_file(weights(a=(64, 32), b=(48, 48)), tmp_path / "model.safetensors")
-    monkeypatch.setattr(Shard, "take", no_reading)
     found = plan(tmp_path)
     assert found.count == 2
     assert found.prediction is not None
@@ -81,8 +92,8 @@ def test_no_weight_of_a_checkpoint_is_read_though_the_time_is_predicted(tmp_path
     assert found.reading.nbytes == found.nbytes == 4 * (64 * 32 + 48 * 48)
 
 
-def test_no_weight_in_memory_is_looked_at(monkeypatch):
-    monkeypatch.setattr(tensors, "_taker", lambda _: no_reading)
+@pytest.mark.usefixtures("unreadable")
+def test_no_weight_in_memory_is_looked_at():
     assert plan(weights(a=(64, 32), b=(48, 48))).count == 2
     assert plan(torch.nn.Linear(32, 64)).count == 1
 
