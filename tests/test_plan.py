@@ -75,8 +75,8 @@ def unreadable(monkeypatch):
     """Matrices whose values nobody can get at."""
     original = engine.open_source
 
-    def opened(source, filters):
-        found = original(source, filters)
+    def opened(*arguments):
+        found = original(*arguments)
         return replace(found, matrices=tuple(replace(matrix, load=no_reading) for matrix in found.matrices))
 
     monkeypatch.setattr(engine, "open_source", opened)
