@@ -23,6 +23,8 @@ def pair(before: Sequence[TensorKappa], after: Sequence[TensorKappa]) -> list[tu
         lambda entry: (entry.key,),
         lambda entry: (plain_name(entry.name) + entry.part,),
         lambda entry: {plain_name(name) + entry.part for name in (entry.name, *entry.aliases)},
+        # The tensor of one expert on disk is an alias of a part of the parameter that it becomes.
+        lambda entry: {plain_name(entry.name) + entry.part, *map(plain_name, entry.aliases)},
     )
     for names in steps:
         rest, other = _left(before, pairs), _left(after, pairs.values())

@@ -186,6 +186,21 @@ def test_tied_names_pair_and_names_that_fit_several_do_not():
     assert len(found.only_after) == 2
 
 
+def test_the_tensor_of_an_expert_on_disk_is_the_part_of_the_parameter_that_lists_it_as_an_alias():
+    disk = [f"model.layers.0.block_sparse_moe.experts.{i}.w1.weight" for i in range(3)]
+    fused = [
+        make_entry("model.layers.0.mlp.experts.gate_up_proj", part=f"[{i}].gate", aliases=(name,), kappa=10.0 + i)
+        for i, name in enumerate(disk)
+    ]
+    found = ranking(*disk).compare(Ranking(fused))
+    assert [(c.before.name, c.after.part) for c in found] == [(n, f"[{i}].gate") for i, n in enumerate(disk)]
+    assert found.counts["identical"] == 3
+    # The other names of a whole parameter are those of all its parts, and so of none.
+    parts = [make_entry("w", part=f"[{i}]", aliases=("tied",)) for i in range(2)]
+    with pytest.raises(kappa_fast.OptionError, match="no matrix in common"):
+        ranking("tied").compare(Ranking(parts))
+
+
 def test_a_prefix_is_no_reason_to_pair_what_only_looks_alike():
     one = ranking("encoder.layers.0.weight", "encoder.layers.1.weight")
     towers = [f"{tower}.encoder.layers.{i}.weight" for tower in ("text", "vision") for i in (0, 1)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
+from dataclasses import replace
 
 import families
 import pytest
@@ -18,8 +20,6 @@ from kappa_fast.cli.demo import find_weights
 from kappa_fast.planning import calibration, engine, plan, prediction
 from kappa_fast.planning.calibration import Costs, Kind, Sample
 from kappa_fast.planning.prediction import PROBES
-from kappa_fast.sources import tensors
-from kappa_fast.sources.checkpoint import Shard
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -70,9 +70,21 @@ def test_a_model_on_the_meta_device_is_planned_as_the_one_with_weights(family):
     }
 
 
-def test_no_weight_of_a_checkpoint_is_read_though_the_time_is_predicted(tmp_path, monkeypatch):
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Matrices whose values nobody can get at."""
+    original = engine.open_source
+
+    def opened(*arguments):
+        found = original(*arguments)
+        return replace(found, matrices=tuple(replace(matrix, load=no_reading) for matrix in found.matrices))
+
+    monkeypatch.setattr(engine, "open_source", opened)
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_no_weight_of_a_checkpoint_is_read_though_the_time_is_predicted(tmp_path):
     save_file(weights(a=(64, 32), b=(48, 48)), tmp_path / "model.safetensors")
-    monkeypatch.setattr(Shard, "take", no_reading)
     found = plan(tmp_path)
     assert found.count == 2
     assert found.prediction is not None
@@ -80,8 +92,8 @@ def test_no_weight_of_a_checkpoint_is_read_though_the_time_is_predicted(tmp_path
     assert found.reading.nbytes == found.nbytes == 4 * (64 * 32 + 48 * 48)
 
 
-def test_no_weight_in_memory_is_looked_at(monkeypatch):
-    monkeypatch.setattr(tensors, "_taker", lambda _: no_reading)
+@pytest.mark.usefixtures("unreadable")
+def test_no_weight_in_memory_is_looked_at():
     assert plan(weights(a=(64, 32), b=(48, 48))).count == 2
     assert plan(torch.nn.Linear(32, 64)).count == 1
 
@@ -168,6 +180,17 @@ def test_threads_share_the_small_matrices_and_proofs_and_waves_add_up(fixed_cost
     proven = plan(weights(a=(32, 16), b=(32, 16), c=(64, 32)), certify=True).prediction
     assert proven.seconds - proven.opening == pytest.approx(20)
     assert proven.exact == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_a_backend_that_works_on_whole_waves_is_timed_in_waves_and_adds_them_up(fixed_costs):
+    found = plan(weights(a=(32, 16), b=(32, 16), c=(64, 32)), backend="triton")
+    assert found.backend == "triton"
+    assert found.prediction.seconds - found.prediction.opening == pytest.approx(1 + 1 + 2)
+    backend = kappa_fast.backends.get_backend("triton", torch.device("cpu"))
+    times = calibration._resolve_timed(backend, torch.randn(40, 20), calibration.Goal(1e-2), 4, 1)
+    assert len(times) == 4
+    assert len(set(times)) == 1
 
 
 def test_matrices_that_may_need_another_rung_take_as_much_longer_as_was_measured(fixed_costs):

@@ -74,8 +74,30 @@ def test_a_disk_that_fails_is_an_error_with_the_path(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(engine, "measure_reading", fails)
-    with pytest.raises(kappa_fast.SourceError, match=rf"{tmp_path} cannot be read \(Input/output error\): check"):
+    with pytest.raises(
+        kappa_fast.SourceError, match=rf"{tmp_path}/model.safetensors cannot be read \(Input/output error\): check"
+    ):
         plan(tmp_path)
+
+
+def test_no_more_is_read_than_the_files_hold_and_nothing_of_what_lies_in_memory(tmp_path, monkeypatch):
+    given = weights(a=(64, 32), b=(48, 48))
+    save_file(given, tmp_path / "model.safetensors")
+    found = plan(tmp_path, measure=False)
+    assert found.to_read == found.nbytes == 4 * (64 * 32 + 48 * 48)
+    assert plan(tmp_path, include="a", measure=False).to_read == 4 * 64 * 32
+    assert plan(given, measure=False).to_read == 0
+    original = engine.open_source
+
+    def dequantized(*arguments):  # as if every matrix came from codes of a quarter of its size
+        found = original(*arguments)
+        return replace(
+            found, matrices=tuple(replace(m, shape=(2 * m.shape[0], 2 * m.shape[1])) for m in found.matrices)
+        )
+
+    monkeypatch.setattr(engine, "open_source", dequantized)
+    found = plan(tmp_path)
+    assert found.to_read == found.reading.nbytes == (tmp_path / "model.safetensors").stat().st_size < found.nbytes
 
 
 def test_the_floor_is_operations_over_published_rates():

@@ -62,6 +62,7 @@ class Plan:
         peak: bytes that the largest wave may take beside the weights that are there; ``budget`` is what a wave may
             take, exceeded only by a single matrix that needs more.
         devices, backend, threads: where, by what, and with how many threads.
+        to_read: bytes to read from a checkpoint; 0 for weights in memory. Of quantized weights at most, not exactly.
         prediction: of the time, None if it was not to be measured.
         reading: of a checkpoint's files; None for weights in memory, or if it was not to be measured.
         floor: for the device that was named; a model, not a measurement.
@@ -78,6 +79,7 @@ class Plan:
     devices: tuple[str, ...]
     backend: str
     threads: int
+    to_read: int
     prediction: Prediction | None
     reading: Reading | None
     floor: Floor | None
@@ -102,7 +104,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights that would be ranked, as stored."""
+        """Bytes of the weights that would be ranked, in their dtype (for quantized ones: when they are dequantized)."""
         return sum(group.nbytes for group in self.groups)
 
     @property
@@ -207,6 +209,9 @@ def plan(
         waves = list(executor.planned(range(len(matrices))))
         work = Work.of(matrices, top, top_per_group, certify)
         prediction = predict(executor, matrices, waves, work, rtol, opening) if measure and matrices else None
+    files = [] if opened.in_memory else _files(opened)
+    # Codes of quantized weights take less than the weights that they become, never more than their files.
+    to_read = min(sum(m.nbytes for m in matrices), sum(file.stat().st_size for file in files))
     parts = [counted(item_of(matrices[i]) for i in part) for part in work.floor]
     return Plan(
         groups=_groups(matrices),
@@ -219,7 +224,8 @@ def plan(
         backend=executor.backend_name,
         threads=torch.get_num_threads(),
         prediction=prediction,
-        reading=_reading(opened, sum(m.nbytes for m in matrices)) if measure and not opened.in_memory else None,
+        to_read=to_read,
+        reading=_reading(files, to_read) if measure and files else None,
         floor=None if named is None else floor_of(named, *parts),
         in_memory=opened.in_memory,
         settings=_settings(top, top_per_group, rtol, certify, filters),
@@ -242,14 +248,19 @@ def _in_memory_if_meta(source: Source) -> Source:
     return replace(source, matrices=moved)
 
 
-def _reading(source: Source, nbytes: int) -> Reading | None:
+def _files(source: Source) -> list[Path]:
+    """The files of a checkpoint."""
     path = Path(str(source.metadata.get("path", "")))
     base = path if path.is_dir() else path.parent
     files = [base / str(name) for name in source.metadata.get("files", ())]
+    return [file for file in files if file.is_file()]
+
+
+def _reading(files: Sequence[Path], nbytes: int) -> Reading | None:
     try:
-        return measure_reading([file for file in files if file.is_file()], nbytes)
+        return measure_reading(files, nbytes)
     except OSError as error:
-        raise SourceError(f"{path} cannot be read ({error.strerror}): check the file, plan again") from error
+        raise SourceError(f"{files[0]} cannot be read ({error.strerror}): check the file, plan again") from error
 
 
 def _groups(matrices: Sequence[Matrix]) -> tuple[PlannedGroup, ...]:

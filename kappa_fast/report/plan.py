@@ -96,7 +96,7 @@ class PlanTable:
         waves = f"{_count(plan.waves, 'wave')} of up to {format_bytes(plan.budget)}"
         yield "memory", f"at most {format_bytes(plan.peak)} at a time {beside}; {waves}"
         if not plan.in_memory:
-            yield "to read", format_bytes(plan.nbytes)
+            yield "to read", format_bytes(plan.to_read)
         if plan.prediction is not None:
             yield from _computing(plan.prediction)
         if plan.reading is not None:
