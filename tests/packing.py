@@ -166,4 +166,5 @@ def check(source: object, truth: Mapping[str, np.ndarray], **options: object) ->
 def check_complete(tensors: Mapping[str, torch.Tensor], ranking: kappa_fast.Ranking) -> None:
     """Every tensor with two or more dimensions is ranked, under its name or an alias, or skipped with a reason."""
     named = {name for entry in ranking for name in (entry.name, *entry.aliases)} | {s.name for s in ranking.skipped}
-    assert {name for name, tensor in tensors.items() if tensor.dim() >= 2} <= named
+    lost = {name for name, tensor in tensors.items() if tensor.dim() >= 2} - named
+    assert not lost, lost

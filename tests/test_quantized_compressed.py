@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from models import reasons
-from packing import check, check_complete, saved, trained
+from packing import check, check_complete, packed, saved, trained
 
 import kappa_fast
 from kappa_fast.errors import SourceError
@@ -172,6 +172,23 @@ def test_the_config_group_of_a_module_is_found_by_name_pattern_or_class(targets,
     found = {e.name: e.quantization for e in check(saved(tmp_path, tensors, quantization_config=config), truth)}
     assert found["b.q_proj.weight"] == "int4, groups of 64 (compressed-tensors)"
     assert found["b.k_proj.weight"] == "int8, groups of 32 (compressed-tensors)"
+
+
+def test_one_scale_and_one_packed_zero_point_for_all(tmp_path):
+    codes = torch.randint(0, 16, (ROWS, 32), generator=torch.Generator().manual_seed(0))
+    tensors = {"a.weight_packed": packed(codes.numpy(), 4), "a.weight_shape": torch.tensor([ROWS, 32])}
+    tensors |= {"a.weight_scale": torch.full((1, 1), 0.5).bfloat16(), "a.weight_zero_point": packed(np.array([[9]]), 4)}
+    check(tensors, {"a.weight": (codes.numpy() - 9) * 0.5})
+
+
+def test_a_state_dict_without_values_is_skipped():
+    meta = {"a.weight_packed": torch.zeros(ROWS, 16, dtype=torch.int32), "a.weight_shape": torch.tensor([ROWS, 128])}
+    meta |= {"a.weight_scale": torch.ones(ROWS, 1).bfloat16()}
+    source = {name: tensor.to("meta") for name, tensor in meta.items()} | {"b.weight": torch.randn(16, 16)}
+    assert set(reasons(source)) == {"a.weight_packed", "a.weight_scale"}
+    fp8 = {"a.weight": torch.zeros(64, 64, dtype=torch.float8_e4m3fn), "a.weight_scale": torch.ones(64, 1)}
+    source = {name: tensor.to("meta") for name, tensor in fp8.items()} | {"b.weight": torch.randn(16, 16)}
+    assert reasons(source)["a.weight"] == "on the meta device, without values: rank from the checkpoint"
 
 
 def test_what_a_format_of_the_library_lacks_here_is_skipped_by_name(tmp_path):

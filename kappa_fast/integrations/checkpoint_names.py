@@ -43,7 +43,8 @@ def places_of(inventory: Inventory) -> dict[str, Place]:
     parts = _Parts(conversion)
     found = {}
     for stored in inventory.tensors:
-        place = parts.place(stored)
+        # Scales have no place in the model, and only their names look as if they had.
+        place = parts.place(stored) if "scales" not in stored.roles else None
         if place is not None and (place.name, place.index) != (stored.name, ()):
             found[stored.name] = place
     return _unambiguous(found, inventory)

@@ -35,7 +35,7 @@ class CompressedInts:
         plain = codes.dtype == torch.int8 and candidate.name.endswith("weight")
         if not (packed or plain) or method_of(config) not in _METHODS or len(codes.shape) not in (2, 3):
             return None
-        if 0 in codes.shape or config.get("format") == "marlin-24":
+        if 0 in codes.shape or codes.device.type == "meta" or config.get("format") == "marlin-24":
             return None
         scale, zero = candidate.find("scale"), candidate.find("zero_point")
         if scale is None:
@@ -85,7 +85,6 @@ def _ints(candidate: Candidate, scale: Stored, zero: Stored | None, packed: bool
             packed=packed,
             group=group,
             columns=shape[-1],
-            rows=shape[-2],
             groups=groups,
         ),
         peak=8,
@@ -121,8 +120,8 @@ def _check_zero(candidate: Candidate, scale: Stored, zero: Stored, bits: int | N
     if bits is None or zero.dtype == torch.int8:
         good = zero.dtype == torch.int8 and zero.shape == scale.shape
     else:
-        rows = -(-scale.shape[-2] * bits // WORD) if len(scale.shape) > 1 else 0
-        good = zero.dtype == torch.int32 and zero.shape == (*scale.shape[:-2], rows, scale.shape[-1])
+        good = zero.dtype == torch.int32 and len(scale.shape) > 1
+        good = good and zero.shape == (*scale.shape[:-2], -(-scale.shape[-2] * bits // WORD), scale.shape[-1])
     if not good:
         raise refuse(candidate, zero, f"zero points do not match scales of shape {scale.shape}")
 
@@ -141,7 +140,6 @@ def _dequantize_ints(
     packed: bool,
     group: int,
     columns: int,
-    rows: int,
     groups: int,
 ) -> torch.Tensor:
     # Of unsigned fields and unsigned zero points the middle of the range cancels.
@@ -149,7 +147,7 @@ def _dequantize_ints(
     codes = fields(inputs["codes"], bits, columns) - middle if packed else inputs["codes"]
     scale, zero = inputs["scale"].reshape(-1, groups), inputs.get("zero")
     if zero is not None and zero.dtype == torch.int32:
-        zero = fields(zero.t().contiguous(), bits, rows).t() - middle
+        zero = fields(zero.t().contiguous(), bits, scale.shape[0]).t() - middle
     zero = None if zero is None else zero.reshape(-1, groups)
     order = inputs.get("g_idx")
     if order is None or int(order.max()) == -1:  # -1 throughout: never set

@@ -116,7 +116,7 @@ def _group_size(candidate: Candidate, scales: Stored, inputs: int, groups: int) 
         configured = inputs
     found = block_size(inputs, groups, configured)
     layers_differ = bool(candidate.config.get("dynamic"))
-    if configured is not None and not layers_differ and -(-inputs // configured) != groups:
+    if configured is not None and not layers_differ and -(-inputs // max(configured, 1)) != groups:
         raise refuse(candidate, scales, f"groups of {configured} inputs are what the config says")
     return found if found is not None or not layers_differ else block_size(inputs, groups, None)
 
