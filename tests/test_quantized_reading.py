@@ -7,6 +7,7 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import EVERYTHING, matrices
@@ -330,12 +331,14 @@ def in_int4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+SHUFFLED = np.random.default_rng(0).permutation(in_turn(64, 256))
 FORMATS = {
     "fp8": in_fp8,
     "gpt-oss": lambda weight: as_in_gpt_oss("down_proj", weight[None].contiguous())[0],
     "nvfp4": in_nvfp4,
     "gptq 3 bits": lambda weight: gptq(weight, 3, in_turn(64, 256), symmetric=True)[0],
     "gptq 4 bits": lambda weight: gptq(weight, 4, in_turn(64, 256), symmetric=True)[0],
+    "gptq in the order of activations": lambda weight: gptq(weight, 4, SHUFFLED, symmetric=True)[0],
     "awq": lambda weight: awq(weight, 64)[0],
     "int4": in_int4,
     "int8": lambda weight: {"a.weight": torch.ones(256, 256).char(), "a.weight_scale": torch.ones(256, 1).bfloat16()},

@@ -87,7 +87,7 @@ def _ints(candidate: Candidate, scale: Stored, zero: Stored | None, packed: bool
             columns=shape[-1],
             groups=groups,
         ),
-        peak=8,
+        peak=3 if packed or order is not None else 0,
     )
 
 
@@ -142,13 +142,15 @@ def _dequantize_ints(
     columns: int,
     groups: int,
 ) -> torch.Tensor:
-    # Of unsigned fields and unsigned zero points the middle of the range cancels.
-    middle = 1 << (bits - 1)
-    codes = fields(inputs["codes"], bits, columns) - middle if packed else inputs["codes"]
     scale, zero = inputs["scale"].reshape(-1, groups), inputs.get("zero")
+    codes = fields(inputs["codes"], bits, columns) if packed else inputs["codes"]
     if zero is not None and zero.dtype == torch.int32:
-        zero = fields(zero.t().contiguous(), bits, scale.shape[0]).t() - middle
-    zero = None if zero is None else zero.reshape(-1, groups)
+        zero = fields(zero.t(), bits, scale.shape[0]).t()  # as the codes, from 0 on
+    elif packed:  # codes from 0 on, and zero points around 0
+        middle = torch.full((1, 1), 1 << (bits - 1), dtype=torch.int32, device=codes.device)
+        zero = middle if zero is None else zero.reshape(-1, groups).int() + middle
+    elif zero is not None:
+        zero = zero.reshape(-1, groups)
     order = inputs.get("g_idx")
     if order is None or int(order.max()) == -1:  # -1 throughout: never set
         return affine(codes, scale, zero, group)

@@ -17,7 +17,7 @@ from ...errors import SourceError
 from ..base import Stored
 from .config import is_left_plain, method_of, whole_number
 from .recipe import Candidate, Recipe, refuse
-from .unpack import WORD, affine, block_size, fields, nibbles_in_order
+from .unpack import WORD, affine, block_size, fields
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 GPTQ_BITS = (2, 3, 4, 8)
@@ -85,7 +85,7 @@ def _gptq(candidate: Candidate, scales: Stored, zeros: Stored) -> Recipe:
         dequantize=partial(
             _dequantize_gptq, name=candidate.name, bits=bits, group=group, offset=_zero_offset(candidate.config)
         ),
-        peak=8 if bits != 3 else 17,
+        peak=3 if bits != 3 else 17,
     )
 
 
@@ -105,7 +105,7 @@ def _awq(candidate: Candidate, scales: Stored, zeros: Stored) -> Recipe:
         dtype=scales.dtype or torch.float16,
         inputs={"codes": codes, "scales": scales, "zeros": zeros},
         dequantize=partial(_dequantize_awq, group=group),
-        peak=8,
+        peak=3,
     )
 
 
@@ -141,8 +141,15 @@ def _dequantize_gptq(
     if offset is None:
         offset = _offset_of(zeros, bits, name)
     # In the first version 0 is stored as the largest zero point.
-    zeros = (zeros + offset) & ((1 << bits) - 1)
+    zeros = (zeros.int() + offset) & ((1 << bits) - 1)
+    if isinstance(groups, torch.Tensor) and group is not None and _in_turn(groups, group):
+        groups = group
     return affine(codes, scales, zeros, groups if groups is not None else codes.shape[1])
+
+
+def _in_turn(order: torch.Tensor, group: int) -> bool:
+    """Whether the inputs are in the order of their groups, as they are unless desc_act says otherwise."""
+    return torch.equal(order, (torch.arange(len(order), device=order.device) // group).to(order.dtype))
 
 
 def checked_groups(order: torch.Tensor, groups: int, name: str) -> torch.Tensor:
@@ -172,6 +179,6 @@ def _offset_of(zeros: torch.Tensor, bits: int, name: str) -> int:
 
 
 def _dequantize_awq(inputs: Mapping[str, torch.Tensor], *, group: int) -> torch.Tensor:
-    codes = nibbles_in_order(inputs["codes"], AWQ_ORDER).t()  # (outputs, inputs)
-    zeros = nibbles_in_order(inputs["zeros"], AWQ_ORDER).t()
-    return affine(codes, inputs["scales"].t(), zeros, group)
+    scales = inputs["scales"]
+    codes, zeros = (fields(inputs[role], 4, scales.shape[1], AWQ_ORDER).t() for role in ("codes", "zeros"))
+    return affine(codes.contiguous(), scales.t(), zeros, group)

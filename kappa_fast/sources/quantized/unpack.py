@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 WORD = 32  # bits of the integers that GPTQ, AWQ and compressed-tensors pack into
@@ -12,35 +14,36 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 _TYPICAL_BLOCKS = tuple(1 << k for k in range(3, 13))
 
 
-def fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The first ``count`` unsigned fields of ``bits`` bits along the last dimension of int32 words, lowest bits first.
+def fields(words: torch.Tensor, bits: int, count: int, order: Sequence[int] = ()) -> torch.Tensor:
+    """The first ``count`` unsigned fields of ``bits`` bits along the last dimension of int32 words.
 
-    A field may begin in one word and end in the next, as it does with three bits.
+    Args:
+        words: of shape (..., words), lowest bits first. A field may begin in one word and end in the next, as it does
+            with three bits.
+        order: which field of its word each one is, for words that hold theirs in another order than that.
 
     Returns:
-        int32 of shape (..., count).
+        uint8 of shape (..., count).
     """
-    mask = (1 << bits) - 1
-    if WORD % bits == 0:
-        shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=words.device)
-        return _shifted(words, shifts, mask)[..., :count]
+    if WORD % bits:
+        return _across_words(words, bits, count)
+    each, mask = WORD // bits, (1 << bits) - 1
+    octets = words.contiguous().unsqueeze(-1).view(torch.uint8)  # little-endian, as safetensors is
+    found = octets.new_empty((*words.shape, each))
+    for place, field in enumerate(order or range(each)):
+        octet, shift = divmod(field * bits, 8)
+        torch.bitwise_and(octets[..., octet] >> shift, mask, out=found[..., place])
+    return found.flatten(-2)[..., :count]
+
+
+def _across_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     at = torch.arange(count, device=words.device) * bits
     first, offset = at // WORD, at % WORD
     unsigned = words.to(torch.int64) & 0xFFFFFFFF
     found = unsigned.index_select(-1, first).bitwise_right_shift_(offset)
     second = (first + 1).clamp_(max=words.shape[-1] - 1)  # where a field ends in its word, the mask cuts this off
     found |= unsigned.index_select(-1, second).bitwise_left_shift_(WORD - offset)
-    return found.bitwise_and_(mask).to(torch.int32)
-
-
-def nibbles_in_order(words: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """The eight four-bit fields of each int32 word, field ``order[j]`` at place j; int32 of shape (..., 8 * words)."""
-    shifts = torch.tensor(order, dtype=torch.int32, device=words.device) * 4
-    return _shifted(words, shifts, 15)
-
-
-def _shifted(words: torch.Tensor, shifts: torch.Tensor, mask: int) -> torch.Tensor:
-    return (words.unsqueeze(-1) >> shifts).bitwise_and_(mask).flatten(-2)
+    return found.bitwise_and_((1 << bits) - 1).to(torch.uint8)
 
 
 def e2m1(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -83,18 +86,30 @@ def affine(
 ) -> torch.Tensor:
     """``(codes - zero) * scale`` in the dtype of the scales, each column with those of its group.
 
+    All differences of integers of up to eight bits are exact in every float that scales come in.
+
     Args:
-        codes: integers of shape (rows, columns); int32 is overwritten.
+        codes: integers of shape (rows, columns), of one byte each.
         scale: of shape (rows or 1, groups).
-        zero: integers of the shape of ``scale``, or None for zeros.
+        zero: integers that broadcast with ``scale``, or None for zeros.
         group: how many columns in a row make a group, or which group each column is in: (columns,), integers.
     """
-    if isinstance(group, int):
-        group = torch.arange(codes.shape[1], device=codes.device) // group
-    shifted = codes.to(torch.int32)
-    if zero is not None:
-        shifted -= zero.to(torch.int32).index_select(1, group)
-    return shifted.to(scale.dtype).mul_(scale.index_select(1, group))
+    values, columns = codes.to(scale.dtype), codes.shape[1]
+    shift = None if zero is None else zero.to(scale.dtype).expand(-1, scale.shape[1])
+    if isinstance(group, torch.Tensor):
+        if shift is not None:
+            values -= shift.index_select(1, group)
+        return values.mul_(scale.index_select(1, group))
+    whole = columns // group
+    for part, groups in (
+        (values[:, : whole * group].view(-1, whole, group) if whole else None, slice(whole)),
+        (values[:, whole * group :].unsqueeze(1) if whole * group < columns else None, slice(whole, None)),
+    ):
+        if part is not None:
+            if shift is not None:
+                part -= shift[:, groups, None]
+            part *= scale[:, groups, None]
+    return values
 
 
 def block_sizes(size: int, count: int, configured: int | None) -> set[int]:
