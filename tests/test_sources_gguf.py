@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from models import EVERYTHING, matrices, reasons, weights
 
 import kappa_fast
 from kappa_fast.errors import MissingExtraError, SourceError, SourceNotFoundError
 from kappa_fast.sources import Filters, files, open_source
+from kappa_fast.sources.gguf_header import read_header
 
 gguf = pytest.importorskip("gguf")
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType  # noqa: E402
@@ -241,6 +244,49 @@ def test_a_scale_that_is_nan_makes_the_matrix_non_finite_without_a_warning(tmp_p
     assert entry.status == "non_finite"
 
 
+def test_headers_are_read_as_the_package_reads_them(tmp_path):
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_custom_alignment(128)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "größe", "", "x" * 70000])
+    writer.add_token_scores([0.5, -1.0, 0.0, 2.0])
+    writer.add_token_types([1, 2, 3, 1])
+    writer.add_bool("a.flag", True)
+    writer.add_uint64("a.count", 1 << 40)
+    writer.add_float64("a.share", 0.25)
+    writer.add_int8("a.small", -3)
+    writer.add_array("a.empty", [])
+    shapes = {"one": (7,), "two": (3, 5), "three": (2, 3, 5), "four": (2, 2, 3, 5)}
+    for name, shape in shapes.items():
+        writer.add_tensor(name, np.ones(shape, np.float32))
+    writer.add_tensor("coded", codes_of(Kind.Q4_K, 4, 256), raw_dtype=Kind.Q4_K)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    expected = gguf.GGUFReader(path)
+    with open(path, "rb") as stream:
+        found = read_header(stream, path.stat().st_size)
+    assert found.architecture == "qwen3moe"
+    assert [(t.name, t.shape, t.kind, t.offset) for t in found.tensors] == [
+        (t.name, tuple(map(int, reversed(t.shape))), int(t.tensor_type), int(t.data_offset)) for t in expected.tensors
+    ]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.integers(0, 400), byte=st.integers(0, 255))
+def test_a_header_with_a_wrong_byte_is_refused_or_gives_tensors_of_the_shapes_it_states(position, byte, tmp_path):
+    path = write(tmp_path / "m.gguf", MODEL | {"w": (codes_of(Kind.Q4_K, 20, 256), Kind.Q4_K)})
+    whole = bytearray(path.read_bytes())
+    whole[position] = byte
+    path.write_bytes(whole)
+    try:
+        found = open_source(path, EVERYTHING)
+    except SourceError as error:
+        assert str(path) in str(error)  # noqa: PT017 - either outcome is right
+    else:
+        assert all(tuple(m.load().shape) == m.shape for m in found.matrices)
+
+
 def split(folder: Path) -> list[Path]:
     parts = [folder / f"m-{i + 1:05d}-of-00002.gguf" for i in range(2)]
     for part, (name, array) in zip(parts, MODEL.items(), strict=True):
@@ -298,13 +344,22 @@ def info(name: bytes, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
     return struct.pack("<Q", len(name)) + name + sizes + struct.pack("<IQ", kind, offset)
 
 
+def key(name: str) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode()
+
+
 @pytest.mark.parametrize(
     "content",
     [
         *(b"", b"text", b"GGUF", header(1 << 60, 0), header(0, 1 << 60), header(1, 0), header(1, 0, version=99)),
         b"GGUF" + struct.pack(">IQQ", 3, 0, 0),  # the byte order of other machines
         header(1, 0, struct.pack("<Q", 1 << 62) + b"name"),
-        header(0, 1, struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 8, 1 << 60)),  # an array without end
+        *(header(0, 1, key("k") + struct.pack("<IIQ", 9, inner, 1 << 60) + bytes(99)) for inner in (0, 8, 9, 77)),
+        header(0, 1, key("k") + struct.pack("<IQ", 8, 1 << 63) + bytes(99)),  # a text without end
+        header(0, 1, key("k") + struct.pack("<I", 77) + bytes(99)),
+        header(0, 1, key("general.alignment") + struct.pack("<II", 4, 48)),
+        header(0, 1, struct.pack("<Q", 1 << 20) + bytes(1 << 20)),  # a name of a megabyte
+        header(1, 0, info(b"w", (2,) * 5, 0, 0)) + bytes(8192),
         header(1, 0, info(b"w", (32, 32), 0, 0)),
         header(1, 0, info(b"w", (1 << 40, 1 << 40), 0, 0)) + bytes(4096),
         header(1, 0, info(b"w", (32, 32), 999, 0)) + bytes(8192),
@@ -313,7 +368,6 @@ def info(name: bytes, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
         header(1, 0, info(b"w", (32, 32), 0, (1 << 64) - 4096)) + bytes(8192),
         header(2, 0, info(b"w", (32, 32), 0, 0) + info(b"w", (32, 32), 0, 4096)) + bytes(16384),
     ],
-    ids=range(17),
 )
 def test_a_file_that_is_no_gguf_is_named(content, tmp_path):
     (tmp_path / "m.gguf").write_bytes(content)
@@ -328,7 +382,7 @@ def test_tensors_that_overlap_are_refused(tmp_path):
 
 def test_a_pipe_or_a_directory_that_is_called_like_a_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "p.gguf")
-    assert "(it is no regular file)" in refused(tmp_path / "p.gguf")
+    assert "p.gguf cannot be read (it is no regular file)" in refused(tmp_path / "p.gguf")
     (tmp_path / "d.gguf").mkdir()
     assert "holds no .safetensors file" in refused(tmp_path / "d.gguf")
 

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.pipeline import rank
+from kappa_fast.sources import Filters, open_source
+from kappa_fast.sources.base import Place
 from kappa_fast.sources.files import DataFile, Region
 
 SHARDS = {
@@ -167,3 +169,15 @@ def test_peak_memory_is_set_by_the_budget_and_not_by_the_size_of_the_checkpoint(
     peak, ranked, sound = json.loads(done.stdout)
     assert ranked == sound == number + 1
     assert peak <= 250e6 + 2 * 8192 * 1024 + 500e6
+
+
+def test_what_is_a_part_of_a_parameter_in_the_model_is_prefetched_as_it_lies_on_the_disk(checkpoint, calls):
+    """One file holds an expert on its own, which the model fuses: the index is that of the model."""
+    place = Place("layers.experts.gate_up_proj", (3, slice(0, 60), slice(None)), "[3].gate")
+    found = open_source(checkpoint, Filters(), lambda _: {"layers.0.a.weight": place})
+    (matrix,) = (m for m in found.matrices if m.name == place.name)
+    calls.clear()
+    matrix.prefetch()
+    assert torch.equal(matrix.load(), MODEL["layers.0.a.weight"])
+    (advised, read) = calls
+    assert advised[1:] == read[1:]

@@ -51,7 +51,7 @@ def rank(
         str,
         typer.Argument(
             metavar="PATH",
-            help="A .safetensors file, a directory of them, or the id of a model on the hub (org/name).",
+            help="A .safetensors or .gguf file, a directory with them, or the id of a model on the hub (org/name).",
             show_default=False,
         ),
     ],

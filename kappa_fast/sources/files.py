@@ -65,7 +65,7 @@ class DataFile:
             OSError: it cannot be read, ends too early, or has changed.
         """
         view = memoryview(out.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        with self._opened() as file:
+        with self.opened() as file:
             file.seek(offset)
             done = 0
             while done < len(view):
@@ -79,13 +79,18 @@ class DataFile:
         """Have the operating system read these bytes into its cache, without waiting; where it cannot, do nothing."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        with contextlib.suppress(OSError), self._opened() as file:
+        with contextlib.suppress(OSError), self.opened() as file:
             for start in range(offset, offset + size, ADVICE):
                 length = min(ADVICE, offset + size - start)
                 os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[io.FileIO]:
+    def opened(self) -> Iterator[io.FileIO]:
+        """The file, for reading; closed afterwards.
+
+        Raises:
+            OSError: it cannot be opened, or has changed.
+        """
         with io.FileIO(self.path, opener=_without_waiting) as file:
             self._check(file)
             yield file

@@ -1,4 +1,4 @@
-"""Weights from GGUF, the format of llama.cpp, read by its own package gguf and dequantized a few rows at a time.
+"""Weights from GGUF, the format of llama.cpp, dequantized by its own package gguf a few rows at a time.
 
 Names are those of llama.cpp (blk.3.attn_q.weight), shapes those of the matrices: GGUF lists dimensions in the opposite
 order. llama.cpp permutes the rows of some q and k projections, which changes no singular value.
@@ -7,6 +7,7 @@ order. llama.cpp permutes the rows of some q and k projections, which changes no
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import re
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from ..errors import SourceError, SourceNotFoundError, missing_extra
 from . import files
 from .base import Inventory, Stored
 from .files import DataFile, Region
+from .gguf_header import TensorInfo, read_header
 from .names import has_adapters, in_model_order
 from .tensors import count_weights, fingerprint, own_names
 
@@ -141,19 +143,18 @@ def _read_part(gguf: Any, path: Path) -> tuple[list[Stored], str | None]:
     """The tensors of one file, and the architecture that it states."""
     file = DataFile(path)
     try:
-        size = file.size
-        reader = gguf.GGUFReader(path)
-        if reader.byte_order != "I":
-            raise ValueError("its numbers are in the byte order of other machines")
-        field = reader.get_field("general.architecture")
-        architecture = field.contents() if field is not None else None
-        kinds = {str(tensor.name): tensor.tensor_type for tensor in reader.tensors}
-        regions = [_region(file, tensor) for tensor in reader.tensors]
-        _check_ranges(regions, size)
-    except Exception as error:  # the package has no errors of its own for files that are not what they should be
-        reason = str(error).strip() or type(error).__name__
+        with file.opened() as opened, io.BufferedReader(opened) as stream:
+            header = read_header(stream, file.size)
+        kinds = {info.name: gguf.GGMLQuantizationType(info.kind) for info in header.tensors}
+        regions = [_region(file, info, kinds[info.name]) for info in header.tensors]
+        _check_ranges(regions, file.size)
+    except OSError as error:
         raise SourceError(
-            f"{path} is no readable GGUF file ({reason}): truncated, damaged, or of a later version than the package "
+            f"{path} cannot be read ({error}): look after the disk and your rights to the file, or copy it"
+        ) from error
+    except ValueError as error:
+        raise SourceError(
+            f"{path} is no readable GGUF file ({error}): truncated, damaged, or of a later version than the package "
             "gguf that is installed"
         ) from error
     problems = {kind: _problem(kind) for kind in kinds.values() if kind.name not in PLAIN}
@@ -164,15 +165,16 @@ def _read_part(gguf: Any, path: Path) -> tuple[list[Stored], str | None]:
         if kind.name not in PLAIN and re.sub(r"\.weight$", ".scale", region.name) in kinds.keys() - {region.name}:
             problem = f"quantized codes ({kind.name}) with a scale beside them, which is not applied yet"
         stored.append(_stored(region, kind, problem))
-    return stored, architecture if isinstance(architecture, str) else None
+    return stored, header.architecture
 
 
-def _region(file: DataFile, tensor: Any) -> Region:
-    name, kind, offset = str(tensor.name), tensor.tensor_type, int(tensor.data_offset)
-    shape = tuple(int(size) for size in reversed(tensor.shape))
+def _region(file: DataFile, info: TensorInfo, kind: Any) -> Region:
     if kind.name in PLAIN:
-        return Region(file, name, offset, shape, PLAIN[kind.name])
-    return Coded(file, name, offset, shape, kind)
+        return Region(file, info.name, info.offset, info.shape, PLAIN[kind.name])
+    block, _ = _block_of(kind)
+    if not info.shape or info.shape[-1] % block:
+        raise ValueError(f"the rows of {info.name!r} are no multiple of the {block} weights in a block of {kind.name}")
+    return Coded(file, info.name, info.offset, info.shape, kind)
 
 
 def _check_ranges(regions: Sequence[Region], size: int) -> None:

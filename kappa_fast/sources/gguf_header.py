@@ -1,0 +1,144 @@
+"""The header of a GGUF file: its alignment and architecture, and the name, shape, type and place of every tensor.
+
+The layout is that of ggml's docs/gguf.md. The package gguf has a reader too: it maps the file, keeps every string of
+the vocabulary, and follows the length of an array beyond the end of the file, which may take it forever. Here no length
+is believed that the file cannot hold.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from dataclasses import dataclass
+from typing import BinaryIO
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ALIGNMENT = 32
+LONGEST_NAME = 1 << 16  # bytes; ggml takes no more than 64
+MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
+
+# Bytes of the types that values may have; strings and arrays are longer the longer they are.
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_UINT32, _STRING, _ARRAY = 4, 8, 9
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """shape: as numpy would have it, the reverse of what is stored.  kind: ggml's number of the type.
+
+    offset: from the beginning of the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says about itself."""
+
+    architecture: str | None
+    tensors: tuple[TensorInfo, ...]
+
+
+def read_header(stream: BinaryIO, size: int) -> Header:
+    """The header of a file of ``size`` bytes; values of tensors are not looked at.
+
+    Raises:
+        ValueError: it is no GGUF file, of another version or byte order, ends within its header, or has two tensors of
+            one name.
+        OSError: it cannot be read.
+    """
+    reader = _Reader(stream, size)
+    if reader.take(4) != MAGIC:
+        raise ValueError("it does not begin with GGUF")
+    version = reader.number("I")
+    if version & 0xFFFF == 0:
+        raise ValueError("its numbers are in the byte order of other machines")
+    if version not in VERSIONS:
+        raise ValueError(f"it is of version {version}, and versions 2 and 3 are known")
+    tensors, pairs = reader.number("Q"), reader.number("Q")
+    alignment, architecture = ALIGNMENT, None
+    reader.expect(pairs, 8 + 4 + 1)
+    for _ in range(pairs):
+        key, kind = reader.text(), reader.number("I")
+        if key == "general.alignment" and kind == _UINT32:
+            alignment = reader.number("I")
+        elif key == "general.architecture" and kind == _STRING:
+            architecture = reader.text()
+        else:
+            reader.skip_value(kind)
+    if alignment == 0 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {alignment}, which is no power of two")
+    reader.expect(tensors, 8 + 4 + 4 + 8)
+    found = [reader.tensor() for _ in range(tensors)]
+    start = -(-reader.position // alignment) * alignment
+    names = {info.name for info in found}
+    if len(names) < len(found):
+        raise ValueError("two tensors have one name")
+    placed = (TensorInfo(info.name, info.shape, info.kind, start + info.offset) for info in found)
+    return Header(architecture, tuple(placed))
+
+
+class _Reader:
+    """Little-endian numbers and strings, one after the other."""
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self._stream, self._size, self.position = stream, size, 0
+
+    def expect(self, count: int, least: int) -> None:
+        """Refuse a count of items of at least so many bytes that the rest of the file cannot hold."""
+        if count * least > self._size - self.position:
+            raise ValueError("it ends within its header")
+
+    def take(self, count: int) -> bytes:
+        self.expect(count, 1)
+        data = self._stream.read(count)
+        if len(data) < count:
+            raise ValueError("it ends within its header")
+        self.position += count
+        return data
+
+    def number(self, code: str) -> int:
+        (value,) = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
+        return int(value)
+
+    def text(self) -> str:
+        length = self.number("Q")
+        if length > LONGEST_NAME:
+            raise ValueError(f"a name of {length} bytes")
+        return self.take(length).decode()
+
+    def skip(self, count: int) -> None:
+        self.expect(count, 1)
+        self._stream.seek(count, io.SEEK_CUR)
+        self.position += count
+
+    def skip_value(self, kind: int) -> None:
+        if kind == _ARRAY:
+            inner, count = self.number("I"), self.number("Q")
+            if inner == _STRING:
+                self.expect(count, 8)
+                for _ in range(count):
+                    self.skip(self.number("Q"))
+                return
+            self.skip(count * self._size_of(inner))
+        elif kind == _STRING:
+            self.skip(self.number("Q"))
+        else:
+            self.skip(self._size_of(kind))
+
+    def _size_of(self, kind: int) -> int:
+        if kind not in _SIZES:
+            raise ValueError(f"a value of type {kind}, which is not known here")
+        return _SIZES[kind]
+
+    def tensor(self) -> TensorInfo:
+        name, dimensions = self.text(), self.number("I")
+        if dimensions > MOST_DIMENSIONS:
+            raise ValueError(f"{name!r} has {dimensions} dimensions")
+        shape = tuple(self.number("Q") for _ in range(dimensions))
+        return TensorInfo(name, shape[::-1], self.number("I"), self.number("Q"))
