@@ -61,8 +61,8 @@ def rank(
     """Rank the weight matrices of a model by their condition number sigma_max / sigma_min, lowest first.
 
     Args:
-        source: a module, a mapping of names to tensors, a .safetensors or .gguf file, a directory with them, or the id of a
-            model on the hub ("org/name" or "org/name@revision"), from the local cache if it is complete there.
+        source: a module, a mapping of names to tensors, a .safetensors or .gguf file, a directory with them, or the id
+            of a model on the hub ("org/name", "org/name@revision"), from the local cache if it is complete there.
         top: resolve only what is needed to know the ``top`` entries with the lowest score (an int), or that share of
             all (a float in (0, 1]); the others are reported as "bounded".
         top_per_group: ``top`` counts within each group of like matrices.
