@@ -355,5 +355,6 @@ def test_thirty_kills_change_nothing(options, tmp_path):
     assert repr(list(found)) == repr(list(expected))
     assert found.skipped == expected.skipped
     assert 0 < found.metadata["cache"]["hits"] < len(expected)
-    assert journals(cache) == []
+    left = [path.name for path in journals(cache)]
+    assert all(name.endswith(".new") for name in left)  # killed before the first line; these go after a minute
     assert not list(cache.rglob("*.tmp"))
