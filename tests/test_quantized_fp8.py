@@ -192,6 +192,19 @@ def test_deepseek_calls_the_scales_of_blocks_scale_and_other_scales_of_that_name
     assert reasons(source)["a.weight"].startswith("quantized codes that need their scales (scale)")
 
 
+def test_the_scale_weight_of_comfyui_multiplies_the_whole_matrix():
+    codes, scale = quantized(trained(128, 96), (128, 96))
+    source = {"a.weight": codes, "a.scale_weight": scale.reshape(())}
+    (entry,) = check(source, {"a.weight": dequantized(codes, scale.numpy(), (128, 96))})
+    assert entry.quantization == "fp8 e4m3, one scale"
+
+
+def test_two_scales_of_one_weight_are_not_guessed_at():
+    codes, scale = quantized(trained(256, 96), (128, 96))
+    source = {"a.weight": codes, "a.weight_scale_inv": scale, "a.weight_scale": scale, "b": torch.randn(16, 16)}
+    assert reasons(source)["a.weight"].startswith("quantized codes that need their scales (weight_scale, weight_scale")
+
+
 def test_fp8_without_scales_stays_what_it_is_unless_the_config_promises_them(tmp_path):
     codes, _ = quantized(trained(128, 128), (128, 128))
     (found,) = matrices({"a.weight": codes}).values()

@@ -64,6 +64,12 @@ def test_what_is_staged_on_the_cpu_is_what_load_returns():
     assert stage([SimpleNamespace(load=lambda device: weight)], CPU).weights[0] is weight
 
 
+def test_what_is_on_the_accelerator_already_is_left_to_the_stream_that_uses_it():
+    gpu = torch.device("cuda", 0)
+    there = SimpleNamespace(device=gpu, load=fail(AssertionError("loaded on the stream of another thread")))
+    assert stage([there, there], gpu) == Staged([])
+
+
 def test_leaving_early_ends_the_thread():
     staged = one_ahead(range(100), lambda item: [matrix(item)], CPU)
     next(staged)
