@@ -307,10 +307,15 @@ def test_a_selection_of_layers_without_parameters_says_that_codes_cannot_be_trai
 # HQQ
 
 
+def hqq_library():
+    """Not in the extra "test": once it is there, transformers imports it everywhere, and torch's compiler with it."""
+    return pytest.importorskip("hqq.core.quantize", reason="pip install hqq to test its layers")
+
+
 @pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_hqq_layers_are_ranked_by_what_they_dequantize_to(bits, axis):
-    hqq = pytest.importorskip("hqq.core.quantize")
+    hqq = hqq_library()
     how = hqq.BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
     linear = nn.Linear(128, 96, bias=False)
     linear.weight.data.copy_(trained(96, 128))
@@ -329,7 +334,7 @@ def test_hqq_layers_are_ranked_by_what_they_dequantize_to(bits, axis):
 
 
 def test_hqq_scales_that_are_quantized_are_left_so():
-    hqq = pytest.importorskip("hqq.core.quantize")
+    hqq = hqq_library()
     how = hqq.BaseQuantizeConfig(nbits=4, group_size=64, quant_zero=True, quant_scale=True)
     layer = hqq.HQQLinear(nn.Linear(128, 96, bias=False), how, compute_dtype=torch.bfloat16, device="cpu")
     expected = layer.dequantize()
