@@ -185,7 +185,7 @@ class Bitsandbytes:
         states = [role for role in beside if role.startswith(STATE)]
         if states:
             blocks = blocks_of(candidate.name, beside[states[0]], states[0].removeprefix(STATE))
-            return four_bits(candidate, blocks)
+            return four_bits(candidate, blocks, beside[states[0]])
         if "absmax" in beside or "nested_absmax" in beside:
             raise candidate.missing(f"{candidate.name}.{STATE}nf4")
         if "SCB" in beside and candidate.codes.dtype == torch.int8:
@@ -222,7 +222,7 @@ def _blocks(said: Mapping[str, Any], kind: str) -> Blocks:
     return Blocks(kind, size, shape, DTYPES[said["dtype"]], nested_size, offset)
 
 
-def four_bits(candidate: Candidate, blocks: Blocks) -> Recipe:
+def four_bits(candidate: Candidate, blocks: Blocks, state: Stored | None = None) -> Recipe:
     """The recipe for a weight of four bits.
 
     Raises:
@@ -242,24 +242,29 @@ def four_bits(candidate: Candidate, blocks: Blocks) -> Recipe:
     assert codes.dtype is not None
     if codes.numel * codes.dtype.itemsize != -(-blocks.numel // 2):
         raise refuse(candidate, beside["absmax"], f"a weight of shape {blocks.shape} has two codes in a byte")
-    nested = (beside["nested_absmax"], beside["nested_quant_map"]) if blocks.nested_size else None
-    return recipe_of(codes, Scales(beside["absmax"], blocks, nested), blocks)
+    nested = (beside[NESTED[0]], beside[NESTED[1]]) if blocks.nested_size else None
+    return recipe_of(codes, Scales(beside["absmax"], blocks, nested), blocks, state)
 
 
-def recipe_of(codes: Stored, scales: Scales, blocks: Blocks) -> Recipe:
+def recipe_of(codes: Stored, scales: Scales, blocks: Blocks, state: Stored | None) -> Recipe:
     """How to make the weight, or each matrix of a stack, from codes and scales whose sizes have been checked."""
     where = codes.device
     if len(blocks.shape) != 3:
-        every = Stored((scales.absmax.name,), (blocks.count,), torch.float32, where, _AllScales(scales))
         matrix = blocks.shape if len(blocks.shape) == 2 else (blocks.shape[0], blocks.numel // blocks.shape[0])
+        read = {"codes": codes, "absmax": scales.absmax}
+        if scales.nested is not None:
+            read |= dict(zip(NESTED, scales.nested, strict=True))
+        if state is not None:
+            read["state"] = state  # known already, but what the weight is depends on it
 
         def dequantize(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            values = dequantize_4bit(inputs["codes"], inputs["scales"], blocks)
+            absmax = inputs["absmax"]
+            if blocks.nested_size:
+                absmax = dequantize_scales(absmax, inputs[NESTED[1]], inputs[NESTED[0]], blocks)
+            values = dequantize_4bit(inputs["codes"], absmax.float(), blocks)
             return values[: blocks.numel].view(matrix)
 
-        return Recipe(
-            blocks.description, matrix, blocks.dtype, {"codes": codes, "scales": every}, dequantize, blocks.peak
-        )
+        return Recipe(blocks.description, matrix, blocks.dtype, read, dequantize, blocks.peak)
     experts = blocks.shape[0]
     part = blocks.numel // experts
     if part % blocks.size == 0:
@@ -322,16 +327,6 @@ class _Rows:
             taken = self.of.take((slice(first * rows, last * rows),))
             part = taken.contiguous().view(torch.uint8)
         return part.reshape(last - first, -1)[0] if index else part.reshape(self.count, -1)
-
-
-@dataclass(frozen=True)
-class _AllScales:
-    """All scales of a weight."""
-
-    scales: Scales
-
-    def __call__(self, index: Index, device: torch.device | None = None) -> torch.Tensor:
-        return self.scales(0, self.scales.blocks.count)
 
 
 @dataclass(frozen=True)
