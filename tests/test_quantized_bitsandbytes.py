@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from torch import nn
 import kappa_fast
 from kappa_fast.errors import SourceError
 from kappa_fast.sources import Filters, open_source
+from kappa_fast.sources.files import Region
 from kappa_fast.sources.quantized.bitsandbytes import TABLES, Blocks, dequantize_4bit, dequantize_8bit
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -162,14 +164,14 @@ def test_codes_are_read_where_the_experts_are_and_no_others(tmp_path, monkeypatc
     weight = torch.randn(4, 32, 64)
     save_file(stored("mlp.experts.up", weight, nested=True), tmp_path / "model.safetensors")
     read: list[tuple[str, int]] = []
-    original = kappa_fast.sources.checkpoint.Shard.take
+    original = Region.take
 
-    def take(self: object, name: str, index: object, *device: object) -> torch.Tensor:
-        tensor = original(self, name, index, *device)
-        read.append((name, tensor.nbytes))
+    def take(self: Region, *arguments: Any) -> torch.Tensor:
+        tensor = original(self, *arguments)
+        read.append((self.name, tensor.nbytes))
         return tensor
 
-    monkeypatch.setattr(kappa_fast.sources.checkpoint.Shard, "take", take)
+    monkeypatch.setattr(Region, "take", take)
     found = matrices(tmp_path)
     expected = functional.dequantize_4bit(*quantized(weight, nested=True))
     assert torch.equal(found["mlp.experts.up[2]"].load(), expected[2])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from models import EVERYTHING, matrices
 from safetensors.torch import save_file
 
-from kappa_fast.sources.base import FileState, Stamp
+from kappa_fast.sources.base import FileState, Stamp, Stored
+from kappa_fast.sources.quantized.recipe import Recipe, compose
 
 
 def stamps(path: Path) -> dict[str, Stamp]:
@@ -78,3 +80,38 @@ def test_values_of_several_files_carry_the_state_of_all(tmp_path):
     assert Stamp.joined([codes, scales], "awq") != Stamp.joined([codes, scales], "fp8")
     assert Stamp.joined([codes, None], "fp8") is None
     assert Stamp.joined([], "fp8") is None
+
+
+def composed(dequantize, **settings):
+    """The stamp of a weight made of one tensor whose values are known by a stamp."""
+    file = FileState("model.safetensors", 1, 2, 3, 4, 5)
+    codes = Stored(("q.weight",), (8, 6), torch.int8, torch.device("cpu"), lambda *_: None, stamp=Stamp((file,), "q"))
+    recipe = Recipe("some format", (8, 6), torch.float32, {"codes": codes}, dequantize, **settings)
+    return compose(codes, recipe).stamp
+
+
+def dequantized(inputs, *, offset=0):
+    return inputs["codes"].float() + offset
+
+
+def test_what_is_made_of_codes_is_part_of_what_identifies_them():
+    stamps = [
+        composed(dequantized),
+        composed(partial(dequantized, offset=1)),
+        composed(partial(dequantized, offset=2)),
+        composed(dequantized, detail="offset 3"),
+    ]
+    assert None not in stamps
+    assert len(set(stamps)) == 4
+    assert composed(partial(dequantized, offset=1)) == stamps[1]
+
+
+def test_a_weight_that_is_made_in_a_way_that_nothing_tells_has_no_stamp():
+    offset = 1
+
+    def closed_over(inputs):
+        return inputs["codes"].float() + offset
+
+    assert composed(closed_over) is None
+    assert composed(partial(closed_over)) is None
+    assert composed(closed_over, detail="offset 1") is not None

@@ -264,7 +264,7 @@ def recipe_of(codes: Stored, scales: Scales, blocks: Blocks, state: Stored | Non
             values = dequantize_4bit(inputs["codes"], absmax.float(), blocks)
             return values[: blocks.numel].view(matrix)
 
-        return Recipe(blocks.description, matrix, blocks.dtype, read, dequantize, blocks.peak)
+        return Recipe(blocks.description, matrix, blocks.dtype, read, dequantize, blocks.peak, repr(blocks))
     experts = blocks.shape[0]
     part = blocks.numel // experts
     if part % blocks.size == 0:
@@ -302,11 +302,14 @@ def eight_bits(candidate: Candidate) -> Recipe:
             "bitsandbytes below 0.45 and save it again"
         )
 
-    def dequantize(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return dequantize_8bit(inputs["codes"], inputs["scales"])
-
     inputs = {"codes": codes, "scales": scales}
-    return Recipe("bitsandbytes int8, a scale for each row", codes.shape, torch.float32, inputs, dequantize, peak=0)
+    return Recipe(
+        "bitsandbytes int8, a scale for each row", codes.shape, torch.float32, inputs, _dequantize_rows, peak=0
+    )
+
+
+def _dequantize_rows(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return dequantize_8bit(inputs["codes"], inputs["scales"])
 
 
 @dataclass(frozen=True)

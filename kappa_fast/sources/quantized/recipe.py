@@ -68,6 +68,8 @@ class Recipe:
             experts as their first dimension are cut there, and the others read whole.
         dequantize: makes one matrix, of the last two sizes of ``shape``, of the inputs.
         peak: bytes for each weight that ``dequantize`` needs at its peak beside inputs and result.
+        detail: what the values depend on beside the inputs. Needed where ``dequantize`` closes over something; of a
+            function, or a partial one, its keywords tell.
     """
 
     quantization: str
@@ -76,6 +78,7 @@ class Recipe:
     inputs: Mapping[str, Stored]
     dequantize: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] = field(repr=False)
     peak: int = 8
+    detail: str | None = None
 
 
 def refuse(candidate: Candidate, companion: Stored, why: str) -> SourceError:
@@ -119,14 +122,23 @@ def compose(stored: Stored, recipe: Recipe) -> Stored:
         quantization=recipe.quantization,
         overhead=read + matrix * recipe.peak,
         prefetch=None if stored.prefetch is None else partial(_prefetch, recipe),
-        stamp=Stamp.joined([item.stamp for item in recipe.inputs.values()], _how(recipe)),
+        stamp=_stamp(recipe),
     )
 
 
-def _how(recipe: Recipe) -> str:
-    """All that decides about the values beside those of the inputs, which may come from the config."""
-    details = sorted(getattr(recipe.dequantize, "keywords", {}).items())
-    return f"{recipe.quantization} {recipe.shape} {recipe.dtype} {details}"
+def _stamp(recipe: Recipe) -> Stamp | None:
+    """What identifies the values: those of the inputs, and all that decides what is made of them (config, headers)."""
+    function: Any = recipe.dequantize
+    detail = recipe.detail
+    if detail is None:
+        keywords: Mapping[str, Any] = {}
+        if isinstance(function, partial):
+            function, keywords = function.func, function.keywords
+        if getattr(function, "__closure__", None) is not None:
+            return None  # it may depend on anything
+        detail = str(sorted(keywords.items()))
+    how = f"{recipe.quantization} {recipe.shape} {recipe.dtype} {detail}"
+    return Stamp.joined([item.stamp for item in recipe.inputs.values()], how)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,7 +100,8 @@ class Torchao:
             )
         if importlib.util.find_spec("torchao") is None:
             raise missing_extra("torchao", "torchao", f"{name!r}, quantized by torchao,")
-        return _recipe(name, _description(name, said), candidate)
+        recipe = _recipe(name, _description(name, said), candidate)
+        return recipe if isinstance(recipe, str) else replace(recipe, detail=said)
 
 
 def _description(name: str, said: str) -> Mapping[str, Any]:
