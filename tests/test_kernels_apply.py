@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, tor
 SHAPES = [(1, 1), (31, 7), (64, 64), (65, 33), (200, 130)]
 
 
-@pytest.fixture(params=[True, False], ids=["dot", "outer products"])
+@pytest.fixture(params=[pytest.param(True, id="dot"), pytest.param(False, id="outer products", marks=pytest.mark.slow)])
 def products(request, monkeypatch):
     monkeypatch.setattr(module, "WITH_DOT", ("sm_90",) if request.param else ())
 

@@ -37,7 +37,7 @@ def factor(grams):
     return [torch.tril(view) for view in problems.gram_views(packed)], found
 
 
-@pytest.fixture(params=[True, False], ids=["dot", "outer products"])
+@pytest.fixture(params=[pytest.param(True, id="dot"), pytest.param(False, id="outer products", marks=pytest.mark.slow)])
 def products(request, monkeypatch):
     monkeypatch.setattr(module, "WITH_DOT", ("sm_90",) if request.param else ())
 

@@ -98,7 +98,7 @@ def test_the_longest_columns_of_the_largest_digits_do_not_saturate(monkeypatch):
     assert (np.tril(result) == np.tril(q.T @ q)).all()
 
 
-@pytest.mark.parametrize("rows", [16383, 16384])
+@pytest.mark.parametrize("rows", [pytest.param(16383, marks=pytest.mark.slow), 16384])
 def test_long_matrices_are_split_by_their_shape_alone(rows, monkeypatch):
     for slices in (2, 3, 4):
         monkeypatch.setitem(module.SLICE_TILES[HERE], slices, Tile(16, 128, 4, 2))

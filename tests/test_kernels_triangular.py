@@ -29,7 +29,7 @@ OPERATIONS = {
 }
 
 
-@pytest.fixture(params=[True, False], ids=["dot", "outer products"])
+@pytest.fixture(params=[pytest.param(True, id="dot"), pytest.param(False, id="outer products", marks=pytest.mark.slow)])
 def products(request, monkeypatch):
     chosen = ("sm_90",) if request.param else ()
     monkeypatch.setattr(factors, "WITH_DOT", chosen)
