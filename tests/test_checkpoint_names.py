@@ -5,12 +5,20 @@ import sys
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import FAMILIES, SMALL, build
 from safetensors.torch import load_file, save_file
 from test_names_matching import everything, match, on_disk
 
 import kappa_fast
 
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
 AS_ON_THE_HUB = ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3"]
 
 
@@ -52,6 +60,19 @@ def test_what_transformers_saves_gives_the_keys_of_the_model(family, tmp_path):
     model.save_pretrained(tmp_path)
     live, found = kappa_fast.rank(model, progress=False), kappa_fast.rank(tmp_path, progress=False)
     assert [e.key for e in found] == [e.key for e in live]
+
+
+@pytest.mark.parametrize("text", ["phi3", "granitemoe"])
+def test_fused_projections_of_a_model_inside_of_a_model_are_split(text, tmp_path):
+    from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    inner = AutoConfig.for_model(text, **SMALL, num_local_experts=4)
+    config = LlavaConfig(text_config=inner, vision_config=CLIPVisionConfig(**VISION), image_token_index=5)
+    model = LlavaForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    found = kappa_fast.rank(tmp_path, progress=False)
+    assert [e.key for e in found] == [e.key for e in kappa_fast.rank(model, progress=False)]
+    assert {e.part.rpartition(".")[2] for e in found} >= {"gate", "up"}
 
 
 def test_patterns_find_both_names(hub):

@@ -52,8 +52,8 @@ def open_source(
         NotImplementedError: a parameter is sharded.
     """
     inventory = _read(source, quiet)
-    around = Surroundings.of(inventory)
     places = places_of(inventory) if places_of is not None else {}
+    around = Surroundings.of(_renamed(inventory, places))
     matrices: list[Matrix] = []
     skipped: list[Skipped] = []
     notes: dict[str, str] = {}
@@ -86,6 +86,18 @@ def open_source(
     quantized = Counter(t.quantization for t in candidates if t.quantization is not None)
     metadata: dict[str, Any] = {**inventory.metadata, "layouts": notes, "quantization": dict(quantized)}
     return Source(tuple(matrices), tuple(skipped), inventory.num_parameters, metadata, inventory.in_memory)
+
+
+def _renamed(inventory: Inventory, places: Mapping[str, Place]) -> Inventory:
+    """With the names of the model beside those on disk, since tensors are looked up by what their siblings are called.
+
+    What is only a part of a parameter does not have its shape.
+    """
+    whole = {name: place.name for name, place in places.items() if not place.index}
+    if not whole:
+        return inventory
+    tensors = [replace(t, names=(*t.names, whole[t.name])) if t.name in whole else t for t in inventory.tensors]
+    return replace(inventory, tensors=tensors)
 
 
 def _pieces(stored: Stored, place: Place | None, around: Surroundings, split: bool) -> Cut:
