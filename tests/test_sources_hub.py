@@ -148,6 +148,32 @@ def test_an_interrupted_download_goes_on_with_what_is_missing(hub, cache):
     assert hub.downloaded() == [SECOND]
 
 
+LOOSE = {f"{part}.safetensors": save({name: MODEL[name]}) for part, name in zip("ab", NAMES, strict=True)}
+
+
+def test_a_download_that_stopped_between_files_without_an_index_goes_on(hub):
+    hub.repositories["org/name"] = LOOSE
+    hub.errors["b.safetensors"] = (403, "")
+    refused("org/name", SourceNotFoundError)
+    hub.errors.clear()
+    assert is_the_model("org/name")
+
+
+def test_files_without_an_index_are_compared_with_the_commit_in_the_cache(hub, cache):
+    hub.repositories["org/name"] = LOOSE
+    store_in_cache(cache, "org/name", LOOSE)
+    assert is_the_model("org/name")
+    assert hub.downloaded() == []
+    assert any(COMMIT in line for line in hub.requests)
+    assert not any("main" in line for line in hub.requests)
+
+
+def test_files_without_an_index_are_ranked_with_a_warning_where_the_hub_cannot_be_asked(cache):
+    store_in_cache(cache, "org/name", LOOSE)
+    with pytest.warns(UserWarning, match="only the hub can say whether one is missing"):
+        assert is_the_model("org/name")
+
+
 @pytest.mark.parametrize("progress", [False, None])
 def test_the_ranking_is_that_of_the_files_and_quiet_where_no_bar_is_wanted(progress, hub, capsys):
     hub.repositories["org/name"] = SHARDED

@@ -107,14 +107,17 @@ def read_checkpoint(path: Path) -> Inventory:
     )
 
 
-def check_files(directory: Path) -> None:
-    """Raise what ``read_checkpoint`` would for the names of the files alone.
+def check_files(directory: Path) -> bool:
+    """Whether the names of the files show that none is missing; without an index or numbers nobody can tell.
+
+    Raises what ``read_checkpoint`` would for the names alone.
 
     Raises:
         SourceNotFoundError: a shard is missing.
         SourceError: there are no weights, or their index is wrong.
     """
-    _files_of(directory)
+    files, expected = _files_of(directory)
+    return expected is not None or all(file.name == SINGLE or _NUMBERED.fullmatch(file.name) for file in files)
 
 
 class Shard:

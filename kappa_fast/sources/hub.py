@@ -1,13 +1,15 @@
 """Models on a hub: ids such as org/name or org/name@revision become directories of the local cache.
 
-What is complete in the cache is used without a word to the network. Otherwise only what is ranked is downloaded: the
-index, its shards and config.json, but no pickles and none of the same weights in another format.
+What is complete in the cache is used without a word to the network; where the names of the files do not tell, the hub
+is asked. Otherwise only what is ranked is downloaded: the index, its shards and config.json, but no pickles and none of
+the same weights in another format.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,22 +53,38 @@ def snapshot(wanted: HubId, quiet: bool = False) -> Path:
         MissingExtraError: huggingface_hub is not installed.
         SourceNotFoundError: there is no such model or revision, or nothing of it is here and the hub is out of reach.
         SourceError: it is gated, incomplete and offline, or has no safetensors.
+
+    Warns:
+        UserWarning: nobody could say whether the files in the cache are all.
     """
     try:
         import huggingface_hub
     except ImportError as error:
         what = f"there is no file or directory {str(wanted)!r}, and looking for a model of that name on the hub"
         raise missing_extra("huggingface-hub", "hub", what) from error
-    cached = _cached(huggingface_hub, wanted)
-    lacking = None if cached is None else _lacking(cached)
-    if cached is not None and lacking is None:
-        return cached
+    cached, lacking = _cached(huggingface_hub, wanted), None
+    usable = None
+    if cached is not None:
+        try:
+            if check_files(cached):
+                return cached
+            usable = cached  # if the hub does not answer: a download may have stopped before the last file
+        except SourceError as error:
+            lacking = error
     try:
-        return _download(huggingface_hub, wanted, _Quiet.bars() if quiet else None)
+        target = wanted if usable is None else HubId(wanted.name, usable.name)
+        return _download(huggingface_hub, target, _Quiet.bars() if quiet else None)
     except KappaError:
         raise
     except Exception as error:  # of huggingface_hub, of the HTTP client that it happens to use, of the disk
-        raise _explained(wanted, lacking, error) from error
+        if usable is None:
+            raise _explained(wanted, lacking, error) from error
+        warnings.warn(
+            f"{wanted} is ranked as it is in the cache ({usable}): its files have neither an index nor numbers, so "
+            "only the hub can say whether one is missing, and it did not answer",
+            stacklevel=2,
+        )
+        return usable
 
 
 def _cached(hub: Any, wanted: HubId) -> Path | None:
@@ -76,15 +94,6 @@ def _cached(hub: Any, wanted: HubId) -> Path | None:
     except (OSError, ValueError):
         return None
     return Path(found)
-
-
-def _lacking(directory: Path) -> SourceError | None:
-    """Why a snapshot cannot be ranked as it is."""
-    try:
-        check_files(directory)
-    except SourceError as error:
-        return error
-    return None
 
 
 def _download(hub: Any, wanted: HubId, bars: type[Any] | None) -> Path:
