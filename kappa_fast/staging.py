@@ -107,18 +107,22 @@ def read_ahead(
 
     source = iter(waves)
     coming: deque[tuple[T, int]] = deque()
+    total = 0  # bytes in it
     try:
         while True:
-            while len(coming) < 2 or sum(size for _, size in coming) < ahead:
+            while len(coming) < 2 or total < ahead:
                 wave = next(source, None)
                 if wave is None:
                     break
                 chosen = matrices(wave)
                 coming.append((wave, sum(matrix.nbytes for matrix in chosen)))
+                total += coming[-1][1]
                 pool.submit(prefetch, [matrix.prefetch for matrix in chosen if matrix.prefetch is not None])
             if not coming:
                 return
-            yield coming.popleft()[0]
+            wave, size = coming.popleft()
+            total -= size
+            yield wave
     finally:
         ended.set()
         pool.shutdown(wait=True, cancel_futures=True)
