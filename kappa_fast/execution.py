@@ -137,6 +137,7 @@ class Executor:
         place = self._where(matrices[0])
         backend = self._backend_for(place)
         half = len(wave) // 2
+        weights: list[torch.Tensor] = []
         try:
             with undisturbed_thread():
                 weights = staged.ready() if staged and staged.weights else [m.load(place) for m in matrices]
@@ -151,6 +152,7 @@ class Executor:
                 half = 0
             else:
                 raise
+        del weights  # or they would take the room that halves are to make
         return (self._attempt(wave[:half], work) if half else []) + self._attempt(wave[half:], work)
 
     def _give_up(self, device: torch.device, error: Exception) -> None:

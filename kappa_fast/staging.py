@@ -24,9 +24,11 @@ T = TypeVar("T")
 AHEAD = 256 << 20
 
 
-@dataclass(frozen=True)
+@dataclass
 class Staged:
     """The weights of a wave, on their way to the device; none where there was no room for them yet.
+
+    ``ready()`` gives them away, so that whoever used them decides when they go.
 
     arrived: the event of the last copy; None if none was made.
     """
@@ -36,12 +38,13 @@ class Staged:
 
     def ready(self) -> list[torch.Tensor]:
         """The weights, for use on the current stream of the device: it waits for their arrival, the host does not."""
+        weights, self.weights = self.weights, []
         if self.arrived is not None:
-            stream = torch.cuda.current_stream(self.weights[0].device)
+            stream = torch.cuda.current_stream(weights[0].device)
             stream.wait_event(self.arrived)
-            for weight in self.weights:
+            for weight in weights:
                 weight.record_stream(stream)
-        return self.weights
+        return weights
 
 
 def stage(matrices: Sequence[Matrix], device: torch.device) -> Staged:

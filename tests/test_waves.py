@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,9 +18,11 @@ from kappa_fast import ComputeError, OptionError, execution, pipeline, waves
 from kappa_fast.backends import get_backend
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.pipeline import rank
+from kappa_fast.sources import Matrix, Source
 from kappa_fast.spectrum import exact
 from kappa_fast.waves import cut, default_budget, is_out_of_memory, parse_bytes
 
+CPU = torch.device("cpu")
 GIVEN = weights(a=(200, 170), b=(180, 180), c=(64, 32), d=(40, 90), e=(300, 165))
 
 
@@ -167,6 +170,39 @@ def test_a_wave_that_fails_is_halved_until_it_works_with_the_same_result(make, w
     assert sizes == [5, 2, 1, 1, 3, 1, 2, 1, 1]
     assert caplog.messages[0].startswith("a wave of 5 matrices failed (")
     assert caplog.messages[0].endswith("; trying halves")
+
+
+def counted(count: int) -> tuple[Source, list[int]]:
+    """A source, and how many weights that it has given out were still there at each load."""
+    given, there = list["weakref.ref[torch.Tensor]"](), list[int]()
+
+    def load(device: torch.device | None = None) -> torch.Tensor:
+        there.append(sum(weight() is not None for weight in given))
+        weight = torch.zeros(20, 20)
+        given.append(weakref.ref(weight))
+        return weight
+
+    matrices = [Matrix(f"w{i}", (), "", (), None, "w", (20, 20), torch.float32, CPU, load) for i in range(count)]
+    return Source(tuple(matrices), (), 1, {}), there
+
+
+def test_the_weights_of_two_waves_are_there_at_a_time_and_no_more(whole):
+    source, there = counted(12)
+    results = execution.Executor(source, "torch", CPU, 1).results(range(12), lambda _, backend, given: [0.0])
+    assert len(list(results)) == 12
+    assert max(there) == 1  # beside the one that is loaded
+
+
+def test_a_wave_that_fails_leaves_its_room_to_the_halves(whole):
+    source, there = counted(4)
+
+    def work(wave: Sequence[int], backend: Any, given: list[torch.Tensor]) -> list[float]:
+        if len(wave) == 4:
+            raise MemoryError
+        return [0.0] * len(wave)
+
+    assert len(list(execution.Executor(source, "torch", CPU, None).results(range(4), work))) == 4
+    assert there == [0, 1, 2, 3, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("make", OUT_OF_MEMORY)
