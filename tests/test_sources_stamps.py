@@ -8,11 +8,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from models import EVERYTHING, matrices
 from safetensors.torch import save_file
 
-from kappa_fast.sources.base import FileState, Stamp, Stored
+from kappa_fast.sources import base
+from kappa_fast.sources.base import FileState, Stamp, Stored, release_of
 from kappa_fast.sources.quantized.recipe import Recipe, compose
 
 
@@ -62,6 +65,43 @@ def test_the_link_of_a_snapshot_and_its_blob_are_one_file(tmp_path):
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "model.safetensors").symlink_to(tmp_path / "blob.safetensors")
     assert stamps(tmp_path / "snapshot") == stamps(tmp_path / "blob.safetensors")
+
+
+@pytest.fixture(params=["gguf", "torchao"])
+def read_by_package(request, tmp_path) -> tuple[str, Path]:
+    """A package, and a file with weights that it dequantizes and others."""
+    package = pytest.importorskip(request.param)
+    if request.param == "gguf":
+        path = tmp_path / "model.gguf"
+        writer = package.GGUFWriter(path, "llama")
+        codes = np.zeros((32, 34), dtype=np.uint8)
+        writer.add_tensor("codes.weight", codes, raw_dtype=package.GGMLQuantizationType.Q8_0)
+        writer.add_tensor("plain.weight", np.zeros((32, 32), dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return request.param, path
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    path, layer = tmp_path / "model.safetensors", torch.nn.Linear(32, 32, bias=False)
+    quantize_(layer, Int8WeightOnlyConfig())
+    flat, header = flatten_tensor_state_dict({"codes.weight": layer.weight.detach()})
+    save_file({**flat, "plain.weight": torch.zeros(32, 32)}, path, metadata=header)
+    return request.param, path
+
+
+def test_another_version_of_what_dequantizes_gives_another_stamp(read_by_package, monkeypatch):
+    package, path = read_by_package
+    before = stamps(path)
+    release_of.cache_clear()
+    monkeypatch.setattr(base, "version", lambda name: "99.0")
+    after = stamps(path)
+    release_of.cache_clear()
+    assert f"{package} 99.0" in after["codes.weight"].what
+    assert after["codes.weight"] != before["codes.weight"]
+    assert after["plain.weight"] == before["plain.weight"]
 
 
 def test_tensors_in_memory_have_none():

@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -79,6 +81,15 @@ class Stamp:
             return None
         files = tuple(dict.fromkeys(file for part in known for file in part.files))
         return cls(files, f"{how}({', '.join(part.what for part in known)})")
+
+
+@cache
+def release_of(package: str) -> str:
+    """Name and version of an installed package, for stamps of what it dequantizes: a later one may correct itself."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:  # a copy on the path
+        return package
 
 
 @dataclass(frozen=True)

@@ -115,10 +115,14 @@ class Region:
         """Where it begins, for reading in the order of the file."""
         return str(self.file.path), self.offset
 
+    @property
+    def stamp(self) -> Stamp:
+        """What identifies the values of the whole."""
+        return Stamp((self.file.state,), self.name)
+
     def described(self, item: Stored) -> Stored:
         """``item`` with what is known of the file: how to read ahead, where it begins, whether it is what it was."""
-        stamp = Stamp((self.file.state,), self.name)
-        return replace(item, prefetch=self.prefetch, location=self.location, stamp=stamp)
+        return replace(item, prefetch=self.prefetch, location=self.location, stamp=self.stamp)
 
     def take(self, index: Index, device: torch.device | None = None) -> torch.Tensor:
         """The array, or what ``index`` leaves of it, in memory that nobody else has, whatever ``device`` is.

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import SourceError, SourceNotFoundError, missing_extra
 from . import files
-from .base import Inventory, Stored
+from .base import Inventory, Stamp, Stored, release_of
 from .files import DataFile, Region
 from .gguf_header import TensorInfo, read_header
 from .names import has_adapters, in_model_order
@@ -95,6 +95,10 @@ class Coded(Region):
     def __init__(self, file: DataFile, name: str, offset: int, shape: Sequence[int], kind: Any) -> None:
         super().__init__(file, name, offset, shape, torch.float32)
         self._kind = kind
+
+    @property
+    def stamp(self) -> Stamp:
+        return Stamp((self.file.state,), f"{self.name} by {release_of('gguf')}")
 
     def _bytes(self, shape: Sequence[int]) -> int:
         block, size = _block_of(self._kind)

@@ -19,7 +19,7 @@ import torch
 from ...entries import Index
 from ...errors import SourceError, missing_extra
 from .. import codes
-from ..base import Stored
+from ..base import Stored, release_of
 from .recipe import Candidate, Recipe
 
 CODES = "qdata"
@@ -101,7 +101,7 @@ class Torchao:
         if importlib.util.find_spec("torchao") is None:
             raise missing_extra("torchao", "torchao", f"{name!r}, quantized by torchao,")
         recipe = _recipe(name, _description(name, said), candidate)
-        return recipe if isinstance(recipe, str) else replace(recipe, detail=said)
+        return recipe if isinstance(recipe, str) else replace(recipe, detail=f"{said} by {release_of('torchao')}")
 
 
 def _description(name: str, said: str) -> Mapping[str, Any]:
