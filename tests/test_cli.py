@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 
 import kappa_fast
 from kappa_fast import backends, execution, pipeline
-from kappa_fast.cli import app
+from kappa_fast.cli import app, options
 from kappa_fast.cli import rank as rank_command
-from kappa_fast.cli.rank import BackendName
 
 COMMAND = [sys.executable, "-m", "kappa_fast"]
 
@@ -148,7 +147,7 @@ def test_every_option_of_rank_that_fits_a_command_line_is_there_with_the_same_de
     assert set(python) - set(shell) == {"source", "score", "process_group"}
     for name in set(python) & set(shell) - {"certify", "cache"}:  # the same command goes on from there: it has a cache
         assert shell[name].default == python[name].default, name
-    assert rank_command.proofs(shell["certify"].default) is python["certify"].default
+    assert options.proofs(shell["certify"].default) is python["certify"].default
 
 
 @pytest.mark.parametrize(
@@ -205,7 +204,7 @@ def test_options_have_their_effect(cli, checkpoint):
     assert re.search(r"[1-4] only bounded", out)
 
 
-@pytest.mark.parametrize("name", [name for name in BackendName if name != "triton" or sys.platform == "linux"])
+@pytest.mark.parametrize("name", [name for name in options.BackendName if name != "triton" or sys.platform == "linux"])
 def test_every_backend_that_can_be_named_exists(name):
     assert backends.get_backend(name.value, torch.device("cpu")).device.type == "cpu"
 

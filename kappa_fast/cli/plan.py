@@ -8,43 +8,29 @@ from typing import Annotated
 
 import typer
 
+from . import options
 from .outcome import count_or_share, outcome
-from .rank import BackendName, Certify, Fused, check_writable, proofs
+from .rank import check_writable
 
 
 def plan(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="A .safetensors file, or a directory of them.", show_default=False)
     ],
-    top: Annotated[
-        str | None,
-        typer.Option(metavar="N|SHARE", help="Resolve only the lowest N (10), or that share of all (0.2)."),
-    ] = None,
-    top_per_group: Annotated[
-        bool, typer.Option("--top-per-group", help="--top counts within each group of like matrices.")
-    ] = False,
-    rtol: Annotated[float, typer.Option(help="Relative half-width that each interval is to reach.")] = 1e-2,
-    certify: Annotated[
-        Certify, typer.Option(help="Prove the intervals in float64: none, all, or those of the --top.")
-    ] = Certify.NO,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Only names in which this is found; repeatable.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="No names in which this is found; repeatable.")
-    ] = None,
-    embeddings: Annotated[bool, typer.Option("--embeddings", help="Rank embeddings and output heads too.")] = False,
-    routers: Annotated[bool, typer.Option("--routers", help="Rank the routers of mixtures of experts too.")] = False,
-    fused: Annotated[
-        Fused, typer.Option(help="Fused projections: their parts, or the tensor as stored.")
-    ] = Fused.SPLIT,
-    min_dim: Annotated[int, typer.Option(help="Skip matrices whose smaller side is below this.")] = 16,
-    max_dim: Annotated[int | None, typer.Option(help="Skip matrices whose larger side is above this.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = None,
-    backend: Annotated[BackendName, typer.Option(help="What computes.")] = BackendName.AUTO,
-    memory_budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory to take beside the weights, such as 2GB.")
-    ] = None,
+    top: options.Top = None,
+    top_per_group: options.TopPerGroup = False,
+    rtol: options.Rtol = 1e-2,
+    certify: options.CertifyOption = options.Certify.NO,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    embeddings: options.Embeddings = False,
+    routers: options.Routers = False,
+    fused: options.FusedOption = options.Fused.SPLIT,
+    min_dim: options.MinDim = 16,
+    max_dim: options.MaxDim = None,
+    device: options.Device = None,
+    backend: options.BackendOption = options.BackendName.AUTO,
+    memory_budget: options.MemoryBudget = None,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Time a few made-up matrices, and the disk, to predict.")
     ] = True,
@@ -72,7 +58,7 @@ def plan(
             top=count,
             top_per_group=top_per_group,
             rtol=rtol,
-            certify=proofs(certify),
+            certify=options.proofs(certify),
             include=include,
             exclude=exclude,
             embeddings=embeddings,

@@ -6,14 +6,14 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import Interrupted, OptionError, RankingFileError
 from ..report.skipped import by_reason
+from . import options
 from .outcome import count_or_share, outcome
 
 if TYPE_CHECKING:
@@ -21,29 +21,6 @@ if TYPE_CHECKING:
 
 
 MOST_REASONS = 8  # lines of the summary
-
-
-class Certify(StrEnum):
-    """Which intervals are to be proven."""
-
-    NO = "no"
-    ALL = "all"
-    SELECTION = "selection"
-
-
-class Fused(StrEnum):
-    """What becomes of fused projections."""
-
-    SPLIT = "split"
-    STORED = "stored"
-
-
-class BackendName(StrEnum):
-    """The backends of this version."""
-
-    AUTO = "auto"
-    TORCH = "torch"
-    TRITON = "triton"
 
 
 def rank(
@@ -55,35 +32,20 @@ def rank(
             show_default=False,
         ),
     ],
-    top: Annotated[
-        str | None,
-        typer.Option(metavar="N|SHARE", help="Resolve only the lowest N (10), or that share of all (0.2)."),
-    ] = None,
-    top_per_group: Annotated[
-        bool, typer.Option("--top-per-group", help="--top counts within each group of like matrices.")
-    ] = False,
-    rtol: Annotated[float, typer.Option(help="Relative half-width that each interval is to reach.")] = 1e-2,
-    certify: Annotated[
-        Certify, typer.Option(help="Prove the intervals in float64: none, all, or those of the --top.")
-    ] = Certify.NO,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Only names in which this is found; repeatable.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="No names in which this is found; repeatable.")
-    ] = None,
-    embeddings: Annotated[bool, typer.Option("--embeddings", help="Rank embeddings and output heads too.")] = False,
-    routers: Annotated[bool, typer.Option("--routers", help="Rank the routers of mixtures of experts too.")] = False,
-    fused: Annotated[
-        Fused, typer.Option(help="Fused projections: their parts, or the tensor as stored.")
-    ] = Fused.SPLIT,
-    min_dim: Annotated[int, typer.Option(help="Skip matrices whose smaller side is below this.")] = 16,
-    max_dim: Annotated[int | None, typer.Option(help="Skip matrices whose larger side is above this.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = None,
-    backend: Annotated[BackendName, typer.Option(help="What computes.")] = BackendName.AUTO,
-    memory_budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory to take beside the weights, such as 2GB.")
-    ] = None,
+    top: options.Top = None,
+    top_per_group: options.TopPerGroup = False,
+    rtol: options.Rtol = 1e-2,
+    certify: options.CertifyOption = options.Certify.NO,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    embeddings: options.Embeddings = False,
+    routers: options.Routers = False,
+    fused: options.FusedOption = options.Fused.SPLIT,
+    min_dim: options.MinDim = 16,
+    max_dim: options.MaxDim = None,
+    device: options.Device = None,
+    backend: options.BackendOption = options.BackendName.AUTO,
+    memory_budget: options.MemoryBudget = None,
     progress: Annotated[
         bool | None, typer.Option("--progress/--no-progress", help="A bar on stderr; by default on a terminal.")
     ] = None,
@@ -115,7 +77,7 @@ def rank(
                 top=count,
                 top_per_group=top_per_group,
                 rtol=rtol,
-                certify=proofs(certify),
+                certify=options.proofs(certify),
                 include=include,
                 exclude=exclude,
                 embeddings=embeddings,
@@ -156,11 +118,6 @@ def summary(ranking: Ranking, rtol: float) -> list[str]:
     lines += [f"skipped: {number} {reason}" for reason, number in reasons[:MOST_REASONS]]
     rest = sum(number for _, number in reasons[MOST_REASONS:])
     return lines + ([f"skipped: {rest} for other reasons, which the --json FILE lists"] if rest else [])
-
-
-def proofs(choice: Certify) -> bool | Literal["selection"]:
-    """The option ``certify`` of rank()."""
-    return "selection" if choice is Certify.SELECTION else choice is Certify.ALL
 
 
 def check_writable(path: Path, what: str = "ranking") -> None:
