@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from ..errors import OptionError
-from .table import format_interval, format_number, printable, shorten, to_plain_text
+from .table import check_limit, format_interval, format_number, printable, shorten, to_plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -36,9 +35,7 @@ class ComparisonTable:
     overlap: Overlap | None = None
 
     def __post_init__(self) -> None:
-        limit = self.limit
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
-            raise OptionError(f"limit={limit!r}: give a count of rows, or None for all")
+        check_limit(self.limit)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.table import Table

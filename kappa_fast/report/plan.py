@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import OptionError
 from .skipped import by_reason
-from .table import printable, to_plain_text
+from .table import check_limit, printable, to_plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -34,9 +33,7 @@ class PlanTable:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        limit = self.limit
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
-            raise OptionError(f"limit={limit!r}: give a count of rows, or None for all")
+        check_limit(self.limit)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.table import Table

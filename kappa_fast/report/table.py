@@ -45,9 +45,7 @@ class RankingTable:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        limit = self.limit
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
-            raise OptionError(f"limit={limit!r}: give a count of rows, or None for all")
+        check_limit(self.limit)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.table import Table
@@ -109,6 +107,12 @@ class RankingTable:
         yield ", ".join(counts) + (" (ranking.skipped says why)" if ranking.skipped else "")
         if ranking.metadata.get("partial"):
             yield "interrupted: matrices are missing"
+
+
+def check_limit(limit: object) -> None:
+    """Raises OptionError where this is no number of rows, nor None for all."""
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
+        raise OptionError(f"limit={limit!r}: give a count of rows, or None for all")
 
 
 def to_plain_text(page: RichCast | ConsoleRenderable, width: int) -> str:
