@@ -375,6 +375,11 @@ def test_forty_thousand_experts_are_compared_in_seconds(tmp_path):
     assert len(json.loads((tmp_path / "comparison.json").read_text())["changes"]) == 40_000
 
 
+def test_without_any_rows_the_changes_of_status_are_still_counted():
+    before, after = Ranking([span("a", 2, 3), span("b", 2, 3)]), Ranking([non_finite("a"), span("b", 2, 3)])
+    assert "... 1 more with another status" in before.compare(after).to_text(limit=0)
+
+
 def test_the_text_has_the_largest_moves_both_ways_and_the_file_has_everything(tmp_path):
     one = ranking(*(f"m{i}" for i in range(6)))
     other = Ranking(

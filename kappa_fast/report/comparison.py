@@ -86,8 +86,8 @@ class ComparisonTable:
             yield f"rank correlation (Spearman) {c.correlation:.4f} over {c.correlated:,}"
         for change in _few(c.status_changes, self.limit):
             yield f"status: {printable(change.key)}: {change.before.status} -> {change.after.status}"
-        if (more := len(c.status_changes) - (self.limit or math.inf)) > 0:
-            yield f"... {more:,} more with another status"
+        if self.limit is not None and len(c.status_changes) > self.limit:
+            yield f"... {len(c.status_changes) - self.limit:,} more with another status"
         yield from self._lone(c.only_before, "first", "second")
         yield from self._lone(c.only_after, "second", "first")
         if self.overlap is not None:
