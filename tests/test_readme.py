@@ -41,13 +41,13 @@ def test_the_options_table_lists_the_options_of_rank_with_their_defaults(readme)
         values = [eval(value) for value in defaults.split(", ")]
         listed |= dict(zip(parts, values * len(parts) if len(values) == 1 else values, strict=True))
     parameters = inspect.signature(kappa_fast.rank).parameters.items()
-    reserved = {"source", "cache", "process_group"}
+    reserved = {"source", "process_group"}
     assert listed == {name: parameter.default for name, parameter in parameters if name not in reserved}
 
 
 def test_every_command_line_in_it_uses_options_that_exist(readme, capsys):
     lines = re.findall(r"^    kappa-fast (\w+)(.*)$", readme, re.MULTILINE)
-    assert {command for command, _ in lines} == {"rank", "demo", "export"}
+    assert {command for command, _ in lines} == {"compare", "demo", "export", "plan", "rank", "report"}
     for command, rest in lines:
         with pytest.raises(SystemExit):
             app([command, "--help"], prog_name="kappa-fast")
