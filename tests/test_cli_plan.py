@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 
 import pytest
+from hub_server import store_in_cache
 from models import weights
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -35,9 +37,22 @@ def test_the_options_are_those_of_rank_with_the_same_defaults():
     assert set(ours) - set(theirs) == {"measure", "device_model"}
     for name in set(ours) & set(theirs):
         assert ours[name].default == theirs[name].default, name
+    assert ours["path"].annotation == theirs["path"].annotation  # files, directories, ids of the hub
     python = inspect.signature(planning.plan).parameters
     assert set(python) - {"source"} == set(ours) - {"path", "json", "limit", "all_rows", "debug"}
     assert set(python) - {"measure", "device_model"} <= set(inspect.signature(kappa_fast.rank).parameters)
+
+
+def test_a_model_of_the_hub_is_planned_as_rank_would_rank_it(checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(importlib.import_module("huggingface_hub.constants"), "HF_HUB_CACHE", str(tmp_path))
+    store_in_cache(tmp_path, "org/name", {"model.safetensors": checkpoint.read_bytes()})
+    code, out, err = run("org/name", "--no-measure")
+    assert (code, err) == (0, "")
+    assert "2 matrices to be ranked" in out
+    code, _, err = run("org/other", "--no-measure")
+    assert code == 1
+    assert "HF_HUB_OFFLINE" in err  # and not that this is no id
 
 
 def test_every_option_reaches_plan(checkpoint, monkeypatch):

@@ -174,6 +174,31 @@ def test_sensitivity_is_the_deviation_of_kappa_under_actual_rounding(make, dtype
     assert float(ratios.abs().max()) < 6
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "least"),
+    [
+        (torch.float16, 2e-4, 0.8),
+        (torch.float16, 6e-5, 0.65),  # about the smallest normal number, where the sum of both counts most twice
+        (torch.float16, 2e-5, 0.8),
+        (torch.float16, 2e-6, 0.8),
+        (torch.float8_e4m3fn, 0.02, 0.65),
+    ],
+)
+def test_sensitivity_knows_that_subnormal_numbers_have_one_spacing(dtype, size, least):
+    ratios = measured_over_predicted([size * gaussian(60, 32, seed).float() for seed in range(100)], dtype)
+    assert least < float(ratios.square().mean().sqrt()) < 1.25
+
+
+def test_sensitivity_knows_subnormal_numbers_where_the_operand_was_scaled():
+    tiny = torch.ldexp(gaussian(40, 30), torch.tensor(-140)).float()
+    (operand,) = BACKEND.prepare([tiny])
+    assert operand.exponent != 0
+    (value,) = sensitivities(BACKEND, [operand], [torch.float32], [polished(tiny)])
+    sigmas = torch.linalg.svdvals(tiny.double())
+    expected = 2.0**-149 / math.sqrt(12) * math.hypot(1 / float(sigmas[0]), 1 / float(sigmas[-1]))
+    assert value == pytest.approx(expected, rel=1e-4)
+
+
 def test_sensitivity_is_the_deviation_for_square_matrices_where_first_order_is_valid():
     ratios = measured_over_predicted([gaussian(24, 24, seed).float() for seed in range(300)], torch.float16)
     assert 1 / 1.5 < float(ratios.square().mean().sqrt()) < 1.5

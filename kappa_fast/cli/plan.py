@@ -15,7 +15,12 @@ from .rank import check_writable
 
 def plan(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A .safetensors file, or a directory of them.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A .safetensors or .gguf file, a directory with them, or the id of a model on the hub (org/name).",
+            show_default=False,
+        ),
     ],
     top: options.Top = None,
     top_per_group: options.TopPerGroup = False,
@@ -45,7 +50,8 @@ def plan(
 ) -> None:
     """What ranking a checkpoint would take: matrices, operations, memory, time.
 
-    Reads headers only. The options are those of rank; the time is predicted from two seconds of measurement.
+    Reads headers only; a model of the hub is downloaded before, as rank does. The options are those of rank; the
+    time is predicted from two seconds of measurement.
     """
     with outcome(debug):
         count = None if top is None else count_or_share(top, "--top")

@@ -83,7 +83,8 @@ def sensitivities(
     """First-order standard deviation of the relative change of kappa under one rounding of all weights to ``dtype``.
 
     d log kappa = u_1^T dA v_1 / sigma_1 - u_n^T dA v_n / sigma_n with independent dA_ij, each uniform within half
-    a spacing of its dtype, whose mean square is ROUNDING_VARIANCE eps^2 A_ij^2.
+    a spacing of its dtype, whose mean square is ROUNDING_VARIANCE eps^2 A_ij^2 and no less than that of subnormal
+    numbers, which is added.
     """
     if not triplets:
         return []
@@ -95,6 +96,16 @@ def sensitivities(
     rights = torch.cat([v * v, v[:, :1] * v[:, 1:]], dim=1)
     totals = backend.weighted_squares(operands, Panel(lefts, left.rows), Panel(rights, right.rows)).sum(dim=1).tolist()
     return [
-        float(torch.finfo(dtype).eps) * math.sqrt(ROUNDING_VARIANCE * max(0.0, total))
-        for dtype, total in zip(dtypes, totals, strict=True)
+        math.hypot(
+            float(torch.finfo(dtype).eps) * math.sqrt(ROUNDING_VARIANCE * max(0.0, total)),
+            _of_subnormals(operand, dtype, found),
+        )
+        for operand, dtype, found, total in zip(operands, dtypes, triplets, totals, strict=True)
     ]
+
+
+def _of_subnormals(operand: Operand, dtype: torch.dtype, found: Triplets) -> float:
+    """What errors of the same size everywhere do to log kappa, those of the smallest spacing that the dtype has."""
+    info = torch.finfo(dtype)
+    spacing = math.ldexp(float(info.eps) * float(info.smallest_normal), -operand.exponent)
+    return spacing / math.sqrt(12) * math.hypot(1 / found.sigma_max, 1 / found.sigma_min)
