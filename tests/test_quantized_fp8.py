@@ -205,6 +205,16 @@ def test_two_scales_of_one_weight_are_not_guessed_at():
     assert reasons(source)["a.weight"].startswith("quantized codes that need their scales (weight_scale, weight_scale")
 
 
+def test_one_without_a_scale_among_others_that_have_one_is_not_ranked_as_it_stands():
+    codes, scale = quantized(trained(256, 256), (128, 128))
+    stored = {"a.weight": codes, "a.weight_scale_inv": scale, "b.weight": codes.clone()}
+    ranking = kappa_fast.rank(stored)
+    assert [entry.key for entry in ranking] == ["a.weight"]
+    assert {s.name: s.reason for s in ranking.skipped}["b.weight"] == (
+        "float8 without a scale, where other weights of the model have one: its values may be codes"
+    )
+
+
 def test_fp8_without_scales_stays_what_it_is_unless_the_config_promises_them(tmp_path):
     codes, _ = quantized(trained(128, 128), (128, 128))
     (found,) = matrices({"a.weight": codes}).values()

@@ -6,7 +6,7 @@ family recognizes stays as it was found, and is skipped with the reason by ``sou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +15,16 @@ from .. import codes
 from ..base import Stored
 from .bitsandbytes import STATE, TABLES, Bitsandbytes
 from .compressed import NVFP4, CompressedInts
-from .config import method_of
-from .fp8 import FP8
+from .config import is_left_plain, method_of
+from .fp8 import FORMATS, FP8
 from .mxfp4 import MXFP4
 from .packed import PackedInts
 from .recipe import Candidate, Family, compose
 from .torchao import Torchao
 
 __all__ = ["FAMILIES", "weights_of"]
+
+LONE_FP8 = "float8 without a scale, where other weights of the model have one: its values may be codes"
 
 # The first that recognizes codes takes them.
 FAMILIES: tuple[Family, ...] = (
@@ -80,10 +82,23 @@ def weights_of(
         replaced[id(stored)] = compose(stored, recipe)
         scales.update(name for companion in candidate.companions.values() for name in companion.names)
     scales |= {name for name in by_name if codes.is_orphan(name, by_name)}
+    if any((t.quantization or "").startswith(FP8.name) for t in replaced.values()):
+        replaced |= {
+            id(c.codes): replace(c.codes, problem=LONE_FP8)
+            for c in candidates
+            if _lacks_scales(c, replaced, companions)
+        }
     return [
         replaced.get(id(t)) or (t if scales.isdisjoint(t.names) else replace(t, roles=t.roles | {"scales"}))
         for t in found
     ]
+
+
+def _lacks_scales(candidate: Candidate, replaced: Collection[int], companions: Collection[int]) -> bool:
+    """True for FP8 without scales, in a model whose other FP8 weights have some."""
+    stored = candidate.codes
+    known = id(stored) in replaced or id(stored) in companions
+    return stored.dtype in FORMATS and not known and not is_left_plain(candidate.plain_name, candidate.config)
 
 
 def _may_be_codes(stored: Stored, by_name: Mapping[str, Stored]) -> bool:
