@@ -7,8 +7,9 @@ import random
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Read once by huggingface_hub, and handed on to child processes: no test may wait for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +20,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from hub_server import Hub
 
 RunPython = Callable[..., str]
 
@@ -71,3 +75,28 @@ def run_python() -> RunPython:
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub; the network is off, as said above."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that can be reached."""
+    from hub_server import serving
+    from huggingface_hub import constants
+
+    with serving() as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub

@@ -5,22 +5,42 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from models import weights
+from safetensors.torch import save
+
 COMMIT = "a" * 40
+INDEX = "model.safetensors.index.json"
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+MODEL = weights(model__layers__0__up__weight=(40, 24), model__layers__1__up__weight=(40, 24))
+NAMES = list(MODEL)
+SINGLE = {"model.safetensors": save(MODEL), "config.json": b'{"model_type": "tiny"}'}
+SHARDED = {
+    "config.json": SINGLE["config.json"],
+    INDEX: json.dumps({"weight_map": dict(zip(NAMES, (FIRST, SECOND), strict=True))}).encode(),
+    FIRST: save({NAMES[0]: MODEL[NAMES[0]]}),
+    SECOND: save({NAMES[1]: MODEL[NAMES[1]]}),
+}
 
 
 class Hub:
-    """Repositories by id, each a mapping of file names to contents; errors by id or file (status and error code)."""
+    """Repositories by id, each a mapping of file names to contents; errors by id or file (status and error code).
+
+    requests: method and path.  sent: bytes of contents by file name.  ranges: whether parts of files are sent.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Mapping[str, bytes]] = {}
         self.errors: dict[str, tuple[int, str]] = {}
         self.requests: list[str] = []
+        self.sent: Counter[str] = Counter()
+        self.ranges = True
         self.url = ""
 
     def downloaded(self) -> list[str]:
@@ -65,10 +85,20 @@ def serving() -> Iterator[Hub]:
                 siblings = [{"rfilename": path} for path in files]
                 self.send_json({"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "private": False})
             elif rest[:1] == ["resolve"] and "/".join(rest[2:]) in files:
-                content = files["/".join(rest[2:])]
-                self.send(200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(content)}"'})
+                self.send_file("/".join(rest[2:]), files["/".join(rest[2:])])
             else:
                 self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+
+        def send_file(self, name: str, content: bytes) -> None:
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(content)}"'}
+            first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+            status, body = 200, content
+            if hub.ranges and first and last:
+                status, body = 206, content[int(first) : int(last) + 1]
+                headers["Content-Range"] = f"bytes {first}-{int(first) + len(body) - 1}/{len(content)}"
+            if self.command == "GET":
+                hub.sent[name] += len(body)
+            self.send(status, body, headers)
 
         def send_json(self, document: object) -> None:
             self.send(200, json.dumps(document).encode(), {"Content-Type": "application/json"})

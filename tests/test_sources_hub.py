@@ -6,14 +6,12 @@ import builtins
 import importlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hub_server import COMMIT, Hub, serving, store_in_cache
-from models import weights
+from hub_server import COMMIT, FIRST, INDEX, MODEL, NAMES, SECOND, SHARDED, SINGLE, store_in_cache
 from safetensors.torch import save
 
 import kappa_fast
@@ -23,38 +21,6 @@ from kappa_fast.sources.hub import HubId, hub_id
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants = importlib.import_module("huggingface_hub.constants")
-
-INDEX = "model.safetensors.index.json"
-FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-MODEL = weights(model__layers__0__up__weight=(40, 24), model__layers__1__up__weight=(40, 24))
-NAMES = list(MODEL)
-SINGLE = {"model.safetensors": save(MODEL), "config.json": b'{"model_type": "tiny"}'}
-SHARDED = {
-    "config.json": SINGLE["config.json"],
-    INDEX: json.dumps({"weight_map": dict(zip(NAMES, (FIRST, SECOND), strict=True))}).encode(),
-    FIRST: save({NAMES[0]: MODEL[NAMES[0]]}),
-    SECOND: save({NAMES[1]: MODEL[NAMES[1]]}),
-}
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub; the network is off, as conftest.py says."""
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
-def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that can be reached."""
-    with serving() as hub:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield hub
 
 
 def opened(source: str) -> Any:
@@ -93,8 +59,8 @@ def test_an_id_has_two_words_and_does_not_end_like_a_file(text, expected):
 
 
 @pytest.mark.parametrize("files", [SINGLE, SHARDED])
-def test_what_is_complete_in_the_cache_is_used_offline(files, cache):
-    snapshot = store_in_cache(cache, "org/name", files)
+def test_what_is_complete_in_the_cache_is_used_offline(files, hub_cache):
+    snapshot = store_in_cache(hub_cache, "org/name", files)
     assert is_the_model("org/name")
     assert is_the_model(f"org/name@{COMMIT}")
     metadata = opened("org/name").metadata
@@ -102,21 +68,21 @@ def test_what_is_complete_in_the_cache_is_used_offline(files, cache):
     assert metadata["path"] == str(snapshot.resolve())
 
 
-def test_what_is_complete_in_the_cache_is_used_without_a_word_to_the_network(hub, cache):
-    store_in_cache(cache, "org/name", SHARDED)
+def test_what_is_complete_in_the_cache_is_used_without_a_word_to_the_network(hub, hub_cache):
+    store_in_cache(hub_cache, "org/name", SHARDED)
     assert is_the_model("org/name")
     assert hub.requests == []
 
 
-def test_a_revision_is_one_of_its_own(cache):
-    store_in_cache(cache, "org/name", SINGLE, commit="b" * 40, ref="v1")
+def test_a_revision_is_one_of_its_own(hub_cache):
+    store_in_cache(hub_cache, "org/name", SINGLE, commit="b" * 40, ref="v1")
     assert is_the_model("org/name@v1")
     assert opened("org/name@v1").metadata["revision"] == "b" * 40
     assert "org/name is neither a path nor in the cache" in refused("org/name", SourceNotFoundError)
 
 
-def test_a_path_wins_over_an_id(cache, tmp_path, monkeypatch):
-    store_in_cache(cache, "org/name", SINGLE)
+def test_a_path_wins_over_an_id(hub_cache, tmp_path, monkeypatch):
+    store_in_cache(hub_cache, "org/name", SINGLE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert refused("org/name") == "org/name holds no .safetensors file: give the directory of a model"
@@ -141,9 +107,9 @@ def test_weights_without_an_index_are_downloaded_whatever_they_are_called(names,
     assert hub.downloaded() == sorted(names)
 
 
-def test_an_interrupted_download_goes_on_with_what_is_missing(hub, cache):
+def test_an_interrupted_download_goes_on_with_what_is_missing(hub, hub_cache):
     hub.repositories["org/name"] = SHARDED
-    store_in_cache(cache, "org/name", {name: SHARDED[name] for name in ("config.json", INDEX, FIRST)})
+    store_in_cache(hub_cache, "org/name", {name: SHARDED[name] for name in ("config.json", INDEX, FIRST)})
     assert is_the_model("org/name")
     assert hub.downloaded() == [SECOND]
 
@@ -159,17 +125,17 @@ def test_a_download_that_stopped_between_files_without_an_index_goes_on(hub):
     assert is_the_model("org/name")
 
 
-def test_files_without_an_index_are_compared_with_the_commit_in_the_cache(hub, cache):
+def test_files_without_an_index_are_compared_with_the_commit_in_the_cache(hub, hub_cache):
     hub.repositories["org/name"] = LOOSE
-    store_in_cache(cache, "org/name", LOOSE)
+    store_in_cache(hub_cache, "org/name", LOOSE)
     assert is_the_model("org/name")
     assert hub.downloaded() == []
     assert any(COMMIT in line for line in hub.requests)
     assert not any("main" in line for line in hub.requests)
 
 
-def test_files_without_an_index_are_ranked_with_a_warning_where_the_hub_cannot_be_asked(cache):
-    store_in_cache(cache, "org/name", LOOSE)
+def test_files_without_an_index_are_ranked_with_a_warning_where_the_hub_cannot_be_asked(hub_cache):
+    store_in_cache(hub_cache, "org/name", LOOSE)
     with pytest.warns(UserWarning, match="only the hub can say whether one is missing"):
         assert is_the_model("org/name")
 
@@ -190,12 +156,12 @@ def test_the_bars_of_the_download_are_shown_where_one_is_wanted(hub, capsys, mon
     assert "Fetching" in capsys.readouterr().err
 
 
-def test_the_command_line_takes_ids_too(cache, capsys):
+def test_the_command_line_takes_ids_too(hub_cache, capsys):
     from typer.testing import CliRunner
 
     from kappa_fast.cli import app
 
-    store_in_cache(cache, "org/name", SINGLE)
+    store_in_cache(hub_cache, "org/name", SINGLE)
     done = CliRunner().invoke(app, ["rank", "org/name"])
     assert done.exit_code == 0, done.output
     assert NAMES[0] in done.output
@@ -204,7 +170,7 @@ def test_the_command_line_takes_ids_too(cache, capsys):
 # What cannot be had
 
 
-def test_offline_and_not_in_the_cache(cache):
+def test_offline_and_not_in_the_cache(hub_cache):
     message = refused("org/name", SourceNotFoundError)
     assert message == (
         "org/name is neither a path nor in the cache of the hub, and HF_HUB_OFFLINE is set: unset it, or download the "
@@ -212,8 +178,8 @@ def test_offline_and_not_in_the_cache(cache):
     )
 
 
-def test_offline_and_incomplete_names_the_missing_shard(cache):
-    snapshot = store_in_cache(cache, "org/name", {name: SHARDED[name] for name in (INDEX, FIRST)})
+def test_offline_and_incomplete_names_the_missing_shard(hub_cache):
+    snapshot = store_in_cache(hub_cache, "org/name", {name: SHARDED[name] for name in (INDEX, FIRST)})
     message = refused("org/name")
     assert (
         f"org/name is not complete in the cache ({snapshot.resolve() / INDEX} names {SECOND}, which is not" in message
@@ -224,8 +190,8 @@ def test_offline_and_incomplete_names_the_missing_shard(cache):
     assert "holds no .safetensors file" in refused("org/name")
 
 
-def test_a_blob_that_is_gone_is_a_missing_shard(cache):
-    snapshot = store_in_cache(cache, "org/name", SHARDED)
+def test_a_blob_that_is_gone_is_a_missing_shard(hub_cache):
+    snapshot = store_in_cache(hub_cache, "org/name", SHARDED)
     (snapshot / SECOND).resolve().unlink()
     assert f"names {SECOND}, which is not there" in refused("org/name")
 
@@ -253,7 +219,7 @@ def test_a_gated_model(hub):
     )
 
 
-def test_a_hub_that_fails_says_so_and_what_has_arrived_is_kept(hub, cache):
+def test_a_hub_that_fails_says_so_and_what_has_arrived_is_kept(hub, hub_cache):
     hub.repositories["org/name"] = SHARDED
     hub.errors[SECOND] = (403, "")
     message = refused("org/name", SourceNotFoundError)
@@ -307,7 +273,7 @@ def test_an_index_on_the_hub_that_is_none(document, hub):
     assert "is no index of a sharded checkpoint" in refused("org/name")
 
 
-def test_an_index_on_the_hub_cannot_reach_outside_of_the_snapshot(hub, cache):
+def test_an_index_on_the_hub_cannot_reach_outside_of_the_snapshot(hub, hub_cache):
     hub.repositories["org/name"] = {INDEX: json.dumps({"weight_map": {"w": "../../../x.safetensors"}}).encode()}
     assert "which is no .safetensors file inside of its directory" in refused("org/name")
     assert hub.downloaded() == [INDEX]

@@ -50,8 +50,8 @@ def plan(
 ) -> None:
     """What ranking a checkpoint would take: matrices, operations, memory, time.
 
-    Reads headers only; a model of the hub is downloaded before, as rank does. The options are those of rank; the
-    time is predicted from two seconds of measurement.
+    Reads headers only, and of a model of the hub that is not here downloads no more than those. The options are
+    those of rank; the time is predicted from two seconds of measurement.
     """
     with outcome(debug):
         count = None if top is None else count_or_share(top, "--top")

@@ -63,8 +63,10 @@ class Plan:
             take, exceeded only by a single matrix that needs more.
         devices, backend, threads: where, by what, and with how many threads.
         to_read: bytes to read from a checkpoint; 0 for weights in memory. Of quantized weights at most, not exactly.
+        to_download: bytes to download before, of a model of the hub; 0 if it is here.
         prediction: of the time, None if it was not to be measured.
-        reading: of a checkpoint's files; None for weights in memory, or if it was not to be measured.
+        reading: of a checkpoint's files; None for weights in memory, if it was not to be measured, or if the files are
+            still to be downloaded.
         floor: for the device that was named; a model, not a measurement.
         settings: as Ranking.metadata["settings"] has them.
         source: as Ranking.metadata["source"] has it.
@@ -80,6 +82,7 @@ class Plan:
     backend: str
     threads: int
     to_read: int
+    to_download: int
     prediction: Prediction | None
     reading: Reading | None
     floor: Floor | None
@@ -183,7 +186,8 @@ def plan(
     """What ``rank(source, ...)`` with the same options would do, and how long it would take.
 
     Args:
-        source: as for rank(); modules may lie on the meta device.
+        source: as for rank(); modules may lie on the meta device. Of a model on the hub that is not complete in the
+            local cache, only headers are downloaded, with its index and config.json.
         top, ..., memory_budget: as for rank().
         measure: resolve a few matrices of the model's shapes, made up, for one to two seconds, and read up to 256 MB of
             a checkpoint's files, to predict the time. False for what can be said at once.
@@ -203,15 +207,17 @@ def plan(
     with undisturbed():
         started = time.perf_counter()
         opened = _in_memory_if_meta(open_source(source, filters, places_of))
-        opening = time.perf_counter() - started
+        # The network is not asked again when what is downloaded by then is ranked.
+        opening = 0.0 if "to_download" in opened.metadata else time.perf_counter() - started
         matrices = opened.matrices
         executor = Executor(opened, backend, usable_device(device), parse_bytes(memory_budget))
         waves = list(executor.planned(range(len(matrices))))
         work = Work.of(matrices, top, top_per_group, certify)
         prediction = predict(executor, matrices, waves, work, rtol, opening) if measure and matrices else None
     files = [] if opened.in_memory else _files(opened)
+    size = opened.metadata.get("size", sum(file.stat().st_size for file in files))
     # Codes of quantized weights take less than the weights that they become, never more than their files.
-    to_read = min(sum(m.nbytes for m in matrices), sum(file.stat().st_size for file in files))
+    to_read = min(sum(m.nbytes for m in matrices), size)
     parts = [counted(item_of(matrices[i]) for i in part) for part in work.floor]
     return Plan(
         groups=_groups(matrices),
@@ -225,6 +231,7 @@ def plan(
         threads=torch.get_num_threads(),
         prediction=prediction,
         to_read=to_read,
+        to_download=opened.metadata.get("to_download", 0),
         reading=_reading(files, to_read) if measure and files else None,
         floor=None if named is None else floor_of(named, *parts),
         in_memory=opened.in_memory,
@@ -249,7 +256,9 @@ def _in_memory_if_meta(source: Source) -> Source:
 
 
 def _files(source: Source) -> list[Path]:
-    """The files of a checkpoint."""
+    """The files of a checkpoint, if they are here."""
+    if "to_download" in source.metadata:
+        return []
     path = Path(str(source.metadata.get("path", "")))
     base = path if path.is_dir() else path.parent
     files = [base / str(name) for name in source.metadata.get("files", ())]

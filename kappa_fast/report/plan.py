@@ -92,6 +92,8 @@ class PlanTable:
         beside = "beside the weights" if plan.in_memory else "with the weights that are read"
         waves = f"{_count(plan.waves, 'wave')} of up to {format_bytes(plan.budget)}"
         yield "memory", f"at most {format_bytes(plan.peak)} at a time {beside}; {waves}"
+        if plan.to_download:
+            yield "to download", f"{format_bytes(plan.to_download)}, which is not in the time that is predicted"
         if not plan.in_memory:
             yield "to read", format_bytes(plan.to_read)
         if plan.prediction is not None:

@@ -20,6 +20,7 @@ from .checkpoint import read_checkpoint
 from .filters import Filters, Surroundings
 from .gguf import is_gguf, read_gguf
 from .hub import HubId, hub_id, snapshot
+from .hub_headers import headers_of
 from .layouts import Cut, Part, cut
 from .module import read_module
 from .names import group_of, layer_of
@@ -42,7 +43,7 @@ def open_source(
     ``places_of`` tells which tensors of a checkpoint have another name in the model: they get that one, and keep their
     own as an alias. A text that is no path but may be the id of a model on the hub (org/name or org/name@revision) is
     looked for in the hub's local cache, and downloaded if it is not complete there, with bars on stderr unless
-    ``quiet``.
+    ``quiet``; of what is opened ``without_values``, headers alone are.
 
     Raises:
         OptionError: ``source`` is of a kind that cannot hold a model.
@@ -51,7 +52,7 @@ def open_source(
         SourceError: the source cannot be read, has no parameter with two or more dimensions, or two with one name.
         NotImplementedError: a parameter is sharded.
     """
-    inventory = _read(source, quiet)
+    inventory = _read(source, quiet, headers_only=filters.without_values)
     places = places_of(inventory) if places_of is not None else {}
     around = Surroundings.of(_renamed(inventory, places))
     matrices: list[Matrix] = []
@@ -107,7 +108,7 @@ def _pieces(stored: Stored, place: Place | None, around: Surroundings, split: bo
     return Cut((Part(place.label, place.index, (rows, columns)),))  # the model fuses what is stored on its own
 
 
-def _read(source: object, quiet: bool) -> Inventory:
+def _read(source: object, quiet: bool, headers_only: bool) -> Inventory:
     if isinstance(source, torch.nn.Module):
         return read_module(source)
     if isinstance(source, Mapping):
@@ -118,7 +119,7 @@ def _read(source: object, quiet: bool) -> Inventory:
         path = Path(os.fsdecode(source))
         wanted = hub_id(source) if isinstance(source, str) and not os.path.lexists(path) else None
         if wanted is not None:
-            return _from_hub(wanted, quiet)
+            return (headers_of(wanted) if headers_only else None) or _from_hub(wanted, quiet)
         return read_gguf(path) if is_gguf(path) else read_checkpoint(path)
     raise OptionError(
         f"source is of type {type(source).__name__}, which is no model: give an nn.Module, a mapping of names to "

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -57,8 +57,10 @@ DTYPES: dict[str, str] = {
 }
 
 
-def read_checkpoint(path: Path) -> Inventory:
+def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) -> Inventory:
     """What a .safetensors file or a directory of them holds; only headers are read.
+
+    ``file_of`` says where the bytes of a file come from, if not from the file itself.
 
     Raises:
         SourceNotFoundError: the path or a shard that the index names does not exist.
@@ -81,7 +83,7 @@ def read_checkpoint(path: Path) -> Inventory:
     homes: dict[str, Path] = {}
     header: dict[str, str] = {}
     for file in files:
-        shard = Shard(file)
+        shard = Shard(file_of(file))
         for item in shard.tensors(expected):
             if item.name in tensors:
                 raise SourceError(f"{item.name!r} is in both {homes[item.name]} and {file}: remove the stale file")
@@ -123,10 +125,10 @@ def check_files(directory: Path) -> bool:
 class Shard:
     """One safetensors file. Whether it is sound is for the library safetensors to say; values are read as ranges."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, file: DataFile) -> None:
+        self.path = file.path
         self.header: dict[str, str] = {}
-        self._file = DataFile(path)
+        self._file = file
 
     def tensors(self, expected: Mapping[str, Path] | None) -> list[Stored]:
         """Everything in the file; what an index does not list carries that problem.
@@ -219,7 +221,7 @@ def _read_index(index: Path) -> dict[str, Path]:
     for shard, file in shards.items():
         if file.name.endswith(PICKLED):
             raise _not_safetensors(file)
-        if not _stays_inside(shard, index.parent) or not shard.endswith(".safetensors"):
+        if not stays_inside(shard, index.parent) or not shard.endswith(".safetensors"):
             raise SourceError(
                 f"{index} names the shard {shard!r}, which is no .safetensors file inside of its directory: "
                 "it is not read; correct the index, or bring the files together"
@@ -231,7 +233,7 @@ def _read_index(index: Path) -> dict[str, Path]:
     return {name: shards[shard] for name, shard in items}
 
 
-def _stays_inside(shard: str, directory: Path) -> bool:
+def stays_inside(shard: str, directory: Path) -> bool:
     """Whether a shard lies in the directory, links resolved; the hub's cache links from snapshots to its blobs."""
     windows = PureWindowsPath(shard)
     if (

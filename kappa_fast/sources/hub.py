@@ -57,28 +57,22 @@ def snapshot(wanted: HubId, quiet: bool = False) -> Path:
     Warns:
         UserWarning: nobody could say whether the files in the cache are all.
     """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        what = f"there is no file or directory {str(wanted)!r}, and looking for a model of that name on the hub"
-        raise missing_extra("huggingface-hub", "hub", what) from error
-    cached, lacking = _cached(huggingface_hub, wanted), None
-    usable = None
-    if cached is not None:
-        try:
-            if check_files(cached):
-                return cached
-            usable = cached  # if the hub does not answer: a download may have stopped before the last file
-        except SourceError as error:
-            lacking = error
+    hub = library(wanted)
+    cached = look_in_cache(hub, wanted)
+    if cached.complete:
+        assert cached.path is not None
+        return cached.path
+    # Files that nobody can call complete are used if the hub does not answer: a download may have stopped before the
+    # last of them.
+    usable = cached.path if cached.lacking is None else None
     try:
         target = wanted if usable is None else HubId(wanted.name, usable.name)
-        return _download(huggingface_hub, target, _Quiet.bars() if quiet else None)
+        return _download(hub, target, _Quiet.bars() if quiet else None)
     except KappaError:
         raise
     except Exception as error:  # of huggingface_hub, of the HTTP client that it happens to use, of the disk
         if usable is None:
-            raise _explained(wanted, lacking, error) from error
+            raise explained(wanted, cached.lacking, error) from error
         warnings.warn(
             f"{wanted} is ranked as it is in the cache ({usable}): its files have neither an index nor numbers, so "
             "only the hub can say whether one is missing, and it did not answer",
@@ -87,18 +81,48 @@ def snapshot(wanted: HubId, quiet: bool = False) -> Path:
         return usable
 
 
-def _cached(hub: Any, wanted: HubId) -> Path | None:
-    """The snapshot in the cache, complete or not; None if there is none."""
+def library(wanted: HubId) -> Any:
+    """huggingface_hub.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        what = f"there is no file or directory {str(wanted)!r}, and looking for a model of that name on the hub"
+        raise missing_extra("huggingface-hub", "hub", what) from error
+    return huggingface_hub
+
+
+class Cached(NamedTuple):
+    """What the local cache has of a model.
+
+    path: the snapshot, None if there is none.  complete: its files show that none is missing.  lacking: what is wrong
+    with it, None where only the hub could tell.
+    """
+
+    path: Path | None
+    complete: bool
+    lacking: SourceError | None
+
+
+def look_in_cache(hub: Any, wanted: HubId) -> Cached:
+    """Without a word to the network."""
     try:
         found = hub.snapshot_download(wanted.name, revision=wanted.revision, local_files_only=True, allow_patterns=[])
     except (OSError, ValueError):
-        return None
-    return Path(found)
+        return Cached(None, False, None)
+    path = Path(found)
+    try:
+        return Cached(path, check_files(path), None)
+    except SourceError as error:
+        return Cached(path, False, error.with_traceback(None))  # or it would hold the callers, and what they opened
 
 
 def _download(hub: Any, wanted: HubId, bars: type[Any] | None) -> Path:
     files = hub.HfApi().list_repo_files(wanted.name, revision=wanted.revision)
-    weights = _wanted_files(wanted, files)
+    weights = wanted_files(wanted, files)
 
     def fetch(names: Collection[str], revision: str | None) -> Path:
         patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in names]
@@ -112,12 +136,12 @@ def _download(hub: Any, wanted: HubId, bars: type[Any] | None) -> Path:
     directory = fetch(small or weights, wanted.revision)  # by this name, or the cache would not know the branch
     for name in weights:
         if name.endswith(INDEX_ENDING):
-            weights = _shards(directory / name, files)
+            weights = listed_shards(directory / name, files)
     fetch(weights, directory.name)
     return directory
 
 
-def _wanted_files(wanted: HubId, files: Collection[str]) -> list[str]:
+def wanted_files(wanted: HubId, files: Collection[str]) -> list[str]:
     """An index, or files of weights, chosen as in a directory on the disk."""
     top = [name for name in files if "/" not in name]
     indices = [name for name in top if name.endswith(INDEX_ENDING)]
@@ -147,7 +171,7 @@ def _wanted_files(wanted: HubId, files: Collection[str]) -> list[str]:
     raise SourceError(f"{wanted} holds no .safetensors file: is it a model?")
 
 
-def _shards(index: Path, files: Collection[str]) -> list[str]:
+def listed_shards(index: Path, files: Collection[str]) -> list[str]:
     """What an index lists, as far as the repository has it; the rest is for the reader of the index to refuse."""
     try:
         listed = set(json.loads(index.read_bytes())["weight_map"].values())
@@ -156,7 +180,8 @@ def _shards(index: Path, files: Collection[str]) -> list[str]:
         raise SourceError(f"{index} is no index of a sharded checkpoint ({error!r}): remove it, try again") from error
 
 
-def _explained(wanted: HubId, lacking: SourceError | None, error: Exception) -> SourceError:
+def explained(wanted: HubId, lacking: SourceError | None, error: Exception) -> SourceError:
+    """What to say of an error of the hub, and what to do; ``lacking`` is what the local cache lacks."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{wanted.name}"
