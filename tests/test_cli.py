@@ -266,6 +266,11 @@ def test_an_option_that_rank_refuses_is_wrong_use(cli, checkpoint):
     fails(cli("rank", checkpoint, "--device", "toaster"), 2, "device='toaster'")
 
 
+def test_a_cache_directory_that_is_none_is_wrong_use(cli, checkpoint, no_work):
+    fails(cli("rank", checkpoint, "--cache-dir", checkpoint), 2, "no directory: give the path of")
+    fails(cli("rank", checkpoint, "--cache-dir", ""), 2, "--cache-dir '' is no directory")
+
+
 def test_a_top_that_is_no_number_is_wrong_use(cli, checkpoint, no_work):
     fails(cli("rank", checkpoint, "--top", "most"), 2, "--top most: give a count such as 10, or a share")
 

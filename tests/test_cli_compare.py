@@ -104,8 +104,9 @@ def test_other_files_are_refused_by_what_they_are(files):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--fail-above", "0.5"], "ratio=0.5: give a factor from 1 on"),
-        (["--fail-above", "nan"], "ratio=nan: give a factor from 1 on"),
+        (["--fail-above", "0.5"], "--fail-above 0.5: give a factor from 1 on"),
+        (["--fail-above", "inf"], "--fail-above inf: give a factor from 1 on"),
+        (["--fail-above", "nan"], "--fail-above nan: give a factor from 1 on"),
         (["--max-params", "half"], "--max-params half: give a count"),
         (["--per-group"], "--per-group and --unit say how a budget selects"),
         (["--unit", "expert"], "--per-group and --unit say how a budget selects"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +45,8 @@ def compare(
     A change is certain if the intervals of kappa do not touch. What makes the comparison unfair is a warning.
     """
     with outcome(debug):
+        if fail_above is not None and not 1 <= fail_above < math.inf:
+            raise OptionError(f"--fail-above {fail_above:g}: give a factor from 1 on, such as 1.5")
         budget: dict[str, Any] = {"num_tensors": num_tensors, "top_p": top_p, "max_kappa": max_kappa}
         budget = {key: value for key, value in budget.items() if value is not None}
         if max_params is not None:

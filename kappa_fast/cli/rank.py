@@ -53,7 +53,7 @@ def rank(
         bool, typer.Option("--cache/--no-cache", help="Keep results by the content of the weights, and use them again.")
     ] = True,
     cache_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to keep them instead of the user's cache directory.")
+        str | None, typer.Option(metavar="DIR", help="Where to keep them instead of the user's cache directory.")
     ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the ranking to this file.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 40,
@@ -69,6 +69,7 @@ def rank(
         count = None if top is None else count_or_share(top, "--top")
         if json is not None:
             check_writable(json)
+        directory = None if cache_dir is None else _directory(cache_dir)
         from ..pipeline import rank as rank_weights  # torch takes a second: not before everything else is checked
 
         try:
@@ -88,7 +89,7 @@ def rank(
                 device=device,
                 backend=backend.value,
                 memory_budget=memory_budget,
-                cache=(cache_dir or True) if cache else None,
+                cache=(directory or True) if cache else None,
                 progress=progress,
             )
         except Interrupted as stop:
@@ -100,6 +101,13 @@ def rank(
             typer.echo(line)
         if json is not None:
             typer.echo(f"written to {json}")
+
+
+def _directory(text: str) -> Path:
+    """What ``--cache-dir`` says; the empty one would be the directory that one is in."""
+    if not text or (Path(text).exists() and not Path(text).is_dir()):
+        raise OptionError(f"--cache-dir {text!r} is no directory: give the path of one, it is made if need be")
+    return Path(text)
 
 
 def summary(ranking: Ranking, rtol: float) -> list[str]:
