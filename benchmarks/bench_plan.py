@@ -10,7 +10,6 @@ plan() would predict if it looked at them and those that rank() took, which othe
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 import workloads
 
@@ -99,7 +99,7 @@ def main() -> None:
             found.append({"model": name, "options": label, "load": os.getloadavg()[0], "rows": rows})
             print(f"{name:<40}{label:<14}{_words(rows, '')};  processor: {_words(rows, 'processor_')}", flush=True)
     if chosen.output:
-        chosen.output.write_text(json.dumps(found, indent=1) + "\n")
+        record.write(chosen.output, found)
 
 
 def _words(rows: list[dict[str, Any]], prefix: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import statistics
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import RESULTS, _git, _versions
+from record import RESULTS, commit, versions
 
 FLUSH = 256 << 20  # bytes written between two runs: more than any second-level cache
 
@@ -120,11 +119,9 @@ def describe(device: torch.device, smoke: bool) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "capability": f"{properties.major}.{properties.minor}",
         }
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    versions |= {"cuda": str(torch.version.cuda), "hip": str(torch.version.hip), **_versions()}
-    commit = {"commit": _git("rev-parse", "HEAD"), "clean": not _git("status", "--porcelain", "--untracked-files=no")}
+    built = {"triton": triton.__version__, "cuda": str(torch.version.cuda), "hip": str(torch.version.hip)}
     date = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime())
-    return {"interpreted": smoke, "hardware": hardware, "versions": versions, **commit, "date": date}
+    return {"interpreted": smoke, "hardware": hardware, "versions": versions() | built, **commit(), "date": date}
 
 
 def default_target(device: torch.device) -> Path:

@@ -15,10 +15,9 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def gpu(monkeypatch):
     """The module, with the folder of the benchmarks in front of the path, as for the command."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.delitem(sys.modules, "conftest", raising=False)  # theirs, not that of the tests
     module = importlib.import_module("gpu")
     yield module
-    for name in ("gpu", "gpu_timing", "gpu_models", "conftest", "workloads"):
+    for name in ("gpu", "gpu_timing", "gpu_models", "record", "workloads"):
         sys.modules.pop(name, None)
 
 
