@@ -26,6 +26,7 @@ from .progress import ProgressOption, Tracker, shown, tracking
 from .ranking import Ranking
 from .sources import Filters, open_source
 from .sources.base import Matrix, Source
+from .spectrum.exact import Room
 from .spectrum.ladder import Goal, Resolution, resolve
 from .spectrum.probe import lower_bounds
 from .undisturbed import undisturbed
@@ -149,6 +150,7 @@ class _Run:
     ) -> None:
         self.source, self.executor, self.store, self.entries = source, executor, store, dict[int, TensorKappa]()
         self._progress, self._score = progress, score
+        self._room = Room(executor.budget_on(torch.device("cpu")))  # where all exact decompositions are made
 
     def tracking(self) -> contextlib.AbstractContextManager[Tracker]:
         everything = range(len(self.source.matrices))
@@ -201,7 +203,7 @@ class _Run:
 
     def _resolve(self, positions: Sequence[int], goal: Goal, tracker: Tracker) -> None:
         def work(_: Sequence[int], backend: Backend, weights: list[torch.Tensor]) -> list[Resolution]:
-            return resolve(backend, weights, goal)
+            return resolve(backend, weights, goal, self._room)
 
         with contextlib.closing(self._results(positions, work, Wanted(goal))) as results:
             for position, found in results:

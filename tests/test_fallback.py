@@ -145,7 +145,7 @@ def test_kernels_are_checked_on_the_device_for_every_class_before_they_see_a_wei
 @linux_only
 @pytest.mark.usefixtures("wanted")
 def test_an_error_in_the_source_is_not_taken_for_one_of_the_backend(monkeypatch):
-    def refuse(backend, given, goal):
+    def refuse(backend, given, *rest):
         raise kappa_fast.SourceError("the shard is damaged")
 
     monkeypatch.setattr("kappa_fast.pipeline.resolve", refuse)

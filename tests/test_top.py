@@ -177,9 +177,9 @@ def resolved(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes that are resolved, as it happens."""
     original, shapes = pipeline.resolve, list[tuple[int, ...]]()
 
-    def resolve(backend, weights, goal):
+    def resolve(backend, weights, *rest):
         shapes.extend(tuple(w.shape) for w in weights)
-        return original(backend, weights, goal)
+        return original(backend, weights, *rest)
 
     monkeypatch.setattr(pipeline, "resolve", resolve)
     return shapes

@@ -151,11 +151,11 @@ def refusing(
     """``pipeline.<name>`` raises for some waves; the sizes of all are noted."""
     original, sizes = getattr(pipeline, name), list[int]()
 
-    def work(backend: Any, given: Sequence[torch.Tensor], goal: Any) -> Any:
+    def work(backend: Any, given: Sequence[torch.Tensor], *rest: Any) -> Any:
         sizes.append(len(given))
         if refuse(given):
             raise make()
-        return original(backend, given, goal)
+        return original(backend, given, *rest)
 
     monkeypatch.setattr(pipeline, name, work)
     return sizes
@@ -303,26 +303,33 @@ def test_the_budget_changes_no_bit(budget):
     assert list(rank(GIVEN, memory_budget=budget)) == list(rank(GIVEN))
 
 
-def test_large_exact_decompositions_take_turns_and_small_ones_do_not(monkeypatch):
-    running, most, lock, together = [0], [0], threading.Lock(), threading.Barrier(2)
+@pytest.mark.parametrize(("rooms", "at_once"), [(0.5, 1), (1, 1), (1.9, 1), (2, 2), (50, 2)])
+def test_exact_decompositions_share_the_budget_and_one_that_exceeds_it_runs_alone(rooms, at_once, monkeypatch):
+    running, most, lock, together = [0], [0], threading.Lock(), threading.Barrier(at_once)
     decompose = exact.decompose
 
     def watched(a: Any) -> Any:
         with lock:
             running[0] += 1
             most[0] = max(most[0], running[0])
-        if exact.LARGE:
-            together.wait(60)  # both are here at once
+        together.wait(60)  # for those that may run at once
         found = decompose(a)
         with lock:
             running[0] -= 1
         return found
 
-    monkeypatch.setattr(exact, "decompose", watched)
-    small = {f"w{i}": torch.randn(40, 30) for i in range(2)}  # by a singular value decomposition from the start
+    small = {f"w{i}": torch.randn(40, 30) for i in range(4)}  # by a singular value decomposition from the start
     expected = list(rank(small))
-    assert most == [2]
-    most[0] = 0
-    monkeypatch.setattr(exact, "LARGE", 0)
-    assert list(rank(small)) == expected
-    assert most == [1]
+    monkeypatch.setattr(exact, "decompose", watched)
+    # Waves are cut by what the backend takes, which must not be what keeps them apart.
+    monkeypatch.setattr(TorchBackend, "workspace", lambda *_: 1)
+    assert list(rank(small, memory_budget=int(rooms * exact.peak_bytes((40, 30))))) == expected
+    assert most == [at_once]
+
+
+def test_room_is_given_back_when_a_decomposition_fails():
+    room = exact.Room(1)
+    a = get_backend("torch", torch.device("cpu")).prepare([torch.randn(40, 30)])[0]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no convergence"), room.taken(a):
+            raise RuntimeError("no convergence")

@@ -19,11 +19,6 @@ METHOD = "svd64"
 # Relative error of a computed value beside its share of sigma_max: what is left where kappa is close to 1.
 RELATIVE = 64 * 2.0**-53
 
-# What a decomposition takes at its peak beyond this waits for its turn: waves are cut for the rungs before, and by
-# default give each thread as much (see waves.SHARE).
-LARGE = 256 << 20
-_turn = threading.Lock()
-
 
 def peak_bytes(shape: tuple[int, int]) -> int:
     """What ``decompose`` takes: operand, copy, U and a second operand (m, n), V and its workspace (n, n), in float64.
@@ -34,14 +29,30 @@ def peak_bytes(shape: tuple[int, int]) -> int:
     return 8 * (5 * m * n + 3 * n * n)
 
 
-@contextlib.contextmanager
-def in_turn(a: Operand) -> Iterator[None]:
-    """One large matrix at a time, small ones side by side."""
-    if peak_bytes(a.shape) <= LARGE:
-        yield
-    else:
-        with _turn:
+class Room:
+    """Memory that the decompositions of a run share: side by side as far as it goes, one that needs more of it alone.
+
+    Waves are cut for what the rungs before need, and a decomposition needs 2.5 to 3 times as much.
+    """
+
+    def __init__(self, nbytes: float = math.inf) -> None:
+        self.nbytes = nbytes
+        self._used = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, a: Operand) -> Iterator[None]:
+        """Wait until there is room for the decomposition of ``a``, and keep it meanwhile."""
+        need = peak_bytes(a.shape)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + need <= self.nbytes)
+            self._used += need
+        try:
             yield
+        finally:
+            with self._changed:
+                self._used -= need
+                self._changed.notify_all()
 
 
 def backward_error(n: int) -> float:

@@ -86,8 +86,14 @@ class _Climber:
         self.best, self.triplets = found, triplets
 
 
-def resolve(backend: Backend, weights: Sequence[Tensor], goal: Goal) -> list[Resolution]:
-    """Resolve one wave: 2-D weights of any shape, float dtype and strides; none is changed."""
+def resolve(
+    backend: Backend, weights: Sequence[Tensor], goal: Goal, room: exact.Room | None = None
+) -> list[Resolution]:
+    """Resolve one wave: 2-D weights of any shape, float dtype and strides; none is changed.
+
+    ``room`` is shared by waves that are resolved side by side.
+    """
+    room = room or exact.Room()
     operands = backend.prepare(weights)
     results: list[Resolution | None] = [_trivial(a) for a in operands]
     climbers = [
@@ -98,7 +104,7 @@ def resolve(backend: Backend, weights: Sequence[Tensor], goal: Goal) -> list[Res
     _climb(backend, [c for c in climbers if c.rungs], goal)
     for climber in climbers:
         if not climber.done:
-            with exact.in_turn(climber.operand):
+            with room.taken(climber.operand):
                 _finish_exactly(backend, climber, goal)
     _measure_sensitivity(backend, [c for c in climbers if c.best is not None and c.best.status == "ok"])
     if goal.certify:
