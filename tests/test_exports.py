@@ -145,6 +145,20 @@ def test_spectrum_puts_the_lowest_kappa_first_with_its_type():
     assert {row["type"] for row in found.values()} >= {"self_attn.q_proj", "mlp.down_proj"}
 
 
+def test_spectrum_has_the_kappas_of_entries_that_a_model_calls_otherwise(tmp_path):
+    """Saved and ranked without its config, the experts have the names of the disk, and the model others."""
+    model = build("mixtral")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    ranking = kappa_fast.rank(tmp_path, include="experts", min_dim=4, progress=False)
+    selection = ranking.select(top_p=1.0)
+    assert not any("gate_up_proj" in name for name in selection.names)
+    found = json.loads(selection.to_spectrum(model=model))
+    assert len(found) == 4
+    assert all(row["snr"] > 0 for row in found.values())
+    assert max(1 / row["snr"] for row in found.values()) == ranking[len(ranking) - 1].kappa
+
+
 def test_patterns_count_where_a_model_says_what_they_match():
     model = build("llama")
     selection = ranked("llama").select(num_tensors=2).including(r"norm\.weight$")

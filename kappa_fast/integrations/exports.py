@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..selection import Selection
 
 FORMATS = ("axolotl", "ms-swift", "spectrum", "esft", "names", "regex")
+TRAINERS = FORMATS[:4]  # whose models have the names of transformers
 # All parts of a fused projection; together they are the whole of it. Of qkv, k and v alone are not.
 _COMPLETE = ({"gate", "up"}, {"q", "k", "v"})
 _KV = re.compile(r"(?:^|[._])kv")
@@ -28,7 +29,8 @@ def export(selection: Selection, kind: str, model: nn.Module | None = None) -> s
     """The text of a selection in one of FORMATS.
 
     Raises:
-        OptionError: the format is unknown or cannot express the selection, or ``including`` patterns need a model.
+        OptionError: the format is unknown or cannot express the selection, or ``including`` patterns or the names of a
+            GGUF file need a model.
     """
     if kind == "llama-factory":
         raise OptionError(
@@ -39,7 +41,19 @@ def export(selection: Selection, kind: str, model: nn.Module | None = None) -> s
         raise OptionError(f"format {kind!r} is unknown; choose one of {', '.join(FORMATS)}")
     if not selection.entries and not selection.include:
         raise OptionError("the selection is empty, so there is nothing to export")
+    if kind in TRAINERS and model is None:
+        refuse_names_of_gguf(selection)
     return _WRITERS[kind](selection, model)
+
+
+def refuse_names_of_gguf(selection: Selection) -> None:
+    """Raise OptionError for names of a GGUF file: no trainer knows them, and only a model translates them."""
+    source = selection.settings.get("source") or {}
+    if source.get("format") == "gguf":
+        raise OptionError(
+            "the names of this selection are llama.cpp's, since a GGUF file was ranked: give the model that is to be "
+            "trained as model= (in Python), which has them under its own"
+        )
 
 
 def _axolotl(selection: Selection, model: nn.Module | None) -> str:
@@ -87,12 +101,24 @@ def _spectrum(selection: Selection, model: nn.Module | None) -> str:
     """Spectrum's results: its ``snr``, highest first, is 1 / kappa here, so that its choice is the lowest kappa."""
     found = {}
     names = _whole(selection, model, "Spectrum's JSON")
-    kappas = {name: [e.kappa for e in selection.entries if e.name == name] for name in names}
+    kappas = _kappas(selection, model)
     for name in names:
         layer = name.removesuffix(".weight")
         kind = group_of(layer).rpartition("*.")[2]
-        found[layer] = {"snr": 1 / max(kappas[name]) if kappas[name] else 0.0, "type": kind}
+        found[layer] = {"snr": 1 / max(kappas[name]) if kappas.get(name) else 0.0, "type": kind}
     return json.dumps(found, indent=2) + "\n"
+
+
+def _kappas(selection: Selection, model: nn.Module | None) -> dict[str, list[float]]:
+    """By name of a parameter, of what selected it; what a pattern brought in has none."""
+    if model is not None:
+        from .names import match
+
+        return {target.name: [entry.kappa for entry in target.entries] for target in match(selection, model)}
+    found: dict[str, list[float]] = {}
+    for entry in selection.entries:
+        found.setdefault(entry.name, []).append(entry.kappa)
+    return found
 
 
 def _esft(selection: Selection, model: nn.Module | None) -> str:

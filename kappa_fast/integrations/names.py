@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from ..entries import Index, TensorKappa
 from ..errors import OptionError
 from ..selection import Selection
+from ..sources.base import Place
 from ..sources.names import base_name
 from .pieces import Box, box_of, disjoint, index_of
 
@@ -70,13 +71,14 @@ def holds_codes(parameter: torch.Tensor) -> bool:
 def match(selection: Selection, model: nn.Module) -> list[Target]:
     """The parameters of ``model`` that ``selection`` names, in the order of ``named_parameters()``.
 
-    Names may be those of the model, with or without wrappers around it and the prefix of its base model, or those of a
-    checkpoint that transformers converts while loading. Names and shapes are checked, contents are not.
+    Names may be those of the model, with or without wrappers around it and the prefix of its base model, those of a
+    checkpoint that transformers converts while loading, or those of llama.cpp if a GGUF file was ranked. Names and
+    shapes are checked, contents are not.
 
     Raises:
         OptionError: the model lacks a parameter of the selection, has it in another shape, or a part of it as codes;
-            an ``including`` pattern matches nothing.  MissingExtraError: names of a checkpoint need transformers, which
-            is not installed.
+            an ``including`` pattern matches nothing.  MissingExtraError: names of a checkpoint need transformers, those
+            of llama.cpp need gguf, which is not installed.
     """
     names = _Names(model)
     chosen: dict[str, list[tuple[Index, TensorKappa]]] = {}
@@ -88,7 +90,10 @@ def match(selection: Selection, model: nn.Module) -> list[Target]:
         else:
             chosen.setdefault(found, []).append((entry.index, entry))
     if unknown:
-        _add_from_disk(model, names, unknown, chosen, len(selection.entries))
+        source = selection.settings.get("source") or {}
+        resolve = _from_gguf if source.get("format") == "gguf" else _from_checkpoint
+        total = len(selection.entries)
+        _add_from_disk(names, unknown, resolve(model, names, unknown, total), chosen, total)
     _check_shapes(names, chosen)
     included, excluded = names.matching(selection.include), names.matching(selection.exclude)
     for pattern in selection.include:
@@ -118,7 +123,7 @@ class _Names:
         for name, canonical in self._first.items():
             plain.setdefault(plain_name(name), set()).add(canonical)
         # A name that fits two parameters is none of either.
-        self._plain = {name: next(iter(found)) for name, found in plain.items() if len(found) == 1}
+        self.plain = {name: next(iter(found)) for name, found in plain.items() if len(found) == 1}
         bases = {getattr(module, "base_model_prefix", "") for module in model.modules()}
         self._bases = sorted(base for base in bases if isinstance(base, str) and base)
 
@@ -130,11 +135,11 @@ class _Names:
                 return self._first[name]
         plain = [plain_name(name) for name in given]
         for name in plain:
-            if name in self._plain:
-                return self._plain[name]
+            if name in self.plain:
+                return self.plain[name]
         longer = {f"{base}.{name}" for base in self._bases for name in plain}
         shorter = {name.removeprefix(f"{base}.") for base in self._bases for name in plain}
-        found = {self._plain[name] for name in longer | shorter if name in self._plain}
+        found = {self.plain[name] for name in longer | shorter if name in self.plain}
         return found.pop() if len(found) == 1 else None
 
     def matching(self, patterns: Iterable[str]) -> set[str]:
@@ -147,27 +152,41 @@ class _Names:
         }
 
 
-def _add_from_disk(
-    model: nn.Module,
-    names: _Names,
-    unknown: Sequence[TensorKappa],
-    chosen: dict[str, list[tuple[Index, TensorKappa]]],
-    total: int,
-) -> None:
-    """Entries whose names are those of a checkpoint join the others."""
+def _from_checkpoint(model: nn.Module, names: _Names, unknown: Sequence[TensorKappa], total: int) -> dict[str, Place]:
+    """Where entries are, by key, whose names are those of a checkpoint that transformers converts while loading."""
     from .conversion import resolve_names
 
     try:
         places = resolve_names(model, {entry.name: entry.shape for entry in unknown}, plain_name)
     except OptionError as error:
         raise OptionError(f"{_missing(names, unknown, total)} ({error})") from error
+    known = [entry for entry in unknown if entry.name in places]
+    # A tensor that becomes a part of a parameter is whole: a part of it has no index there.
+    found = {e.key: places[e.name] for e in known if not (places[e.name].index and e.index)}
+    return {e.key: replace(found[e.key], index=found[e.key].index or e.index) for e in known if e.key in found}
+
+
+def _from_gguf(model: nn.Module, names: _Names, unknown: Sequence[TensorKappa], _: int) -> dict[str, Place]:
+    """Where entries are, by key, whose names are those of llama.cpp."""
+    from .gguf_names import resolve_gguf
+
+    return resolve_gguf(model, unknown, names.plain)
+
+
+def _add_from_disk(
+    names: _Names,
+    unknown: Sequence[TensorKappa],
+    places: Mapping[str, Place],
+    chosen: dict[str, list[tuple[Index, TensorKappa]]],
+    total: int,
+) -> None:
+    """Entries with other names than the parameters join the others."""
     for entry in unknown:
-        place = places.get(entry.name)
+        place = places.get(entry.key)
         found = names.find((place.name,)) if place is not None else None
-        if place is None or found is None or (place.index and entry.index):
-            raise OptionError(_missing(names, [e for e in unknown if e.name not in places] or [entry], total))
-        index = place.index or entry.index
-        chosen.setdefault(found, []).append((index, replace(entry, index=index)))
+        if place is None or found is None:
+            raise OptionError(_missing(names, [e for e in unknown if e.key not in places] or [entry], total))
+        chosen.setdefault(found, []).append((place.index, replace(entry, index=place.index)))
 
 
 def _missing(names: _Names, unknown: Sequence[TensorKappa], total: int) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from ..entries import Index, TensorKappa
 from ..errors import OptionError, missing_extra
 from ..selection import Selection
+from .exports import refuse_names_of_gguf
 from .names import holds_codes
 from .originals import condition_numbers
 
@@ -129,6 +130,7 @@ def _parameters(selection: Selection, model: nn.Module | None) -> tuple[Found, l
             {plain_name(t.name): (t.indices, _is_stack(t.entries)) for t in targets if t.entries},
             [plain_name(t.name) for t in targets if not t.entries],
         )
+    refuse_names_of_gguf(selection)
     if selection.include:
         raise OptionError(f"including({selection.include[0]!r}) names parameters of a model: give it as model=")
     complete = selection.settings.get("unit") == "parameter" and not selection.exclude
