@@ -33,6 +33,7 @@ class Hub:
     """Repositories by id, each a mapping of file names to contents; errors by id or file (status and error code).
 
     requests: method and path.  sent: bytes of contents by file name.  ranges: whether parts of files are sent.
+    commit: of all repositories.  busy: how many requests for files are answered with 503 before one is served.
     """
 
     def __init__(self) -> None:
@@ -41,11 +42,13 @@ class Hub:
         self.requests: list[str] = []
         self.sent: Counter[str] = Counter()
         self.ranges = True
+        self.commit = COMMIT
+        self.busy = 0
         self.url = ""
 
     def downloaded(self) -> list[str]:
         """Names of the files whose contents were sent."""
-        marker = f"/resolve/{COMMIT}/"
+        marker = f"/resolve/{self.commit}/"
         found = (line.removeprefix("GET ") for line in self.requests if line.startswith("GET "))
         return sorted({path.partition(marker)[2] for path in found if marker in path})
 
@@ -79,38 +82,50 @@ def serving() -> Iterator[Hub]:
                 self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
             elif api and rest[:1] == ["tree"]:
                 self.send_json([entry(path, content) for path, content in files.items()])
-            elif api and rest[:1] == ["revision"] and rest[1] not in ("main", "v1", COMMIT):
+            elif api and rest[:1] == ["revision"] and rest[1] not in ("main", "v1", COMMIT, hub.commit):
                 self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             elif api:
                 siblings = [{"rfilename": path} for path in files]
-                self.send_json({"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "private": False})
+                sha = commit_of(rest[1:2])
+                self.send_json({"id": name, "modelId": name, "sha": sha, "siblings": siblings, "private": False})
             elif rest[:1] == ["resolve"] and "/".join(rest[2:]) in files:
-                self.send_file("/".join(rest[2:]), files["/".join(rest[2:])])
+                self.send_file("/".join(rest[2:]), files["/".join(rest[2:])], commit_of(rest[1:2]))
             else:
                 self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
 
-        def send_file(self, name: str, content: bytes) -> None:
-            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(content)}"'}
+        def send_file(self, name: str, content: bytes, commit: str) -> None:
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{digest(content)}"'}
             first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
             status, body = 200, content
-            if hub.ranges and first and last:
+            if hub.ranges and first and int(first) >= len(content):
+                status, body = 416, b""
+                headers["Content-Range"] = f"bytes */{len(content)}"
+            elif hub.ranges and first and last:
                 status, body = 206, content[int(first) : int(last) + 1]
                 headers["Content-Range"] = f"bytes {first}-{int(first) + len(body) - 1}/{len(content)}"
-            if self.command == "GET":
-                hub.sent[name] += len(body)
-            self.send(status, body, headers)
+            if hub.busy and "Range" in self.headers:
+                hub.busy -= 1
+                status, body = 503, b""
+            self.send(status, body, headers, name)
 
         def send_json(self, document: object) -> None:
             self.send(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
 
-        def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        def send(self, status: int, body: bytes, headers: Mapping[str, str], name: str = "") -> None:
             self.send_response(status)
             for key, value in headers.items():
                 self.send_header(key, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
+            for start in range(0, len(body) if self.command == "GET" else 0, 1 << 20):
+                try:
+                    self.wfile.write(body[start : start + (1 << 20)])
+                except OSError:  # whoever asked has seen enough
+                    return
+                hub.sent[name] += len(body[start : start + (1 << 20)])
+
+    def commit_of(revision: list[str]) -> str:
+        return revision[0] if revision and len(revision[0]) == len(COMMIT) else hub.commit
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

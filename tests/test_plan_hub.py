@@ -101,14 +101,42 @@ def test_files_that_only_the_hub_can_call_complete(hub, hub_cache):
         assert planned("org/name").count == len(MODEL)
 
 
+def test_planning_leaves_to_ranking_what_a_branch_points_to(hub, hub_cache):
+    """The hub has moved on: files that only it can call complete stay those of their commit, as ranking has it."""
+    loose = {f"{part}.safetensors": save({name: MODEL[name]}) for part, name in zip("ab", NAMES, strict=True)}
+    store_in_cache(hub_cache, "org/name", loose)
+    branch = hub_cache / "models--org--name" / "refs" / "main"
+    hub.commit = "b" * 40
+    hub.repositories["org/name"] = loose | SHARDED
+    found = planned("org/name")
+    assert (found.source["revision"], branch.read_text()) == (COMMIT, COMMIT)
+    assert found.to_download == len(SHARDED[FIRST]) + len(SHARDED[SECOND])
+
+
+def test_planning_an_incomplete_model_leaves_its_branch_alone_too(hub, hub_cache):
+    store_in_cache(hub_cache, "org/name", {name: SHARDED[name] for name in (INDEX, FIRST)})
+    branch = hub_cache / "models--org--name" / "refs" / "main"
+    hub.commit = "b" * 40
+    hub.repositories["org/name"] = SHARDED
+    found = planned("org/name")
+    assert (found.source["revision"], branch.read_text()) == (hub.commit, COMMIT)
+
+
+def test_a_hub_that_is_busy_is_asked_again(hub, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    hub.repositories["org/name"] = SHARDED
+    hub.busy = 3
+    assert planned("org/name").count == len(MODEL)
+
+
 def test_values_that_say_what_the_codes_are_come_from_the_hub(hub, tmp_path):
     """4-bit bitsandbytes keeps the shape of a weight in a tensor of bytes: a hole in its place would be no JSON."""
-    state = {"quant_type": "nf4", "blocksize": 64, "shape": [96, 64], "dtype": "bfloat16"}
+    state = {"quant_type": "nf4", "blocksize": 64, "shape": [192, 64], "dtype": "bfloat16"}
     encoded = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     name = "model.layers.0.mlp.up_proj.weight"
     tensors = {
-        name: torch.zeros(96 * 32, 1, dtype=torch.uint8),
-        f"{name}.absmax": torch.ones(96),
+        name: torch.zeros(192 * 32, 1, dtype=torch.uint8),
+        f"{name}.absmax": torch.ones(192),
         f"{name}.quant_map": torch.linspace(-1, 1, 16),
         f"{name}.quant_state.bitsandbytes__nf4": encoded,
         "model.embed_tokens.weight": torch.zeros(4000, 64),
@@ -120,9 +148,9 @@ def test_values_that_say_what_the_codes_are_come_from_the_hub(hub, tmp_path):
     }
     hub.repositories["org/name"] = files
     found = planned("org/name")
-    assert [(group.shape, group.count) for group in found.groups] == [((96, 64), 1)]
+    assert [(group.shape, group.count) for group in found.groups] == [((192, 64), 1)]
     assert found.groups == planned(written(tmp_path / "files", files)).groups
-    assert hub.sent["model.safetensors"] < 110_000
+    assert hub.sent["model.safetensors"] == 100_000 + len(encoded)
 
 
 def test_the_text_says_what_is_to_be_downloaded_and_the_time_is_without(hub):
@@ -149,14 +177,15 @@ def refused(source: str = "org/name", error: type[Exception] = SourceError) -> s
     return str(raised.value)
 
 
-def test_a_hub_that_sends_whole_files_is_asked_for_one(hub):
+def test_a_hub_that_sends_whole_files_is_asked_for_one_and_not_listened_to(hub):
     hub.ranges = False
-    hub.repositories["org/name"] = SHARDED
+    hub.repositories["org/name"] = SHARDED | {FIRST: bytes(100 << 20)}
     assert refused() == (
         f"org/name cannot be planned from its headers: the hub sends no parts of {FIRST}; download the model, and give "
         "its directory"
     )
     assert SECOND not in hub.sent
+    assert hub.sent[FIRST] < 50 << 20
 
 
 @pytest.mark.parametrize(
@@ -166,13 +195,15 @@ def test_a_hub_that_sends_whole_files_is_asked_for_one(hub):
         (b"\xff" * 4000, "is no readable safetensors file"),
         ((1 << 40).to_bytes(8, "little") + b"{" * 300_000, "is no readable safetensors file"),
         (b"{}", "is no readable safetensors file"),
+        (b"", "is no readable safetensors file"),
     ],
-    ids=["truncated", "noise", "bomb", "short"],
+    ids=["truncated", "noise", "bomb", "short", "empty"],
 )
 def test_damaged_files_are_refused_by_the_name_on_the_hub(content, expected, hub):
     hub.repositories["org/name"] = SHARDED | {FIRST: content}
     message = refused()
     assert message.startswith(f"org/name/{FIRST} {expected}")
+    assert message.endswith("look for another revision of the model")
     assert hub.sent[FIRST] <= 100_000
 
 
@@ -186,7 +217,24 @@ def test_an_index_on_the_hub_cannot_reach_outside_of_the_directory(hub, temporar
 
 def test_an_index_that_lists_what_is_not_there(hub):
     hub.repositories["org/name"] = {name: SHARDED[name] for name in (INDEX, FIRST)}
-    assert f"org/name/{INDEX} names {SECOND}, which is not there" in refused(error=SourceNotFoundError)
+    message = refused(error=SourceNotFoundError)
+    assert message == f"org/name/{INDEX} names {SECOND}, which is not there: look for another revision of the model"
+
+
+@pytest.mark.parametrize(("name", "words"), [(INDEX, "is no index"), ("config.json", "cannot be read")])
+def test_what_is_damaged_beside_the_weights_is_named_as_the_hub_has_it(name, words, hub):
+    hub.repositories["org/name"] = SHARDED | {name: b"{"}
+    message = refused()
+    assert message.startswith(f"org/name/{name} {words}")
+    assert message.endswith("look for another revision of the model")
+
+
+def test_a_place_for_headers_that_is_none_is_named(hub, temporary, monkeypatch):
+    hub.repositories["org/name"] = SHARDED
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary / "gone"))
+    message = refused()
+    assert message.startswith(f"the headers of the model could not be written to {temporary / 'gone'} (No such file")
+    assert message.endswith("set TMPDIR to a place with sparse files")
 
 
 def test_what_the_hub_refuses(hub):

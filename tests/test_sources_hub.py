@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hub_server import COMMIT, FIRST, INDEX, MODEL, NAMES, SECOND, SHARDED, SINGLE, store_in_cache
 from safetensors.torch import save
+from test_quantized_packed import GROUP, gptq, in_turn
 
 import kappa_fast
 from kappa_fast.errors import MissingExtraError, SourceError, SourceNotFoundError
@@ -165,6 +167,18 @@ def test_the_command_line_takes_ids_too(hub_cache, capsys):
     done = CliRunner().invoke(app, ["rank", "org/name"])
     assert done.exit_code == 0, done.output
     assert NAMES[0] in done.output
+
+
+@pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
+def test_what_says_how_the_weights_were_quantized_comes_with_them(file, hub, tmp_path):
+    """Without it the codes of version 2 would be read as nothing or as those of version 1."""
+    stored, values = gptq(torch.randn(64, 128), 4, in_turn(GROUP, 128), symmetric=False, offset=0)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "checkpoint_format": "gptq_v2"}
+    files = {"model.safetensors": save(stored), file: json.dumps(config).encode()}
+    hub.repositories["org/name"] = files
+    (found,) = opened("org/name").matrices
+    assert np.array_equal(found.load().numpy(), values)
+    assert hub.downloaded() == sorted(files)
 
 
 # What cannot be had

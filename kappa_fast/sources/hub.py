@@ -1,12 +1,13 @@
 """Models on a hub: ids such as org/name or org/name@revision become directories of the local cache.
 
 What is complete in the cache is used without a word to the network; where the names of the files do not tell, the hub
-is asked. Otherwise only what is ranked is downloaded: the index, its shards and config.json, but no pickles and none of
-the same weights in another format.
+is asked. Otherwise only what is ranked is downloaded: the index, its shards, config.json and what says how they were
+quantized, but no pickles and none of the same weights in another format.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import warnings
@@ -16,8 +17,10 @@ from typing import Any, NamedTuple
 
 from ..errors import KappaError, SourceError, SourceNotFoundError, missing_extra
 from .checkpoint import INDEX, INDEX_ENDING, PICKLED, SINGLE, check_files
+from .quantized.config import FILES as QUANTIZATION_FILES
 
 CONFIG = "config.json"
+SMALL = (CONFIG, *QUANTIZATION_FILES)  # what says how the weights are to be read
 
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _ID = re.compile(rf"(?P<name>{_WORD}/{_WORD})(?:@(?P<revision>[^\s@]+))?")
@@ -132,13 +135,18 @@ def _download(hub: Any, wanted: HubId, bars: type[Any] | None) -> Path:
             else hub.snapshot_download(wanted.name, revision=revision, allow_patterns=patterns)
         )
 
-    small = [name for name in files if name == CONFIG or (name in weights and name.endswith(INDEX_ENDING))]
+    small = small_files(files, weights)
     directory = fetch(small or weights, wanted.revision)  # by this name, or the cache would not know the branch
     for name in weights:
         if name.endswith(INDEX_ENDING):
             weights = listed_shards(directory / name, files)
     fetch(weights, directory.name)
     return directory
+
+
+def small_files(files: Collection[str], weights: Collection[str]) -> list[str]:
+    """What is to be read of a repository beside the weights: configurations, and an index among ``weights``."""
+    return [name for name in files if name in SMALL or (name in weights and name.endswith(INDEX_ENDING))]
 
 
 def wanted_files(wanted: HubId, files: Collection[str]) -> list[str]:
@@ -177,7 +185,10 @@ def listed_shards(index: Path, files: Collection[str]) -> list[str]:
         listed = set(json.loads(index.read_bytes())["weight_map"].values())
         return sorted(name for name in files if name in listed)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{index} is no index of a sharded checkpoint ({error!r}): remove it, try again") from error
+        raise SourceError(
+            f"{index} is no index of a sharded checkpoint ({error!r}): remove it, try again; if that does not help, "
+            "look for another revision of the model"
+        ) from error
 
 
 def explained(wanted: HubId, lacking: SourceError | None, error: Exception) -> SourceError:
@@ -200,7 +211,9 @@ def explained(wanted: HubId, lacking: SourceError | None, error: Exception) -> S
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         away = f"{constants.ENDPOINT} did not give it ({reason}): try again later; what has arrived is kept"
     else:
-        away = f"it could not be written to {constants.HF_HUB_CACHE} ({error.strerror or error}): free disk space there"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = "free disk space there" if full else "look after your rights to it, or set HF_HOME to another place"
+        away = f"it could not be written to {constants.HF_HUB_CACHE} ({error.strerror or error}): {what}"
     if lacking is not None:
         return SourceError(f"{wanted} is not complete in the cache ({lacking}), and {away}")
     return SourceNotFoundError(f"{wanted} is neither a path nor in the cache of the hub, and {away}")
