@@ -358,7 +358,9 @@ def _caveats(
             count = kinds[old, new]
             yield f"{what} is {old} and {new} in {count} matrices: kappa is that of the rounded weights"
     prints = [_mapping(r.metadata.get("source")).get("fingerprint") for r in (before, after)]
-    if None not in prints and prints[0] != prints[1]:
+    # Where every matrix has its counterpart, it does not matter what a file calls the rest, or which of it there is.
+    paired = len(changes) == len(before.entries) == len(after.entries)
+    if None not in prints and prints[0] != prints[1] and not paired:
         yield "the sources differ in names, shapes or dtypes: are they the same model?"
 
 

@@ -321,11 +321,12 @@ def test_a_default_device_or_dtype_of_the_caller_does_not_matter():
     assert found.seconds > 0
 
 
-@pytest.mark.parametrize("what", [".", "model.safetensors.index.json", "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("what", [".", "model.safetensors.index.json", "parts/model-00001-of-00002.safetensors"])
 def test_the_files_of_every_kind_of_path_are_found_for_reading(what, tmp_path, monkeypatch):
-    for i in (1, 2):
-        save_file(weights(**{f"l{i}": (64, 32)}), tmp_path / f"model-0000{i}-of-00002.safetensors")
-    index = {f"l{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    index = {f"l{i}": f"parts/model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    (tmp_path / "parts").mkdir()
+    for name, shard in index.items():
+        save_file(weights(**{name: (64, 32)}), tmp_path / shard)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     monkeypatch.chdir(tmp_path)
     for path in (what, tmp_path / what):

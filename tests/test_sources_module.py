@@ -353,6 +353,7 @@ def test_the_fingerprint_follows_names_shapes_and_dtypes_and_no_values():
     mark = lambda source: open_source(source, Filters()).metadata["fingerprint"]  # noqa: E731
     base = weights(a=(16, 16), b=(16,))
     assert mark(base) == mark({name: torch.zeros_like(t) for name, t in base.items()})
+    assert mark(base) == mark(dict(reversed(base.items())))
     assert mark(base) != mark(base | {"a": base["a"].half()})
     assert mark(base) != mark({"a2": base["a"], "b": base["b"]})
     assert mark(base) != mark(base | {"b": torch.zeros(17)})

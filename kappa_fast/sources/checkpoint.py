@@ -99,7 +99,7 @@ def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) 
     metadata = {
         "kind": "directory" if path.is_dir() else "file",
         "path": str(path),
-        "files": [file.name for file in files],
+        "files": [file.relative_to(directory).as_posix() for file in files],
         "model_type": next(iter(model_types), None),
         "fingerprint": fingerprint(found),
     }

@@ -140,11 +140,12 @@ def count_weights(tensors: Iterable[Stored]) -> int:
 
 
 def fingerprint(tensors: Iterable[Stored]) -> str:
-    """SHA-256 over names, shapes and dtypes: tells models apart, not their values."""
-    digest = hashlib.sha256()
-    for t in tensors:
-        digest.update(f"{t.names} {t.shape} {t.dtype}\n".encode())
-    return digest.hexdigest()
+    """SHA-256 over names, shapes and dtypes in any order: tells models apart, not their values.
+
+    Of several names the first one counts: a file has no second name for a tied weight.
+    """
+    lines = sorted(f"{t.name} {t.shape} {t.dtype}\n" for t in tensors)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def model_types_in(config: object) -> tuple[str, ...]:
