@@ -275,7 +275,10 @@ def select(
         by_entry = unit == "matrix" and all(pool.horizon > -math.inf for pool in pools)
         top = _needed_top(budget, cuts, pools, per_group) if by_entry else None
         advice = "without top" if top is None else f"with top={top}" + (", top_per_group=True" if per_group else "")
-        raise OptionError(f"select({budget}) reaches beyond what was resolved: rank again {advice}, or select less")
+        settings = metadata.get("settings")
+        had = settings.get("top") if isinstance(settings, Mapping) else None
+        what = "what was resolved" + (f" with top={had}" if had is not None else "")
+        raise OptionError(f"select({budget}) reaches beyond {what}: rank again {advice}, or select less")
     chosen = {entry.key for cut in cuts for item in cut.chosen for entry in item.members}
     if not chosen:
         raise OptionError(f"select({budget}) selects nothing: {_nothing_fits(budget, params, pools)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from make_entries import make_entry
 from safetensors.torch import save_file
 
 import kappa_fast
@@ -181,7 +182,7 @@ def test_every_option_reaches_rank(arguments, expected, cli, checkpoint, monkeyp
 
     def rank(source, **options):
         seen.update(options, source=source)
-        return kappa_fast.Ranking([], (), {"seconds": 0.0, "device": ["cpu"], "threads": 2})
+        return kappa_fast.Ranking([make_entry()], (), {"seconds": 0.0, "device": ["cpu"], "threads": 2})
 
     monkeypatch.setattr(pipeline, "rank", rank)
     code, _, err = cli("rank", checkpoint, *arguments)
@@ -269,6 +270,19 @@ def test_an_option_that_rank_refuses_is_wrong_use(cli, checkpoint):
 def test_a_cache_directory_that_is_none_is_wrong_use(cli, checkpoint, no_work):
     fails(cli("rank", checkpoint, "--cache-dir", checkpoint), 2, "no directory: give the path of")
     fails(cli("rank", checkpoint, "--cache-dir", ""), 2, "--cache-dir '' is no directory")
+    fails(cli("rank", checkpoint, "--cache-dir", "x" * 300), 2, "x' is no directory")
+
+
+def test_a_quoted_home_is_the_home(cli, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cli("rank", checkpoint, "--cache-dir", "~/results")[0] == 0
+    assert any((tmp_path / "home" / "results").iterdir())
+
+
+def test_nothing_to_rank_is_said_on_stderr(cli, checkpoint):
+    code, out, err = cli("rank", checkpoint, "--include", "nosuch")
+    assert (code, err) == (0, "warning: no matrix was left to rank, for the reasons above\n")
+    assert "matched by none of the include patterns" in out
 
 
 def test_a_top_that_is_no_number_is_wrong_use(cli, checkpoint, no_work):

@@ -124,6 +124,11 @@ def test_older_checkpoints_have_a_file_of_their_own(tmp_path):
     path = saved(tmp_path, stored)
     (path / "quantize_config.json").write_text(json.dumps(config(4)))
     check(path, {"a.weight": values})
+    first = {key: value for key, value in config(4).items() if key != "quant_method"}  # before there were others
+    (path / "quantize_config.json").write_text(json.dumps(first))
+    check(path, {"a.weight": values})
+    (path / "quantize_config.json").write_text(json.dumps(first | {"is_marlin_format": True}))
+    assert kappa_fast.rank(path, progress=False).entries == ()
     (path / "quantize_config.json").write_text("{")
     with pytest.raises(SourceError, match=r"quantize_config\.json cannot be read"):
         open_source(path, Filters())

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 
 import kappa_fast
 from kappa_fast.cli import app
+from kappa_fast.cli.demo import find_weights
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,25 @@ def test_every_command_line_in_it_uses_options_that_exist(readme, capsys):
         shown = capsys.readouterr().out
         for option in re.findall(r"--[a-z-]+", rest):
             assert re.search(rf"^ +{option}\b", shown, re.MULTILINE), option
+
+
+def test_its_commands_work_one_after_the_other(readme, tmp_path, monkeypatch, capsys):
+    """On a real model; what was ranked before and after training stands for the two that are compared."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(find_weights(), "model.safetensors")
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^    kappa-fast (.*)$", readme, re.MULTILINE)]
+    commands = [command for command in commands if not {"org/name", "demo"} & set(command)]
+    assert [command[0] for command in commands] == ["plan", "rank", "rank", "report", "compare", "export"]
+    for command in commands:
+        given = ["model.safetensors" if word == "checkpoint/" else word for word in command]
+        if command[0] == "compare":
+            for name in ("before.json", "after.json"):
+                shutil.copy("ranking.json", name)
+        with pytest.raises(SystemExit) as stop:
+            app(given, prog_name="kappa-fast")
+        assert not stop.value.code, capsys.readouterr().err
+    assert Path("ranking.html").stat().st_size > 10_000
+    assert "unfrozen_parameters:" in capsys.readouterr().out
 
 
 def test_every_make_target_in_it_exists(readme, root):

@@ -41,7 +41,7 @@ def test_a_path_that_does_not_exist_is_named(tmp_path):
 
 def test_a_word_that_is_neither_path_nor_id_says_what_ids_look_like():
     message = refused("model-7B", SourceNotFoundError)
-    assert message.startswith("model-7B: no such file or directory, and no id of a model on the hub either")
+    assert message.startswith("model-7B: no such file or directory; a model on the hub has an id such as org/name")
 
 
 def test_an_empty_path_is_not_the_current_directory():

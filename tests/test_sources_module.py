@@ -227,6 +227,15 @@ def test_a_meta_parameter_is_skipped_and_says_where_its_values_are():
     assert open_source(model, Filters()).num_parameters == 272
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor_is_skipped_by_name(layout):
+    nested = torch.nested.nested_tensor([torch.randn(20, 30), torch.randn(10, 30)], layout=layout)
+    found = open_source({"a": torch.randn(20, 30), "n": nested}, Filters())
+    assert [m.key for m in found.matrices] == ["a"]
+    assert reasons({"a": torch.randn(20, 30), "n": nested}) == {"n": "nested: of several shapes"}
+
+
 def test_a_lazy_parameter_is_skipped_until_it_has_a_shape():
     model = nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 16))
     assert set(matrices(model)) == {"1.weight"}

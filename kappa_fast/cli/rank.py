@@ -101,13 +101,20 @@ def rank(
             typer.echo(line)
         if json is not None:
             typer.echo(f"written to {json}")
+        if not len(ranking):
+            typer.echo("warning: no matrix was left to rank, for the reasons above", err=True)
 
 
 def _directory(text: str) -> Path:
     """What ``--cache-dir`` says; the empty one would be the directory that one is in."""
-    if not text or (Path(text).exists() and not Path(text).is_dir()):
+    try:
+        path = Path(text).expanduser()  # what was quoted comes as it is
+        usable = bool(text) and (path.is_dir() or not os.path.lexists(path.resolve()))
+    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a user that there is not
+        usable = False
+    if not usable:
         raise OptionError(f"--cache-dir {text!r} is no directory: give the path of one, it is made if need be")
-    return Path(text)
+    return path
 
 
 def summary(ranking: Ranking, rtol: float) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..entries import Index, Skipped
-from ..errors import OptionError, SourceError
+from ..errors import OptionError, SourceError, SourceNotFoundError
 from .base import Inventory, Matrix, Place, Source, Stamp, Stored
 from .checkpoint import read_checkpoint
 from .filters import Filters, Surroundings
@@ -116,6 +116,8 @@ def _read(source: object, quiet: bool, headers_only: bool) -> Inventory:
     if isinstance(source, (str, os.PathLike)):
         if not os.fspath(source):
             raise OptionError("the path of the checkpoint is empty: give a .safetensors file or a directory with them")
+        if isinstance(source, str) and source.startswith(("https://", "http://")):
+            raise SourceNotFoundError(f"{source} is an address: give the id of the model (org/name), or download it")
         path = Path(os.fsdecode(source))
         wanted = hub_id(source) if isinstance(source, str) and not os.path.lexists(path) else None
         if wanted is not None:

@@ -70,7 +70,7 @@ def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) 
         if os.path.islink(path):
             raise SourceNotFoundError(f"{path} is a link that leads nowhere: give the directory of the model itself")
         raise SourceNotFoundError(
-            f"{path}: no such file or directory, and no id of a model on the hub either (those look like org/name)"
+            f"{path}: no such file or directory; a model on the hub has an id such as org/name, without ./ before it"
         )
     directory = path if path.is_dir() else path.parent
     try:

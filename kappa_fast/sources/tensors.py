@@ -58,12 +58,13 @@ def store(
         SourceError: its scales do not fit.
         NotImplementedError: it is sharded.
     """
+    if is_lazy(tensor) or tensor.is_nested:
+        why = "nested: of several shapes" if tensor.is_nested else "lazy and without a shape yet: run the model once"
+        return Stored(names, (0, 0), tensor.dtype, tensor.device, _taker(tensor), why, parent, model_types, roles)
     refuse_sharded(names[0], tensor)
-    lazy = is_lazy(tensor)
-    shape = (0, 0) if lazy else tuple(tensor.shape)
-    problem = "lazy and without a shape yet: run the model once" if lazy else _problem(tensor)
-    plain = Stored(names, shape, tensor.dtype, tensor.device, _taker(tensor), problem, parent, model_types, roles)
-    return plain if lazy else weights_in(plain, tensor, holder or parent) or plain
+    shape, why_not = tuple(tensor.shape), _problem(tensor)
+    plain = Stored(names, shape, tensor.dtype, tensor.device, _taker(tensor), why_not, parent, model_types, roles)
+    return weights_in(plain, tensor, holder or parent) or plain
 
 
 def is_lazy(tensor: torch.Tensor) -> bool:
@@ -93,7 +94,7 @@ def identity(tensor: torch.Tensor) -> object:
         address = tensor.data_ptr()
     except (RuntimeError, NotImplementedError, ValueError):  # subclasses and layouts without storage
         address = 0
-    if address == 0 or tensor.numel() == 0:
+    if address == 0 or tensor.is_nested or tensor.numel() == 0:
         return id(tensor)
     return address, tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device)
 

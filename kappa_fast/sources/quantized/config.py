@@ -11,7 +11,8 @@ from typing import Any
 from ...errors import SourceError
 
 # Older tools wrote these; what they say is what quantization_config says today. The first one that is there counts.
-FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+AUTO_GPTQ = "quantize_config.json"
+FILES = (AUTO_GPTQ, "quant_config.json", "hf_quant_config.json")
 # Where configs list the modules that keep their weights as they were.
 _PLAIN = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
 
@@ -98,4 +99,10 @@ def _read(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read ({error}): repair it, or move it away to rank without it") from error
     inner = found.get("quantization", found) if isinstance(found, Mapping) else {}  # so in hf_quant_config.json
-    return dict(inner) if isinstance(inner, Mapping) else {}
+    if not isinstance(inner, Mapping):
+        return {}
+    if path.name == AUTO_GPTQ and "bits" in inner and inner.get("quant_method", "gptq") == "gptq":
+        # AutoGPTQ says neither method nor layout before it had others; then it had one more, under a key of its own.
+        layout = "marlin" if inner.get("is_marlin_format") else "gptq"
+        return {"quant_method": "gptq", "checkpoint_format": layout, **inner}
+    return dict(inner)
