@@ -31,6 +31,7 @@ from .spectrum.ladder import Goal, Resolution, resolve
 from .spectrum.probe import lower_bounds
 from .undisturbed import undisturbed
 from .waves import parse_bytes
+from .workers import stopping
 
 Score = Literal["kappa"] | Callable[[TensorKappa], float]
 Patterns = str | Sequence[str] | None
@@ -150,7 +151,8 @@ class _Run:
     ) -> None:
         self.source, self.executor, self.store, self.entries = source, executor, store, dict[int, TensorKappa]()
         self._progress, self._score = progress, score
-        self._room = Room(executor.budget_on(torch.device("cpu")))  # where all exact decompositions are made
+        # Exact decompositions are made on the CPU, whatever the device.
+        self._room = Room(executor.budget_on(torch.device("cpu")), stopping)
 
     def tracking(self) -> contextlib.AbstractContextManager[Tracker]:
         everything = range(len(self.source.matrices))

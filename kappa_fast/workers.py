@@ -8,6 +8,7 @@ the last bits of a product.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
@@ -20,6 +21,15 @@ R = TypeVar("R")
 SINGLE_THREAD_OPERATIONS = 3e10  # m n^2; such a matrix takes about 0.3 s on one core
 
 
+_of_thread = threading.local()
+
+
+def stopping() -> bool:
+    """Whether nobody waits for the task of this thread any more."""
+    stop: threading.Event | None = getattr(_of_thread, "stop", None)
+    return stop is not None and stop.is_set()
+
+
 def fits_one_thread(shape: tuple[int, int]) -> bool:
     """Whether a matrix of this shape is worked on by one thread."""
     return float(max(shape)) * min(shape) ** 2 <= SINGLE_THREAD_OPERATIONS
@@ -29,14 +39,22 @@ def each_on_one_thread(task: Callable[[T], R], items: Sequence[T]) -> Generator[
     """Pairs (item, task(item)) as they finish, at most as many at a time as torch has threads, one thread in each.
 
     An exception of a task, or one thrown into the iterator (Ctrl-C), waits for the tasks that are running and drops
-    those that are not. torch's number of threads is what it was afterwards.
+    those that are not; a task that waits for something itself asks ``stopping()``. torch's number of threads is what it
+    was afterwards.
     """
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(min(threads, max(1, len(items))), "kappa_fast", torch.set_num_threads, (1,))
+    stop = threading.Event()
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        _of_thread.stop = stop
+
+    pool = ThreadPoolExecutor(min(threads, max(1, len(items))), "kappa_fast", begin)
     try:
         futures = {pool.submit(task, item): item for item in items}
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)  # what new threads start with is global

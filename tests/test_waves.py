@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import one_thread, weights
 
-from kappa_fast import ComputeError, OptionError, execution, pipeline, waves
+from kappa_fast import ComputeError, Interrupted, OptionError, execution, pipeline, waves, workers
 from kappa_fast.backends import get_backend
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.pipeline import rank
@@ -325,6 +328,33 @@ def test_exact_decompositions_share_the_budget_and_one_that_exceeds_it_runs_alon
     monkeypatch.setattr(TorchBackend, "workspace", lambda *_: 1)
     assert list(rank(small, memory_budget=int(rooms * exact.peak_bytes((40, 30))))) == expected
     assert most == [at_once]
+
+
+def test_decompositions_that_wait_for_room_are_dropped_when_the_run_is_interrupted(monkeypatch):
+    """Otherwise Ctrl-C would wait for one after the other."""
+    decompose, begun, waiting = exact.decompose, [], threading.Event()
+    taken = exact.Room.taken
+
+    def slow(a: Any) -> Any:
+        begun.append(a.shape)
+        assert waiting.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        while not workers.stopping():
+            time.sleep(0.01)
+        return decompose(a)
+
+    def watched(room: Any, a: Any) -> Any:
+        if room._used:
+            waiting.set()
+        return taken(room, a)
+
+    monkeypatch.setattr(exact, "decompose", slow)
+    monkeypatch.setattr(exact.Room, "taken", watched)
+    monkeypatch.setattr(TorchBackend, "workspace", lambda *_: 1)
+    with pytest.raises(Interrupted) as stop:
+        rank({f"w{i}": torch.randn(40, 30) for i in range(2)}, memory_budget=exact.peak_bytes((40, 30)))
+    assert len(begun) == 1
+    assert len(stop.value.partial) <= 1
 
 
 def test_room_is_given_back_when_a_decomposition_fails():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -29,23 +29,34 @@ def peak_bytes(shape: tuple[int, int]) -> int:
     return 8 * (5 * m * n + 3 * n * n)
 
 
+PATIENCE = 0.1  # seconds
+
+
 class Room:
     """Memory that the decompositions of a run share: side by side as far as it goes, one that needs more of it alone.
 
-    Waves are cut for what the rungs before need, and a decomposition needs 2.5 to 3 times as much.
+    Waves are cut for what the rungs before need, and a decomposition needs 2.5 to 3 times as much. Who waits asks
+    ``stopped()`` now and then whether it is still wanted: an interrupted run should not do one after the other.
     """
 
-    def __init__(self, nbytes: float = math.inf) -> None:
-        self.nbytes = nbytes
+    def __init__(self, nbytes: float = math.inf, stopped: Callable[[], bool] = lambda: False) -> None:
+        self.nbytes, self._stopped = nbytes, stopped
         self._used = 0
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
     def taken(self, a: Operand) -> Iterator[None]:
-        """Wait until there is room for the decomposition of ``a``, and keep it meanwhile."""
+        """Wait until there is room for the decomposition of ``a``, and keep it meanwhile.
+
+        Raises:
+            KeyboardInterrupt: the run was stopped while this waited.
+        """
         need = peak_bytes(a.shape)
         with self._changed:
-            self._changed.wait_for(lambda: not self._used or self._used + need <= self.nbytes)
+            while self._used and self._used + need > self.nbytes:
+                self._changed.wait(PATIENCE)
+                if self._stopped():
+                    raise KeyboardInterrupt
             self._used += need
         try:
             yield
