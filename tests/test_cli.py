@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import build
 from make_entries import make_entry
 from safetensors.torch import save_file
 
@@ -246,6 +247,13 @@ def fails(result, code: int, message: str) -> None:
     assert result[0] == code, result
     assert result[1] == ""
     assert re.fullmatch(rf"error: .*{message}.*\n", result[2]), result[2]
+
+
+def test_a_mixture_of_experts_says_nothing_on_stderr_of_what_transformers_imports(root, tmp_path):
+    build("mixtral").save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "kappa_fast", "rank", str(tmp_path), "--min-dim", "4", "--no-cache"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert (done.stderr, "mlp.experts.down_proj[0]" in done.stdout) == ("", True)
 
 
 def test_a_missing_file_is_named(cli, tmp_path):

@@ -16,6 +16,8 @@ import typer
 
 from ..errors import Interrupted, KappaError, OptionError
 
+# What transformers imports warns about extensions and enumerations that nothing here uses.
+_CHATTY = ("torchao", "torch.utils._pytree")
 FAILURE, WRONG_USE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
@@ -98,15 +100,20 @@ def _terminable() -> Iterator[list[int]]:
 @contextmanager
 def _logged(debug: bool) -> Iterator[None]:
     log, handler = logging.getLogger("kappa_fast"), logging.StreamHandler()
-    level = log.level
+    others = [logging.getLogger(name) for name in _CHATTY]
+    levels = [(logger, logger.level) for logger in (log, *others)]
     if debug:
         log.addHandler(handler)
         log.setLevel(logging.DEBUG)
+    else:
+        for logger in others:
+            logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        log.setLevel(level)
+        for logger, level in levels:
+            logger.setLevel(level)
 
 
 def _flush_or_discard_output() -> None:
