@@ -141,6 +141,26 @@ def test_experts_of_a_file_train_and_nothing_else_moves(family, tmp_path):
     assert not any(bool((moved[name] & ~may_move[name]).any()) for name in moved)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_halves_of_one_tensor_are_those_of_the_model_wherever_it_keeps_them(family, tmp_path):
+    """As wide as high, so that no shape tells a half of the rows from a half of the columns."""
+    model = build(family, hidden_size=48, intermediate_size=24)
+    tensors = converted(model, family)
+    gate, up = (tensors[f"blk.1.ffn_{half}_exps.weight"] for half in ("gate", "up"))
+    fused = {"blk.1.ffn_gate_up_exps.weight": torch.cat([gate, up], dim=1)}
+    down = {
+        name: tensors[name] for name in tensors if name == "blk.1.ffn_down_exps.weight"
+    }  # tells how wide halves are
+    ranking = kappa_fast.rank(write(tmp_path / "m.gguf", fused | down), include="gate_up", progress=False)
+    assert len(ranking) == 8
+    for entry in ranking:
+        (target,) = match(kappa_fast.Ranking([entry], (), ranking.metadata).select(num_tensors=1), model)
+        assert target.name == "model.layers.1.mlp.experts.gate_up_proj"
+        piece = target.parameter.detach()[target.indices[0]]
+        expected = (gate if entry.part.endswith("gate") else up)[entry.index[0]]
+        assert torch.equal(piece.T if family in TRANSPOSED else piece, expected)
+
+
 def test_experts_that_the_model_keeps_one_by_one_are_found_by_their_number(tmp_path):
     class Expert(torch.nn.Module):
         def __init__(self) -> None:

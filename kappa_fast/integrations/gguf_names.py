@@ -52,7 +52,9 @@ def _place(entry: TensorKappa, homes: Homes, layouts: _Layouts) -> Place | None:
     name = entry.name.removesuffix(_WEIGHT)
     whole = homes.get((name, None), set())
     if len(whole) == 1:
-        return Place(next(iter(whole)), entry.index)
+        (parameter,) = whole
+        # The model may have its halves elsewhere, or its experts transposed: what counts is what they are.
+        return Place(parameter, entry.index) if len(entry.index) < 2 else layouts.part(parameter, entry.part)
     expert = entry.index[0] if entry.index else None
     if not isinstance(expert, int) or len(entry.index) > 1:
         return None
