@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..entries import TensorKappa
+from ..entries import Index, TensorKappa
 from ..errors import missing_extra
-from ..sources.base import Place
+from ..sources.base import Place, Stored
 from ..sources.layouts import cut
-from ..sources.tensors import model_types_in, store
+from ..sources.tensors import model_types_in
 
 FORMAT = "gguf"
 
@@ -108,9 +109,14 @@ class _Layouts:
             real = self._parameters[name]
             owner = self._model.get_submodule(real.rpartition(".")[0])
             kinds = next((k for m in (owner, self._model) if (k := model_types_in(getattr(m, "config", None)))), ())
-            stored = store((name,), self._model.get_parameter(real), owner, kinds)
+            weight = self._model.get_parameter(real)
+            stored = Stored((name,), tuple(weight.shape), weight.dtype, weight.device, _never, None, owner, kinds)
             self._parts[name] = {p.label: Place(name, p.index, p.label) for p in cut(stored, {}, split=True).parts}
         return self._parts[name].get(label)
+
+
+def _never(index: Index, device: torch.device | None = None) -> torch.Tensor:
+    raise AssertionError("only the shape is asked for")
 
 
 @cache
