@@ -12,6 +12,7 @@ from ..entries import Index
 from ..errors import OptionError
 from ..sources.names import group_of, layer_of
 from ..units import expert_of
+from .gguf_names import is_from_gguf
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,8 +49,7 @@ def export(selection: Selection, kind: str, model: nn.Module | None = None) -> s
 
 def refuse_names_of_gguf(selection: Selection) -> None:
     """Raise OptionError for names of a GGUF file: no trainer knows them, and only a model translates them."""
-    source = selection.settings.get("source") or {}
-    if source.get("format") == "gguf":
+    if is_from_gguf(selection):
         raise OptionError(
             "the names of this selection are llama.cpp's, since a GGUF file was ranked: give the model that is to be "
             "trained as model= (in Python), which has them under its own"

@@ -18,15 +18,20 @@ from torch import nn
 
 from ..entries import Index, TensorKappa
 from ..errors import missing_extra
+from ..selection import Selection
 from ..sources.base import Place, Stored
 from ..sources.layouts import cut
 from ..sources.tensors import model_types_in
 
-FORMAT = "gguf"
-
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _HALF = re.compile(r"(?<=\.ffn_)(gate|up)(?=_exps$)")
 _WEIGHT = ".weight"
+
+
+def is_from_gguf(selection: Selection) -> bool:
+    """Whether a GGUF file was ranked, so that names are llama.cpp's."""
+    source = selection.settings.get("source")
+    return isinstance(source, Mapping) and source.get("format") == "gguf"
 
 
 def resolve_gguf(model: nn.Module, entries: Sequence[TensorKappa], parameters: Mapping[str, str]) -> dict[str, Place]:

@@ -16,6 +16,7 @@ from ..errors import OptionError
 from ..selection import Selection
 from ..sources.base import Place
 from ..sources.names import base_name
+from .gguf_names import is_from_gguf, resolve_gguf
 from .pieces import Box, box_of, disjoint, index_of
 
 # What wrappers put before or between the words of a name: compile, DDP, FSDP, activation checkpointing, PEFT.
@@ -90,8 +91,7 @@ def match(selection: Selection, model: nn.Module) -> list[Target]:
         else:
             chosen.setdefault(found, []).append((entry.index, entry))
     if unknown:
-        source = selection.settings.get("source") or {}
-        resolve = _from_gguf if source.get("format") == "gguf" else _from_checkpoint
+        resolve = _from_gguf if is_from_gguf(selection) else _from_checkpoint
         total = len(selection.entries)
         _add_from_disk(names, unknown, resolve(model, names, unknown, total), chosen, total)
     _check_shapes(names, chosen)
@@ -168,8 +168,6 @@ def _from_checkpoint(model: nn.Module, names: _Names, unknown: Sequence[TensorKa
 
 def _from_gguf(model: nn.Module, names: _Names, unknown: Sequence[TensorKappa], _: int) -> dict[str, Place]:
     """Where entries are, by key, whose names are those of llama.cpp."""
-    from .gguf_names import resolve_gguf
-
     return resolve_gguf(model, unknown, names.plain)
 
 
