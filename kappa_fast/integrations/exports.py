@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from ..selection import Selection
 
-FORMATS = ("axolotl", "ms-swift", "spectrum", "esft", "names", "regex")
-TRAINERS = FORMATS[:4]  # whose models have the names of transformers
+TRAINERS = ("axolotl", "ms-swift", "spectrum", "esft")  # whose models have the names of transformers
+FORMATS = (*TRAINERS, "names", "regex")
 # All parts of a fused projection; together they are the whole of it. Of qkv, k and v alone are not.
 _COMPLETE = ({"gate", "up"}, {"q", "k", "v"})
 _KV = re.compile(r"(?:^|[._])kv")
@@ -100,9 +100,8 @@ def _pattern(selection: Selection, model: nn.Module | None, what: str) -> str:
 def _spectrum(selection: Selection, model: nn.Module | None) -> str:
     """Spectrum's results: its ``snr``, highest first, is 1 / kappa here, so that its choice is the lowest kappa."""
     found = {}
-    names = _whole(selection, model, "Spectrum's JSON")
     kappas = _kappas(selection, model)
-    for name in names:
+    for name in _whole(selection, model, "Spectrum's JSON"):
         layer = name.removesuffix(".weight")
         kind = group_of(layer).rpartition("*.")[2]
         found[layer] = {"snr": 1 / max(kappas[name]) if kappas.get(name) else 0.0, "type": kind}

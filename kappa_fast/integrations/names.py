@@ -91,9 +91,12 @@ def match(selection: Selection, model: nn.Module) -> list[Target]:
         else:
             chosen.setdefault(found, []).append((entry.index, entry))
     if unknown:
-        resolve = _from_gguf if is_from_gguf(selection) else _from_checkpoint
         total = len(selection.entries)
-        _add_from_disk(names, unknown, resolve(model, names, unknown, total), chosen, total)
+        if is_from_gguf(selection):
+            places = resolve_gguf(model, unknown, names.plain)
+        else:
+            places = _from_checkpoint(model, names, unknown, total)
+        _add_from_disk(names, unknown, places, chosen, total)
     _check_shapes(names, chosen)
     included, excluded = names.matching(selection.include), names.matching(selection.exclude)
     for pattern in selection.include:
@@ -160,15 +163,9 @@ def _from_checkpoint(model: nn.Module, names: _Names, unknown: Sequence[TensorKa
         places = resolve_names(model, {entry.name: entry.shape for entry in unknown}, plain_name)
     except OptionError as error:
         raise OptionError(f"{_missing(names, unknown, total)} ({error})") from error
-    known = [entry for entry in unknown if entry.name in places]
     # A tensor that becomes a part of a parameter is whole: a part of it has no index there.
-    found = {e.key: places[e.name] for e in known if not (places[e.name].index and e.index)}
-    return {e.key: replace(found[e.key], index=found[e.key].index or e.index) for e in known if e.key in found}
-
-
-def _from_gguf(model: nn.Module, names: _Names, unknown: Sequence[TensorKappa], _: int) -> dict[str, Place]:
-    """Where entries are, by key, whose names are those of llama.cpp."""
-    return resolve_gguf(model, unknown, names.plain)
+    found = {e.key: (places[e.name], e.index) for e in unknown if e.name in places}
+    return {key: replace(p, index=p.index or index) for key, (p, index) in found.items() if not (p.index and index)}
 
 
 def _add_from_disk(
