@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import Counter
@@ -15,9 +16,10 @@ import torch
 
 from ..entries import Index, Skipped
 from ..errors import OptionError, SourceError, SourceNotFoundError
+from .admission import Surroundings, admit, by_evidence
 from .base import Inventory, Matrix, Place, Source, Stamp, Stored
 from .checkpoint import read_checkpoint
-from .filters import Filters, Surroundings
+from .filters import Filters
 from .gguf import is_gguf, read_gguf
 from .hub import HubId, hub_id, snapshot
 from .hub_headers import headers_of
@@ -27,6 +29,8 @@ from .names import group_of, layer_of
 from .tensors import read_mapping
 
 __all__ = ["Filters", "Matrix", "PlacesOf", "Source", "open_source"]
+
+_LOG = logging.getLogger(__name__)
 
 PlacesOf = Callable[[Inventory], Mapping[str, Place]]  # by the first name of a tensor
 
@@ -58,7 +62,8 @@ def open_source(
     matrices: list[Matrix] = []
     skipped: list[Skipped] = []
     notes: dict[str, str] = {}
-    candidates = [t for t in inventory.tensors if len(t.shape) >= 2]
+    evidences: list[tuple[str, str]] = []
+    candidates = [t for t in inventory.tensors if len(t.shape) >= 2 or t.error is not None]
     if not candidates:
         raise SourceError(
             f"{_called(inventory)} holds no parameter with two or more dimensions, so there is nothing to rank: "
@@ -67,10 +72,12 @@ def open_source(
     for found in candidates:
         place = places.get(found.name)
         stored = found if place is None else replace(found, names=(place.name, *found.names))
-        reason = filters.reason(stored, around)
+        reason, evidence = _weighed(stored, around, filters)
+        _LOG.debug("%s %s: %s", stored.name, stored.shape, f"skipped, {reason}" if reason else f"taken, {evidence}")
         if reason is not None:
             skipped.append(Skipped(stored.name + (place.label if place else ""), stored.shape, reason))
             continue
+        evidences.append((stored.name, evidence))
         pieces = _pieces(stored, place, around, filters.fused == "split")
         if pieces.note:
             notes[group_of(stored.name)] = pieces.note
@@ -85,8 +92,22 @@ def open_source(
                 matrices.append(_matrix(stored, part, place))
     _check_keys(matrices)
     quantized = Counter(t.quantization for t in candidates if t.quantization is not None)
-    metadata: dict[str, Any] = {**inventory.metadata, "layouts": notes, "quantization": dict(quantized)}
+    metadata: dict[str, Any] = {
+        **inventory.metadata,
+        "layouts": notes,
+        "quantization": dict(quantized),
+        "evidence": by_evidence(evidences),
+    }
     return Source(tuple(matrices), tuple(skipped), inventory.num_parameters, metadata, inventory.in_memory)
+
+
+def _weighed(stored: Stored, around: Surroundings, filters: Filters) -> tuple[str | None, str]:
+    """Why a tensor is left out, or None and the evidence that it is a weight."""
+    chosen = filters.reason(stored, around)
+    if stored.error is not None and chosen is not None:
+        return chosen, ""  # what cannot be read may be left out
+    admission = admit(stored, around, filters.without_values)
+    return admission.reason or chosen, admission.evidence
 
 
 def _renamed(inventory: Inventory, places: Mapping[str, Place]) -> Inventory:

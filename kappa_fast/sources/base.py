@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ..entries import Index, Skipped
+from ..errors import SourceError
 
 Role = Literal["adapter", "embedding", "head", "router", "scales"]
 
@@ -101,6 +102,7 @@ class Stored:
         take: ``take(index)`` reads that part of it, detached. With ``device``, codes are moved there before they are
             dequantized; what is not quantized comes where it is.
         problem: why its values are no weights, or None.
+        error: why it cannot be read though it is a weight, or None; raised unless the options leave it out.
         parent: the module that owns it, where there is one.
         model_types: ``config.model_type`` of the model around it, then that of the text model in it; () if unknown.
         roles: what it is for, as far as the model itself tells; names may tell more.
@@ -112,6 +114,8 @@ class Stored:
             waits nor takes memory nor raises. None where there is nothing to read.
         location: the file and the offset in it where the values begin, for reading in the order of the disk.
         stamp: what identifies the values without reading them, None if nothing does.
+        evidence: what makes it a weight, where that is more than ``parent`` and ``quantization`` tell: the rule of a
+            format, or how a module makes it. For ``metadata["evidence"]`` and the log.
     """
 
     names: tuple[str, ...]
@@ -128,6 +132,8 @@ class Stored:
     prefetch: Callable[[Index], None] | None = field(default=None, repr=False, compare=False)
     location: tuple[str, int] | None = None
     stamp: Stamp | None = None
+    evidence: str = ""
+    error: SourceError | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:

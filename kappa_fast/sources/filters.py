@@ -3,51 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from ..errors import OptionError
-from . import codes, names
-from .base import Inventory, Stored
+from . import names
+from .admission import Surroundings
+from .base import Stored
 
 Patterns = str | Sequence[str] | None
 
 _ROUTER_CLASS = re.compile(r"Router|TopKGat|MoE\w*Gate$", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What the other tensors of a model tell about one of them.
-
-    Attributes:
-        shapes: of everything that has a name, buffers (with shape ()) too.
-        scales: companions of quantized weights.
-        embedding_shapes: of everything that is called an embedding.
-        in_peft: whether PEFT has wrapped the model.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    scales: frozenset[str]
-    embedding_shapes: frozenset[tuple[int, ...]]
-    in_peft: bool
-
-    @classmethod
-    def of(cls, inventory: Inventory) -> Surroundings:
-        """Look at all tensors once."""
-        shapes: dict[str, tuple[int, ...]] = {name: () for name in inventory.buffers}
-        shapes |= {name: stored.shape for stored in inventory.tensors for name in stored.names}
-        scales: set[str] = set()
-        embeddings: set[tuple[int, ...]] = set()
-        for stored in inventory.tensors:
-            beside = {c for name in stored.names for c in codes.companions(name, shapes)}
-            # Zero points are never weights, also beside a weight that was calibrated and is not quantized yet.
-            scales |= beside if codes.may_be_codes(stored.dtype) else {c for c in beside if c.endswith("_zero_point")}
-            if "embedding" in stored.roles or any(names.is_embedding(name) for name in stored.names):
-                embeddings.add(stored.shape)
-        return cls(shapes, frozenset(scales), frozenset(embeddings), inventory.in_peft)
 
 
 @dataclass(frozen=True)
@@ -88,18 +57,7 @@ class Filters:
             _check_size("max_dim", self.max_dim)
 
     def reason(self, stored: Stored, around: Surroundings) -> str | None:
-        """Why this tensor is not ranked at all, or None. Sizes of parts are for ``size_reason``."""
-        return _structural_reason(stored, around, self.without_values) or self._chosen(stored, around)
-
-    def size_reason(self, shape: tuple[int, int]) -> str | None:
-        """Why a matrix of this shape is not ranked, or None."""
-        if min(shape) < self.min_dim:
-            return f"too small: its smaller side is below min_dim={self.min_dim}"
-        if self.max_dim is not None and max(shape) > self.max_dim:
-            return f"too large: its larger side is above max_dim={self.max_dim}"
-        return None
-
-    def _chosen(self, stored: Stored, around: Surroundings) -> str | None:
+        """Why the options leave this weight out, or None. Sizes of parts are for ``size_reason``."""
         for pattern in self.exclude or ():
             if any(re.search(pattern, name) for name in stored.names):
                 return f"excluded by the pattern {pattern!r}"
@@ -111,45 +69,18 @@ class Filters:
             return "router (routers=True ranks it)"
         return None
 
+    def size_reason(self, shape: tuple[int, int]) -> str | None:
+        """Why a matrix of this shape is not ranked, or None."""
+        if min(shape) < self.min_dim:
+            return f"too small: its smaller side is below min_dim={self.min_dim}"
+        if self.max_dim is not None and max(shape) > self.max_dim:
+            return f"too large: its larger side is above max_dim={self.max_dim}"
+        return None
+
 
 def is_router_module(module: torch.nn.Module) -> bool:
     """True for modules that choose among experts, going by their class."""
     return _ROUTER_CLASS.search(type(module).__name__) is not None
-
-
-def _structural_reason(stored: Stored, around: Surroundings, without_values: bool) -> str | None:
-    """Why the values of a tensor are no matrix of weights, whatever the options are."""
-    if "adapter" in stored.roles or any(names.is_adapter(name, around.in_peft) for name in stored.names):
-        return "adapter weight"
-    if "scales" in stored.roles or any(name in around.scales for name in stored.names):
-        return codes.scales_reason(stored.name)
-    if stored.problem is not None:
-        return stored.problem
-    if codes.may_be_codes(stored.dtype):
-        found = {c for name in stored.names for c in codes.companions(name, around.shapes)}
-        if found:
-            return codes.codes_reason(found)
-    if any(names.is_buffer(name) for name in stored.names):
-        return "mask or other buffer, not a weight"
-    if reason := codes.dtype_reason(stored.dtype):
-        return reason
-    if stored.numel == 0:
-        return "empty"
-    if stored.device.type == "meta" and not without_values:
-        return codes.ON_META
-    if _is_stack_of_biases(stored, around):
-        return "stacked biases of experts, not a matrix"
-    return None
-
-
-def _is_stack_of_biases(stored: Stored, around: Surroundings) -> bool:
-    """A bias [experts, width] beside a weight [experts, ., .]."""
-    for name in stored.names:
-        for ending, of_weight in (("_bias", ""), (".bias", ".weight"), ("_bias", "_weight")):
-            shape = around.shapes.get(name.removesuffix(ending) + of_weight, ()) if name.endswith(ending) else ()
-            if len(stored.shape) == 2 and len(shape) == 3 and shape[0] == stored.shape[0]:
-                return True
-    return False
 
 
 def _is_embedding_or_head(stored: Stored, around: Surroundings) -> bool:

@@ -92,7 +92,7 @@ class _Remote:
             if names and not lacking:
                 return None
             sizes = dict(zip(names, self._stand_ins(names), strict=True))
-            found = read_checkpoint(self.folder, self._file)
+            found = self._explained(read_checkpoint(self.folder, self._file))
         except BaseException as error:
             self.close()  # or the traceback would keep it
             if isinstance(error, SourceError):
@@ -101,6 +101,13 @@ class _Remote:
         known = {"path": str(self._wanted), "id": self._wanted.name, "revision": self.commit}
         sized = {"size": sum(sizes.values()), "to_download": sum(sizes[name] for name in lacking)}
         return replace(found, metadata={**found.metadata, **known, **sized})
+
+    def _explained(self, found: Inventory) -> Inventory:
+        tensors = [
+            t if t.error is None else replace(t, error=type(t.error)(self._in_words_of_the_hub(str(t.error))))
+            for t in found.tensors
+        ]
+        return replace(found, tensors=tensors)
 
     def _in_words_of_the_hub(self, message: str) -> str:
         for here, there in (*_ADVICE, (str(self.folder), str(self._wanted))):

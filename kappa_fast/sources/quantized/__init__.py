@@ -6,6 +6,7 @@ family recognizes stays as it was found, and is skipped with the reason by ``sou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,11 +16,11 @@ from .. import codes
 from ..base import Stored
 from .bitsandbytes import STATE, TABLES, Bitsandbytes
 from .compressed import NVFP4, CompressedInts
-from .config import is_left_plain, method_of
+from .config import is_left_plain, matches, method_of
 from .fp8 import FORMATS, FP8
 from .mxfp4 import MXFP4
 from .packed import PackedInts
-from .recipe import Candidate, Family, compose
+from .recipe import Candidate, Family, Recipe, compose
 from .torchao import Torchao
 
 __all__ = ["FAMILIES", "weights_of"]
@@ -46,10 +47,8 @@ def weights_of(
         header: what the headers of its files say beside names and shapes.
 
     Returns:
-        As many as were given: companions (scales, zero points) stay, with the role "scales".
-
-    Raises:
-        SourceError: a companion is missing or does not fit, or the weight is there twice, as codes and plain.
+        As many as were given: companions (scales, zero points) stay, with the role "scales". What has a companion that
+        is missing or does not fit, or is there twice, as codes and plain, says so in ``Stored.error``.
     """
     by_name = {name: t for t in found if t.problem is None for name in t.names}
     undecided = [t for t in found if t.problem is None and t.quantization is None and "scales" not in t.roles]
@@ -69,7 +68,14 @@ def weights_of(
             replaced[id(stored)] = replace(stored, problem=codes.ON_META)
             scales.update(candidate.names)
             continue
-        recipe = next((r for family in FAMILIES if (r := family.recognize(candidate)) is not None), None)
+        try:
+            recipe = next((r for family in FAMILIES if (r := family.recognize(candidate)) is not None), None)
+            if isinstance(recipe, Recipe):
+                _check_single(candidate, by_name)
+        except SourceError as error:
+            replaced[id(stored)] = _unreadable(candidate, error)
+            scales.update(candidate.names)
+            continue
         if isinstance(recipe, str):
             replaced[id(stored)] = replace(stored, problem=recipe)
             scales.update(candidate.names)
@@ -78,7 +84,6 @@ def weights_of(
             if candidate.companions and (method := method_of(candidate.config)):
                 replaced[id(stored)] = replace(stored, problem=codes.codes_reason(candidate.names, method))
             continue
-        _check_single(candidate, by_name)
         replaced[id(stored)] = compose(stored, recipe)
         scales.update(name for companion in candidate.companions.values() for name in companion.names)
     scales |= {name for name in by_name if codes.is_orphan(name, by_name)}
@@ -92,6 +97,16 @@ def weights_of(
         replaced.get(id(t)) or (t if scales.isdisjoint(t.names) else replace(t, roles=t.roles | {"scales"}))
         for t in found
     ]
+
+
+def _unreadable(candidate: Candidate, error: SourceError) -> Stored:
+    """Under the name of the weight too, by which the options may leave it out."""
+    name = candidate.plain_name
+    message = str(error)
+    if "exclude=" not in message:
+        message += f", or leave the weight out with exclude={name if matches(name, name) else re.escape(name)!r}"
+    names = dict.fromkeys((name, *candidate.codes.names))
+    return replace(candidate.codes, names=tuple(names), error=type(error)(message))
 
 
 def _lacks_scales(candidate: Candidate, replaced: Collection[int], companions: Collection[int]) -> bool:

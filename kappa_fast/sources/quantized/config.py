@@ -69,7 +69,7 @@ def scheme_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
         named = [t for t in targets if isinstance(t, str)] if isinstance(targets, Iterable) else []
         if module in named:
             return 0
-        if any(t.startswith("re:") and _matches(t.removeprefix("re:"), module) for t in named):
+        if any(t.startswith("re:") and matches(t.removeprefix("re:"), module) for t in named):
             return 1
         return 2 if any(not t.startswith("re:") and "." not in t for t in named) else 3
 
@@ -80,13 +80,14 @@ def scheme_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _covers(item: str, module: str) -> bool:
     if item.startswith("re:"):
-        return _matches(item.removeprefix("re:"), module)
+        return matches(item.removeprefix("re:"), module)
     if "*" in item:  # modelopt's wildcards
-        return _matches(re.escape(item).replace(r"\*", ".*") + "$", module)
+        return matches(re.escape(item).replace(r"\*", ".*") + "$", module)
     return module == item or module.startswith(item + ".") or module.endswith("." + item) or f".{item}." in module
 
 
-def _matches(pattern: str, module: str) -> bool:
+def matches(pattern: str, module: str) -> bool:
+    """Whether a regular expression fits the beginning of a name; one that is none fits nothing."""
     try:
         return re.match(pattern, module) is not None
     except re.error:
