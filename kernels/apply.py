@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +26,8 @@ from .problems import (
     Tensor,
     field,
     load_tile,
+    on_host,
+    starts_of,
     storages,
     target_of,
     to_device,
@@ -44,7 +45,7 @@ WARPS = 4
 class Blocks:
     """Where the packed blocks of the chosen matrices begin. short: n rows each, long: m rows each."""
 
-    chosen: np.ndarray
+    chosen: Tensor
     ids: Tensor
     short_start: Tensor
     long_start: Tensor
@@ -54,10 +55,10 @@ class Blocks:
     @classmethod
     def of(cls, problems: Problems, chosen: Sequence[int] | None = None) -> Blocks:
         """All matrices of the wave, or some of them, in the order of their blocks."""
-        ids = np.arange(len(problems.n)) if chosen is None else np.asarray(chosen, dtype=np.int64)
-        n, m = problems.n[ids], problems.m[ids]
-        starts = [to_device((np.cumsum(x) - x).astype(np.int64), problems.device) for x in (n, m)]
-        return cls(ids, to_device(ids.astype(np.int32), problems.device), *starts, int(n.sum()), int(m.sum()))
+        ids, device = problems.chosen(chosen), problems.device
+        (short, short_rows), (long, long_rows) = starts_of(problems.n[ids]), starts_of(problems.m[ids])
+        moved = to_device(ids, device, torch.int32), to_device(short, device), to_device(long, device)
+        return cls(ids, *moved, short_rows, long_rows)
 
 
 @triton.jit
@@ -216,7 +217,7 @@ def _times(problems: Problems, blocks: Blocks, x: Tensor, *, squared: bool) -> t
             **options,
         )
         index = to_device(members, problems.device)
-        norms[index] = sum_runs(first[index], to_device(counts[members].astype(np.int32), problems.device), squares)
+        norms[index] = sum_runs(first[index], to_device(counts[members], problems.device, torch.int32), squares)
     return y, norms
 
 
@@ -225,9 +226,9 @@ def transposed_times(problems: Problems, blocks: Blocks, y: Tensor) -> Tensor:
     _check(y, blocks.long_rows)
     n, m = problems.n[blocks.chosen], problems.m[blocks.chosen]
     chunks, across = -(-m // CHUNK.value), -(-n // SIDE.value)
-    sizes = n * chunks
-    part_start = to_device((np.cumsum(sizes) - sizes).astype(np.int64), problems.device)
-    parts = torch.empty((int(sizes.sum()), LANES.value), dtype=torch.float64, device=y.device)
+    starts, rows = starts_of(n * chunks)
+    part_start = to_device(starts, problems.device)
+    parts = torch.empty((rows, LANES.value), dtype=torch.float64, device=y.device)
     for options, members in _launches(problems, blocks):
         owner, first, total = _programs(chunks * across, members, problems.device)
         _transposed_kernel[(total,)](
@@ -243,31 +244,31 @@ def transposed_times(problems: Problems, blocks: Blocks, y: Tensor) -> Tensor:
             **options,
         )
     out = torch.empty((blocks.short_rows, LANES.value), dtype=torch.float64, device=y.device)
-    owner, first, total = _programs(across, np.arange(len(n)), problems.device)
+    owner, first, total = _programs(across, on_host(range(len(n))), problems.device)
     _add_chunks_kernel[(total,)](
         problems.table, blocks.ids, owner, first, blocks.short_start, part_start, parts, out, num_warps=WARPS
     )
     return out
 
 
-def _launches(problems: Problems, blocks: Blocks) -> list[tuple[dict[str, object], np.ndarray]]:
+def _launches(problems: Problems, blocks: Blocks) -> list[tuple[dict[str, object], Tensor]]:
     """Members by storage class, with what the kernels are compiled for."""
     use_dot = target_of(problems.device) in WITH_DOT
     common = {"USE_DOT": use_dot, "BARRIER": use_dot and not INTERPRETED}
     found = []
     for storage, positions in problems.classes().items():
-        members = np.flatnonzero(np.isin(blocks.chosen, positions))
+        members = torch.isin(blocks.chosen, on_host(positions)).nonzero().flatten()
         if len(members):
             found.append(({**launch_options(storage), **common}, members))
     return found
 
 
-def _programs(counts: np.ndarray, members: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, int]:
+def _programs(counts: Tensor, members: Tensor, device: torch.device) -> tuple[Tensor, Tensor, int]:
     programs = counts[members]
-    first = np.zeros(len(counts), dtype=np.int32)
-    first[members] = np.cumsum(programs) - programs
-    owner = np.repeat(members, programs).astype(np.int32)
-    return to_device(owner, device), to_device(first, device), int(programs.sum())
+    first = torch.zeros_like(counts)
+    first[members], total = starts_of(programs)
+    owner = torch.repeat_interleave(members, programs)
+    return to_device(owner, device, torch.int32), to_device(first, device, torch.int32), total
 
 
 def _check(block: Tensor, rows: int) -> None:

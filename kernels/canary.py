@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 import torch
 
 from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, triangular
@@ -148,7 +147,7 @@ def _check_shifted(problems: Problems, grams: list[Tensor]) -> None:
 def _check_blocks(device: torch.device) -> None:
     counts = [600, 70]
     v, w = [_numbers(n, 80, 7) for n in counts], [_numbers(n, 16, 8) for n in counts]
-    rows = panel.Rows.of(np.array(counts), device)
+    rows = panel.Rows.of(counts, device)
     bases, blocks = torch.cat(v).to(device), torch.cat(w).to(device)
     inner = torch.stack([a.T @ b for a, b in zip(v, w, strict=True)])
     _compare("inner", device, panel.inner(rows, bases, blocks), inner)

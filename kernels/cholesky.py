@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +27,7 @@ from .problems import (
     Tensor,
     field,
     locate,
+    starts_of,
     target_of,
     to_device,
     triangular,
@@ -191,8 +191,8 @@ def _trailing_kernel(table, owner, first, packed, info, start, SIDE: tl.constexp
 def diagonal_starts(problems: Problems) -> tuple[Tensor, int]:
     """Where the diagonal tiles of every matrix begin in an array that holds them all, (w,) int64; and its length."""
     tiles = -(-problems.n // BLOCK.value)
-    starts = (np.cumsum(tiles) - tiles) * BLOCK.value**2
-    return to_device(starts.astype(np.int64), problems.device), int(tiles.sum()) * BLOCK.value**2
+    starts, total = starts_of(tiles * BLOCK.value**2)
+    return to_device(starts, problems.device), total
 
 
 def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None) -> Factored:
@@ -213,20 +213,20 @@ def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None) -> 
     )
     use_dot = target_of(device) in WITH_DOT
     per_super = SUPER.value // BLOCK.value
-    for step in range(int(blocks.max(initial=0))):
+    for step in range(max(blocks.tolist(), default=0)):
         _factor_column(problems, result, blocks, step, use_dot)
         if (step + 1) % per_super == 0:
             _update_rest(problems, result, (step + 1) * BLOCK.value, use_dot)
     return result
 
 
-def _factor_column(problems: Problems, result: Factored, blocks: np.ndarray, step: int, use_dot: bool) -> None:
-    active = np.flatnonzero(blocks > step)
+def _factor_column(problems: Problems, result: Factored, blocks: Tensor, step: int, use_dot: bool) -> None:
+    active = (blocks > step).nonzero().flatten()
     common = (result.packed, result.inverses, result.starts, result.info, step)
     _diagonal_kernel[(len(active),)](
-        problems.table, to_device(active.astype(np.int32), problems.device), *common, USE_DOT=use_dot, num_warps=4
+        problems.table, to_device(active, problems.device, torch.int32), *common, USE_DOT=use_dot, num_warps=4
     )
-    below = np.flatnonzero(blocks > step + 1)
+    below = (blocks > step + 1).nonzero().flatten()
     if len(below):
         tiles = problems.tiles(blocks - step - 1, below)
         _column_kernel[(tiles.total,)](
@@ -235,10 +235,10 @@ def _factor_column(problems: Problems, result: Factored, blocks: np.ndarray, ste
 
 
 def _update_rest(problems: Problems, result: Factored, column: int, use_dot: bool) -> None:
-    rest = np.flatnonzero(problems.n > column)
+    rest = (problems.n > column).nonzero().flatten()
     if not len(rest):
         return
-    across = -(-np.maximum(problems.n - column, 0) // BLOCK.value)
+    across = -(-(problems.n - column).clamp(min=0) // BLOCK.value)
     tiles = problems.tiles(across * (across + 1) // 2, rest)
     _trailing_kernel[(tiles.total,)](
         problems.table,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -267,7 +266,7 @@ def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None
     return out
 
 
-def slice_roundings(problems: Problems, count: int) -> np.ndarray:
+def slice_roundings(problems: Problems, count: int) -> Tensor:
     """The h for which gram_of_slices with ``count`` slices is off by at most gamma(h) |Q|^T |Q|, entry by entry: (w,).
 
     Products and sums of integers are exact; additions of different weights round, three for every pair of slices and
@@ -276,9 +275,8 @@ def slice_roundings(problems: Problems, count: int) -> np.ndarray:
     """
     target = target_of(problems.device)
     sides = {SLICE_TILES[target][high].side for high in range(2, max(2, count) + 1)}
-    splits = np.max([split_counts(problems, side) for side in sides], axis=0)
-    found: np.ndarray = np.ceil(9.3 * (count - 1) * (splits + 2))
-    return found
+    splits = torch.stack([split_counts(problems, side) for side in sides]).amax(dim=0)
+    return torch.ceil(9.3 * (count - 1) * (splits + 2).to(torch.float64)).to(torch.int64)
 
 
 def gram_of_weights(problems: Problems, chosen: Sequence[int] | None = None, out: Tensor | None = None) -> Tensor:

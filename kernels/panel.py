@@ -8,15 +8,15 @@ coefficients. Bound by reading V. Sums run over 512 rows at a time and then over
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from .cholesky import WITH_DOT
-from .problems import Instance, Tensor, target_of, to_device
+from .problems import Instance, Tensor, on_host, starts_of, target_of, to_device
 
 CHUNK = tl.constexpr(512)  # rows that one program sums
 ROWS = tl.constexpr(64)  # of a tile
@@ -46,16 +46,18 @@ class Rows:
     total: int
 
     @classmethod
-    def of(cls, counts: np.ndarray, device: torch.device) -> Rows:
+    def of(cls, counts: Sequence[int], device: torch.device) -> Rows:
         """Rows of each member, in order."""
-        stop = np.cumsum(counts, dtype=np.int64)
+        rows = on_host(counts)
+        start, total = starts_of(rows)
         maps = []
         for size in (CHUNK.value, ROWS.value):
-            programs = -(-counts // size)
-            owner = np.repeat(np.arange(len(counts)), programs).astype(np.int32)
-            first = (np.cumsum(programs) - programs).astype(np.int32)
-            maps += [to_device(owner, device), to_device(first, device), int(programs.sum())]
-        return cls(to_device(stop - counts, device), to_device(stop, device), *maps, int(stop[-1]))
+            programs = -(-rows // size)
+            owner = torch.repeat_interleave(on_host(range(len(rows))), programs)
+            first, programs_of_all = starts_of(programs)
+            moved = to_device(owner, device, torch.int32), to_device(first, device, torch.int32)
+            maps += [*moved, programs_of_all]
+        return cls(to_device(start, device), to_device(start + rows, device), *maps, total)
 
     @property
     def members(self) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -98,12 +97,12 @@ class TileMap:
 
 @dataclass(frozen=True)
 class Problems:
-    """A wave on its device. table: (w, FIELDS) int64.  m, n: sizes on the host."""
+    """A wave on its device. table: (w, FIELDS) int64.  m, n: sizes, (w,) int64 on the host."""
 
     matrices: tuple[Tensor, ...]
     table: Tensor
-    m: np.ndarray
-    n: np.ndarray
+    m: Tensor
+    n: Tensor
     columns: int  # of all matrices together
     slice_bytes: int  # of one slice of all matrices
     gram_elements: int
@@ -111,18 +110,15 @@ class Problems:
     @classmethod
     def of(cls, matrices: Sequence[Tensor]) -> Problems:
         """Matrices (m, n), m >= n >= 1, all on one device; they are neither copied nor changed."""
-        shapes = np.array([tuple(a.shape) for a in matrices], dtype=np.int64).reshape(-1, 2)
-        m, n = shapes[:, 0], shapes[:, 1]
+        known = on_host([(a.data_ptr(), *a.shape, *a.stride()) for a in matrices]).reshape(-1, 5)
+        m, n = known[:, 1].clone(), known[:, 2].clone()
         pitch, leading = _round_up(m, PAD), _round_up(n, ROW_PAD)
-        table = np.empty((len(m), FIELDS.value), dtype=np.int64)
-        table[:, POINTER.value] = [a.data_ptr() for a in matrices]
-        table[:, ROWS.value], table[:, COLUMNS.value] = m, n
-        strides = np.array([a.stride() for a in matrices], dtype=np.int64).reshape(-1, 2)
-        table[:, ROW_STRIDE.value], table[:, COLUMN_STRIDE.value] = strides[:, 0], strides[:, 1]
-        table[:, FIRST_COLUMN.value], columns = _starts(n)
+        table = on_host([0] * (len(m) * FIELDS.value)).reshape(-1, FIELDS.value)
+        table[:, POINTER.value : COLUMN_STRIDE.value + 1] = known
+        table[:, FIRST_COLUMN.value], columns = starts_of(n)
         table[:, PITCH.value] = pitch
-        table[:, SLICE.value], slice_bytes = _starts(n * pitch)
-        table[:, GRAM.value], gram_elements = _starts(n * leading)
+        table[:, SLICE.value], slice_bytes = starts_of(n * pitch)
+        table[:, GRAM.value], gram_elements = starts_of(n * leading)
         table[:, LEADING.value] = leading
         moved = to_device(table, matrices[0].device)
         return cls(tuple(matrices), moved, m, n, columns, slice_bytes, gram_elements)
@@ -138,20 +134,24 @@ class Problems:
             found.setdefault(Storage.of(matrix), []).append(i)
         return found
 
-    def tiles(self, counts: np.ndarray, chosen: Sequence[int] | None = None) -> TileMap:
+    def tiles(self, counts: Tensor, chosen: Sequence[int] | None = None) -> TileMap:
         """A map in which every chosen matrix owns ``counts`` programs, those with the longest columns first."""
-        positions = np.arange(len(self.m)) if chosen is None else np.asarray(chosen, dtype=np.int64)
-        order = positions[np.argsort(-self.m[positions], kind="stable")]
-        first = np.zeros(len(self.m), dtype=np.int32)
-        starts, total = _starts(counts[order])
-        first[order] = starts
-        owner = np.repeat(order.astype(np.int32), counts[order])
+        positions = self.chosen(chosen)
+        order = positions[torch.argsort(self.m[positions], descending=True, stable=True)]
+        first = torch.zeros(len(self.m), dtype=torch.int32, device="cpu")
+        starts, total = starts_of(counts[order])
+        first[order] = starts.to(torch.int32)
+        owner = torch.repeat_interleave(order.to(torch.int32), counts[order])
         return TileMap(to_device(owner, self.device), to_device(first, self.device), total)
+
+    def chosen(self, positions: Sequence[int] | None) -> Tensor:
+        """Positions of matrices, int64 on the host: those given, or all."""
+        return on_host(range(len(self.m)) if positions is None else positions)
 
     def gram_views(self, packed: Tensor) -> list[Tensor]:
         """The (n, n) matrices in a packed result, as views."""
         leading = _round_up(self.n, ROW_PAD)
-        starts, _ = _starts(self.n * leading)
+        starts, _ = starts_of(self.n * leading)
         sizes = zip(self.n.tolist(), leading.tolist(), starts.tolist(), strict=True)
         return [packed.as_strided((n, n), (ld, 1), int(packed.storage_offset()) + start) for n, ld, start in sizes]
 
@@ -206,18 +206,28 @@ def storages() -> list[Storage]:
     return [Storage(dtype, *layout) for dtype in dtypes for layout in [*layouts, (INNER_NONE, False)]]
 
 
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A small array on the device, without waiting for what it does at the moment."""
-    host = torch.from_numpy(np.ascontiguousarray(array))
+def on_host(numbers: Sequence[Any] | Tensor) -> Tensor:
+    """Sizes or positions as int64 on the host, whatever torch's default device is."""
+    if isinstance(numbers, Tensor):
+        return numbers.to("cpu", torch.int64)
+    if isinstance(numbers, range):
+        return torch.arange(numbers.start, numbers.stop, numbers.step, dtype=torch.int64, device="cpu")
+    return torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
+
+
+def to_device(host: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A small tensor of the host on the device, without waiting for what it does at the moment."""
+    host = host.to(dtype or host.dtype).contiguous()
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-def _round_up(sizes: np.ndarray, step: int) -> np.ndarray:
+def _round_up(sizes: Tensor, step: int) -> Tensor:
     return -(-sizes // step) * step
 
 
-def _starts(sizes: np.ndarray) -> tuple[np.ndarray, int]:
-    ends = np.cumsum(sizes)
+def starts_of(sizes: Tensor) -> tuple[Tensor, int]:
+    """Where runs of these sizes begin when they lie one after the other, and the length of all."""
+    ends = torch.cumsum(sizes, 0)
     return ends - sizes, int(ends[-1]) if len(ends) else 0
 
 

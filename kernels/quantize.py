@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -246,11 +245,11 @@ class Slices:
 
     def dense(self, problems: Problems) -> list[Tensor]:
         """Q diag(s) of every matrix, (m, n) float64 on the host, put together digit by digit: slow, for checks."""
-        data, table = self.data.cpu().to(torch.float64), problems.table.cpu().numpy()
+        data, table = self.data.cpu().to(torch.float64), problems.table.tolist()
         exponents = (self.peaks.cpu() >> 23) - (TOP_EXPONENT.value + 126)  # -p, see column_shift
         found = []
         for row in table:
-            m, n, pitch, start, first = (int(row[f.value]) for f in (ROWS, COLUMNS, PITCH, SLICE, FIRST_COLUMN))
+            m, n, pitch, start, first = (row[f.value] for f in (ROWS, COLUMNS, PITCH, SLICE, FIRST_COLUMN))
             digits = data[:, start : start + n * pitch].view(-1, n, pitch)[..., :m]
             q = sum(digit * 2.0 ** (DIGIT_BITS.value * (MAX_SLICES - 1 - k)) for k, digit in enumerate(digits))
             found.append(torch.ldexp(q, exponents[first : first + n, None]).T)
@@ -301,8 +300,8 @@ def sum_runs(starts: Tensor, lengths: Tensor, parts: Tensor) -> Tensor:
 
 
 def _add_runs(
-    problems: Problems, tiles: TileMap, counts: np.ndarray, chosen: Sequence[int], parts: Tensor, sums: Tensor
+    problems: Problems, tiles: TileMap, counts: Tensor, chosen: Sequence[int], parts: Tensor, sums: Tensor
 ) -> None:
     index = torch.tensor(chosen, device=problems.device)
-    lengths = to_device(counts[np.asarray(chosen)].astype(np.int32), problems.device)
+    lengths = to_device(counts[list(chosen)], problems.device, torch.int32)
     sums[index] = sum_runs(tiles.first[index], lengths, parts)

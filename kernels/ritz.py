@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +24,8 @@ from .panel import Rows, combine, inner
 from .problems import INTERPRETED, Instance, Tensor
 
 SIDE = tl.constexpr(16)
-# Values of lambda per program: two tiles of [8, 16, 16] fit the registers of four warps; numpy would rather have more.
+# Values of lambda per program: two tiles of [8, 16, 16] fit the registers of four warps;
+# the interpreter would rather have more.
 POINTS = 32 if INTERPRETED else 8
 # 9^-13, or 33^-8, of an interval that is about 48 eigenvalues long at first: 2e-11 of the eigenvalue.
 SECTIONS = 8 if INTERPRETED else 13
@@ -260,7 +260,7 @@ def leading_vectors(t: Tridiagonal, theta: Tensor) -> Tensor:
     product of (s + g) / (s + h) over the SHIFTS s. The Rayleigh quotients of 16 x 16 are the library's.
     """
     w, size = t.members, SIDE.value * t.blocks
-    rows = Rows.of(np.full(w, size), theta.device)
+    rows = Rows.of([size] * w, theta.device)
     limits = torch.zeros_like(theta)
     x = _start(size, theta.device).repeat(w, 1)
     inverses = torch.empty_like(x)

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +28,7 @@ from .problems import (
     Tensor,
     field,
     locate,
+    starts_of,
     target_of,
     to_device,
     triangular,
@@ -148,9 +148,9 @@ class Mirrored:
         lines = self.kept.view(-1, BLOCK.value, BLOCK.value).diagonal(dim1=1, dim2=2)
         lines = lines.contiguous().view(-1)  # reshape() alone leaves the stride where there is one tile
         tiles = -(-self.problems.n // BLOCK.value)
-        counts = to_device((tiles * BLOCK.value).astype(np.int32), lines.device)
-        starts = to_device(((np.cumsum(tiles) - tiles) * BLOCK.value).astype(np.int32), lines.device)
-        return sum_runs(starts, counts, lines)
+        starts, _ = starts_of(tiles * BLOCK.value)
+        counts = to_device(tiles * BLOCK.value, lines.device, torch.int32)
+        return sum_runs(to_device(starts, lines.device, torch.int32), counts, lines)
 
     def factored(self, chosen: Sequence[int], shifts: Sequence[float], sign: float) -> Shifted:
         """Cholesky's method of M = sign (G - shift I) for the chosen, in the lower triangles.
@@ -158,9 +158,10 @@ class Mirrored:
         Launches as in cholesky() and one more; no synchronization.
         """
         w, device = len(self.problems.n), self.problems.device
-        shift, signs = np.zeros(w), np.full(w, float(sign))
-        shift[list(chosen)] = shifts
-        closed = np.ones(w, dtype=np.int32)
+        shift = torch.zeros(w, dtype=torch.float64, device="cpu")
+        shift[list(chosen)] = torch.tensor(list(shifts), dtype=torch.float64, device="cpu")
+        signs = torch.full_like(shift, float(sign))
+        closed = torch.ones_like(shift, dtype=torch.int32)
         closed[list(chosen)] = 0
         tiles = self.problems.tiles(triangular_tiles(self.problems.n, BLOCK.value), chosen)
         places = (self.problems.table, tiles.owner, tiles.first, self.packed, self.kept, self.starts)
@@ -198,7 +199,7 @@ class Shifted:
         _residual_kernel[(tiles.total,)](
             *places, self.info, self.shifts, self.signs, squares, sizes, USE_DOT=use_dot, num_warps=WARPS
         )
-        first, lengths = tiles.first[chosen], to_device(counts[chosen].astype(np.int32), problems.device)
+        first, lengths = tiles.first[chosen], to_device(counts[chosen], problems.device, torch.int32)
         return sum_runs(first, lengths, squares), sum_runs(first, lengths, sizes)
 
 

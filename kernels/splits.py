@@ -8,12 +8,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from .problems import COLUMNS, GRAM, LEADING, ROW_PAD, Instance, Problems, Tensor, field, locate, triangular
+from .problems import (
+    COLUMNS,
+    GRAM,
+    LEADING,
+    ROW_PAD,
+    Instance,
+    Problems,
+    Tensor,
+    field,
+    locate,
+    starts_of,
+    to_device,
+    triangular,
+)
 
 # Two products of digits up to 64 share an accumulator: 2 * 64^2 * rows stays below 2^31 up to 262143 rows. The matrix
 # units saturate without a word, so longer matrices are split.
@@ -64,7 +76,7 @@ def _add_parts_kernel(table, owner, first, out, parts, splits, part_start, SIDE:
 class Splits:
     """How the work on every matrix is cut along m, by its shape alone."""
 
-    counts: np.ndarray
+    counts: Tensor
     on_device: Tensor
     part_start: Tensor
     parts: Tensor  # what splits beyond the first find
@@ -73,20 +85,20 @@ class Splits:
     def of(cls, problems: Problems, side: int) -> Splits:
         counts = split_counts(problems, side)
         sizes = (counts - 1) * problems.n * (-(-problems.n // ROW_PAD) * ROW_PAD)
-        starts = np.cumsum(sizes) - sizes
-        moved = torch.from_numpy(np.stack([counts, starts])).to(problems.device)
-        parts = torch.empty(max(1, int(sizes.sum())), dtype=torch.float64, device=problems.device)
-        return cls(counts, moved[0].to(torch.int32), moved[1], parts)
+        starts, total = starts_of(sizes)
+        parts = torch.empty(max(1, total), dtype=torch.float64, device=problems.device)
+        device = problems.device
+        return cls(counts, to_device(counts, device, torch.int32), to_device(starts, device), parts)
 
 
-def split_counts(problems: Problems, side: int) -> np.ndarray:
+def split_counts(problems: Problems, side: int) -> Tensor:
     """Into how many runs of rows the work on each matrix is cut, with tiles of this side."""
     tiles = triangular_tiles(problems.n, side)
-    counts = np.maximum(1, np.minimum(-(-FULL_CHIP // tiles), problems.m // SPLIT_ROWS))
-    return np.maximum(counts, -(-problems.m // INTEGER_ROWS))
+    counts = torch.minimum(-(-FULL_CHIP // tiles), problems.m // SPLIT_ROWS).clamp(min=1)
+    return torch.maximum(counts, -(-problems.m // INTEGER_ROWS))
 
 
-def triangular_tiles(n: np.ndarray, side: int) -> np.ndarray:
+def triangular_tiles(n: Tensor, side: int) -> Tensor:
     """Tiles of the lower triangles."""
     across = -(-n // side)
     return across * (across + 1) // 2

@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from .cholesky import BLOCK, WITH_DOT, Factored
-from .problems import COLUMNS, GRAM, LEADING, Instance, Problems, Tensor, field, target_of, to_device
+from .problems import COLUMNS, GRAM, LEADING, Instance, Problems, Tensor, field, starts_of, target_of, to_device
 
 WIDTH = tl.constexpr(16)  # columns of a block
 DEPTH = tl.constexpr(32)  # of the factor per product on the matrix units
@@ -45,20 +44,21 @@ class Members:
     @classmethod
     def of(cls, problems: Problems, chosen: Sequence[int] | None = None) -> Members:
         """All matrices, or some of them; built once for as long as the same ones take part."""
-        ids = np.arange(len(problems.n)) if chosen is None else np.asarray(chosen, dtype=np.int64)
+        ids = problems.chosen(chosen)
         n = problems.n[ids]
         tiles = -(-n // BLOCK.value)
-        order = np.argsort(-n, kind="stable")
-        first = np.zeros(len(ids), dtype=np.int32)
-        first[order] = np.cumsum(tiles[order]) - tiles[order]
+        order = torch.argsort(n, descending=True, stable=True)
+        first = torch.zeros_like(ids)
+        first[order], total = starts_of(tiles[order])
+        start, rows = starts_of(n)
         device = problems.device
         return cls(
-            to_device(ids.astype(np.int32), device),
-            to_device((np.cumsum(n) - n).astype(np.int64), device),
-            to_device(np.repeat(order, tiles[order]).astype(np.int32), device),
-            to_device(first, device),
-            int(tiles.sum()),
-            int(n.sum()),
+            to_device(ids, device, torch.int32),
+            to_device(start, device),
+            to_device(torch.repeat_interleave(order, tiles[order]), device, torch.int32),
+            to_device(first, device, torch.int32),
+            total,
+            rows,
             len(ids),
         )
 

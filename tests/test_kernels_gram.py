@@ -157,4 +157,4 @@ def test_thirty_matrices_take_as_many_launches_as_three():
 
 
 def test_triangular_tiles_are_counted_with_the_diagonal():
-    assert triangular_tiles(np.array([1, 128, 129, 4096]), 128).tolist() == [1, 1, 3, 528]
+    assert triangular_tiles(torch.tensor([1, 128, 129, 4096]), 128).tolist() == [1, 1, 3, 528]

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from spectra import gaussian
@@ -38,7 +37,7 @@ def hard_blocks():
 
 
 def run(blocks, limits):
-    rows = Rows.of(np.array([len(b) for b in blocks]), CPU)
+    rows = Rows.of([len(b) for b in blocks], CPU)
     q, coupling = orthonormalized(rows, torch.cat(blocks), torch.tensor(limits, dtype=torch.float64))
     return q.split([len(b) for b in blocks]), coupling
 
@@ -57,7 +56,7 @@ def test_hard_blocks_become_orthonormal_and_are_reproduced():
 
 def test_one_pass_alone_would_not_be_orthonormal():
     block = hard_blocks()["graded"][0]
-    rows = Rows.of(np.array([len(block)]), CPU)
+    rows = Rows.of([len(block)], CPU)
     q, _ = one_pass(rows, block, torch.zeros(1, dtype=torch.float64), identities(1, CPU))
     assert float((q.T @ q - torch.eye(16)).abs().max()) > 1e-3
 

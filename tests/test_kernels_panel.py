@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from launches import counted
@@ -36,7 +35,7 @@ def inside_of(wider, columns, before=3, after=2):
 def test_inner_products_are_those_of_every_member(k, b):
     counts = COUNTS if module.WITH_DOT else COUNTS[:6]
     v, w = inside_of(packed(counts, k), k), inside_of(packed(counts, b, 99), b)
-    found = inner(Rows.of(np.array(counts), CPU), v, w)
+    found = inner(Rows.of(counts, CPU), v, w)
     for got, x, y in zip(found, v.split(counts), w.split(counts), strict=True):
         assert torch.allclose(got, x.T @ y, rtol=0, atol=1e-12 * math.sqrt(len(x)))
 
@@ -47,7 +46,7 @@ def test_combinations_are_those_of_every_member(k, b):
     counts = COUNTS[:7]
     v, w = inside_of(packed(counts, k), k), inside_of(packed(counts, b, 99), b)
     c = gaussian(len(counts) * k, b).reshape(len(counts), k, b)
-    rows = Rows.of(np.array(counts), CPU)
+    rows = Rows.of(counts, CPU)
     plain, less = combine(rows, v, c).split(counts), subtract(rows, v, c, w).split(counts)
     for i, (x, y) in enumerate(zip(v.split(counts), w.split(counts), strict=True)):
         assert torch.allclose(plain[i], x @ c[i], rtol=0, atol=1e-12 * k)
@@ -57,14 +56,14 @@ def test_combinations_are_those_of_every_member(k, b):
 def test_a_member_gets_the_same_in_any_wave():
     counts = [65, 1300, 20]
     v, w = packed(counts, 40), packed(counts, 16, 9)
-    together = inner(Rows.of(np.array(counts), CPU), v, w)
+    together = inner(Rows.of(counts, CPU), v, w)
     for i, (x, y) in enumerate(zip(v.split(counts), w.split(counts), strict=True)):
-        alone = inner(Rows.of(np.array(counts[i : i + 1]), CPU), x, y)
+        alone = inner(Rows.of(counts[i : i + 1], CPU), x, y)
         assert torch.equal(alone[0], together[i])
 
 
 def test_blocks_that_do_not_fit_are_refused():
-    rows = Rows.of(np.array([5, 7]), CPU)
+    rows = Rows.of([5, 7], CPU)
     v, w = gaussian(12, 8), gaussian(12, 4)
     for wrong in (gaussian(11, 4), gaussian(12, 4).float(), gaussian(4, 12).T):
         with pytest.raises(ValueError, match="a block must have 12 rows of float64, row-major"):
@@ -77,7 +76,7 @@ def test_blocks_that_do_not_fit_are_refused():
 
 def test_launches_do_not_depend_on_the_number_of_members():
     for members in (3, 300):
-        rows = Rows.of(np.full(members, 70), CPU)
+        rows = Rows.of([70] * members, CPU)
         v, w = torch.zeros(70 * members, 32).double(), torch.zeros(70 * members, 16).double()
         with counted(run=False) as launches:
             inner(rows, v, w)

@@ -211,8 +211,8 @@ def test_hundreds_of_matrices_take_as_many_launches_as_three():
 
 def test_a_map_of_tiles_gives_every_matrix_its_own_and_the_longest_first():
     problems = Problems.of([torch.zeros(m, 2) for m in (3, 9, 5)])
-    tiles = problems.tiles(torch.tensor([2, 1, 3]).numpy())
+    tiles = problems.tiles(torch.tensor([2, 1, 3]))
     assert tiles.owner.tolist() == [1, 2, 2, 2, 0, 0]
     assert tiles.first.tolist() == [4, 0, 1]
     assert tiles.total == 6
-    assert to_device(torch.arange(3).numpy(), torch.device("cpu")).tolist() == [0, 1, 2]
+    assert to_device(torch.arange(3), torch.device("cpu")).tolist() == [0, 1, 2]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ..errors import BackendError
@@ -297,7 +296,7 @@ class TridiagonalRitz:
 def _rows_of(counts: tuple[int, ...], device: torch.device) -> Rows:
     from kappa_fast.kernels.panel import Rows
 
-    return Rows.of(np.array(counts), device)
+    return Rows.of(counts, device)
 
 
 def _tall(weight: Tensor) -> Tensor:
@@ -308,7 +307,7 @@ def _peaks(problems: Problems) -> list[float]:
     """The largest absolute entry of every matrix, inf or nan if it has such; one read."""
     from kappa_fast.kernels.quantize import column_peaks
 
-    owner = torch.from_numpy(np.repeat(np.arange(len(problems.n)), problems.n)).to(problems.device)
+    owner = torch.repeat_interleave(problems.n).to(problems.device)
     bits = torch.zeros(len(problems.n), dtype=torch.int32, device=problems.device)
     bits.scatter_reduce_(0, owner, column_peaks(problems), "amax")
     peaks: list[float] = bits.view(torch.float32).tolist()

@@ -24,7 +24,7 @@ class SliceProducts:
         digits = quantize(problems, column_peaks(problems), slices)
         self.which: tuple[int, ...] = tuple(which)
         self.distances: Sequence[float] = [math.sqrt(squared) for squared in digits.residual.tolist()]
-        self.roundings: Sequence[int] = slice_roundings(problems, slices).astype(int).tolist()
+        self.roundings: Sequence[int] = slice_roundings(problems, slices).tolist()
         packed = gram_of_slices(problems, digits)
         del digits  # before anything else needs the memory
         self._mirrored = Mirrored.of(problems, packed)
