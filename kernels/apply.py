@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .cholesky import WITH_DOT
+from .launch import launch
 from .problems import (
     COLUMNS,
     INTERPRETED,
@@ -202,7 +203,9 @@ def _times(problems: Problems, blocks: Blocks, x: Tensor, *, squared: bool) -> t
     for options, members in _launches(problems, blocks):
         owner, first, total = _programs(counts, members, problems.device)
         squares = torch.empty(total, dtype=torch.float64, device=x.device)
-        _times_kernel[(total,)](
+        launch(
+            _times_kernel,
+            (total,),
             problems.table,
             blocks.ids,
             owner,
@@ -231,7 +234,9 @@ def transposed_times(problems: Problems, blocks: Blocks, y: Tensor) -> Tensor:
     parts = torch.empty((rows, LANES.value), dtype=torch.float64, device=y.device)
     for options, members in _launches(problems, blocks):
         owner, first, total = _programs(chunks * across, members, problems.device)
-        _transposed_kernel[(total,)](
+        launch(
+            _transposed_kernel,
+            (total,),
             problems.table,
             blocks.ids,
             owner,
@@ -245,8 +250,18 @@ def transposed_times(problems: Problems, blocks: Blocks, y: Tensor) -> Tensor:
         )
     out = torch.empty((blocks.short_rows, LANES.value), dtype=torch.float64, device=y.device)
     owner, first, total = _programs(across, on_host(range(len(n))), problems.device)
-    _add_chunks_kernel[(total,)](
-        problems.table, blocks.ids, owner, first, blocks.short_start, part_start, parts, out, num_warps=WARPS
+    launch(
+        _add_chunks_kernel,
+        (total,),
+        problems.table,
+        blocks.ids,
+        owner,
+        first,
+        blocks.short_start,
+        part_start,
+        parts,
+        out,
+        num_warps=WARPS,
     )
     return out
 

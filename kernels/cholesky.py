@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .problems import (
     COLUMNS,
     GRAM,
@@ -223,14 +224,27 @@ def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None) -> 
 def _factor_column(problems: Problems, result: Factored, blocks: Tensor, step: int, use_dot: bool) -> None:
     active = (blocks > step).nonzero().flatten()
     common = (result.packed, result.inverses, result.starts, result.info, step)
-    _diagonal_kernel[(len(active),)](
-        problems.table, to_device(active, problems.device, torch.int32), *common, USE_DOT=use_dot, num_warps=4
+    launch(
+        _diagonal_kernel,
+        (len(active),),
+        problems.table,
+        to_device(active, problems.device, torch.int32),
+        *common,
+        USE_DOT=use_dot,
+        num_warps=4,
     )
     below = (blocks > step + 1).nonzero().flatten()
     if len(below):
         tiles = problems.tiles(blocks - step - 1, below)
-        _column_kernel[(tiles.total,)](
-            problems.table, tiles.owner, tiles.first, *common, USE_DOT=use_dot, num_warps=WARPS
+        launch(
+            _column_kernel,
+            (tiles.total,),
+            problems.table,
+            tiles.owner,
+            tiles.first,
+            *common,
+            USE_DOT=use_dot,
+            num_warps=WARPS,
         )
 
 
@@ -240,7 +254,9 @@ def _update_rest(problems: Problems, result: Factored, column: int, use_dot: boo
         return
     across = -(-(problems.n - column).clamp(min=0) // BLOCK.value)
     tiles = problems.tiles(across * (across + 1) // 2, rest)
-    _trailing_kernel[(tiles.total,)](
+    launch(
+        _trailing_kernel,
+        (tiles.total,),
         problems.table,
         tiles.owner,
         tiles.first,

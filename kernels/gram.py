@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .problems import (
     COLUMNS,
     FIRST_COLUMN,
@@ -244,7 +245,9 @@ def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None
         tile = SLICE_TILES[target][high]
         shares = Splits.of(problems, tile.side)
         tiles = problems.tiles(triangular_tiles(problems.n, tile.side) * shares.counts)
-        _slices_kernel[(tiles.total,)](
+        launch(
+            _slices_kernel,
+            (tiles.total,),
             problems.table,
             tiles.owner,
             tiles.first,
@@ -300,7 +303,9 @@ def gram_of_weights(problems: Problems, chosen: Sequence[int] | None = None, out
         if storage.dtype not in (torch.bfloat16, torch.float16):
             raise TypeError(f"products of {storage.dtype} in float32 are not exact: use gram_of_slices")
         tiles = problems.tiles(counts, inside)
-        _weights_kernel[(tiles.total,)](
+        launch(
+            _weights_kernel,
+            (tiles.total,),
             problems.table,
             tiles.owner,
             tiles.first,

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .panel import Rows, combine, inner
 from .problems import Instance, Tensor
 
@@ -76,7 +77,7 @@ def one_pass(rows: Rows, blocks: Tensor, limits: Tensor, coupling: Tensor) -> tu
     """Q and the coupling after one pass: blocks (rows, 16), limits (members,), coupling (members, 16, 16)."""
     gram = inner(rows, blocks, blocks)
     transform, after = torch.empty_like(coupling), torch.empty_like(coupling)
-    _pass_kernel[(rows.members,)](gram, limits, coupling, transform, after, num_warps=1)
+    launch(_pass_kernel, (rows.members,), gram, limits, coupling, transform, after, num_warps=1)
     return combine(rows, blocks, transform), after
 
 

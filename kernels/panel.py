@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .cholesky import WITH_DOT
+from .launch import launch
 from .problems import Instance, Tensor, on_host, starts_of, target_of, to_device
 
 CHUNK = tl.constexpr(512)  # rows that one program sums
@@ -150,7 +151,9 @@ def inner(rows: Rows, v: Tensor, w: Tensor) -> Tensor:
     parts = torch.empty((rows.chunks, k, LANES.value), dtype=torch.float64, device=v.device)
     out = torch.empty((rows.members, k, LANES.value), dtype=torch.float64, device=v.device)
     use_dot = target_of(v.device) in WITH_DOT
-    _inner_kernel[(rows.chunks, groups)](
+    launch(
+        _inner_kernel,
+        (rows.chunks, groups),
         rows.start,
         rows.stop,
         rows.chunk_owner,
@@ -165,8 +168,16 @@ def inner(rows: Rows, v: Tensor, w: Tensor) -> Tensor:
         USE_DOT=use_dot,
         num_warps=WARPS,
     )
-    _add_chunks_kernel[(rows.members, groups)](
-        rows.chunk_first, rows.chunks, parts, k, out, rows.members, num_warps=WARPS
+    launch(
+        _add_chunks_kernel,
+        (rows.members, groups),
+        rows.chunk_first,
+        rows.chunks,
+        parts,
+        k,
+        out,
+        rows.members,
+        num_warps=WARPS,
     )
     return out[:, :, :b]
 
@@ -188,7 +199,9 @@ def _combine(rows: Rows, v: Tensor, coefficients: Tensor, w: Tensor | None) -> T
         raise ValueError(f"coefficients {tuple(coefficients.shape)} do not fit {rows.members} bases of {v.shape[1]}")
     out = torch.empty((rows.total, b), dtype=torch.float64, device=v.device)
     block = out if w is None else w
-    _combine_kernel[(rows.tiles,)](
+    launch(
+        _combine_kernel,
+        (rows.tiles,),
         rows.start,
         rows.stop,
         rows.tile_owner,

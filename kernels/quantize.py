@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .problems import (
     COLUMNS,
     FIRST_COLUMN,
@@ -218,7 +219,9 @@ def column_peaks(problems: Problems) -> Tensor:
     counts = -(-problems.n // tile.columns) * -(-problems.m // PEAK_STRIPE.value)
     for storage, chosen in problems.classes().items():
         tiles = problems.tiles(counts, chosen)
-        _peaks_kernel[(tiles.total,)](
+        launch(
+            _peaks_kernel,
+            (tiles.total,),
             problems.table,
             tiles.owner,
             tiles.first,
@@ -273,7 +276,9 @@ def quantize(problems: Problems, peaks: Tensor, slices: int, earlier: Slices | N
     for storage, chosen in problems.classes().items():
         tiles = problems.tiles(counts, chosen)
         parts = torch.empty(tiles.total, dtype=torch.float64, device=problems.device)
-        _slices_kernel[(tiles.total,)](
+        launch(
+            _slices_kernel,
+            (tiles.total,),
             problems.table,
             tiles.owner,
             tiles.first,
@@ -295,7 +300,7 @@ def quantize(problems: Problems, peaks: Tensor, slices: int, earlier: Slices | N
 def sum_runs(starts: Tensor, lengths: Tensor, parts: Tensor) -> Tensor:
     """Sums of runs of ``parts``, (runs,) float64, each in an order that depends on its length alone. One launch."""
     sums = torch.empty(len(starts), dtype=torch.float64, device=parts.device)
-    _sum_kernel[(len(starts),)](starts, lengths, parts, sums, BLOCK=256, num_warps=4)
+    launch(_sum_kernel, (len(starts),), starts, lengths, parts, sums, BLOCK=256, num_warps=4)
     return sums
 
 

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .orthogonal import orthonormalized
 from .panel import Rows, combine, inner
 from .problems import INTERPRETED, Instance, Tensor
@@ -239,7 +240,18 @@ def largest_eigenvalue(t: Tridiagonal) -> Tensor:
     out = torch.empty_like(low)
     diagonal = torch.where(sound[:, None, None, None], t.diagonal, 0.0)
     upper = torch.where(sound[:, None, None, None], t.upper, 0.0)
-    _largest_kernel[(t.members,)](diagonal, upper, brackets, t.blocks, out, P=POINTS, TIMES=SECTIONS, num_warps=WARPS)
+    launch(
+        _largest_kernel,
+        (t.members,),
+        diagonal,
+        upper,
+        brackets,
+        t.blocks,
+        out,
+        P=POINTS,
+        TIMES=SECTIONS,
+        num_warps=WARPS,
+    )
     return torch.where(sound, out, torch.nan)
 
 
@@ -247,8 +259,18 @@ def reach(t: Tridiagonal, values: Tensor) -> Tensor:
     """||B E^T (lambda - T)^-1 E_1||_F for values of lambda (w, p): (w, p), nan where one is not above T. One launch."""
     out = torch.empty_like(values)
     grid = (t.members, -(-values.shape[1] // POINTS))
-    _reach_kernel[grid](
-        t.diagonal, t.upper, t.coupling, values.contiguous(), t.blocks, values.shape[1], out, P=POINTS, num_warps=WARPS
+    launch(
+        _reach_kernel,
+        grid,
+        t.diagonal,
+        t.upper,
+        t.coupling,
+        values.contiguous(),
+        t.blocks,
+        values.shape[1],
+        out,
+        P=POINTS,
+        num_warps=WARPS,
     )
     return out
 
@@ -266,10 +288,10 @@ def leading_vectors(t: Tridiagonal, theta: Tensor) -> Tensor:
     inverses = torch.empty_like(x)
     for distance in SHIFTS:
         shifts = torch.where(torch.isfinite(theta), theta * (1 + distance), 1.0)
-        _shifted_solve_kernel[(w,)](t.diagonal, t.upper, shifts, x, inverses, t.blocks, num_warps=1)
+        launch(_shifted_solve_kernel, (w,), t.diagonal, t.upper, shifts, x, inverses, t.blocks, num_warps=1)
         x, _ = orthonormalized(rows, x, limits)
     image = torch.empty_like(x)
-    _apply_kernel[(w, t.blocks)](t.diagonal, t.upper, x, image, t.blocks, num_warps=1)
+    launch(_apply_kernel, (w, t.blocks), t.diagonal, t.upper, x, image, t.blocks, num_warps=1)
     _, turn = eigh_in_batches(inner(rows, x, image))
     return combine(rows, x, turn).reshape(w, size, SIDE.value)
 

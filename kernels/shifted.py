@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .cholesky import BLOCK, WARPS, WITH_DOT, _minus_product, _tile, _times_transposed, cholesky, diagonal_starts
+from .launch import launch
 from .problems import (
     COLUMNS,
     GRAM,
@@ -140,7 +141,17 @@ class Mirrored:
         starts, total = diagonal_starts(problems)
         kept = torch.empty(total, dtype=torch.float64, device=problems.device)
         tiles = problems.tiles(triangular_tiles(problems.n, BLOCK.value))
-        _mirror_kernel[(tiles.total,)](problems.table, tiles.owner, tiles.first, packed, kept, starts, num_warps=WARPS)
+        launch(
+            _mirror_kernel,
+            (tiles.total,),
+            problems.table,
+            tiles.owner,
+            tiles.first,
+            packed,
+            kept,
+            starts,
+            num_warps=WARPS,
+        )
         return cls(problems, packed, kept, starts)
 
     def traces(self) -> Tensor:
@@ -166,7 +177,7 @@ class Mirrored:
         tiles = self.problems.tiles(triangular_tiles(self.problems.n, BLOCK.value), chosen)
         places = (self.problems.table, tiles.owner, tiles.first, self.packed, self.kept, self.starts)
         moved = to_device(shift, device), to_device(signs, device)
-        _shift_kernel[(tiles.total,)](*places, *moved, num_warps=WARPS)
+        launch(_shift_kernel, (tiles.total,), *places, *moved, num_warps=WARPS)
         info = cholesky(self.problems, self.packed, to_device(closed, device)).info
         return Shifted(self, tuple(chosen), *moved, info)
 
@@ -196,8 +207,17 @@ class Shifted:
         squares = torch.empty(tiles.total, dtype=torch.float64, device=problems.device)
         sizes = torch.empty_like(squares)
         use_dot = target_of(problems.device) in WITH_DOT
-        _residual_kernel[(tiles.total,)](
-            *places, self.info, self.shifts, self.signs, squares, sizes, USE_DOT=use_dot, num_warps=WARPS
+        launch(
+            _residual_kernel,
+            (tiles.total,),
+            *places,
+            self.info,
+            self.shifts,
+            self.signs,
+            squares,
+            sizes,
+            USE_DOT=use_dot,
+            num_warps=WARPS,
         )
         first, lengths = tiles.first[chosen], to_device(counts[chosen], problems.device, torch.int32)
         return sum_runs(first, lengths, squares), sum_runs(first, lengths, sizes)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .problems import (
     COLUMNS,
     GRAM,
@@ -118,7 +119,9 @@ def add_parts(problems: Problems, splits: Splits, out: Tensor, chosen: Sequence[
     if not split:
         return
     tiles = problems.tiles(triangular_tiles(problems.n, PART_SIDE), split)
-    _add_parts_kernel[(tiles.total,)](
+    launch(
+        _add_parts_kernel,
+        (tiles.total,),
         problems.table,
         tiles.owner,
         tiles.first,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .cholesky import BLOCK, WITH_DOT, Factored
+from .launch import launch
 from .problems import COLUMNS, GRAM, LEADING, Instance, Problems, Tensor, field, starts_of, target_of, to_device
 
 WIDTH = tl.constexpr(16)  # columns of a block
@@ -221,7 +222,9 @@ def backward_solve(problems: Problems, factored: Factored, members: Members, blo
 def _product(problems: Problems, factored: Factored, members: Members, block: Tensor, *, transposed: bool) -> Tensor:
     _check(members, block)
     out = torch.empty_like(block)
-    _product_kernel[(members.tiles,)](
+    launch(
+        _product_kernel,
+        (members.tiles,),
         problems.table,
         members.ids,
         members.start,
@@ -240,7 +243,9 @@ def _product(problems: Problems, factored: Factored, members: Members, block: Te
 def _solve(problems: Problems, factored: Factored, members: Members, block: Tensor, *, transposed: bool) -> Tensor:
     _check(members, block)
     out = torch.empty_like(block)
-    _solve_kernel[(members.count,)](
+    launch(
+        _solve_kernel,
+        (members.count,),
         problems.table,
         members.ids,
         members.start,
