@@ -47,10 +47,20 @@ class Staged:
         return weights
 
 
-def stage(matrices: Sequence[Matrix], device: torch.device) -> Staged:
-    """Load, and copy to an accelerator on a stream of its own what is not there; nothing is waited for.
+def streams_of(matrices: Sequence[Matrix], device: torch.device) -> list[Any]:
+    """The current streams of this thread where the matrices are and will be: what writes to them may still run there.
+
+    A stream is current for one thread, so this must be asked in the caller's, not in the one that stages.
+    """
+    places = {d for d in (device, *(matrix.device for matrix in matrices)) if d.type == "cuda"}
+    return [torch.cuda.current_stream(place) for place in sorted(places, key=str)]
+
+
+def stage(matrices: Sequence[Matrix], device: torch.device, after: Sequence[Any] = ()) -> Staged:
+    """Load, and copy to an accelerator on a stream of its own what is not there; the host waits for nothing.
 
     The codes of quantized weights are what is copied: they are dequantized on that stream.
+    after: streams that the copies wait for, see streams_of().
     """
     try:
         with undisturbed_thread():
@@ -59,8 +69,8 @@ def stage(matrices: Sequence[Matrix], device: torch.device) -> Staged:
             if all(matrix.device == device for matrix in matrices):  # dequantized where they are used, on that stream
                 return Staged([])
             stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            if any(matrix.device == device for matrix in matrices):  # codes may still be on their way
-                stream.wait_stream(torch.cuda.current_stream(device))
+            for earlier in after:
+                stream.wait_stream(earlier)
             with torch.cuda.stream(stream):
                 moved = [_copied(matrix.load(device), device) for matrix in matrices]
             return Staged(moved, stream.record_event())
@@ -78,13 +88,17 @@ def _copied(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
 def one_ahead(items: Iterable[T], matrices: Any, device: torch.device) -> Generator[tuple[T, Staged], None, None]:
     """Pairs (item, its staged weights); those of the next item are staged in a thread while this one is used.
 
+    Copies wait for what the current streams of the calling thread have been given.
+
     matrices: what gives the matrices of an item. An exception in staging comes when it is that item's turn.
     """
     pool = ThreadPoolExecutor(1, "kappa_fast_staging")
     try:
         waiting: list[Any] = []
         for item in items:
-            waiting.append((item, pool.submit(stage, matrices(item), device)))
+            chosen = matrices(item)
+            after = streams_of(chosen, device) if device.type == "cuda" else []
+            waiting.append((item, pool.submit(stage, chosen, device, after)))
             if len(waiting) == 2:
                 first, staged = waiting.pop(0)
                 yield first, staged.result()

@@ -1,11 +1,13 @@
 """Reading ahead: the next wave is loaded while this one is used, and never more than that."""
 
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kappa_fast import staging
 from kappa_fast.staging import Staged, one_ahead, read_ahead, stage
 
 CPU = torch.device("cpu")
@@ -68,6 +70,37 @@ def test_what_is_on_the_accelerator_already_is_left_to_the_stream_that_uses_it()
     gpu = torch.device("cuda", 0)
     there = SimpleNamespace(device=gpu, load=fail(AssertionError("loaded on the stream of another thread")))
     assert stage([there, there], gpu) == Staged([])
+
+
+class FakeStream:
+    """What staging asks of a stream; ``log`` tells in which thread and what for it was waited."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append((self.name, other.name))
+
+    def record_event(self):
+        return "copied"
+
+
+def test_copies_wait_for_the_streams_that_are_current_where_rank_was_called(monkeypatch):
+    """A stream is current for one thread: the one that stages would find the default streams."""
+    log, caller = [], threading.get_ident()
+
+    def current(device):
+        return FakeStream(f"{device} of the {'caller' if threading.get_ident() == caller else 'pool'}", log)
+
+    gpu, other = torch.device("cuda", 1), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream("copies", log))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(staging, "_copied", lambda weight, device: weight)
+    elsewhere = SimpleNamespace(device=other, load=lambda device: torch.zeros(2, 2))
+    ((_, staged),) = one_ahead([0], lambda item: [elsewhere], gpu)
+    assert log == [("copies", "cuda:0 of the caller"), ("copies", "cuda:1 of the caller")]
+    assert staged.arrived == "copied"
 
 
 def test_leaving_early_ends_the_thread():
