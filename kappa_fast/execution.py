@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -48,9 +49,12 @@ class PlannedWave:
 class Executor:
     """The matrices of one source, worked on wave by wave; a backend for every device that is needed."""
 
-    def __init__(self, source: Source, backend: str, device: torch.device | None, budget: int | None) -> None:
+    def __init__(
+        self, source: Source, backend: str, device: torch.device | None, budget: int | None, *, proofs: bool = False
+    ) -> None:
+        """``proofs``: whether the work on some wave will prove intervals, which takes more memory."""
         self._matrices, self._in_memory = source.matrices, source.in_memory
-        self._name, self._device, self._budget = backend, device, budget
+        self._name, self._device, self._budget, self._proofs = backend, device, budget, proofs
         self._backends: dict[torch.device, Backend] = {}
         # A backend that is unknown, or that cannot work where the weights will be, fails before any work.
         places = [self._where(matrix) for matrix in self._matrices[:1]] or [device or torch.device("cpu")]
@@ -143,6 +147,8 @@ class Executor:
                 weights = staged.ready() if staged and staged.weights else [m.load(place) for m in matrices]
                 return work(wave, backend, weights)
         except Exception as error:
+            if is_lost(place):
+                raise _lost(place, error) from error
             if is_out_of_memory(error) or isinstance(error, LINALG_ERROR):
                 if len(wave) == 1:
                     raise _failure(matrices[0], error) from error
@@ -184,7 +190,7 @@ class Executor:
         there = matrix.device == backend.device and self._in_memory and matrix.quantization is None
         moved = 0 if there else matrix.nbytes + matrix.overhead
         ahead = 1 if backend.side_by_side else 2  # the next wave comes in while this one is there
-        return backend.workspace(tall, matrix.dtype) + ahead * moved
+        return backend.workspace(tall, matrix.dtype, proofs=self._proofs) + ahead * moved
 
     def _where(self, matrix: Matrix) -> torch.device:
         if self._device is not None:
@@ -197,6 +203,31 @@ class Executor:
         if device not in self._backends:
             self._backends[device] = get_backend(self._name, device)
         return self._backends[device]
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether an earlier failure (an illegal access, say) has left the device unusable for this process."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _lost(device: torch.device, error: Exception) -> BackendError:
+    """No fallback can work there any more, and what it would say is not what went wrong."""
+    last = ""
+    if "kappa_fast.kernels.launch" in sys.modules:
+        from kappa_fast.kernels.launch import tally
+
+        last = f"; one of the last kernels launched failed there: {', '.join(tally.recent)}" if tally.recent else ""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return BackendError(
+        f"{device} cannot be used by this process any more ({reason}){last}. Start a new one, there use "
+        "backend='torch', or set CUDA_LAUNCH_BLOCKING=1 to find which kernel it is"
+    )
 
 
 def _failure(matrix: Matrix, error: Exception) -> ComputeError:

@@ -117,7 +117,9 @@ def rank(
     started = time.perf_counter()
     with undisturbed():
         opened = open_source(source, filters, places_of, quiet=not shown(progress))
-        executor = Executor(opened, backend, usable_device(device), parse_bytes(memory_budget))
+        executor = Executor(
+            opened, backend, usable_device(device), parse_bytes(memory_budget), proofs=certify is not False
+        )
         budgeted = None if top is None else BudgetedTop.of(opened.matrices, top, top_per_group)
         goal = Goal(rtol, certify is True)
         with opened_cache(directory, opened.matrices) as store:

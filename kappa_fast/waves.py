@@ -15,6 +15,10 @@ T = TypeVar("T")
 
 LARGEST_DEFAULT = 1 << 30  # or SHARE for each thread: on a CPU a wave only has to keep all cores busy
 SHARE = 256 << 20
+# Of what is free on an accelerator: at least, at first, at most. Pieces that do not fit and the workspaces of libraries
+# take the rest; what they have loaded after a first run must not change the waves of a second.
+SHARES = (0.7, 0.8, 0.9)
+_given: dict[torch.device, int] = {}
 # Of torch on the CPU, of a launch that Triton makes, of the libraries beside torch.
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "_alloc_failed")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -42,9 +46,19 @@ def parse_bytes(value: int | str | None) -> int | None:
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes that a wave may take: most of what is free on an accelerator; on a CPU up to a quarter of it."""
+    """Bytes that a wave may take: most of what is free on an accelerator; on a CPU up to a quarter of it.
+
+    On an accelerator what torch's allocator holds without using it is free as well; and while it is near enough, what
+    an earlier run was given is given again, so that a second run cuts the same waves as the first.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        usable = free + unused
+        earlier = _given.get(device, 0)
+        if not SHARES[0] * usable <= earlier <= SHARES[2] * usable:
+            _given[device] = int(SHARES[1] * usable)
+        return _given[device]
     try:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (ValueError, OSError):  # macOS does not tell

@@ -60,6 +60,24 @@ def test_a_kernel_that_fails_leaves_the_work_to_torch_with_one_line(place, monke
 
 
 @linux_only
+@pytest.mark.usefixtures("wanted")
+def test_a_device_that_is_lost_ends_the_run_and_names_what_was_launched(monkeypatch, caplog):
+    """A fallback in this process would fail too, and hide the cause."""
+    from kappa_fast.kernels.launch import tally
+
+    def lost(*_):
+        tally.recent.append("quantize.peaks")
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    monkeypatch.setattr("kappa_fast.kernels.quantize.column_peaks", lost)
+    monkeypatch.setattr(execution, "is_lost", lambda device: True)
+    message = r"cpu cannot be used by this process any more \(CUDA error: an illegal memory access was encountered\)"
+    with pytest.raises(kappa_fast.BackendError, match=message + ".*quantize.peaks.*backend='torch'"):
+        rank(GIVEN)
+    assert caplog.messages == []
+
+
+@linux_only
 def test_by_name_a_kernel_that_fails_is_an_error_that_says_what_to_do(monkeypatch):
     monkeypatch.setattr("kappa_fast.kernels.quantize.column_peaks", broken)
     message = (

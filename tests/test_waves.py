@@ -104,9 +104,37 @@ def test_where_nobody_tells_what_is_free_a_modest_amount_is_taken(monkeypatch):
     assert default_budget(torch.device("cpu")) == waves.LARGEST_DEFAULT // 4
 
 
+@pytest.fixture(autouse=True)
+def _nothing_given(monkeypatch):
+    monkeypatch.setattr(waves, "_given", {})
+
+
 def test_the_default_on_a_gpu_is_most_of_what_is_free_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
-    assert default_budget(torch.device("cuda", 0)) == 800
+    held = {"mem_get_info": (1000, 5000), "memory_reserved": 700, "memory_allocated": 500}
+    for name, value in held.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert default_budget(torch.device("cuda", 0)) == 960  # 80% of 1200
+
+
+def test_a_second_run_on_a_gpu_cuts_the_same_waves_as_the_first(monkeypatch):
+    """After it torch's allocator holds what the first one used, and libraries have taken a little for themselves."""
+    gpu, total = torch.device("cuda", 0), 140 << 30
+    states = [(46 << 30, 94 << 30, 93 << 30), (1 << 30, 138 << 30, 93 << 30)]
+    budgets = []
+    for free, reserved, allocated in states:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, total))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, reserved=reserved: reserved)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device, allocated=allocated: allocated)
+        budgets.append(default_budget(gpu))
+    assert budgets[0] == budgets[1] > 30 << 30
+
+
+def test_a_gpu_that_is_almost_full_by_now_gives_what_there_is(monkeypatch):
+    for free, budget in ((10000, 8000), (100, 80)):
+        held = {"mem_get_info": (free, 64000), "memory_reserved": 0, "memory_allocated": 0}
+        for name, value in held.items():
+            monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+        assert default_budget(torch.device("cuda", 0)) == budget
 
 
 @pytest.mark.parametrize(
@@ -325,7 +353,7 @@ def test_exact_decompositions_share_the_budget_and_one_that_exceeds_it_runs_alon
     expected = list(rank(small))
     monkeypatch.setattr(exact, "decompose", watched)
     # Waves are cut by what the backend takes, which must not be what keeps them apart.
-    monkeypatch.setattr(TorchBackend, "workspace", lambda *_: 1)
+    monkeypatch.setattr(TorchBackend, "workspace", lambda *_, **__: 1)
     assert list(rank(small, memory_budget=int(rooms * exact.peak_bytes((40, 30))))) == expected
     assert most == [at_once]
 
@@ -350,7 +378,7 @@ def test_decompositions_that_wait_for_room_are_dropped_when_the_run_is_interrupt
 
     monkeypatch.setattr(exact, "decompose", slow)
     monkeypatch.setattr(exact.Room, "taken", watched)
-    monkeypatch.setattr(TorchBackend, "workspace", lambda *_: 1)
+    monkeypatch.setattr(TorchBackend, "workspace", lambda *_, **__: 1)
     with pytest.raises(Interrupted) as stop:
         rank({f"w{i}": torch.randn(40, 30) for i in range(2)}, memory_budget=exact.peak_bytes((40, 30)))
     assert len(begun) == 1

@@ -210,8 +210,11 @@ class Backend(Protocol):
     def rungs(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Rung, ...]:
         """The ladder for matrices of this shape (m, n), m >= n, and storage dtype, cheapest first."""
 
-    def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Bytes that the costliest rung of the ladder takes for such a matrix, beside the stored weight."""
+    def workspace(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> int:
+        """Bytes that such a matrix takes in a wave beside the stored weight, and with ``proofs`` that its proof takes.
+
+        A backend that climbs in smaller waves counts what is resident on the first rung, any other its costliest rung.
+        """
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
         """Move to the device, make tall, check for NaN and inf, scale by a power of two where needed."""

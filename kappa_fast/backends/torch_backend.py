@@ -53,7 +53,7 @@ class TorchBackend:
             return (CHOLESKY32, CHOLESKY64, QR64)
         return (CHOLESKY64, QR64)
 
-    def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    def workspace(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> int:
         m, n = shape
         return (28 * n * n) if m == n else 8 * (n * n + 2 * m * n)
 

@@ -80,13 +80,15 @@ class TritonBackend:
         first = WEIGHTS16 if dtype in (torch.bfloat16, torch.float16) else SLICES[2]
         return (first, SLICES[3], *rest)
 
-    def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    def workspace(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> int:
         """Beside the Gram matrix, its diagonal tiles with their inverses and the slices (a proof takes four), blocks of
         16 columns: Krylov bases of 32 blocks at most, and three images. Higher rungs take more, one at a time."""
         m, n = shape
-        if not any(rung.kind in KINDS for rung in self.rungs(shape, dtype)):
+        kinds = [rung.kind for rung in self.rungs(shape, dtype) if rung.kind in KINDS]
+        if not kinds:
             return self._torch.workspace(shape, dtype)
-        return 8 * n * (n + 144) + 4 * (m + 128) * n + 8 * LANES * (40 * n + 3 * m)
+        slices = 4 if proofs else max(KINDS[kind] for kind in kinds if kind != SLICES[4].kind)
+        return 8 * n * (n + 144) + slices * (m + 128) * n + 8 * LANES * (40 * n + 3 * m)
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
         """One launch per storage class and one read for all peaks; what must be scaled goes through torch.

@@ -210,7 +210,9 @@ def plan(
         # The network is not asked again when what is downloaded by then is ranked.
         opening = 0.0 if "to_download" in opened.metadata else time.perf_counter() - started
         matrices = opened.matrices
-        executor = Executor(opened, backend, usable_device(device), parse_bytes(memory_budget))
+        executor = Executor(
+            opened, backend, usable_device(device), parse_bytes(memory_budget), proofs=certify is not False
+        )
         waves = list(executor.planned(range(len(matrices))))
         work = Work.of(matrices, top, top_per_group, certify)
         prediction = predict(executor, matrices, waves, work, rtol, opening) if measure and matrices else None
