@@ -109,7 +109,7 @@ def krylov(bench: Bench) -> dict[str, Any]:
     operands = backend.prepare(weights)
     rung = backend.rungs((m, n), torch.bfloat16)[0]
     factors = backend.factor(operands, rung)
-    x = gaussian_panel(factors.ns, WIDTH, 5, torch.float64, bench.device)
+    x = gaussian_panel(factors.ns, [b""] * len(factors.ns), WIDTH, 5, torch.float64, bench.device)
     lowers = [torch.linalg.cholesky(w.double().T @ w.double()) for w in weights]
     blocks = list(x.blocks())
     wide = torch.randn(x.data.shape[0], 64, dtype=torch.float64, device=bench.device)
@@ -133,7 +133,7 @@ def krylov(bench: Bench) -> dict[str, Any]:
             return torch.full_like(theta, 1e-15)
 
         for operator, salt in ((backend.product, 0), (backend.solve, 1)):
-            largest(backend, operator, factors, noise, 1.2e-2, salt=salt)
+            largest(backend, operator, factors, [b""] * len(factors.ns), noise, 1.2e-2, salt=salt)
 
     found["both ends to 1.2%"] = bench.wall(ends, 1 if bench.smoke else bench.repeats).as_json()
     return found

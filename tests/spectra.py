@@ -174,10 +174,10 @@ def cosines(n: int) -> Tensor:
 
 
 def growing(n: int) -> Tensor:
-    """Wilkinson's matrix: partial pivoting lets the entries of U grow to 2^(n-1). Column-major, so that LU takes it."""
+    """Wilkinson's matrix, for whose transpose partial pivoting lets the entries of U grow to 2^(n-1): LU takes that."""
     matrix = torch.eye(n, dtype=torch.float64) - torch.ones(n, n).tril(-1).double()
     matrix[:, -1] = 1
-    return matrix.T.contiguous().T
+    return matrix.T.contiguous()
 
 
 def gaussian(m: int, n: int, seed: int = 0) -> Tensor:

@@ -54,6 +54,37 @@ def test_an_unknown_backend_is_refused_with_the_names_that_work():
         get_backend("numpy", torch.device("cpu"))
 
 
+LAYOUTS = {
+    "column-major": lambda w: w.T.contiguous().T,
+    "every other column": lambda w: torch.stack([w, torch.zeros_like(w)], dim=2)[:, :, 0],
+    "at an odd address": lambda w: torch.cat([w.new_zeros(1), w.flatten()])[1:].view(w.shape),
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(9, 9), (30, 7), (7, 30)])
+def test_equal_weights_have_equal_digests_and_lie_the_same_way(shape, dtype, layout):
+    weight = gaussian(*shape).to(dtype)
+    plain, moved = operand(weight), operand(LAYOUTS[layout](weight))
+    assert BACKEND.digests([plain]) == BACKEND.digests([moved])
+    assert moved.tensor.stride() == plain.tensor.stride()
+    assert moved.tensor.data_ptr() % 64 == 0
+    assert torch.equal(moved.tensor, plain.tensor)
+
+
+def test_any_change_of_content_dtype_or_shape_changes_the_digest():
+    weight = gaussian(12, 10)
+    changed = weight.clone()
+    changed[11, 9] = torch.nextafter(changed[11, 9], torch.tensor(9.0).double())
+    signed = torch.zeros(12, 10)
+    signed[3, 4] = -0.0
+    different = [weight, changed, weight.T, weight.view(10, 12), weight.view(6, 20), weight.float(), weight.bfloat16()]
+    digests = BACKEND.digests([operand(w) for w in [*different, torch.zeros(12, 10), signed]])
+    assert len(set(digests)) == len(digests)
+    assert all(len(d) == 32 for d in digests)
+
+
 @pytest.mark.parametrize("dtype", [*STORED, *FLOAT8])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5), (40, 7), (7, 40)])
 def test_a_prepared_matrix_is_tall_and_has_the_values_of_the_weight(shape, dtype):
@@ -352,7 +383,7 @@ def test_a_panel_gives_back_the_blocks_that_went_in():
 
 def lanczos(values, width, blocks, seed=0):
     """Block columns of T and the coupling behind it, for diag(values), by the backend's own steps."""
-    wave = Space.begin(BACKEND, [len(values)], torch.float64, width, salt=seed)
+    wave = Space.begin(BACKEND, [len(values)], [b""], torch.float64, width, salt=seed)
     for _ in range(blocks):
         wave.expand(BACKEND, lambda block: Panel(values[:, None] * block.data, block.rows))
     return wave

@@ -56,6 +56,7 @@ class Operand:
     tensor: shape (m, n) with m >= n, a view of the weight wherever its dtype and scale allow one.
     exponent: the true matrix is ``tensor * 2**exponent``.  finite: False if an entry is NaN or infinite.
     peak: largest absolute entry of ``tensor``.  exact: False if scaling pushed entries below what float64 holds.
+    turned: whether ``tensor`` is the transpose of the weight.
     """
 
     tensor: Tensor
@@ -63,6 +64,7 @@ class Operand:
     finite: bool
     peak: float
     exact: bool = True
+    turned: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -218,6 +220,13 @@ class Backend(Protocol):
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
         """Move to the device, make tall, check for NaN and inf, scale by a power of two where needed."""
+
+    def digests(self, operands: Sequence[Operand]) -> list[bytes]:
+        """What seeds the start blocks of every operand: it depends on shape, dtype and entries alone.
+
+        Of a cryptographic kind, since whoever can build weights with a digest that was known before can hide their
+        extreme vectors from the start blocks.
+        """
 
     def gram(self, operands: Sequence[Operand], dtype: torch.dtype, chunk: int | None = None) -> list[Tensor]:
         """Lower triangles of A^T A, shape (n, n); above the diagonal undefined.

@@ -6,6 +6,7 @@ AVX-512 cores with MKL; docs/numerics.md has the table.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ TILE = 256  # columns of a lower-triangle tile: 91 ms at 5632 x 2048 in float32,
 PANEL = 256  # 2048 x 2048: 23 ms in float32 and 49 in float64, where cholesky_ex takes 57 and 88
 CHUNK_BYTES = 1 << 20  # rows converted at a time: they stay in cache (full conversion took 3 to 5 times as long)
 GRAM_CHUNK_BYTES = 32 << 20
+DIGEST_BYTES = 64 << 20
 
 
 class TorchBackend:
@@ -59,6 +61,9 @@ class TorchBackend:
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
         return [prepare_one(weight.detach().to(self.device)) for weight in weights]
+
+    def digests(self, operands: Sequence[Operand]) -> list[bytes]:
+        return [digest(a) for a in operands]
 
     def gram(self, operands: Sequence[Operand], dtype: torch.dtype, chunk: int | None = None) -> list[Tensor]:
         return [_gram(a.tensor, dtype, chunk) for a in operands]
@@ -208,16 +213,18 @@ def prepare_one(weight: Tensor) -> Operand:
     if weight.dtype.itemsize == 1:  # float8 has no arithmetic of its own; bfloat16 holds every float8 value
         weight = weight.to(torch.bfloat16)
     rows, columns = weight.shape
+    # Libraries round differently for other addresses and strides, and results are kept by values.
+    weight = weight if _lies_as_alone(weight) and weight.is_contiguous() else _copied(weight)
     # A square matrix is turned so that its columns are contiguous: LU takes it as it is (46 ms instead of 65 at 2048).
-    turn = rows < columns or (rows == columns and weight.stride(1) == 1)
+    turn = rows <= columns
     tall = weight.T if turn else weight
     low, high = torch.aminmax(weight)
     peak = max(-float(low), float(high))
     if not math.isfinite(peak):
-        return Operand(tall, 0, False, peak)
+        return Operand(tall, 0, False, peak, turned=turn)
     exponent = math.frexp(peak)[1]
     if peak == 0 or abs(exponent) <= SAFE:
-        return Operand(tall, 0, True, peak)
+        return Operand(tall, 0, True, peak, turned=turn)
     # Two factors, since 2**1074 alone is beyond float64; exact but for entries 2**-1000 below the largest.
     half = exponent // 2
     wide = tall.to(torch.float64)
@@ -228,7 +235,17 @@ def prepare_one(weight: Tensor) -> Operand:
     ):  # every narrower entry keeps its bits in float32 unless it is 2**-126 below the peak
         narrow = scaled.to(torch.float32)
         scaled = narrow if torch.equal(narrow.to(torch.float64), scaled) else scaled
-    return Operand(scaled, exponent, True, math.ldexp(peak, -exponent), exact)
+    return Operand(scaled, exponent, True, math.ldexp(peak, -exponent), exact, turn)
+
+
+def digest(a: Operand) -> bytes:
+    """SHA-256 over dtype, shape and entries, row by row as the weight has them; an accelerator's come by pieces."""
+    lines = a.tensor.T if a.turned else a.tensor
+    found = hashlib.sha256(f"{lines.dtype} {tuple(lines.shape)} ".encode())
+    step = max(1, DIGEST_BYTES // max(1, lines.shape[1] * lines.itemsize))
+    for start in range(0, lines.shape[0], step):
+        found.update(lines[start : start + step].contiguous().view(torch.uint8).cpu().numpy().data)
+    return found.digest()
 
 
 def _row_chunks(a: Tensor, limit: int, itemsize: int) -> Iterator[tuple[int, int]]:

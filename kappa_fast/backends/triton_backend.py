@@ -118,7 +118,11 @@ class TritonBackend:
     def _operand(self, weight: Tensor, peak: float | None) -> Operand:
         if peak is None or (math.isfinite(peak) and peak > 0 and abs(math.frexp(peak)[1]) > SAFE):
             return prepare_one(weight)
-        return Operand(_tall(weight), 0, math.isfinite(peak), peak)
+        turned = weight.shape[0] < weight.shape[1]
+        return Operand(_tall(weight), 0, math.isfinite(peak), peak, turned=turned)
+
+    def digests(self, operands: Sequence[Operand]) -> list[bytes]:
+        return self._torch.digests(operands)
 
     def gram(self, operands: Sequence[Operand], dtype: torch.dtype, chunk: int | None = None) -> list[Tensor]:
         return self._torch.gram(operands, dtype, chunk)

@@ -7,11 +7,12 @@ would otherwise go on into noise.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
+import numpy as np
 import torch
 
 from ..backends.base import DROP, Backend, Factors, Panel, Ritz, Tensor, dense_projection
@@ -66,9 +67,11 @@ class Space:
     size: int = 0
 
     @classmethod
-    def begin(cls, backend: Backend, ns: Sequence[int], dtype: torch.dtype, width: int, salt: int) -> Space:
+    def begin(
+        cls, backend: Backend, ns: Sequence[int], seeds: Sequence[bytes], dtype: torch.dtype, width: int, salt: int
+    ) -> Space:
         """Spaces that start from Gaussian blocks."""
-        block = backend.orthonormalize(gaussian_panel(ns, width, salt, dtype, backend.device))
+        block = backend.orthonormalize(gaussian_panel(ns, seeds, width, salt, dtype, backend.device))
         basis = Panel(block.data.new_empty((block.data.shape[0], FIRST_BLOCKS * width)), block.rows)
         nothing = torch.zeros((len(ns), width, width), dtype=torch.float64, device=backend.device)
         return cls(basis, block, [], nothing, nothing[:, 0, 0], nothing[:, 0, 0] != 0)
@@ -108,20 +111,26 @@ class Space:
         return ~kept.any(dim=1) | ~torch.isfinite(split.scale)
 
 
-@lru_cache(maxsize=16)  # a model has few shapes; a block is 16 n numbers
-def gaussian_block(n: int, width: int, salt: int) -> Tensor:
-    """A standard Gaussian (n, width) block in float64 on the CPU that depends on its arguments alone.
+def gaussian_block(n: int, width: int, salt: int, seed: bytes = b"", device: torch.device | None = None) -> Tensor:
+    """A standard Gaussian (n, width) block in float64 that depends on its arguments alone.
 
-    Its own generator: the global random state is neither read nor moved. Never write to it: it is shared.
+    Generators of their own: the global random state is neither read nor moved. torch's on a CPU would not do: it takes
+    32 bits of a seed, and weights can be orthogonal to several of so few blocks.
     """
-    generator = torch.Generator("cpu").manual_seed((n * 1_000_003 + width) * 8 + salt)
-    return torch.randn(n, width, generator=generator, dtype=torch.float64, device="cpu")
+    key = hashlib.sha256(f"{n} {width} {salt} ".encode() + seed).digest()
+    if device is not None and device.type == "cuda":
+        generator = torch.Generator(device).manual_seed(int.from_bytes(key[:8], "little"))
+        return torch.randn(n, width, generator=generator, dtype=torch.float64, device=device)
+    bits = np.random.SFC64(np.random.SeedSequence(int.from_bytes(key[:16], "little")))
+    return torch.from_numpy(np.random.Generator(bits).standard_normal((n, width))).to(device)
 
 
-def gaussian_panel(ns: Sequence[int], width: int, salt: int, dtype: torch.dtype, device: torch.device) -> Panel:
-    """The Gaussian blocks of a wave, each moved to the device once however many matrices start from it."""
-    moved = {n: gaussian_block(n, width, salt).to(device=device, dtype=dtype) for n in set(ns)}
-    return Panel.pack([moved[n] for n in ns])
+def gaussian_panel(
+    ns: Sequence[int], seeds: Sequence[bytes], width: int, salt: int, dtype: torch.dtype, device: torch.device
+) -> Panel:
+    """The Gaussian blocks of a wave."""
+    blocks = [gaussian_block(n, width, salt, seed, device) for n, seed in zip(ns, seeds, strict=True)]
+    return Panel.pack(blocks).to(dtype)
 
 
 def small_eigenpairs(columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -136,6 +145,7 @@ def largest(
     backend: Backend,
     operator: Operator,
     factors: Factors,
+    seeds: Sequence[bytes],
     noise: Noise,
     tolerance: float,
     *,
@@ -144,11 +154,12 @@ def largest(
 ) -> list[Extreme]:
     """The largest eigenvalue of operator(factor) for every factor, to a relative excess of ``tolerance`` if it can.
 
+    seeds: of the start blocks, one for each factor.
     noise(which, theta): the relative rounding error of one application to those matrices, whose largest eigenvalues
     are theta.  salt: tells the start blocks of different ends apart.  dtype: of the blocks, if not that of the rung.
     """
     search = _Search(backend, factors, noise, tolerance)
-    space = Space.begin(backend, factors.ns, dtype or factors.rung.dtype, WIDTH, salt)
+    space = Space.begin(backend, factors.ns, seeds, dtype or factors.rung.dtype, WIDTH, salt)
     active = list(range(len(factors.ns)))
     for step in range(1, MAX_BLOCKS + 1):
         chosen = factors.take(active)

@@ -26,7 +26,7 @@ log = logging.getLogger("kappa_fast")
 
 # Raise it when a correction makes earlier results wrong, here, in a backend or in how weights are read: results in
 # caches with another number are not used any more.
-NUMERICS = 2
+NUMERICS = 3
 
 EXACT_BELOW = 160  # up to here one SVD takes no longer than a ladder of launches: 3.1 ms and 7.0 at 160 x 160
 EXACT_SLENDER = 16  # unless rows outnumber columns by more: 32000 x 158 takes 270 ms by SVD and 46 by the ladder
@@ -72,6 +72,7 @@ class _Climber:
     dtype: torch.dtype
     operand: Operand
     rungs: tuple[Rung, ...]
+    seed: bytes = b""  # of its start blocks
     best: Resolution | None = None
     triplets: Triplets | None = None
     done: bool = field(default=False)
@@ -101,7 +102,10 @@ def resolve(
         for i, a in enumerate(operands)
         if results[i] is None
     ]
-    _climb(backend, [c for c in climbers if c.rungs], goal)
+    climbing = [c for c in climbers if c.rungs]
+    for climber, digest in zip(climbing, backend.digests([c.operand for c in climbing]), strict=True):
+        climber.seed = digest
+    _climb(backend, climbing, goal)
     for climber in climbers:
         if not climber.done:
             with room.taken(climber.operand):
@@ -166,7 +170,7 @@ def _use_factors(backend: Backend, climbers: Sequence[_Climber], factors: Factor
     if not kept:
         return
     factors = factors.take(kept)
-    tops, bottoms = _ends(backend, factors, END_SHARE * goal.rtol)
+    tops, bottoms = _ends(backend, factors, [climbers[i].seed for i in kept], END_SHARE * goal.rtol)
     polished = backend.solve(factors, Panel.pack([b.vectors for b in bottoms]))
     # An operator that overflowed leaves nothing to polish, and LAPACK must not see its NaNs.
     finite = torch.isfinite(backend.norms(polished)).all(dim=1).tolist()
@@ -186,7 +190,7 @@ def _use_factors(backend: Backend, climbers: Sequence[_Climber], factors: Factor
 
 def _departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors, limit: float) -> list[float]:
     """Bounds on ||M||_2 from a Gaussian block; where M X is too large, from M M X, which overestimates far less."""
-    blocks = gaussian_panel(factors.ns, WIDTH, 2, factors.rung.dtype, backend.device)
+    blocks = gaussian_panel(factors.ns, [c.seed for c in climbers], WIDTH, 2, factors.rung.dtype, backend.device)
     bounds = [math.inf] * len(climbers)
     factor = norm_factor(WIDTH) / math.sqrt(WIDTH)
     active = list(range(len(climbers)))
@@ -203,20 +207,22 @@ def _departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors
     return bounds
 
 
-def _ends(backend: Backend, factors: Factors, tolerance: float) -> tuple[list[Extreme], list[Extreme]]:
+def _ends(
+    backend: Backend, factors: Factors, seeds: Sequence[bytes], tolerance: float
+) -> tuple[list[Extreme], list[Extreme]]:
     quick = factors.rung.product_dtype(tolerance)
     coarse = float(torch.finfo(quick).eps)
 
     def constant(which: Sequence[int], theta: Tensor) -> Tensor:
         return torch.full_like(theta, coarse)
 
-    tops = largest(backend, backend.product, factors, constant, tolerance, salt=0, dtype=quick)
+    tops = largest(backend, backend.product, factors, seeds, constant, tolerance, salt=0, dtype=quick)
     heights = torch.tensor([top.theta for top in tops], dtype=torch.float64, device=backend.device)
 
     def noise(which: Sequence[int], theta: Tensor) -> Tensor:
         return 2 * factors.rung.unit_roundoff * torch.sqrt((theta * heights[list(which)]).clamp(min=1.0))
 
-    return tops, largest(backend, backend.solve, factors, noise, tolerance, salt=1)
+    return tops, largest(backend, backend.solve, factors, seeds, noise, tolerance, salt=1)
 
 
 def _interval(rung: Rung, departure: float, top: Extreme, bottom: Extreme, triplets: Triplets) -> Resolution:

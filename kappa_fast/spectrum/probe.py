@@ -27,7 +27,8 @@ def lower_bounds(backend: Backend, weights: Sequence[Tensor], cutoff: float) -> 
     active = [i for i, a in enumerate(operands) if a.finite and a.peak > 0 and a.shape[1] > 2 * WIDTH * STEPS]
     if not active:
         return bounds
-    space = Space.begin(backend, [operands[i].shape[1] for i in active], torch.float32, WIDTH, salt=3)
+    seeds = backend.digests([operands[i] for i in active])
+    space = Space.begin(backend, [operands[i].shape[1] for i in active], seeds, torch.float32, WIDTH, salt=3)
     for step in range(1, STEPS + 1):
         chosen = [operands[i] for i in active]
         ended = space.expand(backend, lambda x, chosen=chosen: backend.normal(chosen, x))  # type: ignore[misc]
