@@ -187,7 +187,8 @@ class Executor:
     def _need(self, position: int, backend: Backend) -> int:
         matrix = self._matrices[position]
         tall = (max(matrix.shape), min(matrix.shape))
-        there = matrix.device == backend.device and self._in_memory and matrix.quantization is None
+        made = matrix.quantization is not None or matrix.overhead > 0  # by load(), which a plain weight is not
+        there = matrix.device == backend.device and self._in_memory and not made
         moved = 0 if there else matrix.nbytes + matrix.overhead
         ahead = 1 if backend.side_by_side else 2  # the next wave comes in while this one is there
         return backend.workspace(tall, matrix.dtype, proofs=self._proofs) + ahead * moved

@@ -94,7 +94,8 @@ def rank(
         NotImplementedError: a parameter is sharded (DTensor, ZeRO), or process_group was given.
 
     Warns:
-        UserWarning: intervals could not be proven; the cache is damaged, or cannot be written to.
+        UserWarning: weights of the model have no values to read; intervals could not be proven; the cache is damaged,
+            or cannot be written to.
     """
     check_options(top, top_per_group, rtol, certify)
     _check(score, process_group)
@@ -117,6 +118,7 @@ def rank(
     started = time.perf_counter()
     with undisturbed():
         opened = open_source(source, filters, places_of, quiet=not shown(progress))
+        _warn_absent(opened)
         executor = Executor(
             opened, backend, usable_device(device), parse_bytes(memory_budget), proofs=certify is not False
         )
@@ -325,5 +327,17 @@ def _warn_unproven(entries: Iterable[TensorKappa], certify: object) -> None:
         warnings.warn(
             f"float64 cannot prove the interval of {len(unproven)} of the entries, {unproven[0]!r} among them: "
             "they keep certified=False and their best estimate",
+            stacklevel=3,
+        )
+
+
+def _warn_absent(source: Source) -> None:
+    if source.absent:
+        import warnings
+
+        first = source.absent[0]
+        warnings.warn(
+            f"{len(source.absent)} weights of the model have no values to read and are not ranked, {first.name!r} "
+            f"among them ({first.reason}); ranking.skipped has them all, and shares of the parameters count them",
             stacklevel=3,
         )

@@ -282,7 +282,7 @@ def test_convolutions_are_flattened_behind_their_first_dimension(module, shape):
 
 def test_weight_normalized_convolutions_are_convolutions_too():
     module = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 6, 3))
-    assert parts(matrices(module))["parametrizations.weight.original1"] == (6, 12)
+    assert parts(matrices(module))["weight"] == (6, 12)
 
 
 def test_in_a_state_dict_a_convolution_is_known_by_its_name():

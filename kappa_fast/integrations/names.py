@@ -15,6 +15,7 @@ from ..entries import Index, TensorKappa
 from ..errors import OptionError
 from ..selection import Selection
 from ..sources.base import Place
+from ..sources.effective import ingredients_of
 from ..sources.names import base_name
 from .gguf_names import is_from_gguf, resolve_gguf
 from .pieces import Box, box_of, disjoint, index_of
@@ -84,7 +85,17 @@ def match(selection: Selection, model: nn.Module) -> list[Target]:
     names = _Names(model)
     chosen: dict[str, list[tuple[Index, TensorKappa]]] = {}
     unknown: list[TensorKappa] = []
+    computed: dict[str, TensorKappa] = {}
     for entry in selection.entries:
+        parts = names.parts((entry.name, *entry.aliases))
+        if parts:
+            if entry.index:
+                raise OptionError(
+                    f"{entry.key!r} is a part of a weight that the model computes from {', '.join(map(repr, parts))}, "
+                    f"of which no part trains it alone: leave it out with excluding({entry.name!r})"
+                )
+            computed |= dict.fromkeys(parts, entry)
+            continue
         found = names.find((entry.name, *entry.aliases))
         if found is None:
             unknown.append(entry)
@@ -104,7 +115,10 @@ def match(selection: Selection, model: nn.Module) -> list[Target]:
             raise OptionError(f"including({pattern!r}) matches no parameter of the model: {_some(names.parameters)}")
     targets = []
     for name, parameter in names.parameters.items():
-        if name in excluded or not (name in chosen or name in included):
+        if name in excluded or not (name in chosen or name in included or name in computed):
+            continue
+        if name in computed and name not in chosen:
+            targets.append(Target(name, parameter, ((),), (computed[name],)))
             continue
         pairs = chosen.get(name, [])
         boxes = [box_of(index, parameter.shape) for index, _ in pairs]
@@ -127,6 +141,12 @@ class _Names:
             plain.setdefault(plain_name(name), set()).add(canonical)
         # A name that fits two parameters is none of either.
         self.plain = {name: next(iter(found)) for name, found in plain.items() if len(found) == 1}
+        self._computed: dict[str, list[str]] = {}
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            start = f"{prefix}." if prefix else ""
+            for leaf, parts in ingredients_of(module).items():
+                found = [self._first[start + part] for part in parts if start + part in self._first]
+                self._computed |= dict.fromkeys((start + leaf, plain_name(start + leaf)), found)
         bases = {getattr(module, "base_model_prefix", "") for module in model.modules()}
         self._bases = sorted(base for base in bases if isinstance(base, str) and base)
 
@@ -144,6 +164,10 @@ class _Names:
         shorter = {name.removeprefix(f"{base}.") for base in self._bases for name in plain}
         found = {self.plain[name] for name in longer | shorter if name in self.plain}
         return found.pop() if len(found) == 1 else None
+
+    def parts(self, names: Iterable[str]) -> list[str]:
+        """The parameters that a weight with one of these names is computed from (weight_norm, pruning and the like)."""
+        return next((self._computed[n] for name in names for n in (name, plain_name(name)) if n in self._computed), [])
 
     def matching(self, patterns: Iterable[str]) -> set[str]:
         """Parameters with a name, as it is or plain, that one of the patterns matches."""

@@ -19,6 +19,7 @@ from ..errors import OptionError, SourceError, SourceNotFoundError
 from .admission import Surroundings, admit, by_evidence
 from .base import Inventory, Matrix, Place, Source, Stamp, Stored
 from .checkpoint import read_checkpoint
+from .codes import ON_META
 from .filters import Filters
 from .gguf import is_gguf, read_gguf
 from .hub import HubId, hub_id, snapshot
@@ -61,6 +62,7 @@ def open_source(
     around = Surroundings.of(_renamed(inventory, places))
     matrices: list[Matrix] = []
     skipped: list[Skipped] = []
+    absent: list[Skipped] = []
     notes: dict[str, str] = {}
     evidences: list[tuple[str, str]] = []
     candidates = [t for t in inventory.tensors if len(t.shape) >= 2 or t.error is not None]
@@ -76,6 +78,8 @@ def open_source(
         _LOG.debug("%s %s: %s", stored.name, stored.shape, f"skipped, {reason}" if reason else f"taken, {evidence}")
         if reason is not None:
             skipped.append(Skipped(stored.name + (place.label if place else ""), stored.shape, reason))
+            if (stored.out_of_sight or reason == ON_META) and filters.reason(stored, around) is None:
+                absent.append(skipped[-1])
             continue
         evidences.append((stored.name, evidence))
         pieces = _pieces(stored, place, around, filters.fused == "split")
@@ -98,7 +102,8 @@ def open_source(
         "quantization": dict(quantized),
         "evidence": by_evidence(evidences),
     }
-    return Source(tuple(matrices), tuple(skipped), inventory.num_parameters, metadata, inventory.in_memory)
+    count = inventory.num_parameters
+    return Source(tuple(matrices), tuple(skipped), count, metadata, inventory.in_memory, tuple(absent))
 
 
 def _weighed(stored: Stored, around: Surroundings, filters: Filters) -> tuple[str | None, str]:
@@ -194,10 +199,11 @@ def _matrix(stored: Stored, part: Part, place: Place | None) -> Matrix:
 
 
 def _cut_off(stored: Stored, part: Part) -> int:
-    """Bytes of a dequantized matrix of which only a part is wanted."""
+    """Bytes of a matrix that is made, dequantized for instance, of which only a part is wanted."""
     assert stored.dtype is not None
     whole = math.prod(stored.shape[-2:])
-    return whole * stored.dtype.itemsize if stored.quantization is not None and whole > math.prod(part.shape) else 0
+    made = stored.quantization is not None or stored.overhead > 0
+    return whole * stored.dtype.itemsize if made and whole > math.prod(part.shape) else 0
 
 
 def _part_of(stamp: Stamp, part: Part, index: Index) -> Stamp:

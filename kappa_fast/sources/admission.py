@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from . import codes, names
+from . import classes, codes, names
 from .base import Inventory, Stored
 
 
@@ -40,7 +40,7 @@ class Surroundings:
             beside = {c for name in stored.names for c in codes.companions(name, shapes)}
             # Zero points are never weights, also beside a weight that was calibrated and is not quantized yet.
             scales |= beside if codes.may_be_codes(stored.dtype) else {c for c in beside if c.endswith("_zero_point")}
-            if "embedding" in stored.roles or any(names.is_embedding(name) for name in stored.names):
+            if "embedding" in stored.roles or classes.is_called_embedding(stored, shapes):
                 embeddings.add(stored.shape)
         return cls(shapes, frozenset(scales), frozenset(embeddings), inventory.in_peft)
 
@@ -110,7 +110,8 @@ def _is_stack_of_biases(stored: Stored, around: Surroundings) -> bool:
 
 
 def _evidence(stored: Stored) -> str:
-    owner = "" if stored.parent is None else f" of {type(stored.parent).__name__}"
+    owners = classes.class_names(stored.parent)
+    owner = f" of {owners[0]}" if owners else ""
     if stored.evidence:
         return stored.evidence
     if stored.quantization is not None:

@@ -114,6 +114,7 @@ class Stored:
             waits nor takes memory nor raises. None where there is nothing to read.
         location: the file and the offset in it where the values begin, for reading in the order of the disk.
         stamp: what identifies the values without reading them, None if nothing does.
+        out_of_sight: True for a weight of the model whose values are nowhere to be read; a warning counts these.
         evidence: what makes it a weight, where that is more than ``parent`` and ``quantization`` tell: the rule of a
             format, or how a module makes it. For ``metadata["evidence"]`` and the log.
     """
@@ -133,6 +134,7 @@ class Stored:
     location: tuple[str, int] | None = None
     stamp: Stamp | None = None
     evidence: str = ""
+    out_of_sight: bool = False
     error: SourceError | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -219,6 +221,7 @@ class Source:
 
     ``num_parameters`` counts every parameter of the model once (tied ones too), ranked or not: the denominator of
     ``select(max_params=<fraction>)``. ``metadata`` goes into ``Ranking.metadata["source"]`` and is plain JSON.
+    ``absent``: those of ``skipped`` that are weights of the model without values to read (packed, on the meta device).
     """
 
     matrices: tuple[Matrix, ...]
@@ -226,3 +229,4 @@ class Source:
     num_parameters: int
     metadata: Mapping[str, Any]
     in_memory: bool = True  # False where load() brings a tensor into memory that was not there before
+    absent: tuple[Skipped, ...] = ()

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from ..errors import OptionError
-from . import names
+from . import classes, names
 from .admission import Surroundings
 from .base import Stored
 
@@ -80,14 +80,15 @@ class Filters:
 
 def is_router_module(module: torch.nn.Module) -> bool:
     """True for modules that choose among experts, going by their class."""
-    return _ROUTER_CLASS.search(type(module).__name__) is not None
+    return any(_ROUTER_CLASS.search(name) for name in classes.class_names(module)[:1])
 
 
 def _is_embedding_or_head(stored: Stored, around: Surroundings) -> bool:
     if not stored.roles.isdisjoint({"embedding", "head"}):
         return True
     alike = stored.shape in around.embedding_shapes
-    return any(names.is_embedding(name) or names.is_output_head(name, alike) for name in stored.names)
+    called = classes.is_called_embedding(stored, around.shapes)
+    return called or any(names.is_output_head(name, alike) for name in stored.names)
 
 
 def _is_router(stored: Stored, around: Surroundings) -> bool:

@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
-
 from ..entries import Index
-from . import names
+from . import classes, names
 from .base import Stored
 
 ALL = slice(None)
@@ -113,7 +111,7 @@ def cut(stored: Stored, shapes: Mapping[str, tuple[int, ...]], split: bool) -> C
     else:
         slots, inner = [(expert,) for expert in range(shape[0])], (shape[1], shape[2])
         fused, note = _fused(stored, inner, shapes) if split else (None, None)
-        if stored.parent is None and not _KNOWN_STACK.search(stored.name):
+        if not classes.is_stack(stored.parent) and not _KNOWN_STACK.search(stored.name):
             note = note or "3 dimensions, taken for a stack of matrices"
     parts = [part for e, slot in enumerate(slots) for part in _pieces(f"[{e}]", slot, inner, fused)]
     return Cut(tuple(parts), note)
@@ -121,8 +119,8 @@ def cut(stored: Stored, shapes: Mapping[str, tuple[int, ...]], split: bool) -> C
 
 def _convolution(stored: Stored) -> str | None:
     """None if it is no convolution; else a note, "" where there is no doubt."""
-    if stored.parent is not None:
-        return "" if isinstance(stored.parent, torch.nn.modules.conv._ConvNd) else None
+    if classes.class_names(stored.parent):
+        return classes.convolution(stored.parent, stored.shape)
     if not names.is_convolution(stored.name):
         return None
     return "taken for a convolution by its name" if len(stored.shape) == 3 else ""
@@ -209,8 +207,9 @@ def _along_of_sibling(name: str, shape: tuple[int, int], shapes: Mapping[str, tu
 
 def _qkv(stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]) -> _Fused | None:
     rows, columns = shape
-    owner = type(stored.parent).__name__ if stored.parent is not None else ""
-    if stored.name.endswith("in_proj_weight") and rows == 3 * columns and owner in ("", "MultiheadAttention"):
+    owners = classes.class_names(stored.parent)
+    of_torch = not owners or "MultiheadAttention" in owners
+    if stored.name.endswith("in_proj_weight") and rows == 3 * columns and of_torch:
         return _Fused(("q", "k", "v"), (columns,) * 3, "rows")  # torch.nn.MultiheadAttention
     if _matches(_QKV_COLUMNS, stored) and columns in (2 * rows, 3 * rows):
         labels = ("k", "v") if columns == 2 * rows else ("q", "k", "v")  # attention to an encoder has a q of its own

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from .base import Inventory, Role, Stored
+from .classes import looks_up
+from .effective import PARAMETRIZATIONS, Effective, effective_weights
 from .filters import is_router_module
-from .names import has_adapters
+from .names import base_name, has_adapters
+from .packed import packed_weights
 from .quantized import modules, weights_of
 from .tensors import fingerprint, identity, is_lazy, model_types_in, own_names, sharded, store
 
@@ -26,33 +30,43 @@ class _Place:
 def read_module(model: torch.nn.Module) -> Inventory:
     """The parameters of a model, tied ones once with all their names; the quantized weights of its modules.
 
+    A weight that a module computes from others is there as the module computes it.
+
     Raises:
-        SourceError: the scales of a quantized weight are missing or do not fit.
         NotImplementedError: a parameter is sharded (DTensor, FSDP, ZeRO-3).
     """
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise NotImplementedError(sharded(name or type(model).__name__, "FSDP"))
-    places = _places(model)
-    held = _held(model)
+    places, held, computed = _places(model), _held(model), _computed(model)
+    parts = {name for item in computed for name in item.parts}
     groups: dict[object, list[str]] = {}
     for name, item in held.items():
-        groups.setdefault(identity(item.tensor), []).append(name)
-    own = own_names(groups.values())
-    heads = {identity(weight) for weight in _output_heads(model)}
-    stored = [
-        _stored(own[names[0]], held[names[0]], [places[name.rpartition(".")[0]] for name in names], key in heads)
+        if name not in parts:
+            groups.setdefault(identity(item.tensor), []).append(name)
+    own = own_names([*groups.values(), *(item.names for item in computed)])
+    heads = set(_output_heads(model))
+    plain = [
+        _stored(own[names[0]], held[names[0]], _above(names, places), not heads.isdisjoint({key, *names}))
         for key, names in groups.items()
     ]
+    found = list(zip((names[0] for names in groups.values()), plain, strict=True))
+    for made in computed:
+        is_head = not heads.isdisjoint(made.names)
+        found += _made(made, own[made.names[0]], held, _above(made.names, places), is_head)
+    order = {name: position for position, name in enumerate(held)}
+    stored = [item for _, item in sorted(found, key=lambda pair: order[pair[0]])]  # in the order of the model
     configured = modules.config_in(getattr(model, "config", None))
     tensors = weights_of(stored, lambda item: modules.config_of(item.parent, configured))
-    weights = {own[names[0]] for names in groups.values() if held[names[0]].is_parameter}
+    weights = {own[names[0]] for names in groups.values() if held[names[0]].is_weight}
     counted = [
         t
         for before, t in zip(stored, tensors, strict=True)
         if "scales" not in t.roles and (t.quantization is not None or before.names in weights)
     ]
-    unseen = [replace(t, names=own_names([t.names])[t.name]) for t in modules.out_of_reach(model, _shown(held))]
+    of_parts = {identity(held[name].tensor): held[name].tensor for name in parts if name in held}
+    hidden = [*modules.out_of_reach(model), *packed_weights(model, _shown(held))]
+    unseen = [replace(t, names=own_names([t.names])[t.name]) for t in hidden]
     metadata = {
         "kind": "module",
         "class": type(model).__name__,
@@ -62,7 +76,7 @@ def read_module(model: torch.nn.Module) -> Inventory:
     buffers = own_names([name] for name, _ in model.named_buffers(remove_duplicate=False)).values()
     return Inventory(
         [*tensors, *unseen],
-        sum(t.numel for t in (*counted, *unseen)),
+        sum(t.numel for t in (*counted, *unseen)) + sum(t.numel() for k, t in of_parts.items() if k not in groups),
         metadata,
         buffers=[name for names in buffers for name in names],
         in_peft=has_adapters(held),
@@ -76,11 +90,11 @@ class _Held:
     tensor: torch.Tensor
     holder: torch.nn.Module
     leaf: str
-    is_parameter: bool
+    is_weight: bool
 
 
 def _held(model: torch.nn.Module) -> dict[str, _Held]:
-    """Every parameter, and what belongs to the codes of quantized weights, by name."""
+    """Every parameter, weights that are kept as buffers, and what belongs to the codes of quantized ones, by name."""
     found: dict[str, _Held] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
@@ -88,7 +102,67 @@ def _held(model: torch.nn.Module) -> dict[str, _Held]:
         found |= {start + name: _Held(tensor, module, name, True) for name, tensor in own.items()}
         beside = modules.beside_codes(module)
         found |= {start + name: _Held(tensor, module, name, False) for name, tensor in beside.items()}
+        frozen = dict(module._buffers.items()).get("weight")  # by whoever does not want an optimizer to find it
+        if frozen is not None and frozen.dim() >= 2 and start + "weight" not in found:
+            found[start + "weight"] = _Held(frozen, module, "weight", True)
     return found
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A weight that a module computes: its names, and those of its parts, for every name of the module."""
+
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+    weight: Effective
+
+
+def _computed(model: torch.nn.Module) -> list[_Computed]:
+    prefixes: dict[int, tuple[torch.nn.Module, list[str]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if f".{PARAMETRIZATIONS}." in f".{prefix}.":  # a part of a part
+            continue
+        prefixes.setdefault(id(module), (module, []))[1].append(f"{prefix}." if prefix else "")
+    return [
+        _Computed(
+            tuple(start + weight.leaf for start in starts),
+            tuple(start + part for start in starts for part in weight.ingredients),
+            weight,
+        )
+        for module, starts in prefixes.values()
+        for weight in effective_weights(module)
+    ]
+
+
+def _made(
+    item: _Computed, names: tuple[str, ...], held: Mapping[str, _Held], places: list[_Place], head: bool
+) -> Iterator[tuple[str, Stored]]:
+    """The weight itself, and the parts that are no second name of it; each beside the part whose place it takes."""
+    weight, parts = item.weight, [name for name in item.parts if name in held]
+    roles: set[Role] = {role for place in places for role in place.roles}
+    if head:
+        roles.add("head")
+    aliases = [name for name in parts if tuple(held[name].tensor.shape) == weight.shape]
+    whole = Stored(
+        names=tuple(dict.fromkeys((*names, *(base_name(name) for name in aliases)))),
+        shape=weight.shape,
+        dtype=weight.dtype,
+        device=weight.device,
+        take=weight.take,
+        problem=weight.problem,
+        parent=places[0].owner,
+        model_types=places[0].model_types,
+        roles=frozenset(roles),
+        overhead=3 * math.prod(weight.shape) * weight.dtype.itemsize,
+        evidence=f"computed by {weight.how} of {places[0].owner.__class__.__name__}",
+    )
+    yield parts[0], whole
+    seen = {identity(held[name].tensor) for name in aliases}
+    for name in parts:
+        if identity(held[name].tensor) not in seen:
+            seen.add(identity(held[name].tensor))
+            part = store((base_name(name),), held[name].tensor, places[0].owner)
+            yield name, replace(part, problem=f"one of the parts that {names[0]} is computed from")
 
 
 def _shown(held: Mapping[str, _Held]) -> set[str]:
@@ -135,10 +209,13 @@ def _places(model: torch.nn.Module) -> dict[str, _Place]:
     return places
 
 
+def _above(names: Iterable[str], places: Mapping[str, _Place]) -> list[_Place]:
+    """Of the modules that hold these parameters."""
+    return [places[name.rpartition(".")[0]] for name in names]
+
+
 def _roles(module: torch.nn.Module, *, is_root: bool) -> Iterator[Role]:
-    kind = type(module).__name__
-    looked_up = isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) or kind.endswith("Embedding")
-    if looked_up and not isinstance(module, torch.nn.modules.conv._ConvNd):
+    if looks_up(module):
         yield "embedding"
     if not is_root and is_router_module(module):
         yield "router"
@@ -150,12 +227,18 @@ def _adapter_words(module: torch.nn.Module) -> tuple[str, ...]:
     return tuple(words) if isinstance(words, (tuple, list)) else ()
 
 
-def _output_heads(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+def _output_heads(model: torch.nn.Module) -> Iterator[object]:
+    """Identities of the weights of output heads, and the names of those that are computed."""
+    names = {id(module): name for name, module in model.named_modules()}
     for module in model.modules():
         getter = getattr(type(module), "get_output_embeddings", None)
         try:
-            weight = getattr(getter(module), "weight", None) if callable(getter) else None
+            head = getter(module) if callable(getter) else None
+            if isinstance(head, torch.nn.Module) and torch.nn.utils.parametrize.is_parametrized(head, "weight"):
+                yield f"{names[id(head)]}.weight"  # its attribute would compute it, in the mode that the model is in
+                continue
+            weight = getattr(head, "weight", None)
         except (AttributeError, NotImplementedError, TypeError):  # a model without one may say so in any of these ways
             continue
         if isinstance(weight, torch.Tensor):
-            yield weight
+            yield identity(weight)

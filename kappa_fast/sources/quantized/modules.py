@@ -7,7 +7,7 @@ here goes through the same families as the tensors of a checkpoint.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ _STACKS = ("gate_up_proj", "down_proj")
 def beside_codes(module: nn.Module) -> dict[str, torch.Tensor]:
     """Buffers and plain attributes of a module that are codes, or belong to codes, by their names in the module."""
     own: dict[str, torch.Tensor] = {n: t for n, t in module._parameters.items() if t is not None}
-    buffers = {n: t for n, t in module._buffers.items() if t is not None}
+    buffers = {n: t for n, t in module._buffers.items() if t is not None}  # TorchScript's are no dictionaries
     if not any(codes.may_be_codes(t.dtype) for t in (*own.values(), *buffers.values())):
         return {}
     attributes = {n: t for n, t in vars(module).items() if isinstance(t, torch.Tensor)}
@@ -81,11 +81,12 @@ def is_scale(module: nn.Module, name: str) -> bool:
 
     The weight is as it was, and rounded in every forward pass; zero points may come in float8, as if they were codes.
     """
-    weight = module._parameters.get("weight")
+    own = dict(module._parameters.items())
+    weight = own.get("weight")
     plain = weight is not None and not codes.may_be_codes(weight.dtype)
     if not plain or getattr(module, "quantization_scheme", None) is None:
         return False
-    return name in codes.companions("weight", module._parameters) or name.startswith(("input_", "output_"))
+    return name in codes.companions("weight", own) or name.startswith(("input_", "output_"))
 
 
 def config_of(module: nn.Module | None, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -117,27 +118,22 @@ def config_in(config: object) -> Mapping[str, Any]:
     return dict(found) if isinstance(found, Mapping) else {}
 
 
-def out_of_reach(model: nn.Module, shown: Collection[str]) -> Iterator[Stored]:
-    """Weights that are in no tensor of the model: layers with sizes and no matrix, experts for one kernel.
-
-    Args:
-        model: the whole model.
-        shown: names of all modules that hold a matrix, themselves or further down.
-    """
+def out_of_reach(model: nn.Module) -> Iterator[Stored]:
+    """Stacks of experts that are in no tensor of the model, but in an object of one kernel."""
     for name, module in model.named_modules():
         kind, start = type(module).__name__, f"{name}." if name else ""
         for stack in _STACKS:
             kept = vars(module).get(stack)
             shape = getattr(kept, "shape", None)
             if kept is not None and not isinstance(kept, torch.Tensor) and shape is not None and len(shape) == 3:
-                yield _unknown(start + stack, shape, f"codes in the order of one kernel ({kind}): rank the checkpoint")
-        sizes = [vars(module).get(side) for side in ("out_features", "in_features")]
-        if name not in shown and all(isinstance(n, int) and n > 0 for n in sizes):
-            yield _unknown(start + "weight", sizes, f"kept by {kind} where it cannot be read: rank the checkpoint")
+                yield unread(start + stack, shape, f"codes in the order of one kernel ({kind}): rank the checkpoint")
 
 
-def _unknown(name: str, shape: Iterable[Any], reason: str) -> Stored:
+def unread(name: str, shape: Iterable[Any], reason: str) -> Stored:
+    """A weight of which nothing but its place and size is known, for ``skipped`` and the number of parameters."""
+
     def take(index: object, device: torch.device | None = None) -> torch.Tensor:
         raise AssertionError(f"{name!r} has a problem and is not read")
 
-    return Stored((name,), tuple(int(size) for size in shape), None, torch.device("cpu"), take, reason)
+    sizes = tuple(int(size) for size in shape)
+    return Stored((name,), sizes, None, torch.device("cpu"), take, reason, out_of_sight=True)

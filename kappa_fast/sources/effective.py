@@ -1,0 +1,242 @@
+"""Weights that a module computes from other parameters before it uses them: what it multiplies with is what is ranked.
+
+Two mechanisms of torch keep a weight in pieces. ``torch.nn.utils.parametrize`` keeps ``originals`` and the modules that
+turn them into the weight (weight_norm, spectral_norm, orthogonal, low-rank products, masks, anything a user writes).
+The older one is a hook that runs before each forward pass and sets a plain attribute (weight_norm, spectral_norm,
+pruning). Both are asked on a copy that shares the parameters and nothing else, in eval mode: no buffer, hook, cache,
+gradient or random number generator of the model moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..entries import Index
+from . import codes
+
+PARAMETRIZATIONS = "parametrizations"
+Convert = Callable[[torch.Tensor], torch.Tensor]
+RANDOM = "drawn anew at each use, so that it has no single condition number"
+# What older mechanisms add to the name of a weight for the pieces that they keep.
+_PIECE = re.compile(r"(?:_(?:orig|g|v|u|mask|bar|raw))+")
+# Weights are computed one after the other: the state of random number generators is global.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Effective:
+    """A weight that a module computes.
+
+    Attributes:
+        leaf: what the module calls it, such as "weight".
+        ingredients: what it is computed from, by name within the module; parameters and buffers.
+        how: the classes that compute it.
+        shape, dtype, device: of the result; shape is (0, 0) where it cannot be computed.
+        take: computes it, as ``Stored.take``.
+        problem: why it is no weight, or cannot be computed.
+    """
+
+    leaf: str
+    ingredients: tuple[str, ...]
+    how: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    take: Callable[..., torch.Tensor]
+    problem: str | None = None
+
+
+def effective_weights(module: nn.Module) -> Iterator[Effective]:
+    """The weights that this module computes from others of its own tensors."""
+    for leaf, steps in _lists(module).items():
+        tensors = _tensors(steps)
+        how = ", ".join(type(step).__name__ for step in steps)
+        hooked = next((type(m).__name__ for m in steps.modules() if m._forward_hooks or m._forward_pre_hooks), None)
+        problem = f"computed by {how}, where {hooked} has hooks of its own: remove them to rank it" if hooked else None
+        first = next(tensor for name, tensor in tensors.items() if name.startswith("original"))
+        yield _described(leaf, _within(leaf, tensors), how, first, _Asked(steps, ""), problem)
+    for leaf, pieces in _pieces(module).items():
+        hooks = [hook for hook in module._forward_pre_hooks.values() if _name_of(hook) == leaf]
+        how, like = ", ".join(type(hook).__name__ for hook in hooks), vars(module)[leaf]
+        if hooks:
+            yield _described(leaf, pieces, how, like, _Asked(module, leaf), None)
+        else:
+            problem = f"computed from {', '.join(pieces)} in a way that {type(module).__name__} does not tell: make a "
+            problem += "plain parameter of it to rank it"
+            yield Effective(leaf, pieces, "", tuple(like.shape), like.dtype, like.device, _never, problem)
+
+
+def ingredients_of(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """By the name of each weight that this module computes, the names of what it is computed from."""
+    return {leaf: _within(leaf, _tensors(steps)) for leaf, steps in _lists(module).items()} | _pieces(module)
+
+
+def _lists(module: nn.Module) -> dict[str, ParametrizationList]:
+    """What torch.nn.utils.parametrize has registered; codes under it are quantized weights, which have their room."""
+    found = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get(PARAMETRIZATIONS)
+    return {
+        leaf: steps
+        for leaf, steps in (found.items() if isinstance(found, nn.ModuleDict) else ())
+        if isinstance(steps, ParametrizationList)
+        and not any(hasattr(step, "quant_state") for step in steps)
+        and not any(codes.may_be_codes(t.dtype) for n, t in _tensors(steps).items() if n.startswith("original"))
+    }
+
+
+def _tensors(steps: ParametrizationList) -> dict[str, torch.Tensor]:
+    return {**dict(steps.named_parameters()), **dict(steps.named_buffers())}
+
+
+def _within(leaf: str, tensors: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{PARAMETRIZATIONS}.{leaf}.{name}" for name in tensors)
+
+
+def _pieces(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """By what hooks set before each forward pass, a plain attribute, the tensors that its name is the beginning of."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return {}
+    own = {name: t for name, t in {**module._parameters, **module._buffers}.items() if t is not None}
+    kept = {n: t for n, t in vars(module).items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    found = {leaf: tuple(n for n in own if n.startswith(leaf) and _PIECE.fullmatch(n[len(leaf) :])) for leaf in kept}
+    inner = {a for a in kept for b in kept if found[b] and a.startswith(b) and _PIECE.fullmatch(a[len(b) :])}
+    return {
+        leaf: pieces
+        for leaf, pieces in found.items()
+        if kept[leaf].dim() >= 2 and leaf not in inner and any(piece in module._parameters for piece in pieces)
+    }
+
+
+def _name_of(hook: object) -> str | None:
+    """What a hook sets, for those of torch and those built like them, with ``name`` and ``compute_weight``."""
+    if isinstance(hook, BasePruningMethod):
+        return str(hook._tensor_name)
+    name = getattr(hook, "name", None)
+    return name if isinstance(name, str) and callable(getattr(hook, "compute_weight", None)) else None
+
+
+def _described(
+    leaf: str, ingredients: tuple[str, ...], how: str, like: torch.Tensor, asked: _Asked, problem: str | None
+) -> Effective:
+    """With the shape that it has, found without values where that is possible."""
+    shape: tuple[int, ...] = (0, 0)
+    dtype = like.dtype
+    if problem is None:
+        try:
+            found, is_random = asked.on_meta()
+            shape, dtype = tuple(found.shape), found.dtype
+            problem = f"computed by {how}: {RANDOM}" if is_random else None
+        except Exception as error:  # what users write may fail in any way
+            problem = f"computed by {how}, which fails ({type(error).__name__}: {str(error)[:80]})"
+    return Effective(leaf, ingredients, how, shape, dtype, like.device, asked, problem)
+
+
+def _never(index: Index, device: torch.device | None = None) -> torch.Tensor:
+    raise AssertionError("it has a problem and is not read")
+
+
+class _Asked:
+    """``Stored.take`` of a weight that a module computes; ``leaf`` is "" where the module is a ParametrizationList."""
+
+    def __init__(self, module: nn.Module, leaf: str) -> None:
+        self._module, self._leaf = module, leaf
+
+    def __call__(self, index: Index, device: torch.device | None = None) -> torch.Tensor:
+        with _ONE_AT_A_TIME, _generators_kept():
+            values = self._compute(lambda tensor: tensor.detach()).detach()
+        return values[index].clone() if index else values
+
+    def on_meta(self) -> tuple[torch.Tensor, bool]:
+        """The result, and whether random numbers went into it; with values only if it depends on them."""
+        with _ONE_AT_A_TIME, _generators_kept(), _random_operations() as seen:
+            try:
+                found = self._compute(lambda tensor: tensor.detach().to("meta"))
+            except Exception:
+                if any(t.is_meta for t in (*self._module.parameters(), *self._module.buffers())):
+                    raise
+                found = self._compute(lambda tensor: tensor.detach()).to("meta")
+        return found, seen.random
+
+    def _compute(self, convert: Convert) -> torch.Tensor:
+        kept, parametrize._cache = parametrize._cache, {}  # of parametrize.cached(), which copies would fill
+        try:
+            with torch.no_grad():
+                result = self._result(_twin(self._module, convert, {}))
+        finally:
+            parametrize._cache = kept
+        if not isinstance(result, torch.Tensor):
+            raise TypeError(f"it gives {type(result).__name__} instead of a tensor")
+        return result
+
+    def _result(self, twin: Any) -> Any:
+        if not self._leaf:
+            return twin.forward()
+        for hook in self._module._forward_pre_hooks.values():
+            if _name_of(hook) is not None:
+                copy.copy(hook)(twin, ())
+        return getattr(twin, self._leaf)
+
+
+def _twin(module: nn.Module, convert: Convert, known: dict[int, nn.Module]) -> nn.Module:
+    """A copy in eval mode: parameters are converted, buffers are copies, what else there is may be written to."""
+    if id(module) in known:
+        return known[id(module)]
+    made = known[id(module)] = module.__new__(type(module))
+    vars(made).update({name: _own(value, convert) for name, value in vars(module).items()})
+    vars(made).update(
+        training=False,
+        _parameters={n: None if t is None else convert(t) for n, t in module._parameters.items()},
+        _buffers={n: None if t is None else convert(t).clone() for n, t in module._buffers.items()},
+        _modules={n: None if m is None else _twin(m, convert, known) for n, m in module._modules.items()},
+    )
+    return made
+
+
+def _own(value: Any, convert: Convert) -> Any:
+    if isinstance(value, torch.Tensor):
+        return convert(value).clone()
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+
+
+class _RandomOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees whether random numbers are drawn."""
+
+    random = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def _random_operations() -> _RandomOperations:
+    return _RandomOperations()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Random number generators of torch (CPU and accelerators), NumPy and Python go on where they were."""
+    ready = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count() if ready else 0)
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
