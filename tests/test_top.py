@@ -259,3 +259,22 @@ def test_the_expectation_is_that_of_a_gaussian_matrix(shape):
 def test_of_square_matrices_nothing_is_expected():
     assert expected_kappa((30, 30)) == math.inf
     assert expected_kappa((1, 30)) == pytest.approx(expected_kappa((30, 1)))
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 3, 5])
+@pytest.mark.parametrize("shape", [(176, 176), (260, 176)])
+def test_weights_with_few_distinct_singular_values_are_bounded_or_resolved(shape, distinct):
+    # A Krylov space of theirs ends before its block is used up: directions that were left out have no length.
+    generator = torch.Generator().manual_seed(distinct)
+    with one_thread():
+        q = torch.linalg.qr(torch.randn(*shape, generator=generator, dtype=torch.float64)).Q
+        values = torch.ones(shape[1], dtype=torch.float64)
+        values[: distinct - 1] = torch.arange(2, distinct + 1)
+        few = (q * values).float()
+    source = {f"low.{i}": gaussian(400, 100, i) / 8 for i in range(2)} | {"few": few}
+    for top in (1, 2, 3):
+        ranking = rank(source, top=top)
+        entry = ranking["few"]
+        assert entry.status in ("ok", "bounded")
+        assert entry.lower <= exact(few) * (1 + 1e-12)
+        assert entry.status == "bounded" or entry.upper >= exact(few) * (1 - 1e-12)

@@ -11,6 +11,7 @@ from kappa_fast.backends import get_backend
 from kappa_fast.backends.base import Panel, Rung
 from kappa_fast.backends.torch_backend import CHOLESKY32, CHOLESKY64, LU64, QR64, TorchBackend
 from kappa_fast.errors import BackendError
+from kappa_fast.spectrum import ladder
 from kappa_fast.spectrum.krylov import Space
 
 BACKEND = TorchBackend(torch.device("cpu"))
@@ -429,3 +430,18 @@ def test_the_ladder_climbs_in_precision_and_its_workspace_covers_the_costliest_f
     assert rungs[-1].dtype == torch.float64
     assert all(r.dtype == torch.float64 for r in rungs) or stored != torch.float64
     assert BACKEND.workspace(shape, stored) >= 8 * shape[1] ** 2 + 8 * shape[0] * shape[1]
+
+
+def test_the_second_departure_of_lu_bounds_a_matrix_that_is_far_from_normal():
+    # M = A R^-1 - I is about w u^T with u^T w = 0 beside one small singular value: ||M^2|| says nothing of ||M||.
+    n, kappa = 96, 1e12
+    values = torch.linspace(1, 0.1, n, dtype=torch.float64)
+    values[-1] = 1 / kappa
+    a = operand((torch.linalg.qr(gaussian(n, n)).Q * values) @ torch.linalg.qr(gaussian(n, n, 1)).Q)
+    factors = factored(a, LU64)
+    eye = torch.eye(n, dtype=torch.float64)
+    whole = torch.cat([BACKEND.departure([a], factors, panel(eye[:, j : j + 16])).data for j in range(0, n, 16)], dim=1)
+    (bound,) = ladder._departures(BACKEND, [ladder._Climber(0, torch.float64, a, (LU64,))], factors, 1e-9)
+    size = float(torch.linalg.matrix_norm(whole, 2))
+    assert float(torch.linalg.matrix_norm(whole @ whole)) < size**2 / 2
+    assert 0.9 * size < bound < 10 * size

@@ -18,6 +18,7 @@ from kappa_fast.backends.triton_backend import SLICES, WEIGHTS16, TritonBackend
 from kappa_fast.kernels import ritz
 from kappa_fast.spectrum import ladder
 from kappa_fast.spectrum.ladder import Goal, resolve
+from kappa_fast.spectrum.probe import lower_bounds
 
 CPU = torch.device("cpu")
 
@@ -207,3 +208,13 @@ def test_experts_of_every_family_get_what_torch_gives_however_waves_are_cut(fami
         assert theirs[entry.key].lower <= entry.upper
     if family == "mixtral":
         assert list(kappa_fast.rank(weights, backend="triton", progress=False, memory_budget=1)) == list(ours)
+
+
+def test_a_probe_of_few_distinct_singular_values_is_a_bound():
+    n = 68
+    weights = [torch.eye(n) * s for s in (1.0, 0.1)]
+    weights[0][0, 0], weights[1][0, 0], weights[1][1, 1] = 30.0, 9.0, 5.0
+    bounds = lower_bounds(TritonBackend(CPU), [torch.eye(n), *weights], 3.0)
+    for bound, kappa in zip(bounds, (1, 30, 90), strict=True):
+        assert 1 <= bound <= kappa
+    assert min(bounds[1:]) > 3

@@ -14,9 +14,11 @@ from models import EVERYTHING, Experts, one_thread, weights
 from torch import nn
 
 import kappa_fast
-from kappa_fast import execution, pipeline
+from kappa_fast import execution, pipeline, undisturbed
 from kappa_fast.pipeline import rank
 from kappa_fast.sources import open_source
+from kappa_fast.spectrum import ladder
+from kappa_fast.undisturbed import flushes
 
 PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
@@ -279,3 +281,41 @@ def test_looking_for_matrices_reads_no_weight():
         "on the meta device, without values: rank from the checkpoint"
     }
     assert not open_source(model, EVERYTHING).matrices
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_subnormal_weights_are_not_taken_for_zero_and_the_mode_is_kept(dtype):
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.round(torch.randn(80, 40, generator=generator, dtype=torch.float64) * 50)
+    info = torch.finfo(dtype)
+    small = (whole * float(info.smallest_normal) * float(info.eps)).to(dtype)
+    plain = rank({"w": small}, certify=True)[0]
+    for flushing in (True, False):
+        torch.set_flush_denormal(flushing)
+        try:
+            found = rank({"w": small}, certify=True)[0]
+            assert flushes() == flushing
+        finally:
+            torch.set_flush_denormal(False)
+        assert found == plain
+    assert plain.status == "ok"
+
+
+def test_where_subnormal_numbers_stay_lost_nothing_is_proven(monkeypatch):
+    monkeypatch.setattr(ladder, "flushes", lambda: True)
+    with pytest.warns(UserWarning, match="cannot prove"):
+        zero, whole = sorted(
+            rank({"a": torch.zeros(40, 40), "b": torch.randn(60, 40)}, certify=True), key=lambda e: e.key
+        )
+    assert (zero.status, zero.certified, zero.lower) == ("rank_deficient", False, 1.0)
+    assert (whole.status, whole.certified) == ("ok", False)
+
+
+def test_threads_that_lose_subnormal_numbers_are_not_used(monkeypatch):
+    seen = []
+    monkeypatch.setattr(undisturbed, "_workers_flush", lambda threads: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    with undisturbed._threads_with_subnormals():
+        assert seen == [1]
+    assert seen == [1, 4]

@@ -252,8 +252,13 @@ class Backend(Protocol):
     def solve(self, factors: Factors, blocks: Panel) -> Panel:
         """(R^T R)^-1 X for blocks (n, b), in the rung's dtype."""
 
-    def departure(self, operands: Sequence[Operand], factors: Factors, blocks: Panel) -> Panel:
-        """M X, where M says how far R is from being a factor of A: M = R^-T A^T A R^-1 - I (power 2), or A R^-1 - I."""
+    def departure(
+        self, operands: Sequence[Operand], factors: Factors, blocks: Panel, *, transposed: bool = False
+    ) -> Panel:
+        """M X or M^T X, where M says how far R is from being a factor of A.
+
+        M = R^-T A^T A R^-1 - I for a rung of power 2, which is symmetric, and A R^-1 - I for one of power 1.
+        """
 
     def apply(self, operands: Sequence[Operand], blocks: Panel) -> tuple[Panel, Tensor]:
         """A X with every product and sum in float64, blocks (n, b), results (m, b); and ||A||_F to a relative 1e-6."""

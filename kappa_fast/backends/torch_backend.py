@@ -83,8 +83,15 @@ class TorchBackend:
     def solve(self, factors: Factors, blocks: Panel) -> Panel:
         return _each(lambda f, x: _solve(factors.rung, f, x), factors.data, _aligned(blocks))
 
-    def departure(self, operands: Sequence[Operand], factors: Factors, blocks: Panel) -> Panel:
-        return _each(lambda a, f, x: _departure(a.tensor, factors.rung, f, x), operands, factors.data, _aligned(blocks))
+    def departure(
+        self, operands: Sequence[Operand], factors: Factors, blocks: Panel, *, transposed: bool = False
+    ) -> Panel:
+        return _each(
+            lambda a, f, x: _departure(a.tensor, factors.rung, f, x, transposed),
+            operands,
+            factors.data,
+            _aligned(blocks),
+        )
 
     def apply(self, operands: Sequence[Operand], blocks: Panel) -> tuple[Panel, Tensor]:
         pairs = [_apply(a.tensor, x) for a, x in zip(operands, _aligned(blocks), strict=True)]
@@ -327,9 +334,11 @@ def _solve(rung: Rung, f: Any, x: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(f.T, y, upper=True)
 
 
-def _departure(a: Tensor, rung: Rung, f: Any, x: Tensor) -> Tensor:
+def _departure(a: Tensor, rung: Rung, f: Any, x: Tensor, transposed: bool) -> Tensor:
     if rung.kind == "lu":
         wide, lu, pivots, _ = f
+        if transposed:
+            return torch.linalg.lu_solve(lu, pivots, wide.T @ x, adjoint=True) - x
         return wide @ torch.linalg.lu_solve(lu, pivots, x) - x
     y = torch.linalg.solve_triangular(f.T, x, upper=True)
     return torch.linalg.solve_triangular(f, _normal(a, y), upper=False) - x

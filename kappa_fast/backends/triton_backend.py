@@ -167,9 +167,11 @@ class TritonBackend:
         inner = forward_solve(wave.problems, wave.factored, members, _padded(blocks))
         return _cut(backward_solve(wave.problems, wave.factored, members, inner), blocks)
 
-    def departure(self, operands: Sequence[Operand], factors: Factors, blocks: Panel) -> Panel:
+    def departure(
+        self, operands: Sequence[Operand], factors: Factors, blocks: Panel, *, transposed: bool = False
+    ) -> Panel:
         if factors.rung.kind not in KINDS:
-            return self._torch.departure(operands, factors, blocks)
+            return self._torch.departure(operands, factors, blocks, transposed=transposed)
         from kappa_fast.kernels.apply import times, transposed_times
         from kappa_fast.kernels.triangular import backward_solve, forward_solve
 

@@ -64,6 +64,8 @@ class Space:
     coupling: Tensor  # B, (w, b, b)
     scale: Tensor  # (w,)
     dropped: Tensor  # (w,) whether a direction has been left out
+    alive: Tensor  # (w, b) the directions of ``block`` that have not
+    missing: Tensor  # (w,) how many columns of the basis are zero, for directions left out
     size: int = 0
 
     @classmethod
@@ -74,7 +76,8 @@ class Space:
         block = backend.orthonormalize(gaussian_panel(ns, seeds, width, salt, dtype, backend.device))
         basis = Panel(block.data.new_empty((block.data.shape[0], FIRST_BLOCKS * width)), block.rows)
         nothing = torch.zeros((len(ns), width, width), dtype=torch.float64, device=backend.device)
-        return cls(basis, block, [], nothing, nothing[:, 0, 0], nothing[:, 0, 0] != 0)
+        never = nothing[:, 0] != 0
+        return cls(basis, block, [], nothing, nothing[:, 0, 0], never[:, 0], ~never, never.sum(dim=1))
 
     def append(self) -> None:
         stop = self.size + self.block.width
@@ -94,21 +97,27 @@ class Space:
         if len(which) == len(self.basis.rows):
             return self
         columns = [_pick(c, which) for c in self.columns]
-        coupling, scale, dropped = (_pick(t, which) for t in (self.coupling, self.scale, self.dropped))
-        return Space(self.basis.take(which), self.block.take(which), columns, coupling, scale, dropped, self.size)
+        state = (self.coupling, self.scale, self.dropped, self.alive, self.missing)
+        coupling, scale, dropped, alive, missing = (_pick(t, which) for t in state)
+        basis, block = self.basis.take(which), self.block.take(which)
+        return Space(basis, block, columns, coupling, scale, dropped, alive, missing, self.size)
 
     def expand(self, backend: Backend, operator: Callable[[Panel], Panel]) -> Tensor:
         """One product with the newest blocks and its orthogonalization; True (w,) for a space that has ended.
 
-        It has when it is invariant or when the operator produced something that is not finite.
+        It has when it is invariant or when the operator produced something that is not finite. A direction that was
+        left out gets a negative value in T, far below all others: its vector must not be taken for one of them.
         """
         self.append()
         split = backend.extend(self.filled, operator(self.block), self.scale)
+        diagonal = split.coefficients[:, -self.block.width :].diagonal(dim1=1, dim2=2)
+        diagonal.copy_(torch.where(self.alive, diagonal, -split.scale[:, None]))
+        self.missing = self.missing + (~self.alive).sum(dim=1)
         self.columns.append(split.coefficients)
         self.block, self.coupling, self.scale = split.new, split.coupling, split.scale
-        kept = (split.coupling != 0).any(dim=2)
-        self.dropped = self.dropped | ~kept.all(dim=1)
-        return ~kept.any(dim=1) | ~torch.isfinite(split.scale)
+        self.alive = (split.coupling != 0).any(dim=2)
+        self.dropped = self.dropped | ~self.alive.all(dim=1)
+        return ~self.alive.any(dim=1) | ~torch.isfinite(split.scale)
 
 
 def gaussian_block(n: int, width: int, salt: int, seed: bytes = b"", device: torch.device | None = None) -> Tensor:

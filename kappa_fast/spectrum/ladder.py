@@ -16,6 +16,7 @@ import torch
 
 from ..backends.base import Backend, Factors, Operand, Panel, Rung, Tensor
 from ..entries import Status
+from ..undisturbed import flushes
 from . import certify as proofs
 from . import exact
 from .bounds import norm_factor
@@ -96,6 +97,8 @@ def resolve(
     """
     room = room or exact.Room()
     operands = backend.prepare(weights)
+    if flushes():  # what was taken for zero proves nothing
+        operands = [replace(a, exact=False) for a in operands]
     results: list[Resolution | None] = [_trivial(a) for a in operands]
     climbers = [
         _Climber(i, weights[i].dtype, a, () if left_to_the_svd(a.shape) else backend.rungs(a.shape, weights[i].dtype))
@@ -137,7 +140,8 @@ def _trivial(a: Operand) -> Resolution | None:
     if not a.finite:
         return Resolution("non_finite", math.nan, math.nan, math.nan, math.nan, math.nan, "none")
     if a.peak == 0:
-        return Resolution("rank_deficient", math.inf, math.inf, math.inf, 0.0, 0.0, "zero", certified=True)
+        lower = math.inf if a.exact else 1.0
+        return Resolution("rank_deficient", math.inf, lower, math.inf, 0.0, 0.0, "zero", certified=a.exact)
     if a.shape[1] == 1:
         sigma = float(torch.linalg.vector_norm(a.tensor.to(torch.float64)))  # float8 has no norm of its own
         found = Resolution("ok", 1.0, 1.0, 1.0, sigma, sigma, "vector", certified=True, sensitivity=0.0)
@@ -189,13 +193,14 @@ def _use_factors(backend: Backend, climbers: Sequence[_Climber], factors: Factor
 
 
 def _departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors, limit: float) -> list[float]:
-    """Bounds on ||M||_2 from a Gaussian block; where M X is too large, from M M X, which overestimates far less."""
+    """Bounds on ||M||_2 from a Gaussian block; where M X is too large, from M^T M X, which overestimates far less."""
     blocks = gaussian_panel(factors.ns, [c.seed for c in climbers], WIDTH, 2, factors.rung.dtype, backend.device)
     bounds = [math.inf] * len(climbers)
     factor = norm_factor(WIDTH) / math.sqrt(WIDTH)
     active = list(range(len(climbers)))
     for power in (1, 2):
-        blocks = backend.departure([climbers[i].operand for i in active], factors.take(active), blocks)
+        operands = [climbers[i].operand for i in active]
+        blocks = backend.departure(operands, factors.take(active), blocks, transposed=power == 2)
         norms = torch.linalg.vector_norm(backend.norms(blocks), dim=1).tolist()
         for i, norm in zip(active, norms, strict=True):
             if math.isfinite(norm):

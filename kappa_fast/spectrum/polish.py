@@ -69,6 +69,8 @@ def ratio_bound(
     at most g ||x|| with g = (n + k + 3) u ||A||_F times the growth ||X||_F |w| / ||x|| <= sqrt(k) (1 + tiny).
     norm: ||A||_F, to a relative 1e-6.  The norms themselves carry (m + n + 8) u.
     """
+    if not min(*reached, *lengths) > 0:  # vectors of no length, or none that are numbers
+        return 1.0
     m, n = shape
     g = (n + width + 3) * U64 * norm * (1 + 1e-5) * math.sqrt(width) * 1.01
     r = (m + n + 8) * U64

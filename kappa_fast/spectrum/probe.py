@@ -33,16 +33,20 @@ def lower_bounds(backend: Backend, weights: Sequence[Tensor], cutoff: float) -> 
         chosen = [operands[i] for i in active]
         ended = space.expand(backend, lambda x, chosen=chosen: backend.normal(chosen, x))  # type: ignore[misc]
         theta, vectors = small_eigenpairs(space.columns)
+        least = space.missing[:, None]  # those before belong to directions that were left out
+        ends = torch.cat([theta.gather(1, least), theta[:, -1:], ended.double()[:, None]], dim=1)
         going: list[int] = []
         promising: list[int] = []
-        for j, (low, high, over) in enumerate(torch.stack([theta[:, 0], theta[:, -1], ended.double()], dim=1).tolist()):
+        for j, (low, high, over) in enumerate(ends.tolist()):
             ratio = math.sqrt(max(0.0, high) / max(low, 1e-30))
             if ratio > 1.01 * cutoff:
                 promising.append(j)
             elif not over and (step < STEPS // 2 or ratio > HOPELESS * cutoff):
                 going.append(j)
         if promising:
-            pairs = backend.combine(space.filled.take(promising), vectors[promising][:, :, [-1, 0]])
+            low_vectors = vectors.gather(2, least[:, :, None].expand(-1, vectors.shape[1], 1))
+            chosen_vectors = torch.cat([vectors[:, :, -1:], low_vectors], dim=2)[promising]
+            pairs = backend.combine(space.filled.take(promising), chosen_vectors)
             found = _prove(backend, [chosen[j] for j in promising], pairs.to(torch.float64))
             for j, bound in zip(promising, found, strict=True):
                 bounds[active[j]] = bound
