@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 
 import torch
-from xxhash import xxh3_128, xxh3_128_hexdigest
 
 # Copies of strided weights, and of weights on an accelerator, are made in pieces of this size.
 PIECE_BYTES = 8 << 20
@@ -24,6 +23,8 @@ def fingerprint(weight: torch.Tensor) -> str:
         weight: shape (m, n), of any dtype, strides and device. It is read once, and copied by pieces only where its
             rows do not lie one after the other in the memory of the host. The GIL is released meanwhile.
     """
+    from xxhash import xxh3_128  # rank() without a cache has no use for it
+
     rows, columns = weight.shape
     label = f"{str(weight.dtype).removeprefix('torch.')}-{rows}x{columns}-"
     digest = xxh3_128(label.encode())
@@ -42,4 +43,6 @@ def is_fingerprint(text: object) -> bool:
 
 def checksum(data: bytes) -> str:
     """32 hexadecimal digits that tell whether a document is as it was written."""
+    from xxhash import xxh3_128_hexdigest
+
     return str(xxh3_128_hexdigest(data))
