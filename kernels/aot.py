@@ -150,6 +150,10 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["--child"]:
         _child(arguments[1], int(arguments[2]), arguments[3] == "quick")
         return 0
+    if "--jit-cache" in arguments:
+        from . import jit_cache
+
+        return jit_cache.main(arguments)
     quick = "--quick" in arguments
     targets = [argument for argument in arguments if argument != "--quick"] or list(TARGETS)
     unknown = [target for target in targets if target not in TARGETS]

@@ -36,9 +36,13 @@ def name_of(kernel: Any) -> str:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Start a kernel on the device of its tensor arguments, on the current stream of that device.
 
-    Does not wait. The current device of the caller is what it was afterwards.
+    Does not wait. The current device of the caller is what it was afterwards. With tensors of the device "meta" the
+    kernel is compiled for the current device of Triton's driver, and not started: see jit_cache.py.
     """
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    if device.type == "meta":
+        kernel.run(*arguments, grid=grid, warmup=True, **options)
+        return
     tally.launches += 1
     tally.recent.append(f"{kernel.__module__.rpartition('.')[2]}.{name_of(kernel)}")
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -165,11 +165,16 @@ def target_of(device: torch.device) -> str:
     Raises:
         RuntimeError: the device has no int8 matrix units that Triton can use.
     """
-    if device.type != "cuda":
+    if device.type == "meta" and not INTERPRETED:  # jit_cache.py compiles for a device that may not be there
+        where = triton.runtime.driver.active.get_current_target()
+        hip, capability = where.backend == "hip", (0, 0) if where.backend == "hip" else divmod(where.arch, 10)
+    elif device.type != "cuda":
         return "sm_90"  # the interpreter takes any
-    if torch.version.hip:
+    else:
+        hip, capability = torch.version.hip, torch.cuda.get_device_capability(device)
+    if hip:
         return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability
     if major < 8:
         raise RuntimeError(f"compute capability {major}.{minor} is below 8.0, the first that Triton supports")
     if major == 8:

@@ -1,0 +1,261 @@
+"""Compile what a wave needs without running it; and a compile cache for a GPU that is not there.
+
+    python -m kappa_fast.kernels.aot --jit-cache DIR [--archive FILE] [--dtypes DTYPE,...] TARGET
+
+fills DIR, a cache directory of Triton's, with every kernel that rank() launches on TARGET, and packs it into FILE.
+What Triton specializes on (dtypes, alignment, sizes of 1) is known only where a kernel is launched, so nothing is
+listed here: the launchers run on tensors of the device "meta", which have shapes, strides and alignment, but no memory,
+and a launch of such tensors compiles its kernel and ends there (launch.py). Keys are those of the real launches, so the
+cache hits wherever Triton's build, its options and these files are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, triangular
+from .problems import INNER_COLUMNS, INNER_NONE, TARGETS, Problems, Storage, Tensor, storages
+
+META = torch.device("meta")
+# Tall, square, narrow, and so long and narrow that the work on it is cut along the rows.
+SHAPES = ((14336, 4096), (4096, 4096), (2048, 1024), (65536, 256))
+KEPT = (".cubin", ".hsaco", ".json")  # what a launch reads of a compiled kernel; the rest is for people
+MANIFEST = "jit-cache.json"
+
+
+def stand_in(storage: Storage, shape: tuple[int, int]) -> Tensor:
+    """A matrix (m, n) of a storage class on the device "meta"."""
+    (m, n), odd = shape, 0 if storage.aligned else 1
+    if storage.inner == INNER_NONE:
+        return torch.empty_strided((m, n), (2 * n, 2), dtype=storage.dtype, device=META)
+    if storage.inner == INNER_COLUMNS:
+        return torch.empty((m, n + odd), dtype=storage.dtype, device=META)[:, :n]
+    return torch.empty((n, m + odd), dtype=storage.dtype, device=META)[:, :m].T
+
+
+def like(matrix: Tensor) -> Tensor:
+    """A tensor on the device "meta" that launchers cannot tell from this one, turned so that m >= n."""
+    size = 1 + sum((n - 1) * step for n, step in zip(matrix.shape, matrix.stride(), strict=True))
+    shift = matrix.data_ptr() % 16 // matrix.element_size() if matrix.device != META else matrix.storage_offset()
+    whole = torch.empty(shift + size, dtype=matrix.dtype, device=META)
+    found = whole.as_strided(matrix.shape, matrix.stride(), shift)
+    return found.T if found.shape[0] < found.shape[1] else found
+
+
+def launch_all(matrices: Sequence[Tensor]) -> None:
+    """Call every launcher that rank() calls for a wave of such matrices (m, n), m >= n, on the device "meta".
+
+    Each kernel is compiled, for the current device of Triton's driver, once for every way in which it is launched.
+    """
+    problems = Problems.of(matrices)
+    half = [i for i, a in enumerate(matrices) if a.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        gram.gram_of_weights(problems, half)
+    packed = _slices(problems)
+    _factors(problems, cholesky.cholesky(problems, packed))
+    _weights(problems)
+    _proofs(problems, packed)
+
+
+def _slices(problems: Problems) -> Tensor:
+    peaks = quantize.column_peaks(problems)
+    for count in range(1, quantize.MAX_SLICES + 1):
+        slices = quantize.quantize(problems, peaks, count)
+        packed = gram.gram_of_slices(problems, slices)
+        if 2 <= count < quantize.MAX_SLICES:
+            quantize.quantize(problems, peaks, count + 1, slices)
+    return packed
+
+
+def _factors(problems: Problems, factored: cholesky.Factored) -> None:
+    members = triangular.Members.of(problems)
+    x = _empty(members.rows, 16)
+    for work in (
+        triangular.lower_product,
+        triangular.transposed_product,
+        triangular.forward_solve,
+        triangular.backward_solve,
+    ):
+        work(problems, factored, members, x)
+    rows = panel.Rows.of(problems.n, META)
+    coefficients = panel.inner(rows, _empty(members.rows, 64), x)
+    panel.subtract(rows, _empty(members.rows, 64), coefficients, x)
+    panel.combine(rows, _empty(members.rows, 64), coefficients)
+    orthogonal.orthonormalized(rows, x, _empty(rows.members))
+    columns = [_empty(rows.members, 16 * (j + 1), 16) for j in range(3)]
+    t = ritz.Tridiagonal.of(columns, _empty(rows.members, 16, 16))
+    theta = ritz.largest_eigenvalue(t)
+    ritz.reach(t, _empty(rows.members, 25))
+    ritz.leading_vectors(t, theta)
+
+
+def _weights(problems: Problems) -> None:
+    blocks = apply.Blocks.of(problems)
+    x = _empty(blocks.short_rows, 16)
+    image, _ = apply.times(problems, blocks, x)
+    apply.transposed_times(problems, blocks, image)
+    apply.squared_times(problems, blocks, x)
+
+
+def _proofs(problems: Problems, packed: Tensor) -> None:
+    kept = shifted.Mirrored.of(problems, packed)
+    kept.traces()
+    chosen = range(len(problems.n))
+    kept.factored(chosen, [0.0 for _ in chosen], 1).residuals()
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=META)
+
+
+@dataclass
+class Compiled:
+    """What became of all kernels of some waves: names of those that were compiled, found in the cache, or failed."""
+
+    compiled: list[str] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
+    failed: list[BaseException] = field(default_factory=list)
+
+
+def compile_all(
+    waves: Iterable[Sequence[Tensor]], workers: int, progress: Callable[[int, int], None] | None = None
+) -> Compiled:
+    """Compile every kernel that waves of such matrices need, for the current device of Triton's driver.
+
+    ``waves``: matrices on the device "meta", see ``like`` and ``stand_in``. ``workers`` threads compile side by side.
+    ``progress(done, begun)`` is called as kernels are done, from those threads. Kernels that this process has compiled
+    before are in neither list; a kernel that fails stops no other.
+    """
+    result, lock, begun = Compiled(), threading.Lock(), []
+    before = knobs.compilation.listener
+
+    def listen(**event: Any) -> None:
+        with lock:
+            (result.found if event["cache_hit"] else result.compiled).append(event["src"].name)
+        if before is not None:
+            before(**event)
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *arguments: Any, **options: Any) -> Future:
+            future = super().submit(*arguments, **options)
+            begun.append(future)
+            future.add_done_callback(lambda _: progress and progress(sum(f.done() for f in begun), len(begun)))
+            return future
+
+    knobs.compilation.listener = listen
+    try:
+        with Pool(workers) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            for wave in waves:
+                launch_all(wave)
+    finally:
+        knobs.compilation.listener = before
+    result.failed = [error for future in begun if (error := future.exception()) is not None]
+    return result
+
+
+class Pretended:
+    """As much of a driver as compiling takes, for a device that is not there. Nothing can be launched on it."""
+
+    def __init__(self, target: str) -> None:
+        hip = target.startswith("gfx")
+        self._target = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def fill(directory: Path, target: str, dtypes: Sequence[torch.dtype], workers: int) -> Compiled:
+    """Fill a cache directory of Triton's for a target. This process can launch nothing afterwards."""
+    knobs.cache.dir = str(directory.absolute())
+    driver.set_active(Pretended(target))  # type: ignore[arg-type]
+    wave = [stand_in(s, shape) for s in storages() if s.dtype in dtypes for shape in SHAPES]
+    return compile_all([wave, wave[:1]], workers)
+
+
+def identity() -> dict[str, str]:
+    """What has to be the same where a cache is made and where it is used, beside the kernels and the target."""
+    from triton.runtime.cache import triton_key
+
+    build = hashlib.sha256(triton_key().encode()).hexdigest()[:16]
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return {"triton": triton.__version__, "build": build, "python": python}
+
+
+def pack(directory: Path, archive: Path, target: str) -> int:
+    """Write what launches read of a cache directory into a .tar.xz file; the number of kernels in it."""
+    kernels = sorted(path for path in directory.glob("*/__grp__*.json"))
+    with tarfile.open(archive, "w:xz") as tar:
+        _add(tar, MANIFEST, json.dumps({"target": target, **identity()}).encode())
+        for group in kernels:
+            for file in sorted(group.parent.iterdir()):
+                if file.suffix in KEPT and file != group:
+                    _add(tar, f"{group.parent.name}/{file.name}", file.read_bytes())
+    return len(kernels)
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+
+
+def unpack(archive: Path, directory: Path) -> list[str]:
+    """Put the kernels of an archive into a cache directory; returns the reasons why they will not be used, if any.
+
+    Triton finds the files of a kernel by a list of absolute paths, which is written here for the directory they are in.
+    """
+    with tarfile.open(archive) as tar:
+        tar.extractall(directory, filter="data")
+    made = json.loads((directory / MANIFEST).read_text())
+    for metadata in directory.glob("*/*.json"):
+        if not metadata.name.startswith("__grp__"):
+            files = {file.name: str(file.absolute()) for file in metadata.parent.iterdir() if file.suffix in KEPT}
+            group = {name: path for name, path in files.items() if not name.startswith("__grp__")}
+            metadata.with_name(f"__grp__{metadata.name}").write_text(json.dumps({"child_paths": group}))
+    return [f"made with {key} {made[key]}, here is {here}" for key, here in identity().items() if made[key] != here]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command: 0; 1 if a kernel does not compile."""
+    known = {str(s.dtype).removeprefix("torch."): s.dtype for s in storages()}
+    parser = argparse.ArgumentParser(prog="python -m kappa_fast.kernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--jit-cache", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--archive", type=Path, metavar="FILE")
+    parser.add_argument("--dtypes", default=",".join(known), help="of the weights, with commas between")
+    options = parser.parse_args(arguments)
+    names = options.dtypes.split(",")
+    if unknown := set(names) - set(known):
+        parser.error(f"unknown dtypes {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+    done = fill(options.jit_cache, options.target, [known[name] for name in names], os.cpu_count() or 1)
+    for error in done.failed:
+        print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
+    print(f"{len(done.compiled)} kernels compiled, {len(done.found)} found in {options.jit_cache}")
+    if options.archive is not None:
+        count = pack(options.jit_cache, options.archive, options.target)
+        print(f"{count} kernels in {options.archive}, {options.archive.stat().st_size / 1e6:.1f} MB")
+    return 1 if done.failed else 0

@@ -1,0 +1,151 @@
+"""Kernels are compiled as they are launched: what a wave needs is found by running its launchers on no memory."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from launches import specialized
+from spectra import gaussian, trained_like
+
+from kappa_fast.backends.triton_backend import TritonBackend
+from kappa_fast.kernels import aot, jit_cache, ritz
+from kappa_fast.kernels.problems import Storage, storages
+from kappa_fast.spectrum import ladder
+from kappa_fast.spectrum.ladder import Goal, resolve
+
+DIFFERENT = {"P", "TIMES", "WIDEN", "BARRIER"}  # constants that the interpreter has other values for
+
+
+@pytest.mark.parametrize("storage", storages(), ids=str)
+def test_stand_ins_are_of_their_storage_class(storage):
+    matrix = jit_cache.stand_in(storage, (320, 128))
+    assert matrix.shape == (320, 128)
+    assert Storage.of(matrix) == storage
+
+
+@pytest.mark.parametrize("shift", [0, 1, 8])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_tensor_and_its_likeness_are_compiled_for_alike(shift, turned):
+    whole = torch.empty(200 * 96 + 8, dtype=torch.bfloat16)
+    matrix = whole[shift : shift + 200 * 96].view(200, 96)
+    found = jit_cache.like(matrix.T if turned else matrix)
+    assert found.is_meta
+    assert found.shape == matrix.shape
+    assert Storage.of(found) == Storage.of(matrix)
+
+
+def test_every_instance_is_launched_and_nothing_else():
+    def key(file, kernel, constants):
+        return file, kernel, frozenset((name, value) for name, value in constants if name not in DIFFERENT)
+
+    with specialized() as launched:  # the second shape is cut along its rows
+        jit_cache.launch_all(
+            [jit_cache.stand_in(storage, s) for storage in storages() for s in [(320, 320), (20000, 64)]]
+        )
+    wanted = {
+        key(i.kernel.fn.__module__, i.kernel.__name__, [(name, str(value)) for name, value in i.constants.items()])
+        for i in aot.instances("sm_90", quick=False)
+    }
+    assert {key(found.file, found.kernel, found.constants) for found in launched} == wanted
+
+
+@pytest.mark.slow
+def test_nothing_that_rank_launches_is_left_out(monkeypatch):
+    monkeypatch.setattr(ladder, "EXACT_BELOW", 32)
+    monkeypatch.setattr(ritz, "SECTIONS", 5)
+    wave = [trained_like(96, 32, 1).bfloat16(), gaussian(51, 35, 2).half()]
+    with specialized() as launched:
+        resolve(TritonBackend(torch.device("cpu")), wave, Goal(5e-2, certify=True))
+    with specialized() as listed:
+        jit_cache.launch_all([jit_cache.like(a) for a in wave])
+    assert len(launched) > 30
+    assert launched <= listed
+
+
+FILL = """
+import sys, torch
+from pathlib import Path
+from kappa_fast.kernels import jit_cache, quantize
+
+def launch_few(matrices):
+    meta = matrices[0].device
+    quantize.sum_runs(*(torch.empty(5, dtype=t, device=meta) for t in (torch.int32, torch.int32, torch.float64)))
+
+jit_cache.launch_all = launch_few  # one small kernel stands for all
+done = jit_cache.fill(Path(sys.argv[1]), "sm_90", [torch.bfloat16], 1)
+assert not done.failed
+print(len(done.compiled), len(done.found))
+"""
+
+
+@pytest.fixture
+def filled(root, tmp_path):
+    """Fill a cache in a process of its own: ``filled(cache)`` returns (compiled, found)."""
+
+    def fill(cache, at=root):
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        command = [sys.executable, "-c", FILL, str(cache)]
+        done = subprocess.run(
+            command, cwd=at, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return tuple(int(word) for word in done.stdout.split())
+
+    return fill
+
+
+@pytest.mark.slow
+def test_what_one_process_compiled_the_next_one_finds_wherever_it_is_unpacked(filled, tmp_path):
+    made, moved, archive = tmp_path / "made", tmp_path / "moved", tmp_path / "cache.tar.xz"
+    assert filled(made) == (1, 0)
+    assert filled(made) == (0, 1)
+    assert jit_cache.pack(made, archive, "sm_90") == 1
+    shutil.rmtree(made)
+    assert jit_cache.unpack(archive, moved) == []
+    assert filled(moved) == (0, 1)
+
+
+@pytest.mark.slow
+def test_kernels_that_changed_are_compiled_again(filled, root, tmp_path):
+    cache, clone = tmp_path / "cache", tmp_path / "clone"
+    for folder in ("kappa_fast", "kernels"):
+        shutil.copytree(root / folder, clone / folder)
+    (clone / "setup.py").touch()  # a source tree: see kappa_fast/kernels/__init__.py
+    assert filled(cache) == (1, 0)
+    assert filled(cache, clone) == (0, 1)
+    file = clone / "kernels" / "quantize.py"
+    file.write_text(
+        file.read_text().replace(
+            "total = tl.zeros((BLOCK,), tl.float64)", "total = tl.zeros((BLOCK,), tl.float64) + 0.0"
+        )
+    )
+    assert filled(cache, clone) == (1, 0)
+
+
+@pytest.mark.parametrize("key", ["triton", "build", "python"])
+def test_an_archive_of_another_triton_or_python_says_that_it_will_not_be_used(key, tmp_path, monkeypatch):
+    kernel = tmp_path / "made" / "ABC"
+    kernel.mkdir(parents=True)
+    (kernel / "__grp__sum.json").write_text('{"child_paths": {}}')
+    (kernel / "sum.json").write_text("{}")
+    (kernel / "sum.cubin").write_bytes(b"code")
+    (kernel / "sum.ttir").write_text("for people")
+    here = jit_cache.identity()
+    monkeypatch.setattr(jit_cache, "identity", lambda: {**here, key: "another"})
+    assert jit_cache.pack(tmp_path / "made", tmp_path / "archive", "sm_90") == 1
+    monkeypatch.setattr(jit_cache, "identity", lambda: here)
+    assert jit_cache.unpack(tmp_path / "archive", tmp_path / "here") == [
+        f"made with {key} another, here is {here[key]}"
+    ]
+    group = json.loads((tmp_path / "here" / "ABC" / "__grp__sum.json").read_text())
+    assert group["child_paths"] == {name: str(tmp_path / "here" / "ABC" / name) for name in ("sum.cubin", "sum.json")}
+
+
+def test_a_dtype_that_is_unknown_is_named(capsys):
+    with pytest.raises(SystemExit):
+        aot.main(["--jit-cache", "nowhere", "--dtypes", "bfloat16,float65", "sm_90"])
+    assert "unknown dtypes float65: choose from float32" in capsys.readouterr().err
