@@ -6,12 +6,14 @@ it loads them. A ranking that is to be trained with should speak of the paramete
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,10 @@ from .conversion import Conversion
 
 log = logging.getLogger("kappa_fast")
 
+_LAYER = re.compile(r"\.\d+\.")
+_BARE = re.compile(r"(?<!Head)(?<!Heads)Model$")
+# What most models with a head call the model below it.
+_BASE = re.compile(r"(?:model\.(?!model\.)|backbone\.|transformer\.(?:h|blocks)\.)")
 _EXPERT = re.compile(r"\.experts?\.\d+\.")
 
 
@@ -36,18 +42,38 @@ def places_of(inventory: Inventory) -> dict[str, Place]:
     """
     if not _may_be_renamed(inventory):
         return {}
-    model = _on_meta(inventory.config)
+    model = architecture(inventory.config)
     if model is None:
         return {}
-    conversion = Conversion(model, lambda name: name)
-    parts = _Parts(conversion)
+    parts = _Parts(Conversion(model, lambda name: name))
+    # Scales have no place in the model, and only their names look as if they had.
+    weights = [stored for stored in inventory.tensors if "scales" not in stored.roles]
+    found = _placed(parts, weights, "")
+    prefix = ""
+    while 2 * len(found) < len(weights) and (word := _shared_word(weights, prefix)):  # of a module that held the model
+        prefix += word
+        inner = _placed(parts, weights, prefix)
+        found = inner if len(inner) > len(found) else found
+    moved = {name: place for name, place in found.items() if (place.name, place.index) != (name, ())}
+    return _unambiguous(moved, inventory)
+
+
+def _placed(parts: _Parts, weights: Sequence[Stored], prefix: str) -> dict[str, Place]:
+    """The places that there are, for names without this prefix."""
     found = {}
-    for stored in inventory.tensors:
-        # Scales have no place in the model, and only their names look as if they had.
-        place = parts.place(stored) if "scales" not in stored.roles else None
-        if place is not None and (place.name, place.index) != (stored.name, ()):
+    for stored in weights:
+        names = (stored.name.removeprefix(prefix), *stored.names[1:])
+        place = parts.place(replace(stored, names=names) if prefix else stored)
+        if place is not None:
             found[stored.name] = place
-    return _unambiguous(found, inventory)
+    return found
+
+
+def _shared_word(weights: Sequence[Stored], prefix: str) -> str:
+    """The word that comes next in all names, with its dot; "" if they differ."""
+    words = {stored.name.removeprefix(prefix).partition(".")[0] for stored in weights}
+    ends = any("." not in stored.name.removeprefix(prefix) for stored in weights)
+    return f"{words.pop()}." if len(words) == 1 and not ends else ""
 
 
 def _may_be_renamed(inventory: Inventory) -> bool:
@@ -57,10 +83,26 @@ def _may_be_renamed(inventory: Inventory) -> bool:
     if "auto_map" in config:  # code of the checkpoint's own, which nobody asked to run
         return False
     nested = any(key.endswith("_config") and key != "quantization_config" for key in config)
-    return nested or any(_EXPERT.search(stored.name) for stored in inventory.tensors)
+    names = [stored.name for stored in inventory.tensors]
+    return nested or any(_EXPERT.search(name) for name in names) or not _has_usual_prefix(names, config)
 
 
-def _on_meta(config: Mapping[str, Any]) -> torch.nn.Module | None:
+def _has_usual_prefix(names: Sequence[str], config: Mapping[str, Any]) -> bool:
+    """Whether layers are called as is usual in the architecture: "model.layers.0" or "bert.layer.0" if it has a head.
+
+    It need not be sure: what is unusual is looked up.
+    """
+    layers = [name for name in names if _LAYER.search(name)]
+    if not layers or not config["architectures"]:
+        return True
+    kind = str(config["model_type"]).replace("-", "_")
+    of_base = [name for name in layers if _BASE.match(name) or name.partition(".")[0] in kind]
+    if _BARE.search(str(config["architectures"][0])):
+        return not of_base
+    return len(of_base) == len(layers)
+
+
+def architecture(config: Mapping[str, Any]) -> torch.nn.Module | None:
     """The model that the config describes, without values; None if transformers cannot tell."""
     try:
         import transformers
@@ -78,6 +120,20 @@ def _on_meta(config: Mapping[str, Any]) -> torch.nn.Module | None:
         log.info("transformers builds no %s from config.json (%s): its names are kept", config["model_type"], error)
         return None
     return model
+
+
+def described_by(source: object) -> torch.nn.Module | None:
+    """The model that the config.json of a ranked checkpoint describes, if the checkpoint is still there; no values."""
+    path = source.get("path") if isinstance(source, Mapping) else None
+    if not isinstance(path, str):
+        return None
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    known = isinstance(config, dict) and isinstance(config.get("model_type"), str) and config.get("architectures")
+    return architecture(config) if known and "auto_map" not in config else None
 
 
 class _Parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import warnings
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..entries import Index
 from ..errors import OptionError
-from ..sources.names import group_of, layer_of
+from ..sources.names import LEADING, group_of, layer_of, unwrapped
 from ..units import expert_of
 from .gguf_names import is_from_gguf
 
@@ -23,6 +24,8 @@ TRAINERS = ("axolotl", "ms-swift", "spectrum", "esft")  # whose models have the 
 FORMATS = (*TRAINERS, "names", "regex")
 # All parts of a fused projection; together they are the whole of it. Of qkv, k and v alone are not.
 _COMPLETE = ({"gate", "up"}, {"q", "k", "v"})
+_DATA_PARALLEL = re.compile("DataParallel$")  # classes that put a module "module." around a model
+_PEFT = "base_model.model."
 _KV = re.compile(r"(?:^|[._])kv")
 
 
@@ -44,7 +47,43 @@ def export(selection: Selection, kind: str, model: nn.Module | None = None) -> s
         raise OptionError("the selection is empty, so there is nothing to export")
     if kind in TRAINERS and model is None:
         refuse_names_of_gguf(selection)
-    return _WRITERS[kind](selection, model)
+    text = _WRITERS[kind](selection, model)
+    if model is None and kind != "esft":
+        _check_names(list(_pieces(selection, None)), selection)
+    return text
+
+
+def _check_names(names: list[str], selection: Selection) -> None:
+    """Of a ranking of a checkpoint: the names must be those of parameters of the model that its config describes.
+
+    Raises:
+        OptionError: none is.
+
+    Warns:
+        UserWarning: some are not.
+    """
+    from .checkpoint_names import described_by
+
+    model = described_by(selection.settings.get("source"))
+    if model is None or is_from_gguf(selection):
+        return
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    strange = [name for name in names if name not in known]
+    if not strange:
+        return
+    close = difflib.get_close_matches(strange[0], known, 1, 0.5)
+    but = f" (but {close[0]!r})" if close else ""
+    about = f"{type(model).__name__}, which config.json names, has no parameter {strange[0]!r}{but}"
+    if len(strange) == len(names):
+        raise OptionError(
+            f"{about}, so that this would train nothing: give the model that is to be trained as model= (in Python), "
+            "or correct architectures in config.json and rank the checkpoint again"
+        )
+    warnings.warn(
+        f"{about}, and so for {len(strange)} of the {len(names)} names: these will not train. Give the model that "
+        "is to be trained as model= (in Python)",
+        stacklevel=5,
+    )
 
 
 def refuse_names_of_gguf(selection: Selection) -> None:
@@ -115,9 +154,18 @@ def _kappas(selection: Selection, model: nn.Module | None) -> dict[str, list[flo
 
         return {target.name: [entry.kappa for entry in target.entries] for target in match(selection, model)}
     found: dict[str, list[float]] = {}
+    called = _called(selection)
     for entry in selection.entries:
-        found.setdefault(entry.name, []).append(entry.kappa)
+        found.setdefault(called[entry.name], []).append(entry.kappa)
     return found
+
+
+def _called(selection: Selection) -> dict[str, str]:
+    """By their names in the ranking, what trainers call the parameters: without compile, DDP and PEFT around them."""
+    source = selection.settings.get("source")
+    wrapper = source.get("class") if isinstance(source, Mapping) else None
+    leading = (*LEADING, _PEFT) if _DATA_PARALLEL.search(str(wrapper)) else (_PEFT,)
+    return unwrapped([entry.name for entry in selection.entries], leading)
 
 
 def _esft(selection: Selection, model: nn.Module | None) -> str:
@@ -128,10 +176,10 @@ def _esft(selection: Selection, model: nn.Module | None) -> str:
     for entry in selection.entries:
         expert, layer = expert_of(entry), layer_of(entry.name)
         if expert is None or layer is None or selection.include:
-            raise OptionError(
-                f"ESFT's configuration names experts only, and {entry.key!r} is none: rank with include='experts', and "
-                "select with unit='expert'"
-            )
+            advice = r"rank with include=r'\.experts\b', and select with unit='expert'"
+            if selection.include:
+                advice = f"select without including({selection.include[0]!r})"
+            raise OptionError(f"ESFT's configuration names experts only, and {entry.key!r} is none: {advice}")
         experts.setdefault(str(layer), set()).add(int(expert.rpartition("[")[2].rstrip("]")))
     # ESFT looks up every layer that has experts, also those of which none is trained.
     layers = {layer_of(name) for name, _ in model.named_parameters()} if model is not None else set(map(int, experts))
@@ -164,12 +212,19 @@ def _pieces(selection: Selection, model: nn.Module | None) -> Mapping[str, tuple
     if selection.include:
         raise OptionError(f"including({selection.include[0]!r}) names parameters of a model: give it as model=")
     whole_parameters = selection.settings.get("unit") == "parameter" and not selection.exclude
+    called = _called(selection)
+    computed = (selection.settings.get("source") or {}).get("computed") or {}
+    if parts := next((computed[entry.name] for entry in selection.entries if entry.name in computed), None):
+        raise OptionError(
+            f"the model computes a selected weight from {', '.join(map(repr, parts))}, which is what trains: give the "
+            "model as model= (in Python), to have the names of these"
+        )
     found: dict[str, dict[Index, set[str]]] = {}
     for entry in selection.entries:
         # What a part of an expert, or of a fused projection, belongs to; a whole needs all of its parts.
         home: Index = entry.index[:1] if entry.index and isinstance(entry.index[0], int) else ()
         part = entry.part.rpartition(".")[2] if len(entry.index) > len(home) else ""
-        found.setdefault(entry.name, {}).setdefault(home, set()).add(part)
+        found.setdefault(called[entry.name], {}).setdefault(home, set()).add(part)
     for name, homes in found.items():
         for home, parts in homes.items():
             complete = "" in parts or parts in _COMPLETE or (parts == {"k", "v"} and _KV.search(name))

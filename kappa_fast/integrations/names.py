@@ -22,7 +22,8 @@ from .pieces import Box, box_of, disjoint, index_of
 
 # What wrappers put before or between the words of a name: compile, DDP, FSDP, activation checkpointing, PEFT.
 _WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model)\."
+    r"(?:^|(?<=\.))"
+    r"(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|base_model\.model)\."
 )
 SHOWN = 3  # differences that an error shows
 
@@ -101,7 +102,10 @@ def match(selection: Selection, model: nn.Module) -> list[Target]:
             unknown.append(entry)
         else:
             chosen.setdefault(found, []).append((entry.index, entry))
-    if unknown:
+    moved = names.behind_a_prefix(unknown)
+    for entry in unknown if moved else ():
+        chosen.setdefault(moved[entry.name], []).append((entry.index, entry))
+    if unknown and not moved:
         total = len(selection.entries)
         if is_from_gguf(selection):
             places = resolve_gguf(model, unknown, names.plain)
@@ -165,6 +169,35 @@ class _Names:
         found = {self.plain[name] for name in longer | shorter if name in self.plain}
         return found.pop() if len(found) == 1 else None
 
+    def behind_a_prefix(self, entries: Sequence[TensorKappa]) -> dict[str, str]:
+        """Parameters by the names of entries, if one prefix more, or one less, makes parameters of all of them.
+
+        Empty unless exactly one does, and each parameter has the shape that the entry tells.
+        """
+        given = {entry.name: plain_name(entry.name) for entry in entries}
+        if not given:
+            return {}
+        first = next(iter(given.values()))
+        dots = [end + 1 for end, letter in enumerate(first) if letter == "."]
+        longer = [name.removesuffix(first) for name in self.plain if name.endswith(f".{first}")]
+        tries = [{n: prefix + plain for n, plain in given.items()} for prefix in longer]
+        tries += [
+            {n: plain[end:] for n, plain in given.items()}
+            for end in dots
+            if all(plain.startswith(first[:end]) for plain in given.values())
+        ]
+        found = [
+            {n: self.plain[name] for n, name in one.items()}
+            for one in tries
+            if all(name in self.plain for name in one.values())
+        ]
+        found = [
+            one
+            for one in found
+            if all(not e.numel or _fits(self.parameters[one[e.name]].shape, e.index, e.shape) for e in entries)
+        ]
+        return found[0] if len(found) == 1 else {}
+
     def parts(self, names: Iterable[str]) -> list[str]:
         """The parameters that a weight with one of these names is computed from (weight_norm, pruning and the like)."""
         return next((self._computed[n] for name in names for n in (name, plain_name(name)) if n in self._computed), [])
@@ -184,10 +217,11 @@ def _from_checkpoint(model: nn.Module, names: _Names, unknown: Sequence[TensorKa
     from .conversion import resolve_names
 
     try:
-        places = resolve_names(model, {entry.name: entry.shape for entry in unknown}, plain_name)
+        found_by_plain = resolve_names(model, {plain_name(e.name): e.shape for e in unknown}, plain_name)
     except OptionError as error:
         raise OptionError(f"{_missing(names, unknown, total)} ({error})") from error
     # A tensor that becomes a part of a parameter is whole: a part of it has no index there.
+    places = {e.name: place for e in unknown if (place := found_by_plain.get(plain_name(e.name))) is not None}
     found = {e.key: (places[e.name], e.index) for e in unknown if e.name in places}
     return {key: replace(p, index=p.index or index) for key, (p, index) in found.items() if not (p.index and index)}
 

@@ -94,7 +94,7 @@ def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) 
             raise SourceError(
                 f"the index of {directory} says that {name!r} is in {file.name}, but it is not: download it again"
             )
-    own = own_names([name] for name in tensors)
+    own = own_names(([name] for name in tensors), saved=True)
     found = [replace(tensors[name], names=own[name], model_types=model_types) for name in in_model_order(tensors)]
     metadata = {
         "kind": "directory" if path.is_dir() else "file",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -67,12 +68,17 @@ def read_module(model: torch.nn.Module) -> Inventory:
     of_parts = {identity(held[name].tensor): held[name].tensor for name in parts if name in held}
     hidden = [*modules.out_of_reach(model), *packed_weights(model, _shown(held))]
     unseen = [replace(t, names=own_names([t.names])[t.name]) for t in hidden]
-    metadata = {
+    metadata: dict[str, Any] = {
         "kind": "module",
         "class": type(model).__name__,
         "model_type": next((kind for place in places.values() for kind in place.model_types), None),
         "fingerprint": fingerprint(stored),
     }
+    if computed:
+        metadata["computed"] = {
+            own[made.names[0]][0]: [part for part in made.parts if part in held and held[part].is_weight]
+            for made in computed
+        }
     buffers = own_names([name] for name, _ in model.named_buffers(remove_duplicate=False)).values()
     return Inventory(
         [*tensors, *unseen],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 _NUMBER = re.compile(r"(?<![^.])(?P<stem>(?:expert_)?)\d+(?![^.])")
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -11,6 +11,13 @@ _DIGITS = re.compile(r"([0-9]+)")
 
 # Wrappers that put themselves between a module and its weight; the weight keeps the name it has without them.
 _WRAPPED = re.compile(r"(?:\.token_adapter)?\.(?:base_layer|original_module)(?=\.|$)")
+
+# What torch.compile, FSDP, activation checkpointing and Lightning put into names, where nobody else would, ...
+_UNMISTAKABLE = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+# ... and what DDP puts before every name: a module of a model may be called so as well.
+LEADING = ("module.",)
 
 # What PEFT puts around or beside the weights, and the first words of what its methods add to them.
 _PEFT = re.compile(r"^base_model\.|\.base_layer\.|\.modules_to_save\.|\.original_module\.|(?:^|\.)lora_")
@@ -54,6 +61,17 @@ _BUFFER = re.compile(
 def base_name(name: str) -> str:
     """The name without the wrappers of PEFT."""
     return _WRAPPED.sub("", name)
+
+
+def unwrapped(names: Collection[str], leading: Sequence[str] = LEADING) -> dict[str, str]:
+    """By each of the names of a model, the name without what compile, DDP and FSDP put around the model.
+
+    What is ``leading`` is taken off only where all names begin with it.
+    """
+    short = {name: _UNMISTAKABLE.sub("", name) for name in names}
+    while short and (lead := next((w for w in leading if all(s.startswith(w) for s in short.values())), None)):
+        short = {name: s.removeprefix(lead) for name, s in short.items()}
+    return short
 
 
 def layer_of(name: str) -> int | None:

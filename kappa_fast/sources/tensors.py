@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from ..errors import SourceError
 from . import codes
 from .base import Inventory, Role, Stored, Take
-from .names import base_name, has_adapters, is_buffer
+from .names import base_name, has_adapters, is_buffer, unwrapped
 from .quantized import weights_of
 from .quantized.live import weights_in
 
@@ -31,7 +31,7 @@ def read_mapping(weights: Mapping[str, torch.Tensor]) -> Inventory:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise SourceError(_no_tensor(name, tensor))
         groups.setdefault(identity(tensor), []).append(name)
-    own = own_names(groups.values())
+    own = own_names(groups.values(), saved=True)
     stored = [store(own[names[0]], weights[names[0]]) for names in groups.values()]
     metadata = {"kind": "mapping", "model_type": None, "fingerprint": fingerprint(stored)}
     tensors = weights_of(stored, None)
@@ -72,19 +72,26 @@ def is_lazy(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
 
 
-def own_names(groups: Iterable[Collection[str]]) -> dict[str, tuple[str, ...]]:
+def own_names(groups: Iterable[Collection[str]], *, saved: bool = False) -> dict[str, tuple[str, ...]]:
     """For the first name of each group of tied names, all of them without the wrappers of PEFT.
 
     Where two different tensors would get the same name, the later one keeps the wrappers in it.
+
+    Args:
+        groups: the names of each tensor of a model.
+        saved: the model is not there, and what else may have been around it when it was saved (compile, DDP, FSDP) is
+            taken off too; the names that it was saved under come last.
     """
     tied = [tuple(names) for names in groups]
-    taken = {name for names in tied for name in names if base_name(name) == name}
+    every = [name for names in tied for name in names]
+    plain = unwrapped(every) if saved else dict(zip(every, every, strict=True))
+    taken = {name for name in every if base_name(plain[name]) == name}
     own: dict[str, tuple[str, ...]] = {}
     for names in tied:
-        short = {name: base_name(name) for name in names}
+        short = {name: base_name(plain[name]) for name in names}
         kept = [s if s == name or s not in taken or s in names else name for name, s in short.items()]
         taken.update(kept)
-        own[names[0]] = tuple(dict.fromkeys(kept))
+        own[names[0]] = tuple(dict.fromkeys((*kept, *(name for name in names if plain[name] != name))))
     return own
 
 
