@@ -165,7 +165,7 @@ def _transposed_kernel(
 
 
 @triton.jit
-def _add_chunks_kernel(table, ids, owner, first, short_start, part_start, parts, out):
+def _add_rows_kernel(table, ids, owner, first, short_start, part_start, parts, out):
     """What the chunks of rows found, in their order."""
     program = tl.program_id(0)
     member = tl.load(owner + program)
@@ -251,7 +251,7 @@ def transposed_times(problems: Problems, blocks: Blocks, y: Tensor) -> Tensor:
     out = torch.empty((blocks.short_rows, LANES.value), dtype=torch.float64, device=y.device)
     owner, first, total = _programs(across, on_host(range(len(n))), problems.device)
     launch(
-        _add_chunks_kernel,
+        _add_rows_kernel,
         (total,),
         problems.table,
         blocks.ids,
@@ -307,4 +307,4 @@ def instances(target: str) -> list[Instance]:
         types = {**members, **long, "part_start": "*i64", "parts": "*fp64"}
         found.append(Instance(_transposed_kernel, types, constants, WARPS, unit=unit))
     adding = {"short_start": "*i64", "part_start": "*i64", "parts": "*fp64", "out": "*fp64"}
-    return [*found, Instance(_add_chunks_kernel, members | adding, {}, WARPS)]
+    return [*found, Instance(_add_rows_kernel, members | adding, {}, WARPS)]

@@ -104,7 +104,7 @@ def _digit(q):
 
 
 @triton.jit
-def _slices_kernel(
+def _digits_kernel(
     table,
     owner,
     first,
@@ -204,7 +204,7 @@ def instances(target: str) -> list[Instance]:
         types = {**common, "slices": "*i8", "residuals": "*fp64", "slice_bytes": "i64"}
         for low, high in ((1, 1), (1, 2), (1, 3), (1, 4), (3, 3), (4, 4)):
             constants = {"LOW": low, "HIGH": high, "BM": tile.rows, "BN": tile.columns, **launch_options(storage)}
-            found.append(Instance(_slices_kernel, types, constants, tile.num_warps))
+            found.append(Instance(_digits_kernel, types, constants, tile.num_warps))
     sums = {"first": "*i32", "counts": "*i32", "parts": "*fp64", "sums": "*fp64"}
     return [*found, Instance(_sum_kernel, sums, {"BLOCK": 256}, 4)]
 
@@ -277,7 +277,7 @@ def quantize(problems: Problems, peaks: Tensor, slices: int, earlier: Slices | N
         tiles = problems.tiles(counts, chosen)
         parts = torch.empty(tiles.total, dtype=torch.float64, device=problems.device)
         launch(
-            _slices_kernel,
+            _digits_kernel,
             (tiles.total,),
             problems.table,
             tiles.owner,

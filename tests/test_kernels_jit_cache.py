@@ -149,3 +149,9 @@ def test_a_dtype_that_is_unknown_is_named(capsys):
     with pytest.raises(SystemExit):
         aot.main(["--jit-cache", "nowhere", "--dtypes", "bfloat16,float65", "sm_90"])
     assert "unknown dtypes float65: choose from float32" in capsys.readouterr().err
+
+
+def test_no_two_kernels_share_a_name_since_profilers_know_nothing_else():
+    kernels = {(i.kernel.fn.__module__, i.kernel.__name__) for i in aot.instances("sm_90", quick=False)}
+    names = [name for _, name in kernels]
+    assert sorted(names) == sorted(set(names))

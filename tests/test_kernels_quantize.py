@@ -206,7 +206,7 @@ def test_hundreds_of_matrices_take_as_many_launches_as_three():
         problems = Problems.of([gaussian(5, 3, seed).float() for seed in range(copies)])
         with counted() as launches:
             quantize(problems, column_peaks(problems), 2)
-        assert launches == ["peaks", "slices", "sum"]
+        assert launches == ["peaks", "digits", "sum"]
 
 
 def test_a_map_of_tiles_gives_every_matrix_its_own_and_the_longest_first():
