@@ -1,302 +1,241 @@
-"""Kernels and rank() on a GPU: checked against float64 first, then timed beside the libraries.
+"""Kernels and rank() on a GPU, checked and timed in a few minutes: the most valuable numbers first.
 
-    python benchmarks/gpu.py [--only gram,cholesky,...] [--models NAME,...] [--repeats N] [--output FILE]
+    python benchmarks/gpu.py [--minutes 8] [--output DIR] [--jit-cache FILE] [--only STAGE,...] [--models NAME,...]
 
-Writes benchmarks/results/<device>.json, whole after every section. ``--smoke`` runs every line at toy sizes under
-Triton's interpreter, on a CPU, to see that it works: its timings mean nothing and it writes nothing unless told where.
+Needs torch and Triton, and transformers for the models' shapes; kappa_fast is taken from this clone. Every stage is a
+process of its own with a time limit, so that an illegal memory access or a hang costs one of them. Every number is in
+DIR/gpu.jsonl the moment it exists; DIR/<device>.json is made of these lines after every stage, and keeps what an
+earlier run found and this one did not. Exit code: 0; 1 if anything failed (the rest was done all the same); 2: no GPU.
+
+``--smoke`` runs every line at toy sizes under Triton's interpreter, on a CPU, to see that it works: its timings mean
+nothing. ``--jit-cache`` takes the archive of ``python -m kappa_fast.kernels.aot --jit-cache``, made without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import signal
+import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if "--smoke" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # this clone, whatever is installed
 
-import torch
-from gpu_models import MODELS, build, layers_of, size_of
-from gpu_timing import Bench, Spread, ceilings, default_target, describe
-from rich.console import Console
-from rich.table import Table
+from gpu_results import LINES, LOG, read_lines, table, write_document, write_line  # noqa: E402
 
-import kappa_fast
-
-console = Console()
-
-
-def check(bench: Bench) -> dict[str, Any]:
-    """Every kernel against float64 on the host, for every storage class."""
-    from kappa_fast.kernels import canary
-    from kappa_fast.kernels.problems import storages
-
-    classes = storages()[:6:5] if bench.smoke else storages()
-    canary.check_device(bench.device)
-    for storage in classes:
-        canary.check_storage(bench.device, storage)
-    return {"device": "passed", "storage_classes": len(classes)}
+SIZES = {  # bytes of the weights in bfloat16: what does not fit need not be built to be known
+    "Llama-3.1-8B": 16.1e9,
+    "Mixtral-8x7B": 93.4e9,
+    "OLMoE-1B-7B": 13.8e9,
+    "Qwen3-30B-A3B": 61.1e9,
+    "TinyLlama-1.1B": 2.2e9,
+}
+ROOM = 1.25  # device memory for each byte of weights
+RESULTS = HERE / "results"
+NO_GPU = 2
+LOST = 3  # exit codes of a stage
 
 
-def gram(bench: Bench) -> dict[str, Any]:
-    """(a) Gram matrices of 64 matrices 14336 x 4096 in bfloat16; operations per second of the lower triangles."""
-    from kappa_fast.kernels.gram import gram_of_slices, gram_of_weights
-    from kappa_fast.kernels.problems import Problems
-    from kappa_fast.kernels.quantize import column_peaks, quantize
+@dataclass(frozen=True)
+class Stage:
+    """limit: seconds after which it hangs.  environment: beside the caller's."""
 
-    m, n = (160, 64) if bench.smoke else (14336, 4096)
-    count = max(1, min(2 if bench.smoke else 64, bench.free() // (2 * (8 * n * n + 6 * m * n))))
-    matrices = [torch.randn(m, n, device=bench.device).bfloat16() for _ in range(count)]
-    problems = Problems.of(matrices)
-    peaks = column_peaks(problems)
-    operations = float(count) * m * n * (n + 1)
-    found: dict[str, Any] = {"matrices": count, "shape": [m, n], "operations": operations}
-
-    def add(name: str, spread: Spread) -> None:
-        found[name] = {**spread.as_json(), "useful_per_second": operations / spread.median}
-
-    for k in (1, 2, 3):
-        slices = quantize(problems, peaks, k)
-        add(f"quantize, {k} slices", bench.time(lambda k=k: quantize(problems, peaks, k)))  # type: ignore[misc]
-        add(f"gram of {k} slices", bench.time(lambda s=slices: gram_of_slices(problems, s)))  # type: ignore[misc]
-    add("gram of 16-bit weights", bench.time(lambda: gram_of_weights(problems)))
-    del slices
-    add("torch: bf16 products", bench.time(lambda: [a.T @ a for a in matrices]))
-    digits = [torch.randint(-64, 64, (m, n), dtype=torch.int8, device=bench.device) for _ in range(2)]
-    high, low = digits
-    add("torch: int8 products", bench.time(lambda: [torch._int_mm(high.T, high) for _ in range(count)]))
-
-    def three_products() -> torch.Tensor:
-        cross = torch._int_mm(high.T, low).double()
-        total = torch._int_mm(high.T, high).double().mul_(2.0**14)
-        return total.add_(cross + cross.T, alpha=2.0**7).add_(torch._int_mm(low.T, low))
-
-    add("torch: what two slices do", bench.time(lambda: [three_products() for _ in range(count)]))
-    found["two_slices_over_torch"] = found["torch: what two slices do"]["median"] / found["gram of 2 slices"]["median"]
-    return found
+    name: str
+    limit: float
+    environment: tuple[tuple[str, str], ...] = ()
 
 
-def cholesky(bench: Bench) -> dict[str, Any]:
-    """(b) Cholesky factors of 64 matrices of order 4096, float64, beside the library's, one by one and in a batch."""
-    from kappa_fast.kernels.cholesky import cholesky as factor
-
-    problems, packed, grams = _definite(bench)
-    found: dict[str, Any] = {"matrices": len(grams), "order": len(grams[0])}
-    restored = bench.time(lambda: packed.clone())
-    ours = bench.time(lambda: factor(problems, packed.clone()))
-    found["copy of what is factored"] = restored.as_json()
-    found["kappa_fast"] = ours.as_json()
-    found["torch, one by one"] = bench.time(lambda: [torch.linalg.cholesky_ex(g) for g in grams]).as_json()
-    stacked = torch.stack(grams)
-    found["torch, batched"] = bench.time(lambda: torch.linalg.cholesky_ex(stacked)).as_json()
-    return found
+def stages(models: Sequence[str]) -> list[Stage]:
+    """In the order of their worth."""
+    found = [Stage("describe", 90), Stage("compile", 150), Stage("canaries", 90), Stage("full size", 120)]
+    found += [Stage("ceilings", 60), *(Stage(name, 150) for name in models), Stage("floors", 60)]
+    found += [Stage("gram", 60), Stage("cholesky", 60), Stage("krylov", 60), Stage("other canaries", 150)]
+    if ptxas := shutil.which("ptxas", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"):
+        # Once more with code from another assembler than the one that Triton brings.
+        another = tuple((name, ptxas) for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"))
+        found += [Stage("compile, ptxas of this machine", 150, another)]
+        found += [Stage("full size, ptxas of this machine", 120, another)]
+    return [*found, Stage("peers", 300)]
 
 
-def krylov(bench: Bench) -> dict[str, Any]:
-    """(c) One product, one solve, one extension of a basis of 64 columns, and both ends of the spectrum."""
-    from kappa_fast.backends.base import Panel
-    from kappa_fast.backends.triton_backend import TritonBackend
-    from kappa_fast.spectrum.krylov import WIDTH, gaussian_panel, largest
+class Run:
+    """The stages that still fit, one after the other."""
 
-    m, n, count = (96, 64, 2) if bench.smoke else (8192, 4096, 64)
-    count = max(1, min(count, bench.free() // (3 * (8 * n * n + 2 * m * n))))
-    backend = TritonBackend(bench.device)
-    weights = [torch.randn(m, n, device=bench.device).bfloat16() for _ in range(count)]
-    operands = backend.prepare(weights)
-    rung = backend.rungs((m, n), torch.bfloat16)[0]
-    factors = backend.factor(operands, rung)
-    x = gaussian_panel(factors.ns, [b""] * len(factors.ns), WIDTH, 5, torch.float64, bench.device)
-    lowers = [torch.linalg.cholesky(w.double().T @ w.double()) for w in weights]
-    blocks = list(x.blocks())
-    wide = torch.randn(x.data.shape[0], 64, dtype=torch.float64, device=bench.device)
-    basis = Panel(wide / n**0.5, x.rows)
-    scale = torch.ones(count, dtype=torch.float64, device=bench.device)
-    found: dict[str, Any] = {"matrices": count, "order": n}
-    found["product"] = bench.time(lambda: backend.product(factors, x)).as_json()
-    found["torch: product"] = bench.time(
-        lambda: [lo @ (lo.T @ b) for lo, b in zip(lowers, blocks, strict=True)]
-    ).as_json()
-    found["solve"] = bench.time(lambda: backend.solve(factors, x)).as_json()
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.deadline = options, time.time() + 60 * options.minutes
+        self.lines = options.output / LINES
+        self.start = self.lines.stat().st_size if self.lines.exists() else 0
+        self.device, self.memory = "unknown device", 0.0
+        self.overhead = 0.0  # seconds from the start of a process to its first number, as measured
+        self.environment = dict(os.environ)
+        if options.smoke:
+            self.environment["TRITON_INTERPRET"] = "1"
+        if options.jit_cache is not None:
+            self.environment["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="kappa_fast-jit-")
 
-    def library_solve() -> list[torch.Tensor]:
-        return [torch.cholesky_solve(b, lo) for lo, b in zip(lowers, blocks, strict=True)]
+    def all(self, chosen: Sequence[Stage]) -> int:
+        for stage in chosen:
+            reason = self.reason_to_skip(stage)
+            if reason:
+                write_line(self.lines, {"stage": stage.name, "key": "all of it", "skipped": reason})
+                continue
+            code = self.one(stage)
+            if stage.name == "describe" and code == NO_GPU:
+                return NO_GPU
+            write_document(self.options.output, self.device, self.new_lines())
+        write_document(self.options.output, self.device, self.new_lines())
+        print(table(self.new_lines()))
+        return int(any("error" in line for line in self.new_lines()))
 
-    found["torch: solve"] = bench.time(library_solve).as_json()
-    found["extend by 16 beside 64"] = bench.time(lambda: backend.extend(basis, x, scale)).as_json()
+    def reason_to_skip(self, stage: Stage) -> str:
+        left = self.deadline - time.time()
+        if left < 2 * self.overhead:
+            return f"{max(left, 0):.0f} s are left, and a process takes {self.overhead:.0f} s to start"
+        need = ROOM * SIZES.get(stage.name, 0)
+        if self.memory and need > self.memory:
+            return f"{need / 1e9:.0f} GB do not fit into the {self.memory / 1e9:.0f} GB of this device"
+        return ""
 
-    def ends() -> None:
-        def noise(which: Sequence[int], theta: torch.Tensor) -> torch.Tensor:
-            return torch.full_like(theta, 1e-15)
+    def one(self, stage: Stage) -> int:
+        """Run a stage in a process of its own; its exit code."""
+        started, size = time.time(), self.lines.stat().st_size if self.lines.exists() else 0
+        limit = min(stage.limit * (20 if self.options.smoke else 1), self.deadline - started)
+        print(f"{stage.name} ({self.deadline - started:.0f} s are left)", flush=True)
+        command = [sys.executable, str(HERE / "gpu.py"), "--stage", stage.name, "--until", repr(started + limit)]
+        with (self.options.output / LOG).open("a") as log:
+            log.write(f"--- {stage.name}\n")
+            log.flush()
+            child = subprocess.Popen(
+                [*command, *self.options.given],
+                env={**self.environment, **dict(stage.environment)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            code = _waited(child, limit + self.overhead)
+        found = read_lines(self.lines, size)
+        explained = code == 0 or (code == 1 and any("error" in line for line in found))
+        if not explained and code != NO_GPU:
+            reason = f"hung, and was ended after {limit:.0f} s" if code == -signal.SIGKILL else f"ended with {code}"
+            write_line(
+                self.lines, {"stage": stage.name, "key": "all of it", "error": f"{reason}: {self._last_words()}"}
+            )
+        elif code != NO_GPU:
+            write_line(
+                self.lines,
+                {"stage": stage.name, "key": "with its process", "value": {"seconds": time.time() - started}},
+            )
+        if stage.name == "describe":
+            self._learn(found, started)
+        for line in (line for line in found if "value" not in line):
+            print(f"  {table([line])}", flush=True)
+        return code
 
-        for operator, salt in ((backend.product, 0), (backend.solve, 1)):
-            largest(backend, operator, factors, [b""] * len(factors.ns), noise, 1.2e-2, salt=salt)
+    def _learn(self, found: list[dict[str, Any]], started: float) -> None:
+        if found:
+            self.overhead = found[0]["at"] - started
+        for line in found:
+            if line["key"] == "hardware" and "value" in line:
+                self.device, self.memory = line["value"]["name"], line["value"].get("free", line["value"]["memory"])
 
-    found["both ends to 1.2%"] = bench.wall(ends, 1 if bench.smoke else bench.repeats).as_json()
-    return found
+    def _last_words(self) -> str:
+        return " | ".join((self.options.output / LOG).read_text(errors="replace").splitlines()[-3:])[-500:]
 
-
-def rank(bench: Bench, names: Sequence[str]) -> dict[str, Any]:
-    """(d), (e) Whole models: time, memory, proofs, the sum of floors, and the peers on one layer scaled up."""
-    rates = bench.document.get("ceilings") or ceilings(bench)
-    found = {}
-    for name in names:
-        if not bench.smoke and size_of(name) * 1.25 > bench.free():
-            found[name] = {"skipped": f"{size_of(name) / 1e9:.0f} GB of weights do not fit on this device"}
-            continue
-        found[name] = _ranked(bench, name, rates)
-        bench.keep("rank", found)
-    return found
+    def new_lines(self) -> list[dict[str, Any]]:
+        return read_lines(self.lines, self.start)
 
 
-def _ranked(bench: Bench, name: str, rates: dict[str, float]) -> dict[str, Any]:
-    rows = _ours(bench, build(name, bench.device, smoke=bench.smoke), rates)
-    rows["peers, one layer times the number of layers"] = _peers(bench, name)
-    return rows
+def _waited(child: subprocess.Popen[bytes], limit: float) -> int:
+    """The exit code; a child that takes longer is ended, and all that it started."""
+    try:
+        return child.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        return child.wait()
 
 
-def _ours(bench: Bench, model: torch.nn.Module, rates: dict[str, float]) -> dict[str, Any]:
-    backend = "triton" if bench.smoke else "auto"
+def run_stage(options: argparse.Namespace) -> int:
+    """What the process of one stage does."""
+    import torch
 
-    def run(certify: bool = False) -> kappa_fast.Ranking:
-        return kappa_fast.rank(model, backend=backend, certify=certify, progress=False)
+    if not options.smoke and not torch.cuda.is_available():
+        print("this benchmark needs a GPU that torch can use (or --smoke, to see that it runs)", file=sys.stderr)
+        return NO_GPU
+    import gpu_kernels
+    import gpu_stages
+    import gpu_timing
 
-    rows: dict[str, Any] = {"peak_bytes": bench.peak(run)}
-    plain, ranking = bench.wall(run, min(3, bench.repeats)), run()
-    rows |= {"matrices": len(ranking), "backend": ranking.metadata["backend"], "kappa_fast": plain.as_json()}
-    rows["floor"] = sum(_floor(e.shape, rates) for e in ranking)
-    rows["over_floor"] = plain.median / rows["floor"]
-    rows["certify"] = bench.wall(lambda: run(certify=True), 1).as_json()
-    return rows
-
-
-def _peers(bench: Bench, name: str) -> dict[str, float]:
-    """Seconds for the whole model, from those of one layer."""
-    sample = build(name, bench.device, layers=1, smoke=bench.smoke)
-    times = 1 if bench.smoke else layers_of(name)
-    entries = kappa_fast.rank(sample, backend="torch", progress=False)
-    parameters = dict(sample.named_parameters())
-    weights = [parameters[e.name].detach()[e.index] for e in entries]
-
-    def gram_eigenvalues() -> None:
-        for w in weights:
-            tall = (w if w.shape[0] >= w.shape[1] else w.T).double()
-            torch.linalg.eigvalsh(tall.T @ tall)
-
-    found = {
-        "svdvals, float32": times * bench.wall(lambda: [torch.linalg.svdvals(w.float()) for w in weights], 1).median,
-        "eigvalsh of the float64 Gram matrix": times * bench.wall(gram_eigenvalues, 1).median,
+    if options.smoke:
+        gpu_timing.mend_interpreter()
+    device = torch.device("cpu") if options.smoke else torch.device("cuda", torch.cuda.current_device())
+    bench = gpu_timing.Bench(
+        options.stage, device, options.smoke, options.until, options.output / LINES, 1 if options.smoke else 5
+    )
+    name = options.stage.partition(",")[0]
+    works: dict[str, Any] = {
+        "describe": gpu_stages.describe,
+        "compile": lambda b: gpu_stages.compiling(b, None if "ptxas" in b.stage else options.jit_cache),
+        "canaries": gpu_stages.canaries,
+        "full size": gpu_stages.full_size,
+        "ceilings": gpu_kernels.ceilings,
+        "floors": lambda b: gpu_kernels.floors(b, options.models),
+        "gram": gpu_kernels.gram,
+        "cholesky": gpu_kernels.cholesky,
+        "krylov": gpu_kernels.krylov,
+        "other canaries": lambda b: gpu_stages.canaries(b, everything=True),
+        "peers": lambda b: gpu_stages.peers(b, options.models),
     }
     try:
-        from peft.helpers import KappaTuneSelector
-    except ImportError as error:
-        console.print(f"PEFT's selector is left out: {error}")
-        return found
-
-    def selector() -> None:
-        KappaTuneSelector(sample, show_progress=False)._compute_kappas()
-
-    found["PEFT's KappaTuneSelector"] = times * bench.wall(selector, 1).median
-    return found
-
-
-def _floor(shape: tuple[int, int], rates: dict[str, float]) -> float:
-    """Seconds that no way of working with this matrix could go below at the measured rates of the libraries.
-
-    Gram matrix in 16 bits, Cholesky, six steps at both ends that read the factor twice each, weights read three times.
-    """
-    m, n = max(shape), min(shape)
-    product = m * n * n / rates["bf16"]
-    factor = n**3 / 3 / rates["float64"]
-    steps = 12 * 2 * (4 * n * n) / rates["bandwidth"]
-    return product + factor + steps + 3 * 2 * m * n / rates["bandwidth"]
-
-
-def _definite(bench: Bench) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
-    from kappa_fast.kernels.problems import Problems
-
-    n = 96 if bench.smoke else 4096
-    count = max(1, min(2 if bench.smoke else 64, bench.free() // (5 * 8 * n * n)))
-    problems = Problems.of([torch.empty(n, n, device=bench.device) for _ in range(count)])
-    packed = torch.zeros(problems.gram_elements, dtype=torch.float64, device=bench.device)
-    grams = []
-    for view in problems.gram_views(packed):
-        a = torch.randn(n, n, dtype=torch.float64, device=bench.device)
-        grams.append(a @ a.T + n * torch.eye(n, dtype=torch.float64, device=bench.device))
-        view.copy_(grams[-1])
-    return problems, packed, grams
-
-
-def show(section: str, found: Any) -> None:
-    """A section as a table."""
-    table = Table(title=section)
-    table.add_column("")
-    table.add_column("found", justify="right")
-    for name, value in _flat(found):
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    console.print(table)
-
-
-def _flat(found: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(found, dict):
-        return [(prefix, found)]
-    return [row for key, value in found.items() for row in _flat(value, f"{prefix}, {key}" if prefix else str(key))]
-
-
-SECTIONS: dict[str, Callable[[Bench], Any]] = {
-    "ceilings": ceilings,
-    "gram": gram,
-    "cholesky": cholesky,
-    "krylov": krylov,
-}
+        work = works[name] if name in works else lambda b: gpu_stages.model(b, name)
+        bench.attempt("took", lambda: {"seconds": bench.clock(lambda: work(bench))[0]})
+    except gpu_timing.DeviceLost as error:
+        print(error, file=sys.stderr)
+        return LOST
+    return int(bench.failed)
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
     """The options, or an end with what is wrong with them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="ceilings,gram,cholesky,krylov,rank", help="sections, with commas between")
-    parser.add_argument("--models", default=",".join(MODELS), help="of the section rank, with commas between")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which it ends, whatever is done")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--jit-cache", type=Path, metavar="FILE")
+    parser.add_argument("--only", help="stages, with commas between")
+    parser.add_argument("--models", default="Llama-3.1-8B,Mixtral-8x7B,OLMoE-1B-7B,Qwen3-30B-A3B")
     parser.add_argument("--smoke", action="store_true")
-    found = parser.parse_args(given)
-    found.only, found.models = found.only.split(","), found.models.split(",")
-    unknown = [*(set(found.only) - {*SECTIONS, "rank"}), *(set(found.models) - set(MODELS))]
+    parser.add_argument("--stage", help=argparse.SUPPRESS)  # in the process of a stage
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args(given)
+    options.given, options.models = list(given), options.models.split(",")
+    names = [stage.name for stage in stages(options.models)]
+    options.only = options.only.split(",") if options.only else names
+    unknown = [*(set(options.only) - set(names)), *(set(options.models) - set(SIZES))]
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; sections {', '.join(SECTIONS)}, rank; models {', '.join(MODELS)}")
-    return found
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; stages {', '.join(names)}; models {', '.join(SIZES)}")
+    if options.jit_cache is not None and not options.jit_cache.is_file():
+        parser.error(f"--jit-cache: there is no file {options.jit_cache}")
+    return options
 
 
 def main(given: Sequence[str]) -> int:
-    """0; 1 if a kernel is wrong or a section failed; 2 without a GPU."""
+    """The command, or one stage of it."""
     options = arguments(given)
-    if not options.smoke and not torch.cuda.is_available():
-        print("this benchmark needs a GPU that torch can use (or --smoke, to see that it runs)", file=sys.stderr)
-        return 2
-    device = torch.device("cpu") if options.smoke else torch.device("cuda", torch.cuda.current_device())
-    target = options.output or (None if options.smoke else default_target(device))
-    bench = Bench(device, 1 if options.smoke else options.repeats, options.smoke, target)
-    bench.document = describe(device, options.smoke)
-    console.print(bench.document["hardware"]["name"])
-    try:
-        bench.keep("check", check(bench))
-    except Exception as error:
-        bench.keep("check", f"failed: {error}")
-        print(f"a kernel is wrong or does not run, so nothing is timed: {error}", file=sys.stderr)
-        return 1
-    failed = False
-    for section in options.only:
-        try:
-            found = rank(bench, options.models) if section == "rank" else SECTIONS[section](bench)
-        except Exception as error:  # what the other sections find is not lost
-            traceback.print_exc()
-            found, failed = f"failed: {type(error).__name__}: {error}", True
-        bench.keep(section, found)
-        show(section, found)
-    return int(failed)
+    if options.stage is not None:
+        return run_stage(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    chosen = [s for s in stages(options.models) if s.name in options.only or s.name == "describe"]
+    code = Run(options).all(chosen)
+    if code == NO_GPU:
+        print((options.output / LOG).read_text().splitlines()[-1], file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

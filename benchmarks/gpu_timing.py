@@ -1,21 +1,23 @@
-"""Timing on a device, and a file of results that is whole after every section."""
+"""What a stage of gpu.py works with: a device, a deadline, timing, and a file that gets every number at once."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import statistics
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, commit, versions
+from gpu_results import read_lines, write_line
 
 FLUSH = 256 << 20  # bytes written between two runs: more than any second-level cache
+
+
+class DeviceLost(RuntimeError):
+    """An error after which this process can use the device no more."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,54 @@ class Spread:
 
 @dataclass
 class Bench:
-    """A device, how often things are repeated there, and what was found so far."""
+    """One stage: where it runs, until when (seconds of time.time()), and what it found so far."""
 
+    stage: str
     device: torch.device
-    repeats: int
     smoke: bool
-    target: Path | None
-    document: dict[str, Any] = field(default_factory=dict)
+    deadline: float
+    lines: Path
+    repeats: int = 5
+    failed: bool = False
+
+    def keep(self, key: str, value: Any) -> None:
+        """Write a result down, before anything else can go wrong."""
+        write_line(self.lines, {"stage": self.stage, "key": key, "value": value})
+
+    def attempt(self, key: str, work: Callable[[], Any], seconds: float = 0.0) -> Any:
+        """Do the work and keep what it returns. An error is kept in its place, and None is returned.
+
+        ``seconds``: what it will take, by what was measured; where less is left it is skipped, and the reason is kept.
+
+        Raises:
+            DeviceLost: the device does not answer any more, so nothing else in this process would work.
+        """
+        left = self.deadline - time.time()
+        if seconds > left:
+            self.skip(key, f"would take about {seconds:.0f} s, and {max(left, 0):.0f} s are left")
+            return None
+        try:
+            value = work()
+        except Exception as error:
+            traceback.print_exc()
+            self.failed = True
+            reason = f"{type(error).__name__}: {str(error)[:2000]}"
+            write_line(self.lines, {"stage": self.stage, "key": key, "error": reason})
+            try:
+                self.wait()
+            except Exception as lost:
+                raise DeviceLost(f"after {key}: {lost}") from error
+            return None
+        self.keep(key, value)
+        return value
+
+    def skip(self, key: str, reason: str) -> None:
+        """Keep why something was not done."""
+        write_line(self.lines, {"stage": self.stage, "key": key, "skipped": reason})
+
+    def found(self, stage: str, key: str) -> Any:
+        """What another stage of this run kept, or None."""
+        return next((x["value"] for x in reversed(read_lines(self.lines)) if _is(x, stage, key) and "value" in x), None)
 
     def time(self, work: Callable[[], Any], repeats: int | None = None) -> Spread:
         """Median of runs after one that compiles and warms up; device events where there is a device."""
@@ -49,9 +92,7 @@ class Bench:
 
     def _once(self, work: Callable[[], Any]) -> float:
         if self.device.type != "cuda":
-            started = time.perf_counter()
-            work()
-            return time.perf_counter() - started
+            return self.clock(work)[0]
         torch.empty(FLUSH, dtype=torch.int8, device=self.device).zero_()
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
@@ -61,17 +102,13 @@ class Bench:
         torch.cuda.synchronize(self.device)
         return before.elapsed_time(after) / 1e3
 
-    def wall(self, work: Callable[[], Any], repeats: int) -> Spread:
-        """The same by the clock on the wall, for what the host takes part in."""
-        work()
-        seconds = []
-        for _ in range(repeats):
-            self.wait()
-            started = time.perf_counter()
-            work()
-            self.wait()
-            seconds.append(time.perf_counter() - started)
-        return Spread(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+    def clock(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds of one run by the clock on the wall, for what the host takes part in; and what it returned."""
+        self.wait()
+        started = time.perf_counter()
+        result = work()
+        self.wait()
+        return time.perf_counter() - started, result
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -84,62 +121,22 @@ class Bench:
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(self.device)[0])
 
-    def peak(self, work: Callable[[], Any]) -> int:
-        """Bytes that the work allocates beyond what was there; 0 where nobody counts."""
-        if self.device.type != "cuda":
-            work()
-            return 0
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        work()
-        return int(torch.cuda.max_memory_allocated(self.device)) - before
 
-    def keep(self, section: str, found: Any) -> None:
-        """Note what a section found, and write everything so far, all at once."""
-        self.document[section] = found
-        if self.target is None:
-            return
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.target.with_suffix(".partial")
-        partial.write_text(json.dumps(self.document, indent=1) + "\n")
-        os.replace(partial, self.target)
+def _is(line: dict[str, Any], stage: str, key: str) -> bool:
+    return line["stage"] == stage and line["key"] == key
 
 
-def describe(device: torch.device, smoke: bool) -> dict[str, Any]:
-    """Hardware, versions, commit and date."""
-    import triton
+def mend_interpreter() -> None:
+    """Let the interpreter of Triton 3.6 work with numpy 2.5: it takes arrays of one entry for numbers, numpy does not.
 
-    hardware: dict[str, Any] = {"name": "Triton's interpreter on a CPU: timings mean nothing"}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        hardware = {
-            "name": properties.name,
-            "memory": properties.total_memory,
-            "multiprocessors": properties.multi_processor_count,
-            "capability": f"{properties.major}.{properties.minor}",
-        }
-    built = {"triton": triton.__version__, "cuda": str(torch.version.cuda), "hip": str(torch.version.hip)}
-    date = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime())
-    return {"interpreted": smoke, "hardware": hardware, "versions": versions() | built, **commit(), "date": date}
+    Compiled kernels are not concerned, nor is Triton 3.7.
+    """
+    from triton.runtime import interpreter
 
+    patch = interpreter._patch_lang_tensor
 
-def default_target(device: torch.device) -> Path:
-    """benchmarks/results/<device>.json"""
-    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-    return RESULTS / f"{slug}.json"
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-
-def ceilings(bench: Bench) -> dict[str, float]:
-    """What the libraries reach on this device: bytes per second of a copy, operations per second of square products."""
-    side = 64 if bench.smoke else 8192
-    bytes_moved = 1 << (16 if bench.smoke else 30)
-    source = torch.zeros(bytes_moved, dtype=torch.int8, device=bench.device)
-    target = torch.empty_like(source)
-    found = {"bandwidth": 2 * bytes_moved / bench.time(lambda: target.copy_(source)).median}
-    for name, dtype, n in (("bf16", torch.bfloat16, side), ("float64", torch.float64, side // 2)):
-        a = torch.randn(n, n, device=bench.device).to(dtype)
-        found[name] = 2 * n**3 / bench.time(lambda a=a: a @ a).median  # type: ignore[misc]
-    q = torch.randint(-64, 64, (side, side), dtype=torch.int8, device=bench.device)
-    found["int8"] = 2 * side**3 / bench.time(lambda: torch._int_mm(q.T, q)).median
-    return found
+    interpreter._patch_lang_tensor = mended

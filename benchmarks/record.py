@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -50,10 +52,26 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """Which one, and whether anything differs from it."""
-    return {"commit": _git("rev-parse", "HEAD"), "clean": not _git("status", "--porcelain", "--untracked-files=no")}
+    """Which one, and whether anything differs from it; without git the digest of the sources has to tell."""
+    found: dict[str, Any] = {"source": source_digest()}
+    if head := _git("rev-parse", "HEAD"):
+        found |= {"commit": head, "clean": not _git("status", "--porcelain", "--untracked-files=no")}
+    return found
+
+
+def source_digest() -> str:
+    """Of the files of kappa_fast and its kernels, by their names and contents."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for file in sorted([*root.glob("kappa_fast/**/*.py"), *root.glob("kernels/*.py")]):
+        digest.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """What git says; nothing where there is none, as on a machine that is lent for a few minutes."""
+    with contextlib.suppress(OSError):
+        command = ["git", *arguments]
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    return ""

@@ -1,0 +1,183 @@
+"""The stages of gpu.py that time single kernels, beside the library's and below what the device was measured to reach.
+
+Kernels work on a wave of matrices; the library gets one matrix, and every number says how many it is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_models import shapes_of
+from gpu_timing import Bench
+
+
+def ceilings(bench: Bench) -> None:
+    """Bytes per second of a copy, and operations per second of square products: what a floor is counted with."""
+    side, size = (64, 1 << 16) if bench.smoke else (8192, 1 << 30)
+
+    def copies() -> float:
+        source = torch.zeros(size, dtype=torch.int8, device=bench.device)
+        target = torch.empty_like(source)
+        return 2 * size / bench.time(lambda: target.copy_(source)).median
+
+    def uploads() -> float:
+        source = torch.zeros(size, dtype=torch.int8, pin_memory=bench.device.type == "cuda")
+        target = torch.empty_like(source, device=bench.device)
+        return size / bench.time(lambda: target.copy_(source, non_blocking=True)).median
+
+    def products(dtype: torch.dtype, n: int) -> float:
+        a = torch.randn(n, n, device=bench.device).to(dtype)
+        return 2 * n**3 / bench.time(lambda: a @ a).median
+
+    def tf32() -> float:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return products(torch.float32, side)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def int8() -> float:
+        q = torch.randint(-64, 64, (side, side), dtype=torch.int8, device=bench.device)
+        return 2 * side**3 / bench.time(lambda: torch._int_mm(q, q.T)).median
+
+    bench.attempt("bandwidth", copies)
+    bench.attempt("from pinned memory", uploads)
+    bench.attempt("bf16", partial(products, torch.bfloat16, side))
+    bench.attempt("float64", partial(products, torch.float64, side // 2))
+    bench.attempt("float32", partial(products, torch.float32, side // 2))
+    bench.attempt("tf32", tf32)
+    bench.attempt("int8", int8)
+
+
+def floors(bench: Bench, names: Sequence[str]) -> None:
+    """Seconds for each model and step that the measured ceilings do not allow to go below."""
+    rates = {key: bench.found("ceilings", key) for key in ("bandwidth", "bf16", "float64", "float32", "tf32", "int8")}
+    if missing := [key for key, rate in rates.items() if rate is None]:
+        bench.skip("all models", f"the stage ceilings found no {', '.join(missing)}")
+        return
+
+    def of(name: str) -> dict[str, float]:
+        steps: dict[str, float] = {}
+        for (m, n), count in shapes_of(name).items():
+            for step, seconds in floor((m, n), rates).items():
+                steps[step] = steps.get(step, 0.0) + count * seconds
+        steps["together"] = sum(steps.values())
+        if taken := bench.found(name, "median"):
+            steps["time over floor"] = taken["seconds"] / steps["together"]
+        return steps
+
+    for name in names:
+        bench.attempt(name, partial(of, name))
+
+
+def floor(shape: tuple[int, int], rates: dict[str, float]) -> dict[str, float]:
+    """Seconds by step for a 16-bit matrix (m, n) without proofs, at these rates per second.
+
+    Gram matrix: the lower triangle, m n^2 operations in 16 bits, or in int8 four times that for two slices. Factor:
+    n^3 / 3 operations in float64, in float32, or in TF32 three times. Krylov: six steps at each end, each reading the
+    lower triangle twice, in float32 (in float64 it would be twice the bytes). Weights: read five times beside the
+    Gram matrix (peaks, departure twice, polish, sensitivity), four of them with 32 m n float64 operations on them.
+    """
+    m, n = max(shape), min(shape)
+    bandwidth = rates["bandwidth"]
+    read, applied = 2 * m * n / bandwidth, 32 * m * n / rates["float64"]
+    return {
+        "Gram matrix": max(read, min(m * n * n / rates["bf16"], 4 * m * n * n / rates["int8"])),
+        "factor": n**3 / 3 / max(rates["float64"], rates["float32"], rates["tf32"] / 3),
+        "Krylov steps": 12 * 2 * 2 * n * n / bandwidth,
+        "weights": read + 4 * max(read, applied),
+    }
+
+
+def gram(bench: Bench) -> None:
+    """Gram matrices of 64 matrices 14336 x 4096 in bfloat16; operations of the lower triangles."""
+    from kappa_fast.kernels.gram import gram_of_slices, gram_of_weights
+    from kappa_fast.kernels.problems import Problems
+    from kappa_fast.kernels.quantize import column_peaks, quantize
+
+    m, n = (160, 64) if bench.smoke else (14336, 4096)
+    count = max(1, min(2 if bench.smoke else 64, bench.free() // (2 * (8 * n * n + 6 * m * n))))
+    matrices = [torch.randn(m, n, device=bench.device).bfloat16() for _ in range(count)]
+    problems = Problems.of(matrices)
+    peaks = column_peaks(problems)
+
+    def row(work: Callable[[], Any], matrices: int) -> dict[str, float]:
+        spread = bench.time(work)
+        operations = float(matrices) * m * n * (n + 1)
+        return {"matrices": matrices, **spread.as_json(), "useful per second": operations / spread.median}
+
+    bench.attempt("of 16-bit weights", lambda: row(lambda: gram_of_weights(problems), count))
+    bench.attempt("column peaks", lambda: row(lambda: column_peaks(problems), count))
+
+    def of_slices(k: int) -> dict[str, float]:
+        slices = quantize(problems, peaks, k)
+        return row(lambda: gram_of_slices(problems, slices), count)
+
+    for k in (1, 2, 3):
+        bench.attempt(f"to {k} slices", lambda k=k: row(lambda: quantize(problems, peaks, k), count))  # type: ignore[misc]
+        bench.attempt(f"of {k} slices", partial(of_slices, k))
+    a = matrices[0]
+    bench.attempt("torch: bf16 product", lambda: row(lambda: a.T @ a, 1))
+    high, low = (torch.randint(-64, 64, (n, m), dtype=torch.int8, device=bench.device) for _ in range(2))
+    bench.attempt("torch: int8 product", lambda: row(lambda: torch._int_mm(high, high.T), 1))
+
+    def three_products() -> torch.Tensor:
+        cross = torch._int_mm(high, low.T).double()
+        total = torch._int_mm(high, high.T).double().mul_(2.0**14)
+        return total.add_(cross + cross.T, alpha=2.0**7).add_(torch._int_mm(low, low.T))
+
+    bench.attempt("torch: what two slices do", lambda: row(three_products, 1))
+
+
+def cholesky(bench: Bench) -> None:
+    """Cholesky factors of 64 matrices of order 4096, beside the library's of one and of a batch of eight."""
+    from kappa_fast.kernels.cholesky import cholesky as factor
+    from kappa_fast.kernels.problems import Problems
+
+    n = 96 if bench.smoke else 4096
+    count = max(1, min(2 if bench.smoke else 64, bench.free() // (5 * 8 * n * n)))
+    problems = Problems.of([torch.empty(n, n, device=bench.device) for _ in range(count)])
+    packed = torch.zeros(problems.gram_elements, dtype=torch.float64, device=bench.device)
+    a = torch.randn(n, n, dtype=torch.float64, device=bench.device)
+    gram = a @ a.T + n * torch.eye(n, dtype=torch.float64, device=bench.device)
+    for view in problems.gram_views(packed):
+        view.copy_(gram)
+
+    def row(work: Callable[[], Any], matrices: int) -> dict[str, float]:
+        return {"matrices": matrices, **bench.time(work).as_json()}
+
+    bench.attempt("copy of what is factored", lambda: row(lambda: packed.clone(), count))
+    bench.attempt("kappa_fast, with that copy", lambda: row(lambda: factor(problems, packed.clone()), count))
+    bench.attempt("torch", lambda: row(lambda: torch.linalg.cholesky_ex(gram), 1))
+    batch = min(count, 8)
+    bench.attempt("torch, a batch", lambda: row(lambda: torch.linalg.cholesky_ex(gram.expand(batch, n, n)), batch))
+
+
+def krylov(bench: Bench) -> None:
+    """One product, one solve and one extension of a basis of 64 columns for a wave; the library's for one matrix."""
+    from kappa_fast.backends.base import Panel
+    from kappa_fast.backends.triton_backend import TritonBackend
+
+    m, n, count = (96, 64, 2) if bench.smoke else (8192, 4096, 64)
+    count = max(1, min(count, bench.free() // (3 * (8 * n * n + 2 * m * n))))
+    backend = TritonBackend(bench.device)
+    weights = [torch.randn(m, n, device=bench.device).bfloat16() for _ in range(count)]
+    factors = backend.factor(backend.prepare(weights), backend.rungs((m, n), torch.bfloat16)[0])
+    x = Panel(torch.randn(count * n, 16, dtype=torch.float64, device=bench.device), factors.ns)
+    lower = torch.linalg.cholesky(weights[0].double().T @ weights[0].double())
+    block = x.data[:n]
+    basis = Panel(torch.randn(x.data.shape[0], 64, dtype=torch.float64, device=bench.device) / n**0.5, x.rows)
+    scale = torch.ones(count, dtype=torch.float64, device=bench.device)
+
+    def row(work: Callable[[], Any], matrices: int) -> dict[str, float]:
+        return {"matrices": matrices, **bench.time(work).as_json()}
+
+    bench.attempt("product", lambda: row(lambda: backend.product(factors, x), count))
+    bench.attempt("solve", lambda: row(lambda: backend.solve(factors, x), count))
+    bench.attempt("extend by 16 beside 64", lambda: row(lambda: backend.extend(basis, x, scale), count))
+    bench.attempt("torch: product", lambda: row(lambda: lower @ (lower.T @ block), 1))
+    bench.attempt("torch: solve", lambda: row(lambda: torch.cholesky_solve(block, lower), 1))

@@ -1,0 +1,94 @@
+"""What a run of gpu.py leaves behind: a line for every number, and one document made of all lines. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+LINES = "gpu.jsonl"  # every number, the moment it exists
+LOG = "gpu.log"  # what the stages print
+LONGEST = 300  # characters of a value in the table
+
+
+def write_line(file: Path, content: dict[str, Any]) -> None:
+    """Append one line of JSON, on the disk when this returns."""
+    with file.open("a") as lines:
+        lines.write(json.dumps({**content, "at": round(time.time(), 2)}) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
+def read_lines(file: Path, start: int = 0) -> list[dict[str, Any]]:
+    """All whole lines from byte ``start`` on; the last may be cut where a process was ended while it wrote."""
+    found = []
+    if file.exists():
+        with file.open("rb") as content:
+            content.seek(start)
+            for line in content.read().splitlines():
+                try:
+                    found.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+    return found
+
+
+def merge(document: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The document with what the lines add: {stage: {key: value}}, beside "failed" and "skipped" with the reasons.
+
+    A value replaces an earlier one and the reason why there was none; an error or a skip replaces no value.
+    """
+    for name in ("stages", "failed", "skipped"):
+        document.setdefault(name, {})
+    for line in lines:
+        stage, key = line["stage"], line["key"]
+        place = f"{stage}: {key}"
+        if "value" in line:
+            document["stages"].setdefault(stage, {})[key] = line["value"]
+            document["failed"].pop(place, None)
+            document["skipped"].pop(place, None)
+        elif "error" in line:
+            document["failed"][place] = line["error"]
+        elif key not in document["stages"].get(stage, {}):
+            document["skipped"][place] = line["skipped"]
+    return document
+
+
+def write_document(folder: Path, device: str, lines: list[dict[str, Any]]) -> Path:
+    """Merge into <device>.json in the folder, all at once; what an earlier run found there stays."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    target = folder / f"{slug}.json"
+    try:
+        document = json.loads(target.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        document = {}
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(merge(document, lines), indent=1) + "\n")
+    os.replace(partial, target)
+    return target
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Lines as text, one for every key; long ones are cut, the file has all of them."""
+    rows = []
+    for line in lines:
+        if "value" in line:
+            text = _text(line["value"])
+        else:
+            text = f"FAILED: {line['error']}" if "error" in line else f"skipped: {line['skipped']}"
+        rows.append((f"{line['stage']}: {line['key']}", text))
+    width = min(60, max((len(name) for name, _ in rows), default=0))
+    return "\n".join(
+        f"{name:<{width}}  {text if len(text) <= LONGEST else text[:LONGEST] + ' ...'}" for name, text in rows
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
