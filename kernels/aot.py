@@ -24,7 +24,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, triangular
+from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
 from .problems import TARGETS, Instance
 
 MODULE = __spec__.name  # also when it runs as __main__
@@ -54,7 +54,7 @@ class Report:
 
 def instances(target: str, quick: bool) -> list[Instance]:
     """Every instance of every kernel; or, quickly, a selection with every value of every constant."""
-    rooms = (quantize, gram, cholesky, triangular, panel, apply, orthogonal, ritz, shifted)
+    rooms = (quantize, start, gram, cholesky, triangular, panel, apply, orthogonal, ritz, shifted)
     everything = [i for room in rooms for i in room.instances(target)]
     if not quick:
         return everything

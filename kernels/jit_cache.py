@@ -31,7 +31,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, triangular
+from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
 from .problems import INNER_COLUMNS, INNER_NONE, TARGETS, Problems, Storage, Tensor, storages
 
 META = torch.device("meta")
@@ -100,6 +100,7 @@ def _factors(problems: Problems, factored: cholesky.Factored) -> None:
     panel.subtract(rows, _empty(members.rows, 64), coefficients, x)
     panel.combine(rows, _empty(members.rows, 64), coefficients)
     orthogonal.orthonormalized(rows, x, _empty(rows.members))
+    start.gaussian_blocks(rows, [0] * rows.members)
     columns = [_empty(rows.members, 16 * (j + 1), 16) for j in range(3)]
     t = ritz.Tridiagonal.of(columns, _empty(rows.members, 16, 16))
     theta = ritz.largest_eigenvalue(t)
@@ -108,6 +109,7 @@ def _factors(problems: Problems, factored: cholesky.Factored) -> None:
 
 
 def _weights(problems: Problems) -> None:
+    start.column_digests(problems)
     blocks = apply.Blocks.of(problems)
     x = _empty(blocks.short_rows, 16)
     image, _ = apply.times(problems, blocks, x)

@@ -24,9 +24,10 @@ from spectra import (
     vandermonde,
 )
 
+from kappa_fast.backends.start import gaussian_block
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.spectrum import ladder
-from kappa_fast.spectrum.krylov import WIDTH, gaussian_block
+from kappa_fast.spectrum.krylov import WIDTH
 from kappa_fast.spectrum.ladder import Goal, Resolution, resolve
 
 BACKEND = TorchBackend(torch.device("cpu"))

@@ -9,9 +9,10 @@ import torch
 from spectra import SPECTRA, hadamard
 
 from kappa_fast.backends.base import Factors, Panel, Rung
+from kappa_fast.backends.start import gaussian_block
 from kappa_fast.backends.torch_backend import TorchBackend
-from kappa_fast.spectrum import bounds, krylov
-from kappa_fast.spectrum.krylov import WIDTH, Extreme, gaussian_block, largest
+from kappa_fast.spectrum import bounds
+from kappa_fast.spectrum.krylov import WIDTH, Extreme, largest
 
 OFTEN = 0.1  # a failure probability that a simulation can see
 BACKEND = TorchBackend(torch.device("cpu"))
@@ -185,7 +186,8 @@ def test_the_excess_does_not_depend_on_the_scale(exponent):
 )
 def test_the_bound_fails_as_rarely_as_stated(values, monkeypatch):
     monkeypatch.setattr(bounds, "FAILURE", OFTEN)
-    monkeypatch.setattr(krylov, "gaussian_block", lambda n, width, *_: torch.randn(n, width, dtype=torch.float64))
+    drawn = "kappa_fast.backends.torch_backend.gaussian_block"
+    monkeypatch.setattr(drawn, lambda n, width, *_: torch.randn(n, width, dtype=torch.float64))
     trials = 60
     found = find([torch.diag(values)] * trials, 3e-2)  # the start has no preferred direction, so any basis will do
     misses = sum(f.theta * (1 + f.excess) < float(values.max()) for f in found)

@@ -228,6 +228,9 @@ class Backend(Protocol):
         extreme vectors from the start blocks.
         """
 
+    def gaussian(self, ns: Sequence[int], seeds: Sequence[bytes], width: int, salt: int, dtype: torch.dtype) -> Panel:
+        """Standard Gaussian blocks (n, width), each from the digest of its matrix; ``salt`` tells several apart."""
+
     def gram(self, operands: Sequence[Operand], dtype: torch.dtype, chunk: int | None = None) -> list[Tensor]:
         """Lower triangles of A^T A, shape (n, n); above the diagonal undefined.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .base import DROP, Extension, Factors, Operand, Panel, Ritz, Rung, Tensor, dense_projection
+from .start import gaussian_block
 
 CHOLESKY32 = Rung("cholesky32", "cholesky", torch.float32, 2)
 CHOLESKY64 = Rung("cholesky64", "cholesky", torch.float64, 2)
@@ -64,6 +65,10 @@ class TorchBackend:
 
     def digests(self, operands: Sequence[Operand]) -> list[bytes]:
         return [digest(a) for a in operands]
+
+    def gaussian(self, ns: Sequence[int], seeds: Sequence[bytes], width: int, salt: int, dtype: torch.dtype) -> Panel:
+        blocks = [gaussian_block(n, width, salt, seed, self.device) for n, seed in zip(ns, seeds, strict=True)]
+        return Panel.pack(blocks).to(dtype)
 
     def gram(self, operands: Sequence[Operand], dtype: torch.dtype, chunk: int | None = None) -> list[Tensor]:
         return [_gram(a.tensor, dtype, chunk) for a in operands]

@@ -7,12 +7,10 @@ would otherwise go on into noise.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..backends.base import DROP, Backend, Factors, Panel, Ritz, Tensor, dense_projection
@@ -73,7 +71,7 @@ class Space:
         cls, backend: Backend, ns: Sequence[int], seeds: Sequence[bytes], dtype: torch.dtype, width: int, salt: int
     ) -> Space:
         """Spaces that start from Gaussian blocks."""
-        block = backend.orthonormalize(gaussian_panel(ns, seeds, width, salt, dtype, backend.device))
+        block = backend.orthonormalize(backend.gaussian(ns, seeds, width, salt, dtype))
         basis = Panel(block.data.new_empty((block.data.shape[0], FIRST_BLOCKS * width)), block.rows)
         nothing = torch.zeros((len(ns), width, width), dtype=torch.float64, device=backend.device)
         never = nothing[:, 0] != 0
@@ -118,28 +116,6 @@ class Space:
         self.alive = (split.coupling != 0).any(dim=2)
         self.dropped = self.dropped | ~self.alive.all(dim=1)
         return ~self.alive.any(dim=1) | ~torch.isfinite(split.scale)
-
-
-def gaussian_block(n: int, width: int, salt: int, seed: bytes = b"", device: torch.device | None = None) -> Tensor:
-    """A standard Gaussian (n, width) block in float64 that depends on its arguments alone.
-
-    Generators of their own: the global random state is neither read nor moved. torch's on a CPU would not do: it takes
-    32 bits of a seed, and weights can be orthogonal to several of so few blocks.
-    """
-    key = hashlib.sha256(f"{n} {width} {salt} ".encode() + seed).digest()
-    if device is not None and device.type == "cuda":
-        generator = torch.Generator(device).manual_seed(int.from_bytes(key[:8], "little"))
-        return torch.randn(n, width, generator=generator, dtype=torch.float64, device=device)
-    bits = np.random.SFC64(np.random.SeedSequence(int.from_bytes(key[:16], "little")))
-    return torch.from_numpy(np.random.Generator(bits).standard_normal((n, width))).to(device)
-
-
-def gaussian_panel(
-    ns: Sequence[int], seeds: Sequence[bytes], width: int, salt: int, dtype: torch.dtype, device: torch.device
-) -> Panel:
-    """The Gaussian blocks of a wave."""
-    blocks = [gaussian_block(n, width, salt, seed, device) for n, seed in zip(ns, seeds, strict=True)]
-    return Panel.pack(blocks).to(dtype)
 
 
 def small_eigenpairs(columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

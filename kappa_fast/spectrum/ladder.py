@@ -20,7 +20,7 @@ from ..undisturbed import flushes
 from . import certify as proofs
 from . import exact
 from .bounds import norm_factor
-from .krylov import WIDTH, Extreme, gaussian_panel, largest
+from .krylov import WIDTH, Extreme, largest
 from .polish import Triplets, polish, ratio_bound, sensitivities
 
 log = logging.getLogger("kappa_fast")
@@ -194,7 +194,7 @@ def _use_factors(backend: Backend, climbers: Sequence[_Climber], factors: Factor
 
 def _departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors, limit: float) -> list[float]:
     """Bounds on ||M||_2 from a Gaussian block; where M X is too large, from M^T M X, which overestimates far less."""
-    blocks = gaussian_panel(factors.ns, [c.seed for c in climbers], WIDTH, 2, factors.rung.dtype, backend.device)
+    blocks = backend.gaussian(factors.ns, [c.seed for c in climbers], WIDTH, 2, factors.rung.dtype)
     bounds = [math.inf] * len(climbers)
     factor = norm_factor(WIDTH) / math.sqrt(WIDTH)
     active = list(range(len(climbers)))
