@@ -5,17 +5,16 @@ Kernels work on a wave of matrices; the library gets one matrix, and every numbe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from gpu_models import shapes_of
 from gpu_timing import Bench
 
 
 def ceilings(bench: Bench) -> None:
-    """Bytes per second of a copy, and operations per second of square products: what a floor is counted with."""
+    """Bytes per second of a copy, and operations per second of square products: what floors are counted with."""
     side, size = (64, 1 << 16) if bench.smoke else (8192, 1 << 30)
 
     def copies() -> float:
@@ -51,46 +50,6 @@ def ceilings(bench: Bench) -> None:
     bench.attempt("float32", partial(products, torch.float32, side // 2))
     bench.attempt("tf32", tf32)
     bench.attempt("int8", int8)
-
-
-def floors(bench: Bench, names: Sequence[str]) -> None:
-    """Seconds for each model and step that the measured ceilings do not allow to go below."""
-    rates = {key: bench.found("ceilings", key) for key in ("bandwidth", "bf16", "float64", "float32", "tf32", "int8")}
-    if missing := [key for key, rate in rates.items() if rate is None]:
-        bench.skip("all models", f"the stage ceilings found no {', '.join(missing)}")
-        return
-
-    def of(name: str) -> dict[str, float]:
-        steps: dict[str, float] = {}
-        for (m, n), count in shapes_of(name).items():
-            for step, seconds in floor((m, n), rates).items():
-                steps[step] = steps.get(step, 0.0) + count * seconds
-        steps["together"] = sum(steps.values())
-        if taken := bench.found(name, "median"):
-            steps["time over floor"] = taken["seconds"] / steps["together"]
-        return steps
-
-    for name in names:
-        bench.attempt(name, partial(of, name))
-
-
-def floor(shape: tuple[int, int], rates: dict[str, float]) -> dict[str, float]:
-    """Seconds by step for a 16-bit matrix (m, n) without proofs, at these rates per second.
-
-    Gram matrix: the lower triangle, m n^2 operations in 16 bits, or in int8 four times that for two slices. Factor:
-    n^3 / 3 operations in float64, in float32, or in TF32 three times. Krylov: six steps at each end, each reading the
-    lower triangle twice, in float32 (in float64 it would be twice the bytes). Weights: read five times beside the
-    Gram matrix (peaks, departure twice, polish, sensitivity), four of them with 32 m n float64 operations on them.
-    """
-    m, n = max(shape), min(shape)
-    bandwidth = rates["bandwidth"]
-    read, applied = 2 * m * n / bandwidth, 32 * m * n / rates["float64"]
-    return {
-        "Gram matrix": max(read, min(m * n * n / rates["bf16"], 4 * m * n * n / rates["int8"])),
-        "factor": n**3 / 3 / max(rates["float64"], rates["float32"], rates["tf32"] / 3),
-        "Krylov steps": 12 * 2 * 2 * n * n / bandwidth,
-        "weights": read + 4 * max(read, applied),
-    }
 
 
 def gram(bench: Bench) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 LINES = "gpu.jsonl"  # every number, the moment it exists
 LOG = "gpu.log"  # what the stages print
+RATES = ("bandwidth", "bf16", "int8", "float64", "float32", "tf32")
 LONGEST = 300  # characters of a value in the table
 
 
@@ -92,3 +93,47 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
+
+
+def floors(lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """For every model that was ranked: seconds by step that the measured ceilings do not allow to go below.
+
+    Nothing where a ceiling is missing.
+    """
+    values = merge({}, lines)["stages"]
+    rates = values.get("ceilings", {})
+    if not set(RATES) <= set(rates):
+        return {}
+    found = {}
+    for name, of_model in values.items():
+        if "shapes" not in of_model:
+            continue
+        steps: dict[str, float] = {}
+        for shape, count in of_model["shapes"].items():
+            m, n = (int(size) for size in shape.split("x"))
+            for step, seconds in floor((m, n), rates).items():
+                steps[step] = steps.get(step, 0.0) + count * seconds
+        steps["together"] = sum(steps.values())
+        if "median" in of_model:
+            steps["time over floor"] = of_model["median"]["seconds"] / steps["together"]
+        found[name] = steps
+    return found
+
+
+def floor(shape: tuple[int, int], rates: dict[str, float]) -> dict[str, float]:
+    """Seconds by step for a 16-bit matrix (m, n) without proofs, at these rates per second.
+
+    Gram matrix: the lower triangle, m n^2 operations in 16 bits, or in int8 four times that for two slices. Factor:
+    n^3 / 3 operations in float64, in float32, or in TF32 three times. Krylov: six steps at each end, each reading the
+    lower triangle twice, in float32 (in float64 it would be twice the bytes). Weights: read five times beside the
+    Gram matrix (peaks, departure twice, polish, sensitivity), four of them with 32 m n float64 operations on them.
+    """
+    m, n = max(shape), min(shape)
+    bandwidth = rates["bandwidth"]
+    read, applied = 2 * m * n / bandwidth, 32 * m * n / rates["float64"]
+    return {
+        "Gram matrix": max(read, min(m * n * n / rates["bf16"], 4 * m * n * n / rates["int8"])),
+        "factor": n**3 / 3 / max(rates["float64"], rates["float32"], rates["tf32"] / 3),
+        "Krylov steps": 12 * 2 * 2 * n * n / bandwidth,
+        "weights": read + 4 * max(read, applied),
+    }

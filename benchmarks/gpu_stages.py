@@ -240,6 +240,8 @@ def model(bench: Bench, name: str) -> None:
     if first is None:
         return
     bench.keep("what was found", _summary(rankings[0]))
+    sizes = [(max(e.shape), min(e.shape)) for e in rankings[0]]
+    bench.keep("shapes", {f"{m}x{n}": count for (m, n), count in collections.Counter(sizes).items()})
     runs = []
     for i in range(1 if bench.smoke else RUNS):
         found = bench.attempt(f"run {i + 1}", run, min([first["seconds"], *(r["seconds"] for r in runs)]))

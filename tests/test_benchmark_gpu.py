@@ -254,21 +254,29 @@ def strict(monkeypatch):
 
 
 @pytest.mark.usefixtures("strict")
-def test_ceilings_and_floors(bench, load):
-    kernels = load("gpu_kernels")
-    bench.stage = "ceilings"
-    kernels.ceilings(bench)
-    assert set(kept(bench)) == {"bandwidth", "from pinned memory", "bf16", "float64", "float32", "tf32", "int8"}
-    kernels.floors(bench, ["Mixtral-8x7B"])
-    found = kept(bench)["Mixtral-8x7B"]
-    steps = ("Gram matrix", "factor", "Krylov steps", "weights")
-    assert found["together"] == pytest.approx(sum(found[step] for step in steps))
+def test_ceilings_are_all_that_floors_are_counted_with(bench, load):
+    load("gpu_kernels").ceilings(bench)
+    assert set(kept(bench)) == {*load("gpu_results").RATES, "from pinned memory"}
     assert not bench.failed
+
+
+def test_floors_are_added_up_over_the_shapes_of_a_model(load):
+    results = load("gpu_results")
+    lines = [{"stage": "ceilings", "key": key, "value": 1e12} for key in results.RATES]
+    assert results.floors(lines) == {}
+    lines += [{"stage": "a model", "key": "shapes", "value": {"64x32": 3, "32x32": 2}}]
+    lines += [{"stage": "a model", "key": "median", "value": {"seconds": 1.0}}]
+    found = results.floors(lines)["a model"]
+    rates = dict.fromkeys(results.RATES, 1e12)
+    total = 3 * sum(results.floor((64, 32), rates).values()) + 2 * sum(results.floor((32, 32), rates).values())
+    assert found["together"] == pytest.approx(total)
+    assert found["time over floor"] == pytest.approx(1 / total)
+    assert results.floors(lines[1:]) == {}
 
 
 def test_the_floor_of_a_matrix_by_hand(load):
     rates = dict(bandwidth=4e12, bf16=8e14, int8=1.6e15, float64=6e13, float32=5e13, tf32=4.5e14)
-    found = load("gpu_kernels").floor((4096, 14336), rates)
+    found = load("gpu_results").floor((4096, 14336), rates)
     assert found["Gram matrix"] == pytest.approx(14336 * 4096**2 / 8e14)  # four int8 products would take twice that
     assert found["factor"] == pytest.approx(4096**3 / 3 / 1.5e14)  # TF32 three times
     assert found["Krylov steps"] == pytest.approx(24 * 2 * 4096**2 / 4e12)
@@ -288,11 +296,6 @@ def test_single_kernels_and_the_library_say_how_many_matrices_they_are_for(bench
     assert (row["matrices"], found["torch: what two slices do"]["matrices"]) == (2, 1)
     assert {"kappa_fast, with that copy", "torch, a batch", "solve", "torch: solve"} <= set(found)
     assert not bench.failed
-
-
-def test_floors_without_ceilings_say_what_is_missing(bench, load):
-    load("gpu_kernels").floors(bench, ["Mixtral-8x7B"])
-    assert kept(bench) == {"all models": "the stage ceilings found no bandwidth, bf16, float64, float32, tf32, int8"}
 
 
 @pytest.mark.parametrize(
@@ -328,6 +331,7 @@ def test_every_line_runs_in_the_processes_of_the_command(tmp_path):
         assert found["weights"]["where"] == "on the device"
         assert found["first run"]["metadata"]["backend"] == "triton"
         assert found["runs agree"] is True
+        assert document["stages"]["floors"][name]["together"] > 0
         assert sum(row["share"] for row in found["profile"]["kernels"].values()) == pytest.approx(1, abs=0.1)
     assert document["stages"]["full size"]["64x64, the same bits in waves of one"] is True
     assert len(list(tmp_path.iterdir())) <= 8
