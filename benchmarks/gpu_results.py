@@ -125,8 +125,8 @@ def floor(shape: tuple[int, int], rates: dict[str, float]) -> dict[str, float]:
 
     Gram matrix: the lower triangle, m n^2 operations in 16 bits, or in int8 four times that for two slices. Factor:
     n^3 / 3 operations in float64, in float32, or in TF32 three times. Krylov: six steps at each end, each reading the
-    lower triangle twice, in float32 (in float64 it would be twice the bytes). Weights: read five times beside the
-    Gram matrix (peaks, departure twice, polish, sensitivity), four of them with 32 m n float64 operations on them.
+    lower triangle twice, in float32 (in float64 it would be twice the bytes). Weights: read six times beside the
+    Gram matrix (peaks, digest, departure twice, polish, sensitivity), four of them with 32 m n float64 operations.
     """
     m, n = max(shape), min(shape)
     bandwidth = rates["bandwidth"]
@@ -135,5 +135,5 @@ def floor(shape: tuple[int, int], rates: dict[str, float]) -> dict[str, float]:
         "Gram matrix": max(read, min(m * n * n / rates["bf16"], 4 * m * n * n / rates["int8"])),
         "factor": n**3 / 3 / max(rates["float64"], rates["float32"], rates["tf32"] / 3),
         "Krylov steps": 12 * 2 * 2 * n * n / bandwidth,
-        "weights": read + 4 * max(read, applied),
+        "weights": 2 * read + 4 * max(read, applied),
     }

@@ -87,9 +87,12 @@ def test_what_is_unknown_is_named(load, capsys):
         assert re.search(said, capsys.readouterr().err)
 
 
+NAMES = ("describe", "a", "b", "c", "d")
+
+
 def test_a_stage_that_dies_or_hangs_costs_nothing_but_itself(command, load, monkeypatch, capsys):
     gpu = load("gpu")
-    monkeypatch.setattr(gpu, "stages", lambda models: [gpu.Stage(n, 0.7) for n in ("describe", "a", "b", "c")])
+    monkeypatch.setattr(gpu, "stages", lambda models: [gpu.Stage(n, 1.5 if n == "b" else 30) for n in NAMES])
     body = """
 if stage == "a":
     keep(key="first", value=1.5)
@@ -102,6 +105,8 @@ if stage == "c":
     keep(key="third", value=3.5)
     keep(key="fourth", error="CanaryError: cholesky is off")
     sys.exit(1)
+if stage == "d":
+    import no_such_package
 """
     code, document = command(body, "--minutes", "1")
     assert code == 1
@@ -110,7 +115,8 @@ if stage == "c":
     assert document["failed"]["c: fourth"] == "CanaryError: cholesky is off"
     assert "ended with -6: " in document["failed"]["a: all of it"]
     assert "illegal memory access" in document["failed"]["a: all of it"]
-    assert "hung, and was ended after 1 s" in document["failed"]["b: all of it"]
+    assert "hung, and was ended after 2 s" in document["failed"]["b: all of it"]
+    assert "No module named 'no_such_package'" in document["failed"]["d: all of it"]
     assert re.search("c: fourth +FAILED: CanaryError: cholesky is off", capsys.readouterr().out)
 
 
@@ -170,6 +176,18 @@ def test_after_an_error_that_the_device_does_not_survive_the_stage_ends(bench, l
     with pytest.raises(lost, match="after a kernel: CUDA error"):
         bench.attempt("a kernel", gone)
     assert "illegal memory access" in kept(bench)["a kernel"]
+
+
+def test_without_git_the_digest_of_the_sources_says_what_was_measured(load, monkeypatch):
+    record = load("record")
+
+    def missing(*arguments, **options):
+        raise FileNotFoundError("git")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(record.subprocess, "run", missing)
+        assert record.commit() == {"source": record.source_digest()}
+    assert re.fullmatch("[0-9a-f]{16}", record.source_digest())
 
 
 class FakeEvent:
@@ -280,7 +298,7 @@ def test_the_floor_of_a_matrix_by_hand(load):
     assert found["Gram matrix"] == pytest.approx(14336 * 4096**2 / 8e14)  # four int8 products would take twice that
     assert found["factor"] == pytest.approx(4096**3 / 3 / 1.5e14)  # TF32 three times
     assert found["Krylov steps"] == pytest.approx(24 * 2 * 4096**2 / 4e12)
-    assert found["weights"] == pytest.approx(2 * 14336 * 4096 / 4e12 + 4 * 32 * 14336 * 4096 / 6e13)
+    assert found["weights"] == pytest.approx(4 * 14336 * 4096 / 4e12 + 4 * 32 * 14336 * 4096 / 6e13)
 
 
 @pytest.mark.slow

@@ -126,6 +126,43 @@ def test_kernels_that_changed_are_compiled_again(filled, root, tmp_path):
     assert filled(cache, clone) == (1, 0)
 
 
+BROKEN = """
+import sys, torch, triton
+import triton.language as tl
+from pathlib import Path
+from kappa_fast.kernels import jit_cache, quantize
+from kappa_fast.kernels.launch import launch
+
+@triton.jit
+def broken(x):
+    tl.store(x, tl.no_such_thing(x))
+
+def launch_few(matrices):
+    meta = matrices[0].device
+    launch(broken, (1,), torch.empty(5, device=meta))
+    quantize.sum_runs(*(torch.empty(5, dtype=t, device=meta) for t in (torch.int32, torch.int32, torch.float64)))
+
+seen = []
+jit_cache.launch_all = launch_few
+jit_cache.driver.set_active(jit_cache.Pretended("sm_80"))
+done = jit_cache.compile_all([[torch.empty(5, device="meta")]], 2, lambda *counts: seen.append(counts))
+assert len(seen) == 2 and max(seen) == (2, 2), seen
+print(len(done.compiled) + len(done.found), *(str(error) for error in done.failed))
+"""
+
+
+@pytest.mark.slow
+def test_a_kernel_that_does_not_compile_stops_no_other(root, tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)  # Triton reads the source of a kernel
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, str(tmp_path / "broken.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 ")
+    assert "no_such_thing" in done.stdout
+
+
 @pytest.mark.parametrize("key", ["triton", "build", "python"])
 def test_an_archive_of_another_triton_or_python_says_that_it_will_not_be_used(key, tmp_path, monkeypatch):
     kernel = tmp_path / "made" / "ABC"
