@@ -157,6 +157,21 @@ def test_nvfp4_is_what_the_library_rounds_to_bfloat16(tmp_path):
     np.testing.assert_array_equal(found.load().bfloat16().float().numpy(), values)
 
 
+@pytest.mark.parametrize("format", ["mxfp8-quantized", "mxfp6-pack-quantized", "mxfp4-pack-quantized"])
+@pytest.mark.parametrize("rows", [ROWS, 128])
+def test_mxfp8_is_what_the_library_makes_of_it(format, rows, tmp_path):
+    """And the narrower ones. 128 rows of four scales would fill a tile, but the config says that they lie in rows."""
+    bits = int(format[4])
+    scheme = {"type": "float", "symmetric": True, "num_bits": bits, "strategy": "group", "group_size": 32}
+    stored, values = compressed(trained(rows, COLUMNS), format, scheme | {"scale_dtype": "torch.uint8"})
+    assert stored["weight_scale"].dtype == torch.uint8
+    tensors = {f"a.{name}": tensor for name, tensor in stored.items()}
+    path = saved(tmp_path, tensors, quantization_config=settings(format, scheme))
+    (found,) = open_source(path, Filters()).matrices
+    assert (found.name, found.dtype) == ("a.weight", torch.float32)
+    np.testing.assert_array_equal(found.load().bfloat16().float().numpy(), values)
+
+
 @pytest.mark.parametrize("targets", [("re:.*q_proj$",), ("b.q_proj",), ("Linear",)])
 def test_the_config_group_of_a_module_is_found_by_name_pattern_or_class(targets, tmp_path):
     narrow = INT | {"num_bits": 4, "strategy": "group", "group_size": 64}

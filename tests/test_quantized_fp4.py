@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from models import matrices, reasons
+from models import matrices
 from packing import at_blocks, check, check_complete, from_nibbles, in_bytes, nibbles, numbers, powers, saved, trained
 
 import kappa_fast
@@ -105,14 +105,33 @@ def test_packed_mxfp4_of_compressed_tensors(tmp_path):
     check_complete(stored, check(stored, truth))
 
 
-def test_mxfp6_is_not_taken_for_mxfp4(tmp_path):
-    stored = {"a.weight_packed": torch.zeros(32, 48, dtype=torch.uint8), "a.weight_scale": torch.zeros(32, 2).byte()}
-    stored["b.weight"] = torch.randn(16, 16)
-    path = saved(tmp_path, stored, quantization_config=COMPRESSED | {"format": "mxfp6-pack-quantized"})
-    assert reasons(path)["a.weight_packed"] == (
-        "quantized codes that need their scales (weight_scale); this quantized format is not supported "
-        "(compressed-tensors)"
+def sixes() -> tuple[torch.Tensor, np.ndarray]:
+    """Every one of the 64 codes of E2M3, four in three bytes, and what they stand for."""
+    codes = np.random.default_rng(0).permutation(np.arange(64).repeat(64)).reshape(64, 64)
+    packed = np.array(
+        [[sum(int(c) << 6 * k for k, c in enumerate(four)) for four in row.reshape(-1, 4)] for row in codes]
     )
+    octets = np.stack([packed & 255, packed >> 8 & 255, packed >> 16], -1).reshape(64, 48).astype(np.uint8)
+    exponent, mantissa = codes >> 3 & 3, codes & 7
+    sizes = np.where(exponent == 0, mantissa / 8, (1 + mantissa / 8) * 2.0 ** (exponent - 1))
+    return torch.from_numpy(octets), np.where(codes & 32, -sizes, sizes)
+
+
+def test_mxfp6_is_read_and_not_taken_for_mxfp4(tmp_path):
+    from compressed_tensors.compressors.mxfp6.helpers import unpack_fp6_from_uint8
+
+    codes, values = sixes()
+    np.testing.assert_array_equal(unpack_fp6_from_uint8(codes, 64, 64, torch.float64).numpy(), values)
+    scales = torch.randint(120, 130, (64, 2), dtype=torch.uint8)
+    stored = {"a.weight_packed": codes, "a.weight_scale": scales}
+    truth = {"a.weight": (values * at_blocks(powers(scales), values.shape, (1, 32))).astype(np.float32)}
+    path = saved(tmp_path, stored, quantization_config=COMPRESSED | {"format": "mxfp6-pack-quantized"})
+    (entry,) = check(path, truth)
+    assert (entry.name, entry.quantization) == ("a.weight", "mxfp6 e2m3")
+    check(stored, truth)
+    lying = saved(tmp_path, stored, quantization_config=COMPRESSED | {"format": "mxfp4-pack-quantized"})
+    with pytest.raises(SourceError, match="config says 'mxfp4-pack-quantized', whose scales have another shape"):
+        kappa_fast.rank(lying)
 
 
 def test_four_bit_experts_of_an_fp8_checkpoint(tmp_path):
@@ -204,8 +223,8 @@ def test_scales_of_gpt_oss_that_do_not_fit_are_refused(scales, why):
 
 
 def test_scales_of_packed_mxfp4_that_do_not_fit_are_refused():
-    source = {"a.weight_packed": torch.zeros(32, 48, dtype=torch.uint8), "a.weight_scale": torch.zeros(32, 2).byte()}
-    with pytest.raises(SourceError, match=r"'a\.weight_scale' of shape .32, 2., uint8, .* one scale for 32 weights"):
+    source = {"a.weight_packed": torch.zeros(32, 48, dtype=torch.uint8), "a.weight_scale": torch.zeros(32, 4).byte()}
+    with pytest.raises(SourceError, match=r"'a\.weight_scale' of shape .32, 4., uint8, .* one scale for 32 weights"):
         open_source(source, Filters())
 
 

@@ -252,3 +252,46 @@ def test_plain_names_decide_what_is_an_embedding_and_patterns_see_both_names():
     assert {s.name: s.reason for s in source.skipped}["lm_head.weight"].startswith("embedding or output head")
     assert set(matrices(tensors, Filters(exclude=r"q_proj\.qweight", embeddings=True))) == {"lm_head.weight"}
     assert set(matrices(tensors, Filters(include=r"q_proj\.weight$"))) == {"q_proj.weight"}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("sym", [True, False])
+def test_symmetric_zero_points_of_the_version_that_the_config_does_not_say_are_refused(bits, offset, sym, tmp_path):
+    stored, values = gptq(trained(ROWS, COLUMNS), bits, in_turn(), symmetric=True, offset=offset)
+    stated, other = ("gptq", "gptq_v2") if offset else ("gptq_v2", "gptq")
+    right = config(bits, sym=sym, checkpoint_format=stated)
+    check(saved(tmp_path, stored, quantization_config=right), {"a.weight": values})
+    path = saved(tmp_path, stored, quantization_config=right | {"checkpoint_format": other})
+    with pytest.raises(SourceError, match=rf"config says '{other}': set checkpoint_format .* to '{stated}'"):
+        kappa_fast.rank(path)
+    assert len(kappa_fast.rank(path, exclude="a.weight")) == 0
+
+
+def test_asymmetric_zero_points_are_those_of_the_version_that_is_said(tmp_path):
+    for offset, stated in ((1, "gptq"), (0, "gptq_v2")):
+        stored, values = gptq(trained(ROWS, COLUMNS), 4, in_turn(), symmetric=False, offset=offset)
+        check(saved(tmp_path, stored, quantization_config=config(4, checkpoint_format=stated)), {"a.weight": values})
+
+
+@pytest.mark.parametrize("key", ["checkpoint_format", "format"])
+@pytest.mark.parametrize("layout", ["gptq_p", "marlin", "gptq_marlin", "exl2", "bitblas", "llm-awq"])
+def test_a_layout_that_is_not_known_is_skipped_and_its_scales_too(key, layout, tmp_path):
+    stored, _ = gptq(trained(ROWS, COLUMNS), 4, in_turn(), symmetric=True)
+    path = saved(tmp_path, stored, quantization_config=config(4) | {key: layout})
+    assert matrices(path) == {}
+    assert {"a.qweight", "a.qzeros", "a.scales"} == set(reasons(path))
+
+
+@pytest.mark.parametrize("version", ["2.1", 2])
+def test_a_version_in_numbers_is_that_of_a_tool(version, tmp_path):
+    stored, values = gptq(trained(ROWS, COLUMNS), 4, in_turn(), symmetric=True)
+    check(saved(tmp_path, stored, quantization_config=config(4, version=version)), {"a.weight": values})
+
+
+def test_groups_that_no_input_is_in_are_refused(tmp_path):
+    stored, _ = gptq(trained(ROWS, COLUMNS), 4, in_turn(), symmetric=True)
+    stored["a.g_idx"] = torch.zeros(COLUMNS, dtype=torch.int32)  # as tools left it that never set it
+    path = saved(tmp_path, stored, quantization_config=config(4, sym=True))
+    with pytest.raises(SourceError, match=r"g_idx of 'a.qweight' puts its inputs into 1 groups, .* scales for 4"):
+        kappa_fast.rank(path)

@@ -16,7 +16,7 @@ import torch
 from ..entries import Index, Skipped
 from ..errors import SourceError
 
-Role = Literal["adapter", "embedding", "head", "router", "scales"]
+Role = Literal["adapter", "embedding", "head", "router", "scales", "ingredient"]
 
 
 class Take(Protocol):

@@ -21,7 +21,7 @@ RANKED = frozenset(
 )
 
 # What the name of the codes ends in, and what a companion adds to the name as a whole, or puts beside that ending.
-_ENDING = re.compile(r"(?:qweight|weight_packed|weight|_blocks)$")
+_ENDING = re.compile(r"(?:qweight|weight_packed|weight|_blocks|(?:(?<=\.)|^)(?:W_q|bitmask))$")
 # torchao calls the parts of a.weight a._weight_qdata, a._weight_scale, ...
 _QDATA = re.compile(r"^(?P<owner>(?:.*\.)?)_(?P<weight>\w+)_qdata$")
 _TORCHAO = (
@@ -58,11 +58,21 @@ _BESIDE = (
     "scale",
     "SCB",
     "scales",
+    "biases",
+    "comfy_quant",
     "qzeros",
     "g_idx",
     "_scales",
 )
 
+
+# What lies beside the codes of HQQ and beside the bits of sparse weights, and means nothing beside others.
+_OF_HQQ = (
+    *("scale", "zero", "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float"),
+    *("quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config"),
+    *("channel_wise", "optimize", "round_zero"),
+)
+_OF_BITMASKS = ("compressed", "shape", "row_offsets", "weight_scale", "weight_zero_point")
 
 # What nothing but scales are called, so that they are known where their codes are in another file.
 _UNMISTAKABLE = re.compile(r"(?:(?:weight|_proj)_scale(?:_inv|_2)?|weight_global_scale)$")
@@ -78,6 +88,9 @@ def companions(name: str, names: Collection[str]) -> list[str]:
     if found := _QDATA.match(name):
         return [c for part in _TORCHAO if (c := f"{found['owner']}_{found['weight']}_{part}") in names]
     stem = _ENDING.sub("", name)
+    for ending, beside in (("W_q", _OF_HQQ), ("bitmask", _OF_BITMASKS)):
+        if stem + ending == name:
+            return [stem + word for word in beside if stem + word in names]
     candidates = [name + suffix for suffix in _APPENDED]
     candidates += [stem + suffix for suffix in _BESIDE if stem != name]
     return [candidate for candidate in dict.fromkeys(candidates) if candidate != name and candidate in names]
@@ -124,6 +137,11 @@ def codes_reason(companion_names: Collection[str], method: str = "") -> str:
     """Why codes that have companions are not ranked; ``method`` is what the config calls the format."""
     listed = ", ".join(sorted({_last_word(name) for name in companion_names}))
     return f"quantized codes that need their scales ({listed}); {NOT_SUPPORTED}" + (f" ({method})" if method else "")
+
+
+def strangers_reason(quantization: str, found: Collection[str]) -> str:
+    """Why codes of a known format are not dequantized: something beside them may change what they stand for."""
+    return f"quantized ({quantization}), but with {', '.join(found)} beside the codes, which that format does not have"
 
 
 def dtype_reason(dtype: torch.dtype | None) -> str | None:

@@ -21,7 +21,7 @@ LEADING = ("module.",)
 
 # What PEFT puts around or beside the weights, and the first words of what its methods add to them.
 _PEFT = re.compile(r"^base_model\.|\.base_layer\.|\.modules_to_save\.|\.original_module\.|(?:^|\.)lora_")
-_ADAPTER = re.compile(r"(?:^|\.)(?:lora_|modules_to_save(?:\.|$))")
+_ADAPTER = re.compile(r"(?:^|\.)(?:lora_|lora\.(?:up|down)\.|hada_w[12]_|lokr_w[12](?:_|$)|modules_to_save(?:\.|$))")
 _ADAPTER_IN_PEFT = re.compile(
     r"^prompt_encoder\.|(?:^|\.)(?:adamss|adaption|beft|boft|bone|c3a|deft|delora|fourierft|frod|glora|gralora|hada|hira"
     r"|hra|ia3|lily|ln_tuning|lokr|miss|oft|osf|peanut|poly|prompt_embeddings|psoft|pvera|randlora|road|shadow|shira"
@@ -52,9 +52,15 @@ _GATE = re.compile(r"^(?P<block>(?:.*\.)?)gate(?:\.wg)?\.weight$")
 _MOE = re.compile(r"moe|expert|sparse")
 
 _CONVOLUTION = re.compile(r"conv(?!er|ne)|patch_embed(?:dings?)?\.(?:proj|projection)\.")
+_PARAMETER = re.compile(
+    r"(?:\w+_)?weights?|weight_[ih]h_l\d+(?:_reverse)?|weight_hr_l\d+(?:_reverse)?|original\d?|\w*bias\w*"
+    r"|(?:gate|up|down|gate_up|q|k|v|o|x|dt|in|out|text|visual|image|vision)_proj(?:ection)?|proj(?:ection)?|w[1-3]|v1"
+    r"|A_log|A|\w*(?:embed|embedding|position|positional|token|tokens|latents?|query|queries|probe|sinks|codevectors)\w*"
+)
 _BUFFER = re.compile(
     r"(?:^|\.)(?:attn|attention|self_attn)\.(?:bias|masked_bias)$|(?:^|[._])(?:inv_freq|(?:attn|causal|attention)_mask)$"
-    r"|(?:^|[._])(?:position_ids|(?:cos|sin)_cached|freqs_cis|running_(?:mean|var)|num_batches_tracked)$"
+    r"|(?:^|\.)(?:cos|sin|pe|alibi|fb|window|mel_filters?|mel_basis|filter_?banks?|(?:forward|inverse)_basis)$"
+    r"|(?:^|[._])(?:position_ids|(?:cos|sin)_cached?|freqs_cis|running_(?:mean|var)|num_batches_tracked)$"
 )
 
 
@@ -134,6 +140,11 @@ def is_adapter(name: str, in_peft: bool) -> bool:
 def is_convolution(name: str) -> bool:
     """True for kernels of convolutions, as far as a name can tell."""
     return _CONVOLUTION.search(name) is not None
+
+
+def is_parameter(name: str) -> bool:
+    """True for the names that parameters with two or more dimensions have in torch.nn and transformers."""
+    return _PARAMETER.fullmatch(name.rpartition(".")[2]) is not None or is_embedding(name)
 
 
 def is_buffer(name: str) -> bool:

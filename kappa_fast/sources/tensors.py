@@ -12,8 +12,10 @@ from ..errors import SourceError
 from . import codes
 from .base import Inventory, Role, Stored, Take
 from .names import base_name, has_adapters, is_buffer, unwrapped
+from .ownership import is_unread, without_ingredients
 from .quantized import weights_of
 from .quantized.live import weights_in
+from .reparametrized import put_together
 
 # Attributes in which quantized parameters keep what their codes need.
 _OF_PARAMETER = ("quant_state", "SCB")
@@ -34,7 +36,7 @@ def read_mapping(weights: Mapping[str, torch.Tensor]) -> Inventory:
     own = own_names(groups.values(), saved=True)
     stored = [store(own[names[0]], weights[names[0]]) for names in groups.values()]
     metadata = {"kind": "mapping", "model_type": None, "fingerprint": fingerprint(stored)}
-    tensors = weights_of(stored, None)
+    tensors = without_ingredients(put_together(weights_of(stored, None)))
     return Inventory(tensors, count_weights(tensors), metadata, in_peft=has_adapters(weights))
 
 
@@ -133,15 +135,17 @@ def sharded(what: str, kind: str) -> str:
 def count_weights(tensors: Iterable[Stored]) -> int:
     """How many weights a checkpoint or state dict holds: floats, dequantized or not, and codes that have scales.
 
-    Scales are none.
+    Scales are none, and neither is what else lies beside weights (``ownership.py``).
     """
     tensors = list(tensors)
     names = {name for t in tensors for name in t.names}
-    scales = {name for t in tensors if "scales" in t.roles for name in t.names}
+    scales = {name for t in tensors if not t.roles.isdisjoint({"scales", "ingredient"}) for name in t.names}
     scales |= {c for t in tensors if codes.may_be_codes(t.dtype) for n in t.names for c in codes.companions(n, names)}
     count = 0
     for t in tensors:
-        quantized = codes.may_be_codes(t.dtype) and any(codes.companions(name, names) for name in t.names)
+        quantized = is_unread(t) or (
+            codes.may_be_codes(t.dtype) and any(codes.companions(name, names) for name in t.names)
+        )
         weights = quantized or (t.dtype is not None and t.dtype.is_floating_point and not is_buffer(t.name))
         count += t.numel if weights and scales.isdisjoint(t.names) else 0
     return count

@@ -14,13 +14,18 @@ from typing import Any
 from ...errors import SourceError
 from .. import codes
 from ..base import Stored
+from ..ownership import by_owner, strangers
 from .bitsandbytes import STATE, TABLES, Bitsandbytes
+from .comfy import Comfy
 from .compressed import NVFP4, CompressedInts
-from .config import is_left_plain, matches, method_of
+from .config import is_left_plain, matches, method_of, unknown_method
 from .fp8 import FORMATS, FP8
+from .hqq import HQQ
+from .mlx import MLX
 from .mxfp4 import MXFP4
 from .packed import PackedInts
 from .recipe import Candidate, Family, Recipe, compose
+from .sparse import Sparse
 from .torchao import Torchao
 
 __all__ = ["FAMILIES", "weights_of"]
@@ -29,8 +34,9 @@ LONE_FP8 = "float8 without a scale, where other weights of the model have one: i
 
 # The first that recognizes codes takes them.
 FAMILIES: tuple[Family, ...] = (
-    *(Bitsandbytes(), Torchao()),  # whose codes have names or dtypes that others would take for theirs
-    *(FP8(), MXFP4(), NVFP4(), PackedInts(), CompressedInts()),
+    *(Comfy(), Bitsandbytes(), Torchao()),  # whose codes have names or dtypes that others would take for theirs
+    *(FP8(), MXFP4(), NVFP4(), PackedInts(), CompressedInts(), MLX()),
+    *(HQQ(), Sparse()),
 )
 
 
@@ -61,6 +67,8 @@ def weights_of(
     # What was dequantized before has its scales with it; in a state dict they lie beside it as well.
     complete = (name for t in found if t.quantization is not None for name in t.names)
     scales = {companion for name in complete for companion in codes.companions(name, by_name)}
+    own = {name for c in candidates for t in (c.codes, *c.companions.values()) for name in t.names}
+    owned = by_owner(by_name)
     for stored, candidate in zip(coded, candidates, strict=True):
         if id(stored) in companions:  # scales may come in the dtypes of codes
             continue
@@ -69,7 +77,7 @@ def weights_of(
             scales.update(candidate.names)
             continue
         try:
-            recipe = next((r for family in FAMILIES if (r := family.recognize(candidate)) is not None), None)
+            recipe = _recognized(candidate)
             if isinstance(recipe, Recipe):
                 _check_single(candidate, by_name)
         except SourceError as error:
@@ -84,6 +92,10 @@ def weights_of(
             if candidate.companions and (method := method_of(candidate.config)):
                 replaced[id(stored)] = replace(stored, problem=codes.codes_reason(candidate.names, method))
             continue
+        if found_beside := _strangers(candidate, own, owned):
+            replaced[id(stored)] = replace(stored, problem=codes.strangers_reason(recipe.quantization, found_beside))
+            scales.update(candidate.names)
+            continue
         replaced[id(stored)] = compose(stored, recipe)
         scales.update(name for companion in candidate.companions.values() for name in companion.names)
     scales |= {name for name in by_name if codes.is_orphan(name, by_name)}
@@ -97,6 +109,20 @@ def weights_of(
         replaced.get(id(t)) or (t if scales.isdisjoint(t.names) else replace(t, roles=t.roles | {"scales"}))
         for t in found
     ]
+
+
+def _recognized(candidate: Candidate) -> Recipe | str | None:
+    """What the first family that knows the codes makes of them; nothing if they were made by an unknown method."""
+    if unknown_method(candidate.config):
+        return codes.codes_reason(candidate.names, method_of(candidate.config)) if candidate.companions else None
+    return next((r for family in FAMILIES if (r := family.recognize(candidate)) is not None), None)
+
+
+def _strangers(candidate: Candidate, own: Collection[str], owned: Mapping[str, Sequence[str]]) -> list[str]:
+    """What lies beside codes and is none of a format's; a module's attributes say less, and its class more."""
+    if candidate.codes.parent is not None:
+        return []
+    return sorted({s for name in candidate.codes.names for s in strangers(name, own, owned)})
 
 
 def _unreadable(candidate: Candidate, error: SourceError) -> Stored:
@@ -117,9 +143,13 @@ def _lacks_scales(candidate: Candidate, replaced: Collection[int], companions: C
 
 
 def _may_be_codes(stored: Stored, by_name: Mapping[str, Stored]) -> bool:
-    """Also for bytes that pass as floats: bitsandbytes' quant_storage, which lets FSDP shard them with the rest."""
-    return codes.may_be_codes(stored.dtype) or any(
-        f"{name}.{STATE}{kind}" in by_name for name in stored.names for kind in TABLES
+    """Also for bytes that pass as floats: bitsandbytes' quant_storage, HQQ's view_as_float."""
+    if codes.may_be_codes(stored.dtype):
+        return True
+    return any(
+        any(f"{name}.{STATE}{kind}" in by_name for kind in TABLES)
+        or (name.endswith("W_q") and f"{name.removesuffix('W_q')}packing" in by_name)
+        for name in stored.names
     )
 
 

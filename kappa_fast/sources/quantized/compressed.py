@@ -15,7 +15,7 @@ import torch
 from ..base import Stored
 from .config import is_left_plain, method_of, scheme_of, whole_number
 from .packed import FLOATS, checked_groups
-from .recipe import Candidate, Recipe, refuse
+from .recipe import Candidate, Recipe, fills_tiles, in_unknown_order, refuse
 from .unpack import WORD, affine, block_size, e2m1, fields, times_blocks
 
 BITS = (2, 4, 8)  # three bits were packed in two ways under one name
@@ -178,6 +178,8 @@ class NVFP4:
             or half * 2 % NVFP4_BLOCK
         ):
             raise refuse(candidate, scale, f"an E4M3 scale for {NVFP4_BLOCK} weights, two in a byte, is expected")
+        if not divides and method_of(candidate.config) == "" and fills_tiles(scale.shape):
+            raise in_unknown_order(candidate, "modelopt")
         if whole.dtype != torch.float32 or (whole.numel != 1 and whole.shape != codes.shape[: len(codes.shape) - 2]):
             raise refuse(candidate, whole, "one float32, or one for each expert, is expected")
         return Recipe(

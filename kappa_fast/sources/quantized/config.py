@@ -13,6 +13,13 @@ from ...errors import SourceError
 # Older tools wrote these; what they say is what quantization_config says today. The first one that is there counts.
 AUTO_GPTQ = "quantize_config.json"
 FILES = (AUTO_GPTQ, "quant_config.json", "hf_quant_config.json")
+# Methods of which some format at least is read; what others have made of a weight nobody here can know.
+METHODS = frozenset(
+    {
+        *("", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark", "mxfp4", "mlx", "hqq", "torchao"),
+        *("gptq", "awq", "auto-round", "intel/auto-round", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
+    }
+)
 # Where configs list the modules that keep their weights as they were.
 _PLAIN = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
 
@@ -26,6 +33,8 @@ def quantization_config(directory: Path, config: Mapping[str, Any]) -> Mapping[s
     text = config.get("text_config")
     holders = [config, text] if isinstance(text, Mapping) else [config]
     for holder in holders:
+        if is_of_mlx(holder.get("quantization")):
+            return {**holder["quantization"], "quant_method": "mlx"}
         for key in ("quantization_config", "compression_config"):
             if isinstance(holder.get(key), Mapping):
                 return dict(holder[key])
@@ -35,10 +44,21 @@ def quantization_config(directory: Path, config: Mapping[str, Any]) -> Mapping[s
     return {}
 
 
+def is_of_mlx(found: object) -> bool:
+    """mlx-lm writes ``quantization`` into config.json, and the same once more as ``quantization_config``."""
+    return isinstance(found, Mapping) and "quant_method" not in found and {"bits", "group_size"} <= found.keys()
+
+
 def method_of(config: Mapping[str, Any]) -> str:
     """The name of the method, such as "gptq"; "" if the config is empty or does not say."""
     method = config.get("quant_method")
     return method.lower() if isinstance(method, str) else ""
+
+
+def unknown_method(config: Mapping[str, Any]) -> str:
+    """The name of the method if it is none whose files are read here; "" if it is, or if nothing is said."""
+    method = method_of(config)
+    return "" if method in METHODS else method
 
 
 def whole_number(config: Mapping[str, Any], *keys: str) -> int | None:

@@ -16,7 +16,7 @@ import torch
 from ...errors import SourceError
 from ..base import Stored
 from .config import is_left_plain, method_of, scheme_of, whole_number
-from .recipe import Candidate, Recipe, refuse
+from .recipe import Candidate, Recipe, fills_tiles, in_unknown_order, refuse
 from .unpack import block_sizes, scale_values, times_blocks
 
 FORMATS = {
@@ -28,6 +28,7 @@ FORMATS = {
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
 # Methods whose FP8 weights all have scales.
 _SCALED = {"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"}
+MX_BLOCK = 32  # weights that share an E8M0 scale in MXFP8
 _ROLES = ("scale_inv", "scale", "scale_weight")
 
 
@@ -53,6 +54,9 @@ class FP8:
         if min(rows, columns) == 1 and scale.name.rpartition(".")[2] == "scale":
             return None  # DeepSeek calls the scales of blocks so, others what they have divided or multiplied by
         block = _block(candidate, scale, rows, columns)
+        microscaled = scale.dtype in (torch.uint8, torch.float8_e8m0fnu) and block == (1, MX_BLOCK)
+        if microscaled and method_of(candidate.config) == "" and fills_tiles(scale.shape):
+            raise in_unknown_order(candidate, "compressed-tensors")
         return Recipe(
             quantization=f"fp8 {kind}, {describe_blocks(codes.shape, block)}",
             shape=codes.shape,

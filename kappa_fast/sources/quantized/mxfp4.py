@@ -1,7 +1,8 @@
-"""MXFP4: four-bit floats (E2M1), 32 of which share a power of two (E8M0), as the OCP Microscaling Formats define it.
+"""MXFP4 and MXFP6: floats of four (E2M1) or six bits (E2M3), 32 of which share a power of two (E8M0).
 
-Three ways to store it: gpt-oss' experts (``_blocks`` and ``_scales``), ``mxfp4-pack-quantized`` of compressed-tensors,
-and the experts that FP8 checkpoints keep in int8 (``expert_dtype`` of the config).
+As the OCP Microscaling Formats define them. MXFP4 is stored in three ways: gpt-oss' experts (``_blocks`` and
+``_scales``), ``mxfp4-pack-quantized`` of compressed-tensors, and the experts that FP8 checkpoints keep in int8
+(``expert_dtype`` of the config). MXFP6 is ``mxfp6-pack-quantized``.
 """
 
 from __future__ import annotations
@@ -33,14 +34,23 @@ class MXFP4:
         scale = candidate.find("scale", "scale_inv")
         if not (packed or experts) or len(codes.shape) not in (2, 3) or scale is None:
             return None
-        stated = {candidate.config.get("format"), scheme_of(candidate.plain_name, candidate.config).get("format")}
-        if packed and not stated.isdisjoint({"mxfp6-pack-quantized", "marlin-24"}):
+        scheme = scheme_of(candidate.plain_name, candidate.config)
+        stated = [word for word in (candidate.config.get("format"), scheme.get("format")) if isinstance(word, str)]
+        if packed and "marlin-24" in stated:
             return None
         if packed and (scale.dtype not in (torch.uint8, torch.float8_e8m0fnu) or candidate.find("global_scale")):
             return None
         if scale.dtype not in SCALES:
             raise refuse(candidate, scale, "scales of MXFP4 are E8M0")
         *above, columns = codes.shape
+        sixes = scale.shape == (*above, columns * 4 // 3 // BLOCK) and columns * 4 % (3 * BLOCK) == 0
+        if packed and (sixes or "mxfp6-pack-quantized" in stated):
+            if not sixes or "mxfp4-pack-quantized" in stated:
+                raise refuse(candidate, scale, f"the config says {stated[0]!r}, whose scales have another shape")
+            shape = (*above, columns * 4 // 3)
+            return Recipe(
+                "mxfp6 e2m3", shape, torch.float32, {"codes": codes, "scale": scale}, _dequantize_six, peak=20
+            )
         if scale.shape != (*above, columns * 2 // BLOCK) or columns * 2 % BLOCK:
             raise refuse(candidate, scale, f"one scale for {BLOCK} weights, two of them in a byte, is expected")
         shape = (*above, columns * 2)
@@ -61,6 +71,17 @@ def _of_gpt_oss(candidate: Candidate) -> Recipe | None:
 
 def _dequantize(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return times_blocks(e2m1(inputs["codes"], torch.float32), scale_values(inputs["scale"]), (1, BLOCK))
+
+
+def _dequantize_six(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Four codes in three bytes, the lowest bits first; E2M3 of the specification, section 5.3.2."""
+    packed = inputs["codes"]
+    three = packed.view(packed.shape[0], -1, 3).int()
+    word = three[..., 0] | three[..., 1] << 8 | three[..., 2] << 16
+    codes = torch.stack([word >> shift & 0x3F for shift in (0, 6, 12, 18)], -1).flatten(1)
+    sizes = [m / 8 if e == 0 else (1 + m / 8) * 2 ** (e - 1) for e in range(4) for m in range(8)]
+    table = torch.tensor(sizes + [-size for size in sizes], device=codes.device)
+    return times_blocks(table[codes], scale_values(inputs["scale"]), (1, BLOCK))
 
 
 def _dequantize_blocks(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

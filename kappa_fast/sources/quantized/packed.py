@@ -7,6 +7,7 @@ the transposed weight. Which is which can be told by shape: GPTQ packs along the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -23,8 +24,12 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 GPTQ_BITS = (2, 3, 4, 8)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the field of a word that holds each column
 _METHODS = {"", "gptq", "awq", "auto-round", "intel/auto-round"}
-# Layouts of other kernels under the same names.
-_OTHER_LAYOUTS = {"marlin", "bitblas", "gemv", "gemv_fast", "llm-awq", "ipex"}
+# What configs call the layouts that are read here; others store other things under the same names. A version is not
+# a word in every config: llm-compressor's and AutoRound's are numbers.
+_LAYOUTS = {"none", "gptq", "gptq_v2", "gemm", "exllama"}
+_LAYOUTS |= {f"auto_round:{word}" for word in ("auto_gptq", "gptq", "auto_awq", "awq")}
+_NUMBERS = re.compile(r"[\d.]+")
+_FEW = 32  # so many equal zero points are no coincidence
 
 
 class PackedInts:
@@ -37,8 +42,10 @@ class PackedInts:
         codes, config = candidate.codes, candidate.config
         if not candidate.name.endswith("qweight") or codes.dtype != torch.int32 or len(codes.shape) != 2:
             return None
-        layouts = {str(config.get(key)).lower() for key in ("checkpoint_format", "format", "version")}
-        if method_of(config) not in _METHODS or not layouts.isdisjoint(_OTHER_LAYOUTS) or 0 in codes.shape:
+        stated = [config.get(key) for key in ("checkpoint_format", "format", "packing_format", "version")]
+        if not all(str(word).lower() in _LAYOUTS or _NUMBERS.fullmatch(str(word)) for word in stated):
+            return None
+        if method_of(config) not in _METHODS or 0 in codes.shape:
             return None
         scales, zeros = candidate.find("scales"), candidate.find("qzeros")
         if scales is None or zeros is None:
@@ -83,7 +90,12 @@ def _gptq(candidate: Candidate, scales: Stored, zeros: Stored) -> Recipe:
         dtype=scales.dtype or torch.float16,
         inputs=read,
         dequantize=partial(
-            _dequantize_gptq, name=candidate.name, bits=bits, group=group, offset=_zero_offset(candidate.config)
+            _dequantize_gptq,
+            name=candidate.name,
+            bits=bits,
+            group=group,
+            offset=_zero_offset(candidate.config),
+            symmetric=candidate.config.get("sym") is True,
         ),
         peak=3 if bits != 3 else 17,
     )
@@ -130,7 +142,13 @@ def _zero_offset(config: Mapping[str, Any]) -> int | None:
 
 
 def _dequantize_gptq(
-    inputs: Mapping[str, torch.Tensor], *, name: str, bits: int, group: int | None, offset: int | None
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    name: str,
+    bits: int,
+    group: int | None,
+    offset: int | None,
+    symmetric: bool,
 ) -> torch.Tensor:
     scales = inputs["scales"].t()  # (outputs, groups)
     groups: torch.Tensor | int | None = group
@@ -140,6 +158,8 @@ def _dequantize_gptq(
     zeros = fields(inputs["zeros"], bits, scales.shape[0]).t()
     if offset is None:
         offset = _offset_of(zeros, bits, name)
+    else:
+        _check_version(zeros, bits, name, offset, symmetric)
     # In the first version 0 is stored as the largest zero point.
     zeros = (zeros.int() + offset) & ((1 << bits) - 1)
     if isinstance(groups, torch.Tensor) and group is not None and _in_turn(groups, group):
@@ -160,7 +180,13 @@ def checked_groups(order: torch.Tensor, groups: int, name: str) -> torch.Tensor:
     """
     low, high = int(order.min()), int(order.max())
     if 0 <= low <= high < groups:
-        return order
+        used = int((torch.bincount(order.flatten().long(), minlength=groups) > 0).sum())
+        if used == groups:
+            return order
+        raise SourceError(
+            f"g_idx of {name!r} puts its inputs into {used} groups, but there are scales for {groups}, each for some "
+            "inputs: correct g_idx, or download the file again"
+        )
     raise SourceError(
         f"g_idx of {name!r} names groups from {low} to {high}, but there are scales for {groups}: download it again"
     )
@@ -176,6 +202,23 @@ def _offset_of(zeros: torch.Tensor, bits: int, name: str) -> int:
         f"nothing says whether the zero points of {name!r} are those of GPTQ's first or second version, which differ "
         "by 1: give the checkpoint's directory with its config.json"
     )
+
+
+def _check_version(zeros: torch.Tensor, bits: int, name: str, offset: int, symmetric: bool) -> None:
+    """Refuse symmetric zero points of the version that the config does not say.
+
+    Symmetric quantization puts them in the middle: stored as that less 1 in the first version, as that in the second.
+    Anything else is asymmetric, and tells nothing.
+    """
+    middle = 1 << (bits - 1)
+    low, high = int(zeros.min()), int(zeros.max())
+    if low == high == middle - 1 + offset and (symmetric or zeros.numel() >= _FEW):
+        says, means = ("gptq", "gptq_v2") if offset else ("gptq_v2", "gptq")
+        raise SourceError(
+            f"all zero points of {name!r} are stored as {low}, the middle as the format {means!r} has it, but the "
+            f"config says {says!r}: set checkpoint_format in quantization_config to {means!r}, or, if that is not so, "
+            "download the file again"
+        )
 
 
 def _dequantize_awq(inputs: Mapping[str, torch.Tensor], *, group: int) -> torch.Tensor:

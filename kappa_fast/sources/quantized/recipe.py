@@ -90,6 +90,20 @@ def refuse(candidate: Candidate, companion: Stored, why: str) -> SourceError:
     )
 
 
+def fills_tiles(shape: tuple[int, ...]) -> bool:
+    """Whether block scales of this shape may lie in tiles of 128 x 4, as cuBLAS wants them; then nothing tells."""
+    return len(shape) == 2 and shape[0] % 128 == 0 and shape[1] % 4 == 0
+
+
+def in_unknown_order(candidate: Candidate, method: str) -> SourceError:
+    """The error for block scales that may be in rows or in tiles."""
+    return SourceError(
+        f"the scales of {candidate.name!r} of shape {candidate.codes.shape} may lie in rows ({method}) or in tiles of "
+        "128 x 4 (ComfyUI), and nothing says which: give the checkpoint's directory with its config.json, or the file "
+        "with its comfy_quant markers"
+    )
+
+
 def _dtype_name(stored: Stored) -> str:
     return str(stored.dtype).removeprefix("torch.")
 

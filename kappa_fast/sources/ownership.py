@@ -1,0 +1,165 @@
+"""What lies beside weights in a file without being one: masks, statistics, rotations, corrections, optimizer state.
+
+A file says nothing of modules, but what modules have can be told from it. A module that has a ``weight`` with two or
+more dimensions has no other parameter with two or more dimensions but biases (so in torch.nn and in all of
+transformers), and nothing at all is called ``weight.something``. What breaks these rules is no parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from ..errors import SourceError
+from . import codes, names
+from .base import Stored
+
+# What a module with a weight has beside it.
+_BESIDE_WEIGHT = re.compile(r"weight|\w*bias(?:_[kv])?|in_proj_weight|[qkv]_proj_weight")
+# Modules put this between the name of a parameter and what it is computed from.
+_PARAMETRIZED = ".parametrizations."
+_BENEATH = re.compile(r"^(?P<owner>.*\.weight|weight)\.[^.]+")
+# What optimizers keep for every parameter, in the names of files and as they put it around those of parameters.
+_OPTIMIZER = re.compile(
+    r"(?:^|\.)(?:optim(?:izer)?(?:_states?)?|exp_avgs?|exp_avg_sqs?|max_exp_avg_sqs?|momentum_buffers?|square_avg"
+    r"|acc_delta|prev_step_size)(?:\.|$)"
+)
+_FLAT = re.compile(r"(?:^|\.)_?flat_param(?:_\d+)?$")
+# Integers that index, count or mask in ordinary modules; codes come in other types.
+_INDICES = (torch.int64, torch.bool)
+
+
+def without_ingredients(tensors: Sequence[Stored], method: str = "") -> list[Stored]:
+    """The tensors of a file or a state dict, with a reason in ``problem`` for those that no module has as a parameter.
+
+    They get the role "ingredient", so that nobody counts them among the weights.
+
+    Args:
+        tensors: all of them, after codes were replaced by the weights that they stand for.
+        method: how the config says that the model was quantized, if that is a method which is not known here.
+    """
+    shapes = {name: t.shape for t in tensors for name in t.names}
+    unread = _owners_of_unread_codes(tensors)
+    marked = []
+    for stored in tensors:
+        reason = None
+        if len(stored.shape) == 1 and any(_FLAT.search(name) for name in stored.names):
+            stored = replace(stored, error=_flattened(stored.name))
+        undecided = stored.quantization is None and stored.problem is None and stored.error is None
+        if stored.parent is None and undecided and not stored.evidence:
+            reason = next((r for name in stored.names if (r := _reason(stored, name, shapes, unread))), None)
+            if reason is None and method and not any(names.is_parameter(name) for name in stored.names):
+                reason = f"no parameter by its name, in a model quantized by {method}; {codes.NOT_SUPPORTED}"
+        marked.append(_marked(stored, reason) if reason is not None else stored)
+    return marked
+
+
+def _flattened(name: str) -> SourceError:
+    return SourceError(
+        f"{name!r} holds the weights of many modules as one line of numbers, as FSDP keeps them, and nothing says "
+        "where each begins: save the model with a full state dict, and rank that"
+    )
+
+
+def _marked(stored: Stored, reason: str) -> Stored:
+    return replace(stored, problem=reason, roles=stored.roles | {"ingredient"})
+
+
+def _reason(stored: Stored, name: str, shapes: dict[str, tuple[int, ...]], unread: dict[str, str]) -> str | None:
+    floats = stored.dtype is not None and stored.dtype.is_floating_point
+    if not floats or "scales" in stored.roles:
+        return None
+    if _OPTIMIZER.search(name):
+        return "state of an optimizer, not a weight"
+    if (beneath := _BENEATH.match(name)) is not None and _PARAMETRIZED not in name:
+        return f"belongs to a weight ({_last(beneath['owner'])}.{_last(name)}), and is none itself"
+    owner, _, leaf = name.rpartition(".")
+    above = owner.rpartition(".")[0]
+    if unread.get(above) in CODES and leaf == "weight":
+        return f"in a quantized layer ({unread[above]}); {codes.NOT_SUPPORTED}"
+    if owner in unread and (leaf != "bias" or len(stored.shape) >= 2):
+        return f"part of a quantized layer ({unread[owner]}); {codes.NOT_SUPPORTED}"
+    weight = shapes.get(f"{owner}.weight" if owner else "weight", ())
+    if len(stored.shape) >= 2 and len(weight) >= 2 and not _BESIDE_WEIGHT.fullmatch(leaf):
+        return f"beside the weight of its module, where no module has a parameter ({leaf})"
+    return None
+
+
+def _owners_of_unread_codes(tensors: Sequence[Stored]) -> dict[str, str]:
+    """Modules that hold codes which nothing has dequantized, and what those are called."""
+    owners: dict[str, str] = {}
+    for stored in tensors:
+        if is_unread(stored):
+            for name in stored.names:
+                owner, _, leaf = name.rpartition(".")
+                if owner or leaf in CODES:
+                    owners.setdefault(owner, leaf)
+    return owners
+
+
+# Names under which codes lie in a state dict of one layer, where other integers may be anything.
+CODES = frozenset(
+    {"weight", "qweight", "weight_packed", "W_q", "codes", "q_weight", "Qidxs", "trellis", "B", "bitmask"}
+)
+# Ordinary modules hold small integers too: with 32 bits codes have one of these in their names, ...
+_CODED = re.compile(r"(?:^|\.)[^.]*(?:weight|pack|code|indices|trellis|quant|W_q|Qidxs)[^.]*$|(?:^|\.)B$")
+# ... and with fewer, indices and masks have one of these.
+_INDEXED = re.compile(r"(?:mask|ind(?:ex|ices)|idx|ids|positions?|map|table)s?$")
+
+
+def is_unread(stored: Stored) -> bool:
+    """True for codes that nothing has dequantized: bytes and small integers with the shape of a matrix."""
+    if stored.quantization is not None or "scales" in stored.roles or stored.dtype is None:
+        return False
+    if not codes.may_be_codes(stored.dtype) or stored.dtype in _INDICES or len(stored.shape) < 2:
+        return False
+    coded = any(_CODED.search(name) for name in stored.names)
+    if not coded and (stored.dtype == torch.int32 or any(_INDEXED.search(name) for name in stored.names)):
+        return False
+    whole = stored.dtype in codes.RANKED and stored.problem is None  # float8 that are weights as they stand
+    return not whole and not any(names.is_buffer(name) for name in stored.names)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+# What may lie beside codes without changing the weight that they stand for: biases, and what activations are
+# quantized with. Everything else may be a rotation, a correction, a smoothing factor, ...
+_HARMLESS = re.compile(
+    r"bias|(?:(?:input|output|activation|act|query|key|value|prob_output|attn|kv|[qkv]|bmm)_)+"
+    r"(?:global_|per_tensor_|quant_)?(?:scale|zero_point|g_idx|amax)(?:_ub|_inv)?|scale_(?:input|output)|scaled_fp8"
+)
+
+
+def by_owner(all_names: Iterable[str]) -> dict[str, list[str]]:
+    """The names under that of the module they belong to, and, with ``.*``, under that of the module around it."""
+    found: dict[str, list[str]] = {}
+    for name in all_names:
+        owner = name.rpartition(".")[0]
+        found.setdefault(owner, []).append(name)
+        found.setdefault(f"{owner.rpartition('.')[0]}.*", []).append(name)
+    return found
+
+
+def strangers(name: str, known: Collection[str], owned: Mapping[str, Sequence[str]]) -> list[str]:
+    """What lies beside codes that no format puts there, by the last word of its name.
+
+    Args:
+        name: of the codes.
+        known: names of all that belongs to the codes, and of other weights.
+        owned: the names of all tensors as ``by_owner`` has them.
+    """
+    owner, _, leaf = name.rpartition(".")
+    beside = [n for n in (*owned.get(owner, ()), *owned.get(name, ())) if n not in known]
+    if leaf in CODES:
+        inner = owned.get(f"{owner}.*", ()) if owner else ()  # a module in the quantized one: a rotation, an adapter
+        strange = [n for n in inner if n not in known and not names.is_adapter(n, in_peft=True)]
+        strange = [".".join(n.rsplit(".", 2)[1:]) for n in strange if not n.startswith(f"{name}.")]
+        return strange + [_last(n) for n in beside if not _HARMLESS.fullmatch(_last(n))]
+    stem = re.sub(r"_(?:blocks|qdata)$", "", leaf).removeprefix("_")  # one of several parameters of a module
+    of_it = re.compile(rf"_?{re.escape(stem)}_(?!bias$)")
+    return [_last(n) for n in beside if of_it.match(_last(n))]
