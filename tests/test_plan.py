@@ -323,6 +323,7 @@ def test_a_default_device_or_dtype_of_the_caller_does_not_matter():
     assert found.seconds > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*is shard 1 of 2")
 @pytest.mark.parametrize("what", [".", "model.safetensors.index.json", "parts/model-00001-of-00002.safetensors"])
 def test_the_files_of_every_kind_of_path_are_found_for_reading(what, tmp_path, monkeypatch):
     index = {f"l{i}": f"parts/model-0000{i}-of-00002.safetensors" for i in (1, 2)}

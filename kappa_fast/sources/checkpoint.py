@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -17,11 +17,16 @@ from ..errors import SourceError, SourceNotFoundError
 from .base import Inventory, Stored
 from .files import DataFile, Region
 from .names import has_adapters, in_model_order
+from .ownership import without_ingredients
+from .pointers import what_stands_there
 from .quantized import weights_of
-from .quantized.config import quantization_config
+from .quantized.comfy import joined
+from .quantized.config import quantization_config, unknown_method
+from .reparametrized import put_together
+from .shards import INDEX_ENDING, check_complete, check_finished, chosen_index, companions_of, is_index, is_numbered
 from .tensors import count_weights, fingerprint, model_types_in, own_names
 
-INDEX_ENDING = ".safetensors.index.json"
+LONGEST_HEADER = 100_000_000  # bytes that safetensors reads
 INDEX = "model" + INDEX_ENDING
 SINGLE = "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -30,8 +35,6 @@ CONVERT = (
     "weights = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
     "save_file({k: v.clone().contiguous() for k, v in weights.get('state_dict', weights).items()}, sys.argv[2])"
 )
-
-_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 
 # What safetensors calls its dtypes; one that is missing here is skipped with that reason.
 DTYPES: dict[str, str] = {
@@ -81,14 +84,14 @@ def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) 
     model_types = model_types_in(config)
     tensors: dict[str, Stored] = {}
     homes: dict[str, Path] = {}
-    header: dict[str, str] = {}
+    headers: list[dict[str, str]] = []
     for file in files:
         shard = Shard(file_of(file))
         for item in shard.tensors(expected):
             if item.name in tensors:
                 raise SourceError(f"{item.name!r} is in both {homes[item.name]} and {file}: remove the stale file")
             tensors[item.name], homes[item.name] = item, file
-        header.update(shard.header)
+        headers.append(shard.header)
     for name, file in (expected or {}).items():
         if homes.get(name) != file:
             raise SourceError(
@@ -103,7 +106,9 @@ def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) 
         "model_type": next(iter(model_types), None),
         "fingerprint": fingerprint(found),
     }
-    weights = weights_of(found, quantization_config(directory, config), header)
+    quantization = quantization_config(directory, config)
+    weights = put_together(weights_of(found, quantization, joined(headers)))
+    weights = without_ingredients(weights, unknown_method(quantization))
     return Inventory(
         weights, count_weights(weights), metadata, in_memory=False, in_peft=has_adapters(tensors), config=config
     )
@@ -119,7 +124,7 @@ def check_files(directory: Path) -> bool:
         SourceError: there are no weights, or their index is wrong.
     """
     files, expected = _files_of(directory)
-    return expected is not None or all(file.name == SINGLE or _NUMBERED.fullmatch(file.name) for file in files)
+    return expected is not None or all(file.name == SINGLE or is_numbered(file.name) for file in files)
 
 
 class Shard:
@@ -153,8 +158,8 @@ class Shard:
         """The header without its metadata, and where in the file the values begin."""
         from safetensors import SafetensorError, safe_open
 
+        size = torch.zeros(1, dtype=torch.int64)
         try:
-            size = torch.empty(1, dtype=torch.int64)
             if self._file.size >= size.nbytes:  # safetensors has its own words for a shorter one
                 self._file.read(0, size)
             # It refuses headers that are no JSON, too long, of overlapping or missing ranges, or with a name twice.
@@ -168,6 +173,13 @@ class Shard:
                 f"{self.path} cannot be read ({error}): look after the disk and your rights to the file, or copy it"
             ) from error
         except (SafetensorError, ValueError) as error:
+            if 0 < int(size) + size.nbytes <= self._file.size and int(size) > LONGEST_HEADER:
+                raise SourceError(
+                    f"{self.path} has a header of {int(size)} bytes, and the library safetensors reads headers of up "
+                    f"to {LONGEST_HEADER}: save the model again in shards with fewer tensors"
+                ) from error
+            if (pointer := what_stands_there(self.path)) is not None:
+                raise SourceError(f"{self.path} is {pointer}") from error
             raise SourceError(
                 f"{self.path} is no readable safetensors file ({error}): truncated or damaged, download it again"
             ) from error
@@ -178,25 +190,31 @@ class Shard:
 def _files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
     """The files to read, in order, and where an index says that each tensor is; None without an index."""
     if not path.is_dir():
-        if path.name.endswith(INDEX_ENDING) and path.is_file():
+        if is_index(path.name) and path.is_file():
             return _listed(path)
         if path.name.endswith(".safetensors") and path.is_file():
+            if part := companions_of(path):
+                warnings.warn(
+                    f"{path} is shard {part}: only what it holds is ranked, and shares of the parameters are shares of "
+                    "that; give the directory to rank the model",
+                    stacklevel=2,
+                )
             return [path], None
         raise _not_safetensors(path)
-    indices = sorted(p for p in path.glob("*" + INDEX_ENDING) if p.is_file())  # opening a pipe would never end
+    # A pipe is no file, and opening one would never end.
+    indices = sorted(p for p in path.glob("*.safetensors.index*.json") if is_index(p.name) and p.is_file())
+    names = [p.name for p in path.iterdir()]
     if path / INDEX in indices:
         return _listed(path / INDEX)
     if (path / SINGLE).is_file():
+        check_finished(path, [SINGLE], [n for n in names if n.startswith(SINGLE)])
         return [path / SINGLE], None
-    if len(indices) > 1:
-        listed = ", ".join(index.name for index in indices)
-        raise SourceError(f"{path} has several indices ({listed}): give the path of one of them")
     if indices:
-        return _listed(indices[0])
+        return _listed(chosen_index(path, indices))
     files = sorted(p for p in path.glob("*.safetensors") if p.is_file())
     if not files:
         raise _no_weights(path)
-    _check_complete(files)
+    check_complete(files, names)
     return files, None
 
 
@@ -214,6 +232,8 @@ def _read_index(index: Path) -> dict[str, Path]:
         if len(items) < len(weight_map):
             raise TypeError("a shard is no file name")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, ValueError) and (pointer := what_stands_there(index)) is not None:
+            raise SourceError(f"{index} is {pointer}") from error
         raise SourceError(f"{index} is no index of a sharded checkpoint ({error!r}): download it again") from error
     if not items:
         raise SourceError(f"{index} lists no tensors: download it again")
@@ -256,27 +276,14 @@ def stays_inside(shard: str, directory: Path) -> bool:
     return any(target.is_relative_to(place) for place in allowed)
 
 
-def _check_complete(files: Sequence[Path]) -> None:
-    """Without an index, the names of shards (model-00001-of-00003.safetensors) tell whether one is missing."""
-    numbers: dict[tuple[str, int], set[int]] = {}
-    for file in files:
-        if found := _NUMBERED.fullmatch(file.name):
-            numbers.setdefault((found["stem"], int(found["count"])), set()).add(int(found["number"]))
-    for (stem, count), present in numbers.items():
-        missing = sorted(set(range(1, count + 1)) - present)
-        if missing and 0 not in present:
-            raise SourceNotFoundError(
-                f"{files[0].parent} has {len(present)} of {count} shards {stem}-*.safetensors, number {missing[0]} is "
-                "not there: finish the download"
-            )
-
-
 def _config(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ValueError) and (pointer := what_stands_there(path)) is not None:
+            raise SourceError(f"{path} is {pointer}") from error
         raise SourceError(f"{path} cannot be read ({error}): repair it, or move it away to rank without it") from error
     return found if isinstance(found, dict) else {}
 

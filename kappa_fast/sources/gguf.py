@@ -21,8 +21,11 @@ from ..errors import SourceError, SourceNotFoundError, missing_extra
 from . import files
 from .base import Inventory, Stamp, Stored, release_of
 from .files import DataFile, Region
-from .gguf_header import TensorInfo, read_header
+from .gguf_header import Header, TensorInfo, read_header
 from .names import has_adapters, in_model_order
+from .ownership import without_ingredients
+from .pointers import what_stands_there
+from .shards import check_finished
 from .tensors import count_weights, fingerprint, own_names
 
 ENDING = ".gguf"
@@ -68,16 +71,19 @@ def read_gguf(path: Path) -> Inventory:
     homes: dict[str, Path] = {}
     architecture = None
     parts = _parts_of(path)
+    headers: list[Header] = []
     for part in parts:
-        tensors, kind = _read_part(gguf, part)
-        architecture = architecture or kind
+        tensors, header = _read_part(gguf, part)
+        headers.append(header)
+        architecture = architecture or header.architecture
         for item in tensors:
             if item.name in found:
                 raise SourceError(f"{item.name!r} is in both {homes[item.name]} and {part}: remove the stale file")
             found[item.name], homes[item.name] = item, part
+    _check_parts(parts, headers)
     in_peft = has_adapters(found)
     own = own_names([name] for name in found)
-    ordered = [replace(found[name], names=own[name]) for name in in_model_order(found)]
+    ordered = without_ingredients([replace(found[name], names=own[name]) for name in in_model_order(found)])
     metadata = {
         "kind": "directory" if path.is_dir() else "file",
         "format": "gguf",
@@ -143,8 +149,39 @@ def _problem(kind: Any) -> str | None:
     return None
 
 
-def _read_part(gguf: Any, path: Path) -> tuple[list[Stored], str | None]:
-    """The tensors of one file, and the architecture that it states."""
+def _check_parts(parts: Sequence[Path], headers: Sequence[Header]) -> None:
+    """Refuse what the headers say is no model, or not all of one, whatever the names of the files are.
+
+    Raises:
+        SourceNotFoundError: parts are missing.
+        SourceError: it is no model, or the parts are out of order.
+    """
+    first = headers[0]
+    if first.kind == "imatrix" or first.architecture == "imatrix":
+        raise SourceError(f"{parts[0]} holds an importance matrix, statistics of a model: give the model itself")
+    count = max(header.parts for header in headers)
+    if count > len(parts):
+        raise SourceNotFoundError(
+            f"the header of {parts[0]} says that it is part {first.part + 1} of {count}, but only {len(parts)} of them "
+            "would be read: put all of them into one directory, under names that end with "
+            f"-00001-of-{count:05d}{ENDING} and so on"
+        )
+    numbers = [header.part for header in headers]
+    if count > 1 and numbers != list(range(len(parts))):
+        raise SourceError(
+            f"the headers of {parts[0]} and the parts beside it say that they are parts {[n + 1 for n in numbers]}, in "
+            "another order than their names: give them the names they had, or download them again"
+        )
+    expected = next((header.of_all_parts for header in headers if header.of_all_parts), None)
+    total = sum(len(header.tensors) for header in headers)
+    if count > 1 and expected is not None and total != expected:
+        raise SourceError(
+            f"the {count} parts of {parts[0]} hold {total} tensors, but its header says {expected}: download them again"
+        )
+
+
+def _read_part(gguf: Any, path: Path) -> tuple[list[Stored], Header]:
+    """The tensors of one file, and its header."""
     file = DataFile(path)
     try:
         with file.opened() as opened, io.BufferedReader(opened) as stream:
@@ -157,6 +194,8 @@ def _read_part(gguf: Any, path: Path) -> tuple[list[Stored], str | None]:
             f"{path} cannot be read ({error}): look after the disk and your rights to the file, or copy it"
         ) from error
     except ValueError as error:
+        if (pointer := what_stands_there(path)) is not None:
+            raise SourceError(f"{path} is {pointer}") from error
         raise SourceError(
             f"{path} is no readable GGUF file ({error}): truncated, damaged, or of a later version than the package "
             "gguf that is installed"
@@ -169,7 +208,7 @@ def _read_part(gguf: Any, path: Path) -> tuple[list[Stored], str | None]:
         if kind.name not in PLAIN and re.sub(r"\.weight$", ".scale", region.name) in kinds.keys() - {region.name}:
             problem = f"quantized codes ({kind.name}) with a scale beside them, which is not applied yet"
         stored.append(_stored(region, kind, problem))
-    return stored, header.architecture
+    return stored, header
 
 
 def _region(file: DataFile, info: TensorInfo, kind: Any) -> Region:
@@ -217,6 +256,7 @@ def _parts_of(path: Path) -> list[Path]:
             raise SourceError(
                 f"{path} holds several GGUF models ({', '.join(sorted(models))}): give the path of one of them"
             )
+        check_finished(path, [p.name for p in inside], [p.name for p in path.iterdir()])
         path = inside[0]
     found = _SPLIT.fullmatch(path.name)
     if found is None:

@@ -21,6 +21,9 @@ MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
 # Bytes of the types that values may have; strings and arrays are longer the longer they are.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
+_INTEGERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 10: "Q", 11: "q"}
+_TEXTS = {"general.architecture", "general.type"}
+_COUNTS = {"split.count", "split.no", "split.tensors.count"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class Header:
 
     architecture: str | None
     tensors: tuple[TensorInfo, ...]
+    kind: str | None = None  # general.type: "model", "adapter", "mmproj", "imatrix", ...
+    parts: int = 0  # split.count: 0 or 1 where this is the whole
+    part: int = 0  # split.no, from 0 on
+    of_all_parts: int | None = None  # split.tensors.count
 
 
 def read_header(stream: BinaryIO, size: int) -> Header:
@@ -61,14 +68,18 @@ def read_header(stream: BinaryIO, size: int) -> Header:
     if version not in VERSIONS:
         raise ValueError(f"it is of version {version}, and versions 2 and 3 are known")
     tensors, pairs = reader.number("Q"), reader.number("Q")
-    alignment, architecture = ALIGNMENT, None
+    alignment = ALIGNMENT
+    texts: dict[str, str] = {}
+    counts: dict[str, int] = {}
     reader.expect(pairs, 8 + 4 + 1)
     for _ in range(pairs):
         key, kind = reader.text(), reader.number("I")
         if key == "general.alignment" and kind == _UINT32:
             alignment = reader.number("I")
-        elif key == "general.architecture" and kind == _STRING:
-            architecture = reader.text()
+        elif key in _TEXTS and kind == _STRING:
+            texts[key] = reader.text()
+        elif key in _COUNTS and kind in _INTEGERS:
+            counts[key] = reader.number(_INTEGERS[kind])
         else:
             reader.skip_value(kind)
     if alignment == 0 or alignment & (alignment - 1):
@@ -80,7 +91,14 @@ def read_header(stream: BinaryIO, size: int) -> Header:
     if len(names) < len(found):
         raise ValueError("two tensors have one name")
     placed = (TensorInfo(info.name, info.shape, info.kind, start + info.offset) for info in found)
-    return Header(architecture, tuple(placed))
+    return Header(
+        texts.get("general.architecture"),
+        tuple(placed),
+        texts.get("general.type"),
+        counts.get("split.count", 0),
+        counts.get("split.no", 0),
+        counts.get("split.tensors.count"),
+    )
 
 
 class _Reader:

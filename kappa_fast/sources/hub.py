@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import KappaError, SourceError, SourceNotFoundError, missing_extra
-from .checkpoint import INDEX, INDEX_ENDING, PICKLED, SINGLE, check_files
+from .checkpoint import INDEX, PICKLED, SINGLE, check_files
 from .quantized.config import FILES as QUANTIZATION_FILES
+from .shards import is_index
 
 CONFIG = "config.json"
 SMALL = (CONFIG, *QUANTIZATION_FILES)  # what says how the weights are to be read
@@ -138,7 +139,7 @@ def _download(hub: Any, wanted: HubId, bars: type[Any] | None) -> Path:
     small = small_files(files, weights)
     directory = fetch(small or weights, wanted.revision)  # by this name, or the cache would not know the branch
     for name in weights:
-        if name.endswith(INDEX_ENDING):
+        if is_index(name):
             weights = listed_shards(directory / name, files)
     fetch(weights, directory.name)
     return directory
@@ -146,13 +147,13 @@ def _download(hub: Any, wanted: HubId, bars: type[Any] | None) -> Path:
 
 def small_files(files: Collection[str], weights: Collection[str]) -> list[str]:
     """What is to be read of a repository beside the weights: configurations, and an index among ``weights``."""
-    return [name for name in files if name in SMALL or (name in weights and name.endswith(INDEX_ENDING))]
+    return [name for name in files if name in SMALL or (name in weights and is_index(name))]
 
 
 def wanted_files(wanted: HubId, files: Collection[str]) -> list[str]:
     """An index, or files of weights, chosen as in a directory on the disk."""
     top = [name for name in files if "/" not in name]
-    indices = [name for name in top if name.endswith(INDEX_ENDING)]
+    indices = [name for name in top if is_index(name)]
     single = [name for name in (INDEX, SINGLE) if name in top]
     if single:
         return single[:1]

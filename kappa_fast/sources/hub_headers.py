@@ -20,9 +20,10 @@ import torch
 
 from ..errors import SourceError
 from .base import Inventory
-from .checkpoint import INDEX_ENDING, read_checkpoint, stays_inside
+from .checkpoint import read_checkpoint, stays_inside
 from .files import DataFile
 from .hub import HubId, explained, library, listed_shards, look_in_cache, small_files, wanted_files
+from .shards import is_index
 
 FIRST = 100_000  # bytes of a file that are asked for at once: most headers are shorter
 LONGEST = 100_000_000  # the longest header that safetensors reads
@@ -121,7 +122,7 @@ class _Remote:
             # By the commit: what the branch points to in the cache is for ranking to change, which needs the weights.
             small = Path(self._hub.hf_hub_download(self._wanted.name, name, revision=self.commit))
             self._write(name, small.read_bytes())
-        indices = [name for name in names if name.endswith(INDEX_ENDING)]
+        indices = [name for name in names if is_index(name)]
         found = listed_shards(self.folder / indices[0], self._listed) if indices else names
         return [name for name in found if stays_inside(name, self.folder)]  # the reader of the index refuses others
 
