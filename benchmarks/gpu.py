@@ -62,8 +62,8 @@ def stages(models: Sequence[str]) -> list[Stage]:
     if ptxas := shutil.which("ptxas", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"):
         # Once more with code from another assembler than the one that Triton brings.
         another = tuple((name, ptxas) for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"))
-        found += [Stage("compile, ptxas of this machine", 150, another)]
-        found += [Stage("full size, ptxas of this machine", 120, another)]
+        found += [Stage("compile (ptxas of this machine)", 150, another)]
+        found += [Stage("full size (ptxas of this machine)", 120, another)]
     return [*found, Stage("peers", 300)]
 
 
@@ -186,7 +186,7 @@ def run_stage(options: argparse.Namespace) -> int:
     bench = gpu_timing.Bench(
         options.stage, device, options.smoke, options.until, options.output / LINES, 1 if options.smoke else 5
     )
-    name = options.stage.partition(",")[0]
+    name = options.stage.partition(" (")[0]
     works: dict[str, Any] = {
         "describe": gpu_stages.describe,
         "compile": lambda b: gpu_stages.compiling(b, None if "ptxas" in b.stage else options.jit_cache),

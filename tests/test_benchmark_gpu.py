@@ -190,6 +190,14 @@ def test_without_git_the_digest_of_the_sources_says_what_was_measured(load, monk
     assert re.fullmatch("[0-9a-f]{16}", record.source_digest())
 
 
+def test_every_stage_can_be_asked_for_by_its_name(load, monkeypatch):
+    gpu = load("gpu")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path: f"/usr/local/cuda/bin/{name}")
+    names = [stage.name for stage in gpu.stages(["Llama-3.1-8B"])]
+    assert "full size (ptxas of this machine)" in names
+    assert gpu.arguments(["--models", "Llama-3.1-8B", "--only", ",".join(names)]).only == names
+
+
 class FakeEvent:
     def __init__(self, enable_timing):
         assert enable_timing
