@@ -33,6 +33,7 @@ SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "
 UNITS = {
     "int8": r"wgmma\.mma_async\S*s8\.s8|mma\.sync\S*s8\.s8|tcgen05\.mma\S*kind::i8|v_mfma_i32_\w*i8",
     "float16": r"wgmma\.mma_async\S*f16\.b?f16|mma\.sync\S*f16\.b?f16|tcgen05\.mma\S*f16|v_mfma_f32_\w*b?f16",
+    "tf32": r"wgmma\.mma_async\S*tf32|mma\.sync\S*tf32|tcgen05\.mma\S*tf32",
     "float64": r"mma\.sync\S*f64|wgmma\S*f64|v_mfma_f64_\w*",
 }
 # (kernel, target): why it is not compiled there, and what runs instead.

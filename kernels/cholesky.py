@@ -1,4 +1,4 @@
-"""Cholesky factors of all matrices of a wave in lockstep, float64, in place: G = L L^T, lower triangles.
+"""Cholesky factors of all matrices of a wave in lockstep, in place: G = L L^T, lower triangles, float64 or float32.
 
 Left-looking within super-panels of 256 columns, right-looking between them: a plain right-looking panel of 64 columns
 would move more bytes than its arithmetic takes. Every step is one launch for all matrices that are still that large:
@@ -23,32 +23,42 @@ from .problems import (
     COLUMNS,
     GRAM,
     LEADING,
+    ROW_PAD,
     Instance,
     Problems,
     Tensor,
     field,
-    locate,
     starts_of,
     target_of,
     to_device,
-    triangular,
 )
 
 BLOCK = tl.constexpr(64)  # columns per step
 SUPER = tl.constexpr(256)  # columns between two updates of everything behind them
-WARPS = 8  # of the kernels below the diagonal: with 4 the addresses alone spill
+DEPTH = tl.constexpr(32)  # columns per product on the matrix units
+WARPS = 8  # with 4 the tiles alone take all registers
 # Where Triton 3.7.1 has float64 matrix instructions. Elsewhere a dot crashes the compiler (sm_100, gfx942) or spills
 # kilobytes for plain multiply-adds (sm_89, sm_120), and products are sums of outer products.
 WITH_DOT = ("sm_80", "sm_90")
+# Relative error of one product of two float32 numbers as TF32 takes them three times: each is split into 11 and 11
+# bits, rounded to nearest, so 2^-22 of each operand is lost, and the product of both lower halves, 2^-22, is dropped.
+TF32X3_ERROR = 3 * 2.0**-22
+
+
+def products_of(target: str, dtype: torch.dtype) -> str:
+    """How tiles of this dtype are multiplied: the input precision of a dot, or "none" for sums of outer products."""
+    if dtype == torch.float64:
+        return "ieee" if target in WITH_DOT else "none"
+    return "ieee" if target.startswith("gfx") else "tf32x3"
 
 
 @dataclass(frozen=True)
 class Factored:
     """Factors of a wave, in the memory of their Gram matrices.
 
-    packed: (elements,) float64, see Problems.gram_views; above the diagonal tiles undefined.  inverses: the inverses of
-    the diagonal tiles of L, BLOCK columns each, starting at ``starts``.  info: (w,) int32, 0 or 1 + the column whose
-    pivot was not positive.
+    packed: (elements,) float64 or float32, see Problems.gram_views; above the diagonal tiles undefined.  inverses: the
+    inverses of the diagonal tiles of L, BLOCK columns each, starting at ``starts``, in the same dtype.  info: (w,)
+    int32, 0 or 1 + the column whose pivot was not positive.
     """
 
     packed: Tensor
@@ -58,52 +68,122 @@ class Factored:
 
 
 @triton.jit
-def _tile(base, leading, row, column, n, SIDE: tl.constexpr):
-    """Entries of an n x n matrix from (row, column) on, zero outside: [SIDE, SIDE]."""
-    side = tl.arange(0, SIDE)
-    inside = (side < n - row)[:, None] & (side < n - column)[None, :]
-    place = side[:, None] * leading.to(tl.int32) + side[None, :]
-    return tl.load(base + row * leading + column + place, mask=inside, other=0.0)
+def gram_place(table, matrix, packed):
+    """Of an n x n matrix: where it begins, the distance between its rows, and n."""
+    base = packed + field(table, matrix, GRAM, ROW_PAD)
+    return base, field(table, matrix, LEADING, ROW_PAD), field(table, matrix, COLUMNS).to(tl.int32)
 
 
 @triton.jit
-def _minus_product(total, base, leading, row, column, start, stop, n, SIDE: tl.constexpr, USE_DOT: tl.constexpr):
-    """Total - L[row.., start..stop] L[column.., start..stop]^T, [SIDE, SIDE]; the range is a multiple of BLOCK."""
+def load_square(base, leading, row, column, n, SIDE: tl.constexpr):
+    """Entries of an n x n matrix from (row, column) on, zero outside: [SIDE, SIDE]."""
     side = tl.arange(0, SIDE)
-    left = base + row * leading + side * leading
-    right = base + column * leading + side * leading
-    left_inside, right_inside = side < n - row, side < n - column
-    if USE_DOT:
-        depth = tl.arange(0, 32)
-        product = tl.zeros((SIDE, SIDE), tl.float64)
-        for k in range(start, stop, 32):
-            x = tl.load(left[:, None] + (k + depth)[None, :], mask=left_inside[:, None], other=0.0)
-            y = tl.load(right[:, None] + (k + depth)[None, :], mask=right_inside[:, None], other=0.0)
-            product = tl.dot(x, tl.trans(y), product, out_dtype=tl.float64)
+    step = leading.to(tl.int32)
+    # The padding of the rows is read along, since a mask that ends on a multiple of 16 leaves loads wide.
+    inside = (side < n - row)[:, None] & (side < step - column)[None, :]
+    tile = tl.load(base + row * leading + column + side[:, None] * step + side[None, :], mask=inside, other=0.0)
+    return tl.where((side < n - column)[None, :], tile, 0.0)
+
+
+@triton.jit
+def store_square(base, leading, row, column, n, columns, tile, SIDE: tl.constexpr):
+    """The counterpart of load_square, to columns below ``columns``: n, or the padding as well."""
+    side = tl.arange(0, SIDE)
+    inside = (side < n - row)[:, None] & (side < columns - column)[None, :]
+    place = side[:, None] * leading.to(tl.int32) + side[None, :]
+    tl.store(base + row * leading + column + place, tile, mask=inside)
+
+
+@triton.jit
+def minus_product(
+    total,
+    left,
+    left_step,
+    left_rows,
+    right,
+    right_step,
+    right_rows,
+    start,
+    stop,
+    width,
+    above,
+    LOWER: tl.constexpr,
+    SIDE: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    """Total - X[:, start..stop] Y[:, start..stop]^T, [SIDE, SIDE]; the range is a multiple of DEPTH.
+
+    X and Y lie at ``left`` and ``right`` with so many rows, a step apart. LOWER: Y counts at and below its diagonal, X
+    at and below ``above`` diagonals further right, and no row is read from ``width`` on.
+    """
+    side = tl.arange(0, SIDE)
+    left += side * left_step
+    right += side * right_step
+    left_inside, right_inside = side < left_rows, side < right_rows
+    if PRODUCTS != "none":
+        depth = tl.arange(0, DEPTH)
+        product = tl.zeros((SIDE, SIDE), total.dtype)
+        for k in range(start, stop, DEPTH):
+            of_x, of_y = left_inside[:, None], right_inside[:, None]
+            if LOWER:
+                of_x, of_y = of_x & (k + depth < width)[None, :], of_y & (k + depth < width)[None, :]
+            x = tl.load(left[:, None] + (k + depth)[None, :], mask=of_x, other=0.0)
+            y = tl.load(right[:, None] + (k + depth)[None, :], mask=of_y, other=0.0)
+            if LOWER:  # not by the masks of the loads, which would be narrow then
+                x = tl.where((k + depth)[None, :] <= (side + above)[:, None], x, 0.0)
+                y = tl.where((k + depth)[None, :] <= side[:, None], y, 0.0)
+            product = tl.dot(x, tl.trans(y), product, input_precision=PRODUCTS, out_dtype=total.dtype)
         total -= product
     else:
         for k in range(start, stop):
-            x = tl.load(left + k, mask=left_inside, other=0.0)
-            y = tl.load(right + k, mask=right_inside, other=0.0)
+            of_x, of_y = left_inside, right_inside
+            if LOWER:
+                of_x, of_y = of_x & (k <= side + above) & (k < width), of_y & (k <= side) & (k < width)
+            x = tl.load(left + k, mask=of_x, other=0.0)
+            y = tl.load(right + k, mask=of_y, other=0.0)
             total -= x[:, None] * y[None, :]
     return total
 
 
+@triton.jit
+def _update(total, base, leading, row, column, start, stop, n, SIDE: tl.constexpr, PRODUCTS: tl.constexpr):
+    """Total - L[row.., start..stop] L[column.., start..stop]^T."""
+    step = leading.to(tl.int32)
+    left, right = base + row * leading, base + column * leading
+    return minus_product(total, left, step, n - row, right, step, n - column, start, stop, 0, 0, False, SIDE, PRODUCTS)
+
+
+@triton.jit
+def _root(x):
+    """The square root, rounded to nearest."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def _over(x, y):
+    """The quotient, rounded to nearest."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
 @triton.jit(do_not_specialize=["step"])
-def _diagonal_kernel(table, active, packed, inverses, starts, info, step, USE_DOT: tl.constexpr):
-    matrix = tl.load(active + tl.program_id(0)).to(tl.int64)
+def _diagonal_kernel(table, order, packed, inverses, starts, info, step, PRODUCTS: tl.constexpr):
+    matrix = tl.load(order + tl.program_id(0))
     if tl.load(info + matrix) == 0:
-        n = field(table, matrix, COLUMNS).to(tl.int32)
-        leading = tl.multiple_of(field(table, matrix, LEADING), 16)
-        base = packed + field(table, matrix, GRAM)
+        base, leading, n = gram_place(table, matrix, packed)
         column = step * BLOCK
         i = tl.arange(0, BLOCK)
-        tile = _tile(base, leading, column, column, n, BLOCK)
+        tile = load_square(base, leading, column, column, n, BLOCK)
         start = column // SUPER * SUPER
-        tile = _minus_product(tile, base, leading, column, column, start, column, n, BLOCK, USE_DOT)
+        tile = _update(tile, base, leading, column, column, start, column, n, BLOCK, PRODUCTS)
         # Past the last column an identity, which factors into itself.
         tile = tl.where((i >= n - column)[:, None] & (i[:, None] == i[None, :]), 1.0, tile)
-        factor = tl.zeros((BLOCK, BLOCK), tl.float64)
+        factor = tl.zeros((BLOCK, BLOCK), tile.dtype)
         failed = BLOCK + 0 * step
         for j in range(0, BLOCK):
             pivots = tl.sum(tl.where(i[None, :] == j, tile, 0.0), axis=1)  # [BLOCK], column j
@@ -112,81 +192,149 @@ def _diagonal_kernel(table, active, packed, inverses, starts, info, step, USE_DO
             failed = tl.where(positive, failed, tl.minimum(failed, j))
             # After a failure nothing counts any more, but infinities would only breed.
             pivots = tl.where(positive, pivots, 0.0)
-            root = tl.sqrt(tl.where(positive, pivot, 1.0))
-            line = tl.where(i == j, root, tl.where(i > j, pivots / root, 0.0))
+            root = _root(tl.where(positive, pivot, 1.0))
+            line = tl.where(i == j, root, tl.where(i > j, _over(pivots, root), 0.0))
             factor = tl.where(i[None, :] == j, line[:, None], factor)
             tile -= line[:, None] * line[None, :]
-        inside = (i < n - column)[:, None] & (i < n - column)[None, :]
-        place = i[:, None] * leading.to(tl.int32) + i[None, :]
-        tl.store(base + column * leading + column + place, factor, mask=inside)
+        store_square(base, leading, column, column, n, leading.to(tl.int32), factor, BLOCK)
         if failed < BLOCK:
             tl.store(info + matrix, column + failed + 1)
         # The inverse by forward substitution on the identity, a row at a time.
-        inverse = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(tl.float64)
+        inverse = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(tile.dtype)
         for j in range(0, BLOCK):
             below = tl.sum(tl.where(i[None, :] == j, factor, 0.0), axis=1)  # column j of L
             corner = tl.sum(tl.where(i == j, below, 0.0), axis=0)
-            line = tl.sum(tl.where(i[:, None] == j, inverse, 0.0), axis=0) / corner  # row j of the inverse
+            line = _over(tl.sum(tl.where(i[:, None] == j, inverse, 0.0), axis=0), corner)  # row j of the inverse
             inverse = tl.where(i[:, None] == j, line[None, :], inverse)
             inverse -= tl.where(i > j, below, 0.0)[:, None] * line[None, :]
-        target = inverses + tl.load(starts + matrix) + column.to(tl.int64) * BLOCK
+        target = inverses + tl.multiple_of(tl.load(starts + matrix), BLOCK) + column.to(tl.int64) * BLOCK
         tl.store(target + i[:, None] * BLOCK + i[None, :], inverse)
 
 
 @triton.jit(do_not_specialize=["step"])
-def _column_kernel(table, owner, first, packed, inverses, starts, info, step, USE_DOT: tl.constexpr):
-    matrix, item = locate(owner, first)
+def _column_kernel(table, tiles, packed, inverses, starts, info, step, PRODUCTS: tl.constexpr):
+    """B <- B D^-T for the rows B below a diagonal tile D.
+
+    By the inverse alone it is off by the condition of D; one correction makes it as good as substitution. What is
+    multiplied next waits in memory, in the place of the result: tiles as operands would take more registers than
+    there are.
+    """
+    tile_of = tl.load(tiles + tl.program_id(0))
+    matrix = tile_of >> 32
     if tl.load(info + matrix) == 0:
-        n = field(table, matrix, COLUMNS).to(tl.int32)
-        leading = tl.multiple_of(field(table, matrix, LEADING), 16)
-        base = packed + field(table, matrix, GRAM)
+        base, leading, n = gram_place(table, matrix, packed)
         column = step * BLOCK
-        row = column + (item + 1) * BLOCK
-        i = tl.arange(0, BLOCK)
-        tile = _tile(base, leading, row, column, n, BLOCK)
-        tile = _minus_product(tile, base, leading, row, column, column // SUPER * SUPER, column, n, BLOCK, USE_DOT)
-        place = i[:, None] * BLOCK + i[None, :]
-        inverse = tl.load(inverses + tl.load(starts + matrix) + column.to(tl.int64) * BLOCK + place)
-        diagonal = _tile(base, leading, column, column, n, BLOCK)
-        diagonal = tl.where(i[:, None] >= i[None, :], diagonal, 0.0)
-        # B D^-T by the inverse alone is off by the condition of D; one correction makes it as good as substitution.
-        solved = _times_transposed(tile, inverse, USE_DOT)
-        rest = tile - _times_transposed(solved, diagonal, USE_DOT)
-        solved += _times_transposed(rest, inverse, USE_DOT)
-        inside = (i < n - row)[:, None] & (i < n - column)[None, :]
-        tl.store(base + row * leading + column + i[:, None] * leading.to(tl.int32) + i[None, :], solved, mask=inside)
+        row = ((tile_of >> 16) & 0xFFFF).to(tl.int32) * BLOCK
+        here, step_down = base + row * leading + column, leading.to(tl.int32)
+        inverse = inverses + tl.multiple_of(tl.load(starts + matrix), BLOCK) + column.to(tl.int64) * BLOCK
+        diagonal = base + column * leading + column
+        tile = load_square(base, leading, row, column, n, BLOCK)
+        tile = _update(tile, base, leading, row, column, column // SUPER * SUPER, column, n, BLOCK, PRODUCTS)
+        zero = tl.zeros((BLOCK, BLOCK), tile.dtype)
+        _put(base, leading, row, column, n, tile)
+        solved = -minus_product(
+            zero, here, step_down, n - row, inverse, BLOCK, BLOCK, 0, BLOCK, 0, 0, False, BLOCK, PRODUCTS
+        )
+        _put(base, leading, row, column, n, solved)
+        rest = minus_product(
+            tile, here, step_down, n - row, diagonal, step_down, BLOCK, 0, BLOCK, BLOCK, BLOCK, True, BLOCK, PRODUCTS
+        )
+        _put(base, leading, row, column, n, rest)
+        solved -= minus_product(
+            zero, here, step_down, n - row, inverse, BLOCK, BLOCK, 0, BLOCK, 0, 0, False, BLOCK, PRODUCTS
+        )
+        tl.debug_barrier()
+        store_square(base, leading, row, column, n, leading.to(tl.int32), solved, BLOCK)
 
 
 @triton.jit
-def _times_transposed(x, y, USE_DOT: tl.constexpr):
-    """X Y^T of two [BLOCK, BLOCK] tiles."""
-    if USE_DOT:
-        return tl.dot(x, tl.trans(y), out_dtype=tl.float64)
-    else:
-        i = tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK, BLOCK), tl.float64)
-        for k in range(0, BLOCK):
-            left = tl.sum(tl.where(i[None, :] == k, x, 0.0), axis=1)
-            right = tl.sum(tl.where(i[None, :] == k, y, 0.0), axis=1)
-            total += left[:, None] * right[None, :]
-        return total
+def _put(base, leading, row, column, n, tile):
+    """Leave a tile where the whole program reads it, once nobody reads what was there."""
+    tl.debug_barrier()
+    store_square(base, leading, row, column, n, leading.to(tl.int32), tile, BLOCK)
+    tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["start"])
-def _trailing_kernel(table, owner, first, packed, info, start, SIDE: tl.constexpr, USE_DOT: tl.constexpr):
-    matrix, item = locate(owner, first)
+@triton.jit(do_not_specialize=["panel"])
+def _trailing_kernel(table, tiles, packed, info, panel, SIDE: tl.constexpr, PRODUCTS: tl.constexpr):
+    tile_of = tl.load(tiles + tl.program_id(0))
+    matrix = tile_of >> 32
     if tl.load(info + matrix) == 0:
-        n = field(table, matrix, COLUMNS).to(tl.int32)
-        leading = tl.multiple_of(field(table, matrix, LEADING), 16)
-        base = packed + field(table, matrix, GRAM)
-        r, c = triangular(item)
-        row, column = start + SUPER + r * SIDE, start + SUPER + c * SIDE
-        tile = _tile(base, leading, row, column, n, SIDE)
-        tile = _minus_product(tile, base, leading, row, column, start, start + SUPER, n, SIDE, USE_DOT)
-        side = tl.arange(0, SIDE)
-        inside = (side < n - row)[:, None] & (side < n - column)[None, :]
-        place = side[:, None] * leading.to(tl.int32) + side[None, :]
-        tl.store(base + row * leading + column + place, tile, mask=inside)
+        base, leading, n = gram_place(table, matrix, packed)
+        row, column = ((tile_of >> 16) & 0xFFFF).to(tl.int32) * SIDE, (tile_of & 0xFFFF).to(tl.int32) * SIDE
+        tile = load_square(base, leading, row, column, n, SIDE)
+        start = panel * SUPER  # as a number of super-panels the compiler knows what it is a multiple of
+        tile = _update(tile, base, leading, row, column, start, start + SUPER, n, SIDE, PRODUCTS)
+        store_square(base, leading, row, column, n, leading.to(tl.int32), tile, SIDE)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which tiles of a wave each step works on: always the first so many of one list that is made once.
+
+    order (w,) int64: matrices, the largest first, for diagonal tiles.  below, behind: int64 each, 2^32 matrix + 2^16
+    row + column of a tile, in the order in which steps have done with them, last ones first: below diagonal tiles
+    (columns unused) and behind super-panels.  diagonals, belows, behinds: how many of each take part in a step.
+    """
+
+    order: Tensor
+    below: Tensor
+    behind: Tensor
+    diagonals: list[int]
+    belows: list[int]
+    behinds: list[int]
+    side: int
+
+    @classmethod
+    def of(cls, problems: Problems, side: int) -> Steps:
+        """For tiles of ``side`` behind super-panels."""
+        n, device = problems.n, problems.device
+        blocks = -(-n // BLOCK.value)
+        largest = int(blocks.max()) if len(blocks) else 0
+        if largest > 0xFFFF:
+            raise ValueError(f"a matrix of {int(n.max())} columns is too large")
+        sizes = torch.bincount(blocks, minlength=largest + 1)  # how many matrices have so many blocks
+        at_least = [*sizes.flip(0).cumsum(0).flip(0).tolist(), 0]  # or more
+        owner, row = _runs(blocks)
+        row = blocks[owner] - 1 - row  # tile rows of every matrix from its last one up
+        keep = (row > 0).nonzero().flatten()
+        keep = keep[torch.argsort(row[keep], descending=True, stable=True)]
+        below = (owner[keep] << 32) + (row[keep] << 16)
+        # Row r is below the diagonal tiles of the steps before r.
+        belows = [sum(at_least[r + 1] for r in range(step + 1, largest)) for step in range(largest)]
+        behind, behinds = _behind(n, side)
+        return cls(
+            to_device(torch.argsort(n, descending=True, stable=True), device),
+            to_device(below, device),
+            to_device(behind, device),
+            [at_least[step + 1] for step in range(largest)],
+            belows,
+            behinds,
+            side,
+        )
+
+
+def _runs(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Of runs of these lengths, for every element: which run, and where within."""
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
+    starts, total = starts_of(lengths)
+    return owner, torch.arange(total, device="cpu") - starts[owner]
+
+
+def _behind(n: Tensor, side: int) -> tuple[Tensor, list[int]]:
+    """Tiles of the lower triangles by the last super-panel they lie behind, and how many lie behind each."""
+    per_panel = SUPER.value // side
+    across = -(-n // side)
+    owner, column = _runs(across)
+    rows = across[owner] - column  # of this column of tiles
+    chosen = (column >= per_panel).nonzero().flatten()
+    panel = column[chosen] // per_panel - 1
+    order = torch.argsort(panel, descending=True, stable=True)
+    chosen, panel = chosen[order], panel[order]
+    line, down = _runs(rows[chosen])
+    tiles = (owner[chosen][line] << 32) + ((column[chosen][line] + down) << 16) + column[chosen][line]
+    counts = torch.bincount(panel, weights=rows[chosen].to(torch.float64)).flip(0).cumsum(0).flip(0)
+    return tiles, [int(count) for count in counts.tolist()]
 
 
 def diagonal_starts(problems: Problems) -> tuple[Tensor, int]:
@@ -196,94 +344,89 @@ def diagonal_starts(problems: Problems) -> tuple[Tensor, int]:
     return to_device(starts, problems.device), total
 
 
-def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None) -> Factored:
-    """Factor the lower triangles in ``packed`` (see Problems.gram_views) in place.
+def side_of(target: str, products: str) -> int:
+    """Of tiles behind super-panels: 128 where the matrix units read operands from shared memory, else it spills."""
+    return 128 if products == "tf32x3" and target in ("sm_90", "sm_100") else 64
 
-    ``info``, (w,) int32, leaves out the matrices where it is not 0, and becomes the result's. Costs n^3 / 3 operations
-    and, per matrix, about 8 n^3 / (3 SUPER) bytes. 2 ceil(n / 64) + ceil(n / 256) launches for the largest n, however
-    many matrices there are. No synchronization: read ``info`` when it is needed.
+
+def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None, steps: Steps | None = None) -> Factored:
+    """Factor the lower triangles in ``packed`` (see Problems.gram_views) in place, in their dtype.
+
+    ``info``, (w,) int32, leaves out the matrices where it is not 0, and becomes the result's. ``steps`` of the same
+    problems serve again. Costs n^3 / 3 operations and, per matrix, about n^3 / (3 SUPER) numbers read and written.
+    2 ceil(n / 64) + ceil(n / 256) launches for the largest n, however many matrices there are. No synchronization:
+    read ``info`` when it is needed.
     """
-    blocks = -(-problems.n // BLOCK.value)
     device = problems.device
     starts, total = diagonal_starts(problems)
     result = Factored(
         packed,
-        torch.empty(total, dtype=torch.float64, device=device),
+        torch.empty(total, dtype=packed.dtype, device=device),
         starts,
-        torch.zeros(len(blocks), dtype=torch.int32, device=device) if info is None else info,
+        torch.zeros(len(problems.n), dtype=torch.int32, device=device) if info is None else info,
     )
-    use_dot = target_of(device) in WITH_DOT
-    per_super = SUPER.value // BLOCK.value
-    for step in range(max(blocks.tolist(), default=0)):
-        _factor_column(problems, result, blocks, step, use_dot)
-        if (step + 1) % per_super == 0:
-            _update_rest(problems, result, (step + 1) * BLOCK.value, use_dot)
-    return result
-
-
-def _factor_column(problems: Problems, result: Factored, blocks: Tensor, step: int, use_dot: bool) -> None:
-    active = (blocks > step).nonzero().flatten()
-    common = (result.packed, result.inverses, result.starts, result.info, step)
-    launch(
-        _diagonal_kernel,
-        (len(active),),
-        problems.table,
-        to_device(active, problems.device, torch.int32),
-        *common,
-        USE_DOT=use_dot,
-        num_warps=4,
-    )
-    below = (blocks > step + 1).nonzero().flatten()
-    if len(below):
-        tiles = problems.tiles(blocks - step - 1, below)
+    target = target_of(device)
+    products = products_of(target, packed.dtype)
+    steps = steps or Steps.of(problems, side_of(target, products))
+    common = (result.packed, result.inverses, result.starts, result.info)
+    per_panel = SUPER.value // BLOCK.value
+    for step, (diagonals, belows) in enumerate(zip(steps.diagonals, steps.belows, strict=True)):
         launch(
-            _column_kernel,
-            (tiles.total,),
+            _diagonal_kernel,
+            (diagonals,),
             problems.table,
-            tiles.owner,
-            tiles.first,
+            steps.order,
             *common,
-            USE_DOT=use_dot,
+            step,
+            PRODUCTS=products,
             num_warps=WARPS,
         )
-
-
-def _update_rest(problems: Problems, result: Factored, column: int, use_dot: bool) -> None:
-    rest = (problems.n > column).nonzero().flatten()
-    if not len(rest):
-        return
-    across = -(-(problems.n - column).clamp(min=0) // BLOCK.value)
-    tiles = problems.tiles(across * (across + 1) // 2, rest)
-    launch(
-        _trailing_kernel,
-        (tiles.total,),
-        problems.table,
-        tiles.owner,
-        tiles.first,
-        result.packed,
-        result.info,
-        column - SUPER.value,
-        SIDE=BLOCK.value,
-        USE_DOT=use_dot,
-        num_warps=WARPS,
-    )
+        if belows:
+            launch(
+                _column_kernel,
+                (belows,),
+                problems.table,
+                steps.below,
+                *common,
+                step,
+                PRODUCTS=products,
+                num_warps=WARPS,
+            )
+        panel = step // per_panel
+        if (step + 1) % per_panel == 0 and panel < len(steps.behinds):
+            launch(
+                _trailing_kernel,
+                (steps.behinds[panel],),
+                problems.table,
+                steps.behind,
+                result.packed,
+                result.info,
+                panel,
+                SIDE=steps.side,
+                PRODUCTS=products,
+                num_warps=WARPS,
+            )
+    return result
 
 
 def instances(target: str) -> list[Instance]:
     """Everything that ``cholesky`` can ask the compiler for."""
-    places = {"table": "*i64", "packed": "*fp64", "info": "*i32"}
-    tiles = {"owner": "*i32", "first": "*i32"}
-    inverse = {"inverses": "*fp64", "starts": "*i64", "step": "i32"}
-    use_dot = target in WITH_DOT
-    unit = "float64" if use_dot else None
-    return [
-        Instance(_diagonal_kernel, {**places, **inverse, "active": "*i32"}, {"USE_DOT": use_dot}, 4, unit=unit),
-        Instance(_column_kernel, {**places, **inverse, **tiles}, {"USE_DOT": use_dot}, WARPS, unit=unit),
-        Instance(
-            _trailing_kernel,
-            {**places, **tiles, "start": "i32"},
-            {"SIDE": BLOCK.value, "USE_DOT": use_dot},
-            WARPS,
-            unit=unit,
-        ),
-    ]
+    found = []
+    for dtype, name in ((torch.float64, "*fp64"), (torch.float32, "*fp32")):
+        products = products_of(target, dtype)
+        common = {"table": "*i64", "packed": name, "info": "*i32"}
+        inverse = {"inverses": name, "starts": "*i64", "step": "i32"}
+        unit = {"ieee": "float64", "tf32x3": "tf32"}.get(products) if name == "*fp64" or products == "tf32x3" else None
+        constants = {"PRODUCTS": products}
+        found += [
+            Instance(_diagonal_kernel, {**common, **inverse, "order": "*i64"}, constants, WARPS, unit=unit),
+            Instance(_column_kernel, {**common, **inverse, "tiles": "*i64"}, constants, WARPS, unit=unit),
+            Instance(
+                _trailing_kernel,
+                {**common, "tiles": "*i64", "panel": "i32"},
+                {"SIDE": side_of(target, products), **constants},
+                WARPS,
+                unit=unit,
+            ),
+        ]
+    return found

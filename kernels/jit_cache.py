@@ -66,20 +66,25 @@ def launch_all(matrices: Sequence[Tensor]) -> None:
     Each kernel is compiled, for the current device of Triton's driver, once for every way in which it is launched.
     """
     problems = Problems.of(matrices)
+    narrow = torch.empty(problems.gram_elements, dtype=torch.float32, device=META)
     half = [i for i, a in enumerate(matrices) if a.dtype in (torch.bfloat16, torch.float16)]
-    if half:
-        gram.gram_of_weights(problems, half)
-    packed = _slices(problems)
+    for out in (narrow, None) if half else ():
+        gram.gram_of_weights(problems, half, out)
+    packed = _slices(problems, narrow)
+    _factors(problems, cholesky.cholesky(problems, narrow))
     _factors(problems, cholesky.cholesky(problems, packed))
+    _blocks(problems)
     _weights(problems)
     _proofs(problems, packed)
 
 
-def _slices(problems: Problems) -> Tensor:
+def _slices(problems: Problems, narrow: Tensor) -> Tensor:
     peaks = quantize.column_peaks(problems)
     for count in range(1, quantize.MAX_SLICES + 1):
         slices = quantize.quantize(problems, peaks, count)
         packed = gram.gram_of_slices(problems, slices)
+        if count == 2:
+            gram.gram_of_slices(problems, slices, narrow)
         if 2 <= count < quantize.MAX_SLICES:
             quantize.quantize(problems, peaks, count + 1, slices)
     return packed
@@ -95,6 +100,11 @@ def _factors(problems: Problems, factored: cholesky.Factored) -> None:
         triangular.backward_solve,
     ):
         work(problems, factored, members, x)
+
+
+def _blocks(problems: Problems) -> None:
+    members = triangular.Members.of(problems)
+    x = _empty(members.rows, 16)
     rows = panel.Rows.of(problems.n, META)
     coefficients = panel.inner(rows, _empty(members.rows, 64), x)
     panel.subtract(rows, _empty(members.rows, 64), coefficients, x)

@@ -31,8 +31,8 @@ GRAM = tl.constexpr(8)  # where its n x n results begin, in elements
 LEADING = tl.constexpr(9)  # elements between rows of an n x n result
 FIELDS = tl.constexpr(10)
 
-PAD = 128  # of slices along m: whole tiles along the contracted dimension, and 16-byte addresses
-ROW_PAD = 16  # of n x n results: rows that start on a cache line
+PAD = tl.constexpr(128)  # of slices along m: whole tiles along the contracted dimension, and 16-byte addresses
+ROW_PAD = tl.constexpr(16)  # of n x n results: rows that start on a cache line
 
 TILE_LIMIT = 256  # no tile has a longer side
 INNER_ROWS, INNER_COLUMNS, INNER_NONE = 0, 1, 2
@@ -112,7 +112,7 @@ class Problems:
         """Matrices (m, n), m >= n >= 1, all on one device; they are neither copied nor changed."""
         known = on_host([(a.data_ptr(), *a.shape, *a.stride()) for a in matrices]).reshape(-1, 5)
         m, n = known[:, 1].clone(), known[:, 2].clone()
-        pitch, leading = _round_up(m, PAD), _round_up(n, ROW_PAD)
+        pitch, leading = _round_up(m, PAD.value), _round_up(n, ROW_PAD.value)
         table = on_host([0] * (len(m) * FIELDS.value)).reshape(-1, FIELDS.value)
         table[:, POINTER.value : COLUMN_STRIDE.value + 1] = known
         table[:, FIRST_COLUMN.value], columns = starts_of(n)
@@ -150,7 +150,7 @@ class Problems:
 
     def gram_views(self, packed: Tensor) -> list[Tensor]:
         """The (n, n) matrices in a packed result, as views."""
-        leading = _round_up(self.n, ROW_PAD)
+        leading = _round_up(self.n, ROW_PAD.value)
         starts, _ = starts_of(self.n * leading)
         sizes = zip(self.n.tolist(), leading.tolist(), starts.tolist(), strict=True)
         return [packed.as_strided((n, n), (ld, 1), int(packed.storage_offset()) + start) for n, ld, start in sizes]
@@ -245,9 +245,12 @@ def locate(owner, first):
 
 
 @triton.jit
-def field(table, matrix, FIELD: tl.constexpr):
-    """One number of a matrix."""
-    return tl.load(table + matrix * FIELDS + FIELD)
+def field(table, matrix, FIELD: tl.constexpr, MULTIPLE: tl.constexpr = 1):
+    """One number of a matrix, of which the compiler may assume that it is a multiple of MULTIPLE.
+
+    The mark sits on the load: on what a call returns it would be lost when the call is inlined.
+    """
+    return tl.multiple_of(tl.load(table + matrix * FIELDS + FIELD), MULTIPLE)
 
 
 @triton.jit

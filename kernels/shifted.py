@@ -18,16 +18,22 @@ import torch
 import triton
 import triton.language as tl
 
-from .cholesky import BLOCK, WARPS, WITH_DOT, _minus_product, _tile, _times_transposed, cholesky, diagonal_starts
+from .cholesky import (
+    BLOCK,
+    WARPS,
+    cholesky,
+    diagonal_starts,
+    gram_place,
+    load_square,
+    minus_product,
+    products_of,
+    store_square,
+)
 from .launch import launch
 from .problems import (
-    COLUMNS,
-    GRAM,
-    LEADING,
     Instance,
     Problems,
     Tensor,
-    field,
     locate,
     starts_of,
     target_of,
@@ -41,21 +47,17 @@ from .splits import triangular_tiles
 @triton.jit
 def _mirror_kernel(table, owner, first, packed, kept, starts):
     matrix, item = locate(owner, first)
-    n = field(table, matrix, COLUMNS).to(tl.int32)
-    leading = tl.multiple_of(field(table, matrix, LEADING), 16)
-    base = packed + field(table, matrix, GRAM)
+    base, leading, n = gram_place(table, matrix, packed)
     r, c = triangular(item)
     row, column = r * BLOCK, c * BLOCK
     i = tl.arange(0, BLOCK)
-    tile = _tile(base, leading, row, column, n, BLOCK)
+    tile = load_square(base, leading, row, column, n, BLOCK)
     if r == c:
         full = tl.where(i[:, None] >= i[None, :], tile, tl.trans(tile))
-        target = kept + tl.load(starts + matrix) + column.to(tl.int64) * BLOCK
+        target = kept + tl.multiple_of(tl.load(starts + matrix), BLOCK) + column.to(tl.int64) * BLOCK
         tl.store(target + i[:, None] * BLOCK + i[None, :], full)
     else:
-        inside = (i < n - column)[:, None] & (i < n - row)[None, :]
-        place = i[:, None] * leading.to(tl.int32) + i[None, :]
-        tl.store(base + column * leading + row + place, tl.trans(tile), mask=inside)
+        store_square(base, leading, column, row, n, leading.to(tl.int32), tl.trans(tile), BLOCK)
 
 
 @triton.jit
@@ -67,49 +69,61 @@ def _shifted_tile(base, leading, kept, r, c, n, shift, sign):
         tile = tl.load(kept + column.to(tl.int64) * BLOCK + i[:, None] * BLOCK + i[None, :])
         tile = tl.where((i[:, None] == i[None, :]) & (i < n - row)[:, None], tile - shift, tile)
     else:
-        tile = tl.trans(_tile(base, leading, column, row, n, BLOCK))
+        tile = tl.trans(load_square(base, leading, column, row, n, BLOCK))
     return tile * sign
 
 
 @triton.jit
 def _shift_kernel(table, owner, first, packed, kept, starts, shifts, signs):
     matrix, item = locate(owner, first)
-    n = field(table, matrix, COLUMNS).to(tl.int32)
-    leading = tl.multiple_of(field(table, matrix, LEADING), 16)
-    base = packed + field(table, matrix, GRAM)
+    base, leading, n = gram_place(table, matrix, packed)
     r, c = triangular(item)
-    kept += tl.load(starts + matrix)
+    kept += tl.multiple_of(tl.load(starts + matrix), BLOCK)
     tile = _shifted_tile(base, leading, kept, r, c, n, tl.load(shifts + matrix), tl.load(signs + matrix))
-    i = tl.arange(0, BLOCK)
-    inside = (i < n - r * BLOCK)[:, None] & (i < n - c * BLOCK)[None, :]
-    place = i[:, None] * leading.to(tl.int32) + i[None, :]
-    tl.store(base + r * BLOCK * leading + c * BLOCK + place, tile, mask=inside)
+    store_square(base, leading, r * BLOCK, c * BLOCK, n, n, tile, BLOCK)
 
 
 @triton.jit
 def _residual_kernel(
-    table, owner, first, packed, kept, starts, info, shifts, signs, squares, sizes, USE_DOT: tl.constexpr
+    table, owner, first, packed, kept, starts, info, shifts, signs, squares, sizes, PRODUCTS: tl.constexpr
 ):
     """Per tile, entries off the diagonal counted twice; infinite where the factorization broke down."""
     matrix, item = locate(owner, first)
     square = tl.full((), float("inf"), tl.float64)
     size = tl.full((), float("inf"), tl.float64)
     if tl.load(info + matrix) == 0:
-        n = field(table, matrix, COLUMNS).to(tl.int32)
-        leading = tl.multiple_of(field(table, matrix, LEADING), 16)
-        base = packed + field(table, matrix, GRAM)
+        base, leading, n = gram_place(table, matrix, packed)
         r, c = triangular(item)
         row, column = r * BLOCK, c * BLOCK
         i = tl.arange(0, BLOCK)
-        place = kept + tl.load(starts + matrix)
+        place = kept + tl.multiple_of(tl.load(starts + matrix), BLOCK)
         rest = _shifted_tile(base, leading, place, r, c, n, tl.load(shifts + matrix), tl.load(signs + matrix))
+        left, right, step = base + row * leading, base + column * leading, leading.to(tl.int32)
+        zero = tl.zeros((BLOCK, BLOCK), tl.float64)
         for start in range(0, column, BLOCK):  # each partial sum from zero: roundings grow with BLOCK + n / BLOCK
-            zero = tl.zeros((BLOCK, BLOCK), tl.float64)
-            rest += _minus_product(zero, base, leading, row, column, start, start + BLOCK, n, BLOCK, USE_DOT)
+            rest += minus_product(
+                zero,
+                left,
+                step,
+                n - row,
+                right,
+                step,
+                n - column,
+                start,
+                start + BLOCK,
+                0,
+                0,
+                False,
+                BLOCK,
+                PRODUCTS,
+            )
         lower = i[:, None] >= i[None, :]
-        corner = tl.where(lower, _tile(base, leading, column, column, n, BLOCK), 0.0)
-        factor = tl.where(lower | (r != c), _tile(base, leading, row, column, n, BLOCK), 0.0)
-        rest -= _times_transposed(factor, corner, USE_DOT)
+        left, right, width = left + column, right + column, step - column
+        rest += minus_product(
+            zero, left, step, n - row, right, step, n - column, 0, BLOCK, width, row - column, True, BLOCK, PRODUCTS
+        )
+        factor = load_square(base, leading, row, column, n, BLOCK)
+        factor = tl.where(lower | (r != c), factor, 0.0)
         once = (i[:, None] == i[None, :]) & (r == c)
         rest = tl.where(lower | (r != c), rest, 0.0)
         square = tl.sum(tl.sum(tl.where(once, 1.0, 2.0) * rest * rest, axis=1), axis=0)
@@ -206,7 +220,7 @@ class Shifted:
         places = (problems.table, tiles.owner, tiles.first, whole.packed, whole.kept, whole.starts)
         squares = torch.empty(tiles.total, dtype=torch.float64, device=problems.device)
         sizes = torch.empty_like(squares)
-        use_dot = target_of(problems.device) in WITH_DOT
+        products = products_of(target_of(problems.device), torch.float64)
         launch(
             _residual_kernel,
             (tiles.total,),
@@ -216,7 +230,7 @@ class Shifted:
             self.signs,
             squares,
             sizes,
-            USE_DOT=use_dot,
+            PRODUCTS=products,
             num_warps=WARPS,
         )
         first, lengths = tiles.first[chosen], to_device(counts[chosen], problems.device, torch.int32)
@@ -227,11 +241,11 @@ def instances(target: str) -> list[Instance]:
     """Everything that ``Mirrored`` can ask the compiler for, beside cholesky.py and the sums of quantize.py."""
     places = {"table": "*i64", "owner": "*i32", "first": "*i32", "packed": "*fp64", "kept": "*fp64", "starts": "*i64"}
     shifted = {**places, "shifts": "*fp64", "signs": "*fp64"}
-    use_dot = target in WITH_DOT
-    unit = "float64" if use_dot else None
+    products = products_of(target, torch.float64)
+    unit = "float64" if products == "ieee" else None
     sums = {"info": "*i32", "squares": "*fp64", "sizes": "*fp64"}
     return [
         Instance(_mirror_kernel, places, {}, WARPS),
         Instance(_shift_kernel, shifted, {}, WARPS),
-        Instance(_residual_kernel, {**shifted, **sums}, {"USE_DOT": use_dot}, WARPS, unit=unit),
+        Instance(_residual_kernel, {**shifted, **sums}, {"PRODUCTS": products}, WARPS, unit=unit),
     ]

@@ -85,7 +85,7 @@ class Splits:
     @classmethod
     def of(cls, problems: Problems, side: int) -> Splits:
         counts = split_counts(problems, side)
-        sizes = (counts - 1) * problems.n * (-(-problems.n // ROW_PAD) * ROW_PAD)
+        sizes = (counts - 1) * problems.n * (-(-problems.n // ROW_PAD.value) * ROW_PAD.value)
         starts, total = starts_of(sizes)
         parts = torch.empty(max(1, total), dtype=torch.float64, device=problems.device)
         device = problems.device

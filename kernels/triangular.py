@@ -1,11 +1,14 @@
-"""Products and solves with the Cholesky factors of a wave and thin blocks of right-hand sides, float64.
+"""Products and solves with the Cholesky factors of a wave and thin blocks of right-hand sides.
 
     lower_product       L X          transposed_product   L^T X
     forward_solve       L^-1 X       backward_solve       L^-T X
 
-Blocks are packed: the rows of all members one after the other, 16 columns each. Only the lower triangle is read, once
-per call: everything here is bound by that. Products run a program per 64 rows or columns. A solve is a chain, so it is
-one program per matrix that streams the factor; a wave of as many matrices as there are multiprocessors fills the chip.
+Blocks are packed, float64 whatever the factor is stored in, 16 columns each. Only the lower triangle is read, once per
+call: everything here is bound by that, and a float32 factor is half the bytes. It is widened to float64 where a target
+has matrix units for that; elsewhere products are float32.
+
+Products run a program per 64 rows or columns. A solve is a chain, so it is one program per matrix that streams the
+factor; a wave of as many matrices as there are multiprocessors fills the chip.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .cholesky import BLOCK, WITH_DOT, Factored
+from .apply import _widen
+from .cholesky import BLOCK, WITH_DOT, Factored, gram_place
 from .launch import launch
-from .problems import COLUMNS, GRAM, LEADING, Instance, Problems, Tensor, field, starts_of, target_of, to_device
+from .problems import INTERPRETED, Instance, Problems, Tensor, starts_of, target_of, to_device
 
 WIDTH = tl.constexpr(16)  # columns of a block
 DEPTH = tl.constexpr(32)  # of the factor per product on the matrix units
@@ -43,15 +47,26 @@ class Members:
     count: int
 
     @classmethod
-    def of(cls, problems: Problems, chosen: Sequence[int] | None = None) -> Members:
-        """All matrices, or some of them; built once for as long as the same ones take part."""
+    def of(
+        cls,
+        problems: Problems,
+        chosen: Sequence[int] | None = None,
+        start: Tensor | None = None,
+        rows: int | None = None,
+    ) -> Members:
+        """All matrices, or some of them; built once for as long as the same ones take part.
+
+        Their blocks follow each other, or begin at the rows ``start`` (a,) of a panel of ``rows`` rows, int64 on the
+        host, where others have theirs as well.
+        """
         ids = problems.chosen(chosen)
         n = problems.n[ids]
         tiles = -(-n // BLOCK.value)
         order = torch.argsort(n, descending=True, stable=True)
         first = torch.zeros_like(ids)
         first[order], total = starts_of(tiles[order])
-        start, rows = starts_of(n)
+        if start is None or rows is None:
+            start, rows = starts_of(n)
         device = problems.device
         return cls(
             to_device(ids, device, torch.int32),
@@ -64,6 +79,23 @@ class Members:
         )
 
 
+def arithmetic_of(target: str, dtype: torch.dtype) -> dict[str, object]:
+    """How factors of this dtype meet a block on this target: in which type, and whether by a dot."""
+    with_dot = target in WITH_DOT
+    if dtype == torch.float64:
+        return {"WORK": tl.float64, "USE_DOT": with_dot, "BARRIER": False}
+    return {"WORK": tl.float64 if with_dot else tl.float32, "USE_DOT": True, "BARRIER": with_dot and not INTERPRETED}
+
+
+@triton.jit
+def _as_work(tile, WORK: tl.constexpr, BARRIER: tl.constexpr):
+    """Entries of a factor in the type of the arithmetic."""
+    if tile.dtype == WORK:
+        return tile
+    else:
+        return _widen(tile, BARRIER)
+
+
 @triton.jit
 def _thin(base, row, n):
     """Rows row.. of a packed block, zero past the last: [BLOCK, WIDTH]."""
@@ -74,23 +106,41 @@ def _thin(base, row, n):
 @triton.jit
 def _store_thin(base, row, n, values):
     i, j = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    tl.store(base + (row + i)[:, None] * WIDTH + j[None, :], values, mask=(i < n - row)[:, None])
+    tl.store(base + (row + i)[:, None] * WIDTH + j[None, :], values.to(tl.float64), mask=(i < n - row)[:, None])
 
 
 @triton.jit
-def _rows_times(total, factor, leading, x, row, start, stop, n, USE_DOT: tl.constexpr):
-    """Total + L[row.., start..stop] X[start..stop], at and below the diagonal only: [BLOCK, WIDTH]."""
+def _rows_times(
+    total,
+    factor,
+    leading,
+    x,
+    row,
+    start,
+    stop,
+    n,
+    LOWER: tl.constexpr,
+    WORK: tl.constexpr,
+    USE_DOT: tl.constexpr,
+    BARRIER: tl.constexpr,
+):
+    """Total + L[row.., start..stop] X[start..stop], [BLOCK, WIDTH]. LOWER: the range holds the diagonal."""
     i, j = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    line = factor + (row + i) * leading
+    step = leading.to(tl.int32)
+    line = factor + row * leading + i * step
     inside = i < n - row
     if USE_DOT:
         k = tl.arange(0, DEPTH)
         for place in range(start, stop, DEPTH):
             column = place + k
-            lower = inside[:, None] & (column[None, :] <= (row + i)[:, None]) & (column < n)[None, :]
-            tile = tl.load(line[:, None] + column[None, :], mask=lower, other=0.0)
-            y = tl.load(x + column[:, None] * WIDTH + j[None, :], mask=(column < n)[:, None], other=0.0)
-            total = tl.dot(tile, y, total, out_dtype=tl.float64)
+            wanted = inside[:, None]
+            if LOWER:
+                wanted = wanted & (column < step)[None, :]
+            tile = tl.load(line[:, None] + column[None, :], mask=wanted, other=0.0)
+            if LOWER:  # not by the mask, which would make narrow loads
+                tile = tl.where(column[None, :] <= (row + i)[:, None], tile, 0.0)
+            y = tl.load(x + column[:, None] * WIDTH + j[None, :], mask=(column < n)[:, None], other=0.0).to(WORK)
+            total = tl.dot(_as_work(tile, WORK, BARRIER), y, total, input_precision="ieee", out_dtype=WORK)
     else:
         for place in range(start, tl.minimum(stop, n)):
             column = tl.load(line + place, mask=inside & (row + i >= place), other=0.0)
@@ -99,19 +149,36 @@ def _rows_times(total, factor, leading, x, row, start, stop, n, USE_DOT: tl.cons
 
 
 @triton.jit
-def _columns_times(total, factor, leading, x, column, start, stop, n, USE_DOT: tl.constexpr):
-    """Total + L[start..stop, column..]^T X[start..stop], at and below the diagonal only: [BLOCK, WIDTH]."""
+def _columns_times(
+    total,
+    factor,
+    leading,
+    x,
+    column,
+    start,
+    stop,
+    n,
+    LOWER: tl.constexpr,
+    WORK: tl.constexpr,
+    USE_DOT: tl.constexpr,
+    BARRIER: tl.constexpr,
+):
+    """Total + L[start..stop, column..]^T X[start..stop], [BLOCK, WIDTH]. LOWER: the range holds the diagonal."""
     i, j = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    inside = i < n - column
+    step = leading.to(tl.int32)
     if USE_DOT:
         k = tl.arange(0, DEPTH)
         for place in range(start, stop, DEPTH):
             row = place + k
-            lower = inside[None, :] & ((column + i)[None, :] <= row[:, None]) & (row < n)[:, None]
-            tile = tl.load(factor + row[:, None] * leading + (column + i)[None, :], mask=lower, other=0.0)
-            y = tl.load(x + row[:, None] * WIDTH + j[None, :], mask=(row < n)[:, None], other=0.0)
-            total = tl.dot(tl.trans(tile), y, total, out_dtype=tl.float64)
+            # The padding of the rows is read along: it has columns of the result of its own, which nobody keeps.
+            wanted = (i < step - column)[None, :] & (row < n)[:, None]
+            tile = tl.load(factor + place * leading + column + k[:, None] * step + i[None, :], mask=wanted, other=0.0)
+            if LOWER:
+                tile = tl.where((column + i)[None, :] <= row[:, None], tile, 0.0)
+            y = tl.load(x + row[:, None] * WIDTH + j[None, :], mask=(row < n)[:, None], other=0.0).to(WORK)
+            total = tl.dot(_as_work(tl.trans(tile), WORK, BARRIER), y, total, input_precision="ieee", out_dtype=WORK)
     else:
+        inside = i < n - column
         for place in range(start, tl.minimum(stop, n)):
             row = tl.load(factor + place * leading + column + i, mask=inside & (column + i <= place), other=0.0)
             total += row[:, None] * tl.load(x + place * WIDTH + j)[None, :]
@@ -119,42 +186,50 @@ def _columns_times(total, factor, leading, x, column, start, stop, n, USE_DOT: t
 
 
 @triton.jit
-def _product_kernel(table, ids, start, owner, first, packed, x, y, TRANSPOSED: tl.constexpr, USE_DOT: tl.constexpr):
+def _product_kernel(
+    table,
+    ids,
+    start,
+    owner,
+    first,
+    packed,
+    x,
+    y,
+    TRANSPOSED: tl.constexpr,
+    WORK: tl.constexpr,
+    USE_DOT: tl.constexpr,
+    BARRIER: tl.constexpr,
+):
     program = tl.program_id(0)
     member = tl.load(owner + program)
     tile = program - tl.load(first + member)
-    matrix = tl.load(ids + member).to(tl.int64)
-    n = field(table, matrix, COLUMNS).to(tl.int32)
-    leading = tl.multiple_of(field(table, matrix, LEADING), 16)
-    factor = packed + field(table, matrix, GRAM)
+    factor, leading, n = gram_place(table, tl.load(ids + member).to(tl.int64), packed)
     begin = tl.load(start + member) * WIDTH
     here = tile * BLOCK
-    total = tl.zeros((BLOCK, WIDTH), tl.float64)
+    below = here + BLOCK
+    x += begin
+    total = tl.zeros((BLOCK, WIDTH), WORK)
     if TRANSPOSED:
-        total = _columns_times(total, factor, leading, x + begin, here, here, n, n, USE_DOT)
+        total = _columns_times(total, factor, leading, x, here, here, below, n, True, WORK, USE_DOT, BARRIER)
+        total = _columns_times(total, factor, leading, x, here, below, n, n, False, WORK, USE_DOT, BARRIER)
     else:
-        total = _rows_times(total, factor, leading, x + begin, here, 0, here + BLOCK, n, USE_DOT)
+        total = _rows_times(total, factor, leading, x, here, 0, here, n, False, WORK, USE_DOT, BARRIER)
+        total = _rows_times(total, factor, leading, x, here, here, below, n, True, WORK, USE_DOT, BARRIER)
     _store_thin(y + begin, here, n, total)
 
 
 @triton.jit
-def _apply_inverse(inverse, right, TRANSPOSED: tl.constexpr, USE_DOT: tl.constexpr):
-    """D^-1 B or D^-T B, from the stored inverse (BLOCK, BLOCK) of a diagonal tile."""
-    i = tl.arange(0, BLOCK)
+def _small_product(
+    tile, right, TRANSPOSED: tl.constexpr, WORK: tl.constexpr, USE_DOT: tl.constexpr, BARRIER: tl.constexpr
+):
+    """D B or D^T B for a tile D [BLOCK, BLOCK]."""
     if TRANSPOSED:
-        tile = tl.load(inverse + i[None, :] * BLOCK + i[:, None])
-    else:
-        tile = tl.load(inverse + i[:, None] * BLOCK + i[None, :])
-    return _small_product(tile, right, USE_DOT)
-
-
-@triton.jit
-def _small_product(tile, right, USE_DOT: tl.constexpr):
+        tile = tl.trans(tile)
     if USE_DOT:
-        return tl.dot(tile, right, out_dtype=tl.float64)
+        return tl.dot(_as_work(tile, WORK, BARRIER), right, input_precision="ieee", out_dtype=WORK)
     else:
         i = tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK, WIDTH), tl.float64)
+        total = tl.zeros((BLOCK, WIDTH), WORK)
         for k in range(0, BLOCK):
             column = tl.sum(tl.where(i[None, :] == k, tile, 0.0), axis=1)
             line = tl.sum(tl.where(i[:, None] == k, right, 0.0), axis=0)
@@ -164,64 +239,85 @@ def _small_product(tile, right, USE_DOT: tl.constexpr):
 
 @triton.jit
 def _solve_kernel(
-    table, ids, start, packed, inverses, inverse_starts, x, y, TRANSPOSED: tl.constexpr, USE_DOT: tl.constexpr
+    table,
+    ids,
+    start,
+    packed,
+    inverses,
+    inverse_starts,
+    x,
+    y,
+    TRANSPOSED: tl.constexpr,
+    WORK: tl.constexpr,
+    USE_DOT: tl.constexpr,
+    BARRIER: tl.constexpr,
 ):
     """Block substitution down, or up for the transpose; y holds what is solved so far."""
     member = tl.program_id(0)
     matrix = tl.load(ids + member).to(tl.int64)
-    n = field(table, matrix, COLUMNS).to(tl.int32)
-    leading = tl.multiple_of(field(table, matrix, LEADING), 16)
-    factor = packed + field(table, matrix, GRAM)
+    factor, leading, n = gram_place(table, matrix, packed)
     begin = tl.load(start + member) * WIDTH
-    inverse = inverses + tl.load(inverse_starts + matrix)
+    x += begin
+    y += begin
+    inverse = inverses + tl.multiple_of(tl.load(inverse_starts + matrix), BLOCK)
     i = tl.arange(0, BLOCK)
+    square = i[:, None] * BLOCK + i[None, :]
+    place = i[:, None] * leading.to(tl.int32) + i[None, :]
+    lower = i[:, None] >= i[None, :]
     blocks = tl.cdiv(n, BLOCK)
     for step in range(0, blocks):
         block = blocks - 1 - step if TRANSPOSED else step + 0 * blocks
         here = block * BLOCK
-        known = tl.zeros((BLOCK, WIDTH), tl.float64)
+        known = tl.zeros((BLOCK, WIDTH), WORK)
         if TRANSPOSED:
-            known = _columns_times(known, factor, leading, y + begin, here, here + BLOCK, n, n, USE_DOT)
+            known = _columns_times(known, factor, leading, y, here, here + BLOCK, n, n, False, WORK, USE_DOT, BARRIER)
         else:
-            known = _rows_times(known, factor, leading, y + begin, here, 0, here, n, USE_DOT)
-        right = _thin(x + begin, here, n) - known
-        place = inverse + here.to(tl.int64) * BLOCK
-        solved = _apply_inverse(place, right, TRANSPOSED, USE_DOT)
+            known = _rows_times(known, factor, leading, y, here, 0, here, n, False, WORK, USE_DOT, BARRIER)
+        right = _thin(x, here, n).to(WORK) - known
+        inverted = tl.load(inverse + here.to(tl.int64) * BLOCK + square)
+        solved = _small_product(inverted, right, TRANSPOSED, WORK, USE_DOT, BARRIER)
         # The inverse alone is off by the condition of the tile; one correction is as good as substitution.
-        if TRANSPOSED:
-            inside = (i[None, :] >= i[:, None]) & (i < n - here)[None, :]
-            tile = tl.load(factor + (here + i)[None, :] * leading + (here + i)[:, None], mask=inside, other=0.0)
-        else:
-            inside = (i[:, None] >= i[None, :]) & (i < n - here)[:, None]
-            tile = tl.load(factor + (here + i)[:, None] * leading + (here + i)[None, :], mask=inside, other=0.0)
-        solved += _apply_inverse(place, right - _small_product(tile, solved, USE_DOT), TRANSPOSED, USE_DOT)
-        _store_thin(y + begin, here, n, solved)
+        inside = (i < n - here)[:, None] & (i < leading.to(tl.int32) - here)[None, :]
+        tile = tl.load(factor + here * leading + here + place, mask=inside, other=0.0)
+        rest = right - _small_product(tl.where(lower, tile, 0.0), solved, TRANSPOSED, WORK, USE_DOT, BARRIER)
+        solved += _small_product(inverted, rest, TRANSPOSED, WORK, USE_DOT, BARRIER)
+        _store_thin(y, here, n, solved)
         tl.debug_barrier()  # the next block reads what other threads of this program have written
 
 
-def lower_product(problems: Problems, factored: Factored, members: Members, block: Tensor) -> Tensor:
-    """L X for packed blocks (rows, 16), float64. Reads n^2 / 2 numbers per member. One launch."""
-    return _product(problems, factored, members, block, transposed=False)
+def lower_product(
+    problems: Problems, factored: Factored, members: Members, block: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """L X for packed blocks (rows, 16), float64, into ``out`` if given. One launch, n^2 / 2 numbers read."""
+    return _product(problems, factored, members, block, out, transposed=False)
 
 
-def transposed_product(problems: Problems, factored: Factored, members: Members, block: Tensor) -> Tensor:
-    """L^T X for packed blocks (rows, 16), float64. Reads n^2 / 2 numbers per member. One launch."""
-    return _product(problems, factored, members, block, transposed=True)
+def transposed_product(
+    problems: Problems, factored: Factored, members: Members, block: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """L^T X for packed blocks (rows, 16), float64, into ``out`` if given. One launch, n^2 / 2 numbers read."""
+    return _product(problems, factored, members, block, out, transposed=True)
 
 
-def forward_solve(problems: Problems, factored: Factored, members: Members, block: Tensor) -> Tensor:
-    """L^-1 X for packed blocks (rows, 16), float64. Reads n^2 / 2 numbers per member. One launch."""
-    return _solve(problems, factored, members, block, transposed=False)
+def forward_solve(
+    problems: Problems, factored: Factored, members: Members, block: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """L^-1 X for packed blocks (rows, 16), float64, into ``out`` if given. One launch, n^2 / 2 numbers read."""
+    return _solve(problems, factored, members, block, out, transposed=False)
 
 
-def backward_solve(problems: Problems, factored: Factored, members: Members, block: Tensor) -> Tensor:
-    """L^-T X for packed blocks (rows, 16), float64. Reads n^2 / 2 numbers per member. One launch."""
-    return _solve(problems, factored, members, block, transposed=True)
+def backward_solve(
+    problems: Problems, factored: Factored, members: Members, block: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """L^-T X for packed blocks (rows, 16), float64, into ``out`` if given. One launch, n^2 / 2 numbers read."""
+    return _solve(problems, factored, members, block, out, transposed=True)
 
 
-def _product(problems: Problems, factored: Factored, members: Members, block: Tensor, *, transposed: bool) -> Tensor:
+def _product(
+    problems: Problems, factored: Factored, members: Members, block: Tensor, out: Tensor | None, *, transposed: bool
+) -> Tensor:
     _check(members, block)
-    out = torch.empty_like(block)
+    out = torch.empty_like(block) if out is None else out
     launch(
         _product_kernel,
         (members.tiles,),
@@ -234,15 +330,17 @@ def _product(problems: Problems, factored: Factored, members: Members, block: Te
         block,
         out,
         TRANSPOSED=transposed,
-        USE_DOT=target_of(problems.device) in WITH_DOT,
         num_warps=WARPS,
+        **arithmetic_of(target_of(problems.device), factored.packed.dtype),
     )
     return out
 
 
-def _solve(problems: Problems, factored: Factored, members: Members, block: Tensor, *, transposed: bool) -> Tensor:
+def _solve(
+    problems: Problems, factored: Factored, members: Members, block: Tensor, out: Tensor | None, *, transposed: bool
+) -> Tensor:
     _check(members, block)
-    out = torch.empty_like(block)
+    out = torch.empty_like(block) if out is None else out
     launch(
         _solve_kernel,
         (members.count,),
@@ -255,8 +353,8 @@ def _solve(problems: Problems, factored: Factored, members: Members, block: Tens
         block,
         out,
         TRANSPOSED=transposed,
-        USE_DOT=target_of(problems.device) in WITH_DOT,
         num_warps=WARPS,
+        **arithmetic_of(target_of(problems.device), factored.packed.dtype),
     )
     return out
 
@@ -270,14 +368,17 @@ def _check(members: Members, block: Tensor) -> None:
 
 def instances(target: str) -> list[Instance]:
     """Everything that the launchers of this file can ask the compiler for."""
-    use_dot = target in WITH_DOT
-    unit = "float64" if use_dot else None
-    common = {"table": "*i64", "ids": "*i32", "start": "*i64", "packed": "*fp64", "x": "*fp64", "y": "*fp64"}
     tiles = {"owner": "*i32", "first": "*i32"}
-    inverse = {"inverses": "*fp64", "inverse_starts": "*i64"}
     found = []
-    for transposed in (False, True):
-        constants = {"TRANSPOSED": transposed, "USE_DOT": use_dot}
-        found.append(Instance(_product_kernel, common | tiles, constants, WARPS, unit=unit))
-        found.append(Instance(_solve_kernel, common | inverse, constants, WARPS, unit=unit))
+    for dtype, name in ((torch.float64, "*fp64"), (torch.float32, "*fp32")):
+        arithmetic = arithmetic_of(target, dtype)
+        unit = "float64" if arithmetic["WORK"] == tl.float64 and arithmetic["USE_DOT"] else None
+        common = {"table": "*i64", "ids": "*i32", "start": "*i64", "packed": name, "x": "*fp64", "y": "*fp64"}
+        inverse = {"inverses": name, "inverse_starts": "*i64"}
+        for transposed in (False, True):
+            constants = {"TRANSPOSED": transposed, **arithmetic}
+            if name == "*fp32":  # whatever this process runs on
+                constants["BARRIER"] = arithmetic["WORK"] == tl.float64
+            found.append(Instance(_product_kernel, common | tiles, constants, WARPS, unit=unit))
+            found.append(Instance(_solve_kernel, common | inverse, constants, WARPS, unit=unit))
     return found

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from launches import counted
 from spectra import gaussian, prescribed
 
@@ -21,18 +22,18 @@ def definite(n, kappa=1e3, seed=0):
     return a.T @ a
 
 
-def packed_of(grams):
+def packed_of(grams, dtype=torch.float64):
     """Problems of these sizes and their lower triangles, with NaN everywhere else."""
     problems = Problems.of([torch.empty(g.shape[0], g.shape[0]) for g in grams])
-    packed = torch.full((problems.gram_elements,), math.nan, dtype=torch.float64)
+    packed = torch.full((problems.gram_elements,), math.nan, dtype=dtype)
     for view, g in zip(problems.gram_views(packed), grams, strict=True):
         rows, columns = np.tril_indices(g.shape[0])
-        view[rows, columns] = g[rows, columns]
+        view[rows, columns] = g[rows, columns].to(dtype)
     return problems, packed
 
 
-def factor(grams):
-    problems, packed = packed_of(grams)
+def factor(grams, dtype=torch.float64):
+    problems, packed = packed_of(grams, dtype)
     found = cholesky(problems, packed)
     return [torch.tril(view) for view in problems.gram_views(packed)], found
 
@@ -52,6 +53,48 @@ def test_factors_of_ragged_sizes_are_as_good_as_the_librarys():
         floor = 2.0**-53 * float(g.abs().max())
         ours, theirs = (float((x @ x.T - g).abs().max()) for x in (lower, library))
         assert ours <= 2 * theirs + 8 * floor
+
+
+def assert_as_good_as_the_library(grams, dtype):
+    factors, found = factor(grams, dtype)
+    assert not found.info.any()
+    assert found.inverses.dtype == dtype
+    for g, lower in zip(grams, factors, strict=True):
+        library = torch.linalg.cholesky(g.to(dtype)).double()
+        floor = float(torch.finfo(dtype).eps) * float(g.abs().max())
+        ours, theirs = (float((x @ x.T - g).abs().max()) for x in (lower.double(), library))
+        assert ours <= 2 * theirs + 4 * floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_super_panels_after_the_first_go_where_they_belong(dtype, monkeypatch):
+    # Three of them: two updates behind them, the second of which once went to wrong addresses.
+    monkeypatch.setattr(module, "SUPER", tl.constexpr(128))
+    assert_as_good_as_the_library([definite(n, 30.0, seed=n) for n in (290, 64)], dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_program_of_600_columns_does_its_part(dtype):
+    assert_as_good_as_the_library([definite(n, 30.0, seed=n) for n in (600, 290, 64)], dtype)
+
+
+def test_tf32_taken_three_times_is_off_by_no_more_than_is_said():
+    # What the interpreter multiplies in float32 is split by a device, see TF32X3_ERROR.
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(200_000, generator=generator, dtype=torch.float32) + 1 for _ in range(2))
+
+    def tf32(values):  # to nearest, ties away from zero
+        return ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    def split(values):
+        high = tf32(values)
+        return high.double(), tf32(values - high).double()
+
+    (x1, x2), (y1, y2) = split(x), split(y)
+    exact = x.double() * y.double()
+    worst = float(((x1 * y1 + x1 * y2 + x2 * y1 - exact).abs() / exact).max())
+    assert module.TF32X3_ERROR / 8 <= worst <= module.TF32X3_ERROR
 
 
 @pytest.mark.usefixtures("products")

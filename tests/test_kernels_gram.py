@@ -30,7 +30,7 @@ def digits(problems, slices):
     """Q of every matrix as Python-exact integers (object arrays would be slow: int64 holds 28 bits)."""
     found = []
     for i, (m, n) in enumerate(zip(problems.m.tolist(), problems.n.tolist(), strict=True)):
-        pitch = -(-m // PAD) * PAD
+        pitch = -(-m // PAD.value) * PAD.value
         start = int(problems.table[i, 7])
         total = np.zeros((n, pitch), dtype=np.int64)
         for k in range(slices.count):

@@ -43,7 +43,7 @@ def rebuilt(problems, slices):
     shift = exponents(slices.peaks)
     found = []
     for i, (m, n) in enumerate(zip(problems.m.tolist(), problems.n.tolist(), strict=True)):
-        pitch = -(-m // PAD) * PAD
+        pitch = -(-m // PAD.value) * PAD.value
         size = n * pitch
         total = torch.zeros((n, pitch), dtype=torch.float64)
         for k in range(slices.count):

@@ -23,8 +23,7 @@ SIZES = [1, 2, 64, 65, 130]
 
 @pytest.fixture(params=[pytest.param(True, id="dot"), pytest.param(False, id="outer products", marks=pytest.mark.slow)])
 def products(request, monkeypatch):
-    for place in (factors, module):
-        monkeypatch.setattr(place, "WITH_DOT", ("sm_90",) if request.param else ())
+    monkeypatch.setattr(factors, "WITH_DOT", ("sm_90",) if request.param else ())
 
 
 def mirrored(grams):

@@ -10,7 +10,7 @@ from spectra import gaussian, prescribed
 
 from kappa_fast.kernels import cholesky as factors
 from kappa_fast.kernels import triangular as module
-from kappa_fast.kernels.cholesky import Factored, cholesky
+from kappa_fast.kernels.cholesky import Factored
 from kappa_fast.kernels.problems import Problems
 from kappa_fast.kernels.triangular import (
     Members,
@@ -40,15 +40,17 @@ def wave(lowers):
     """A factored wave whose factors are given; above the diagonal lies NaN."""
     problems = Problems.of([torch.empty(lower.shape) for lower in lowers])
     packed = torch.full((problems.gram_elements,), math.nan, dtype=torch.float64)
-    for view, lower in zip(problems.gram_views(packed), lowers, strict=True):
+    starts, total = factors.diagonal_starts(problems)
+    inverses = torch.zeros(total, dtype=torch.float64)
+    for view, lower, start in zip(problems.gram_views(packed), lowers, starts.tolist(), strict=True):
         rows, columns = np.tril_indices(lower.shape[0])
-        view[rows, columns] = (lower @ lower.T)[rows, columns]
-    found = cholesky(problems, packed)
-    assert not bool(found.info.any())
-    views = problems.gram_views(packed)
-    for view in views:
-        view[np.triu_indices(view.shape[0], 1)] = math.nan  # the diagonal tiles were written whole
-    return problems, found, [torch.tril(view.nan_to_num(0)) for view in views]
+        view[rows, columns] = lower[rows, columns]
+        for column in range(0, lower.shape[0], 64):
+            tile = torch.eye(64, dtype=torch.float64)
+            part = lower[column : column + 64, column : column + 64]
+            tile[: len(part), : len(part)] = torch.linalg.inv(part)
+            inverses[start + 64 * column :][: 64 * 64] = tile.flatten()
+    return problems, Factored(packed, inverses, starts, torch.zeros(len(lowers), dtype=torch.int32)), lowers
 
 
 def lower_of(n, kappa=10.0, seed=0):
@@ -70,6 +72,38 @@ def test_every_block_is_multiplied_or_solved_with_its_own_factor(operation):
     for got, lower, x in zip(result.split(sizes), lowers, blocks, strict=True):
         expected = OPERATIONS[operation](lower, x)
         assert torch.allclose(got, expected, rtol=0, atol=1e-13 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("with_dot", [True, False], ids=["widened", "float32"])
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__)
+def test_a_float32_factor_meets_the_same_blocks(operation, with_dot, monkeypatch):
+    sizes = [65, 150]
+    problems, found, lowers = wave([lower_of(n, seed=n) for n in sizes])
+    monkeypatch.setattr(module, "WITH_DOT", ("sm_90",) if with_dot else ())
+    narrow = Factored(found.packed.float(), found.inverses.float(), found.starts, found.info)
+    blocks = blocks_of(sizes)
+    result = operation(problems, narrow, Members.of(problems), torch.cat(blocks))
+    # Widened, only the inverses of diagonal tiles are rounded, and one correction squares what that does.
+    error = 1e-10 if with_dot else 1e-5
+    for got, lower, x in zip(result.split(sizes), lowers, blocks, strict=True):
+        expected = OPERATIONS[operation](lower.float().double(), x)
+        assert torch.allclose(got, expected, rtol=0, atol=error * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__)
+def test_blocks_may_lie_among_others_in_one_panel(operation):
+    sizes = [65, 33]
+    problems, found, _ = wave([lower_of(n, seed=n) for n in sizes])
+    blocks = blocks_of(sizes)
+    alone = operation(problems, found, Members.of(problems), torch.cat(blocks)).split(sizes)
+    between = torch.zeros(20, 16).double()
+    panel = torch.cat([between, blocks[1], between, blocks[0]])
+    out = torch.full_like(panel, 7.0)
+    members = Members.of(problems, None, torch.tensor([73, 20]), len(panel))
+    assert operation(problems, found, members, panel, out) is out
+    assert torch.equal(out[20:53], alone[1])
+    assert torch.equal(out[73:], alone[0])
+    assert bool((out[:20] == 7).all() and (out[53:73] == 7).all())
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__)
