@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_timing import Bench
+from gpu_timing import Bench, without_canaries
 
 
 def ceilings(bench: Bench) -> None:
@@ -121,6 +121,7 @@ def krylov(bench: Bench) -> None:
     from kappa_fast.backends.base import Panel
     from kappa_fast.backends.triton_backend import TritonBackend
 
+    without_canaries()
     m, n, count = (96, 64, 2) if bench.smoke else (8192, 4096, 64)
     count = max(1, min(count, bench.free() // (3 * (8 * n * n + 2 * m * n))))
     backend = TritonBackend(bench.device)

@@ -29,8 +29,12 @@ def load(monkeypatch):
 
 
 @pytest.fixture
-def bench(load, tmp_path):
+def bench(load, tmp_path, monkeypatch):
     """A stage at toy sizes under the interpreter."""
+    from kappa_fast.kernels import canary
+
+    for name in ("check_device", "check_storage"):  # stages turn them off for the rest of their process
+        monkeypatch.setattr(canary, name, getattr(canary, name))
     return load("gpu_timing").Bench("here", CPU, True, time.time() + 600, tmp_path / "gpu.jsonl", 1)
 
 
@@ -263,6 +267,31 @@ def test_a_canary_that_dies_stops_no_other(bench, load, monkeypatch):
     found = kept(bench)
     assert found["kernels without a dtype"] == "CanaryError: cholesky is off by 1e-3 on cpu"
     assert [value["passed"] for value in list(found.values())[1:]] == [True]
+
+
+def test_models_are_timed_where_a_canary_dies(bench, load, monkeypatch):
+    from kappa_fast.kernels import canary
+
+    def wrong(device):
+        raise canary.CanaryError("squared_times is off by 1e-3")
+
+    def rank(source, **options):
+        canary.check_device(CPU)
+        return kappa_fast.rank(source, device="cpu", **options)
+
+    stages = load("gpu_stages")
+    for name in ("check_device", "check_storage"):
+        monkeypatch.setattr(canary, name, wrong)
+    monkeypatch.setattr(stages, "_rank", rank)
+    weights = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False))
+    monkeypatch.setattr(stages, "build", lambda name, device, smoke: weights)
+    monkeypatch.setattr(stages, "_profile", lambda bench, work: {})
+    stages.model(bench, "Llama-3.1-8B")
+    found = kept(bench)
+    assert found["first run"] == "CanaryError: squared_times is off by 1e-3"
+    assert found["first run, without canaries"]["seconds"] > 0
+    assert found["median"]["runs"] == 1
+    assert bench.failed
 
 
 @pytest.fixture
