@@ -111,6 +111,8 @@ def cholesky(bench: Bench) -> None:
 
     bench.attempt("copy of what is factored", lambda: row(lambda: packed.clone(), count))
     bench.attempt("kappa_fast, with that copy", lambda: row(lambda: factor(problems, packed.clone()), count))
+    narrow = packed.float()
+    bench.attempt("in float32, with that copy", lambda: row(lambda: factor(problems, narrow.clone()), count))
     bench.attempt("torch", lambda: row(lambda: torch.linalg.cholesky_ex(gram), 1))
     batch = min(count, 8)
     bench.attempt("torch, a batch", lambda: row(lambda: torch.linalg.cholesky_ex(gram.expand(batch, n, n)), batch))
