@@ -59,6 +59,7 @@ _PARAMETER = re.compile(
 )
 _BUFFER = re.compile(
     r"(?:^|\.)(?:attn|attention|self_attn)\.(?:bias|masked_bias)$|(?:^|[._])(?:inv_freq|(?:attn|causal|attention)_mask)$"
+    r"|(?:^|[._])(?:(?:diagonal|key|query)_decay|slope_rate|final_logits_bias|e_score_correction_bias)$"
     r"|(?:^|\.)(?:cos|sin|pe|alibi|fb|window|mel_filters?|mel_basis|filter_?banks?|(?:forward|inverse)_basis)$"
     r"|(?:^|[._])(?:position_ids|(?:cos|sin)_cached?|freqs_cis|running_(?:mean|var)|num_batches_tracked)$"
 )
