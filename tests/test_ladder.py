@@ -252,21 +252,6 @@ def test_a_breakdown_of_one_matrix_leaves_the_others_on_their_rung():
     assert [found.status for found in resolve(BACKEND, wave, Goal(1e-2))] == ["ok", "rank_deficient", "ok"]
 
 
-def test_what_a_factor_cannot_describe_climbs_before_the_others_search_their_ends(monkeypatch):
-    together = []
-    original = ladder._use_factors
-
-    def listening(backend, wave, goal):
-        together.append([rung.name for rung in wave.factors.rungs])
-        original(backend, wave, goal)
-
-    monkeypatch.setattr(ladder, "_use_factors", listening)
-    steep = prescribed("geometric", 120, 60, 1e9).matrix
-    found = resolve(BACKEND, [gaussian(120, 60), steep, gaussian(80, 40, 1)], Goal(1e-2))
-    assert together == [["cholesky64", "cholesky64", "qr64"]]
-    assert [f.method for f in found] == ["cholesky64", "qr64", "cholesky64"]
-
-
 def test_a_matrix_whose_kappa_exceeds_the_cutoff_is_left_as_soon_as_that_is_proven():
     matrix = prescribed("log-uniform", 384, 192, 1e5)
     tight = one(matrix.matrix, Goal(1e-8))
@@ -354,7 +339,7 @@ def test_an_upper_bound_below_what_the_weights_attain_is_no_bound():
     unit = torch.ones(1, dtype=torch.float64)
     triplets = Triplets(10.0, 1.0, 9.9, unit, unit)
     end = Extreme(4.0, 0.01, unit, True)  # kappa at most 4.04 by both ends, and 9.9 attained
-    assert ladder._interval(CHOLESKY64, 0.0, end, end, triplets).upper == math.inf
+    assert ladder._interval(CHOLESKY64, 0.0, end, end, triplets, 0.0).upper == math.inf
 
 
 def test_a_proven_lower_end_overrules_the_upper_end_of_the_rung_before():

@@ -339,12 +339,12 @@ def test_exact_decompositions_share_the_budget_and_one_that_exceeds_it_runs_alon
     running, most, lock, together = [0], [0], threading.Lock(), threading.Barrier(at_once)
     decompose = exact.decompose
 
-    def watched(a: Any) -> Any:
+    def watched(a: Any, rtol: float, **options: Any) -> Any:
         with lock:
             running[0] += 1
             most[0] = max(most[0], running[0])
         together.wait(60)  # for those that may run at once
-        found = decompose(a)
+        found = decompose(a, rtol, **options)
         with lock:
             running[0] -= 1
         return found
@@ -363,13 +363,13 @@ def test_decompositions_that_wait_for_room_are_dropped_when_the_run_is_interrupt
     decompose, begun, waiting = exact.decompose, [], threading.Event()
     taken = exact.Room.taken
 
-    def slow(a: Any) -> Any:
+    def slow(a: Any, rtol: float, **options: Any) -> Any:
         begun.append(a.shape)
         assert waiting.wait(60)
         os.kill(os.getpid(), signal.SIGINT)
         while not workers.stopping():
             time.sleep(0.01)
-        return decompose(a)
+        return decompose(a, rtol, **options)
 
     def watched(room: Any, a: Any) -> Any:
         if room._used:

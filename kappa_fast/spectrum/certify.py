@@ -33,7 +33,9 @@ OUT = (
 )  # covers the rounding of sums of up to 1e10 terms of one sign, of square roots and of this module's scalars
 TINY = 1e-280  # more than all underflows of one product together
 OUT_ULP = 1 + 4 * U
-WIDENINGS = (0.25, 1.0, 4.0, 25.0)  # of rtol: how far the proof may stay behind the estimate, tried in turn
+# How far the proof may stay behind the estimate, tried in turn from about a quarter of rtol on. The same numbers for
+# every rtol: who asks for a narrower interval must not get a wider one.
+WIDENINGS = (*(x * 100.0**-k for k in (4, 3, 2, 1) for x in (0.25, 1.0, 4.0)), 0.25, 0.9)
 
 
 def gamma(k: float) -> float:
@@ -48,6 +50,12 @@ class _Product:
     lower: Tensor
     error: float
     trace: float
+
+
+def widenings(rtol: float) -> tuple[float, ...]:
+    """Those that are tried for an interval of this half-width, ascending."""
+    first = max([i for i, x in enumerate(WIDENINGS) if x <= rtol / 4 * OUT], default=0)
+    return WIDENINGS[first:]
 
 
 def chunk_rows(m: int) -> int:
@@ -110,8 +118,8 @@ def largest_eigenvalue(backend: Backend, product: _Product, bound: float) -> flo
 def norm_bound(backend: Backend, product: _Product, estimate: float, rtol: float) -> float:
     """Proven upper bound of sqrt(lambda_max) of the matrix behind ``product``; ``estimate`` of it from below."""
     best = product.trace + product.error
-    for widening in WIDENINGS:
-        proven = largest_eigenvalue(backend, product, estimate**2 * (1 + widening * rtol))
+    for widening in widenings(rtol):
+        proven = largest_eigenvalue(backend, product, estimate**2 * (1 + widening))
         if proven < best:
             return math.sqrt(proven) * OUT_ULP
     return math.sqrt(best) * OUT
@@ -145,17 +153,17 @@ def _from_products(products: ExactProducts, founds: Sequence[Resolution], rtol: 
     ]
     bottoms: dict[int, float] = {}
     tops: dict[int, float] = {}
-    for widening in WIDENINGS:
+    for widening in widenings(rtol):
         open_ = [j for j, worth in enumerate(lows) if worth and j not in bottoms]
-        bounds = ends.smallest(open_, [tail[j] ** 2 * (1 - min(widening * rtol, 0.9)) for j in open_])
+        bounds = ends.smallest(open_, [tail[j] ** 2 * (1 - widening) for j in open_])
         for j, low in zip(open_, bounds, strict=True):
             proven = math.sqrt(low) * (1 - 4 * U) - products.distances[j] if low > 0 else 0.0
             if proven > 0:
                 bottoms[j] = proven * (1 - 4 * U)
-    for widening in WIDENINGS:
+    for widening in widenings(rtol):
         open_ = [j for j in bottoms if j not in tops]
         heads = [founds[products.which[j]].sigma_max for j in open_]
-        bounds = ends.largest(open_, [head**2 * (1 + widening * rtol) for head in heads])
+        bounds = ends.largest(open_, [head**2 * (1 + widening) for head in heads])
         tops.update({j: high for j, high in zip(open_, bounds, strict=True) if high < ends.traces[j]})
     results = {}
     for j, low in bottoms.items():
@@ -210,18 +218,26 @@ def certified(backend: Backend, a: Operand, found: Resolution, rtol: float) -> R
     high = norm_bound(backend, product, found.sigma_max, rtol)
     low = 0.0
     # Proven distance from a Gram matrix: its error and about as much again for the residual.
-    if 2 * product.error < rtol * found.sigma_min**2:
-        for widening in WIDENINGS:
-            low = smallest_eigenvalue(backend, product, found.sigma_min**2 * (1 - min(widening * rtol, 0.9)))
-            if low > 0:
-                low = math.sqrt(low) * (1 - 4 * U)
-                break
+    behind = 2 * product.error / found.sigma_min**2
+    if behind < rtol:
+        low = _smallest_from_gram(backend, product, found.sigma_min, rtol)
     if not low > 0:
         low = preconditioned_smallest(backend, a, found.sigma_min, rtol)
+        if behind < 1 and low**2 < found.sigma_min**2 * (1 - behind):
+            low = max(low, _smallest_from_gram(backend, product, found.sigma_min, behind))
     if not low > 0:
         return found
     upper = high / low * (1 + 4 * U)
     return replace(found, upper=max(upper, found.kappa), certified=True)
+
+
+def _smallest_from_gram(backend: Backend, product: _Product, sigma_min: float, rtol: float) -> float:
+    """A proven lower bound of sigma_n from the Gram matrix; 0 where float64 cannot tell."""
+    for widening in widenings(rtol):
+        low = smallest_eigenvalue(backend, product, sigma_min**2 * (1 - widening))
+        if low > 0:
+            return math.sqrt(low) * (1 - 4 * U)
+    return 0.0
 
 
 def preconditioned_smallest(backend: Backend, a: Operand, sigma_min: float, rtol: float) -> float:

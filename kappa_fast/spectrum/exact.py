@@ -9,24 +9,40 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..backends.base import Operand, Tensor
+from . import doubled
+from .certify import gamma
+from .doubled import OUT, TINY, U, norm
 
 METHOD = "svd64"
-# Relative error of a computed value beside its share of sigma_max: what is left where kappa is close to 1.
-RELATIVE = 64 * 2.0**-53
+# From so many columns on a matrix with less than twice as many rows is decomposed, others have their Gram matrix taken.
+SVD_FROM, SVD_SLENDER = 160, 2
+DOUBLED_BELOW = 32  # columns for which nothing lies between a Gram matrix in float64 and one in twice its precision
+SUSPECT = 64.0  # times LAPACK's usual error: a vector that A shrinks to less is as good as a null vector
+SUM = 64  # products that are summed on their own
+BLOCK_ENTRIES = 1 << 18  # of rows converted at a time
+SHARE = 1.0  # of rtol that both sides of sigma_n may take together
+ROUNDS = 4
+SINGULAR = 2.0**52  # a kappa beyond it means nothing more in float64 than infinity
+OUT_ULP = 1 + 8 * U
 
 
 def peak_bytes(shape: tuple[int, int]) -> int:
-    """What ``decompose`` takes: operand, copy, U and a second operand (m, n), V and its workspace (n, n), in float64.
+    """What ``decompose`` takes beside the weights, at most.
 
-    Measured beside the weights: 250 MB at 2048 x 2048 and 194 MB at 4096 x 1024, where this says 268 and 193.
+    An SVD: operand, copy, U and a second operand (m, n), V, its slices and workspace (n, n), a block of rows and its
+    slices. Gram matrices: two numbers for each entry of G and of products with it, slices of these, a block of rows.
     """
     m, n = shape
-    return 8 * (5 * m * n + 3 * n * n)
+    gram = 30 * n * n + 8 * min(m, max(doubled.ROWS, BLOCK_ENTRIES // n)) * n
+    whole = n >= DOUBLED_BELOW and (m < SVD_SLENDER * n or n < SVD_FROM)
+    svd = 6 * m * n + 8 * n * n + 3 * doubled.ROWS * n if whole else 2 * m * n * (n >= SVD_FROM)
+    return 8 * max(gram, svd)
 
 
 PATIENCE = 0.1  # seconds
@@ -66,19 +82,238 @@ class Room:
                 self._changed.notify_all()
 
 
-def backward_error(n: int) -> float:
-    """Bound on |computed - true| / sigma_max for the singular values of LAPACK's float64 SVD.
+@dataclass(frozen=True)
+class Extremes:
+    """What is proven of both ends of the spectrum: sigma lies in [low, high]; the smallest low end may be 0.
 
-    LAPACK states p(m, n) u with a "modestly growing" p (Users' Guide, section 4.9). p = 4 + sqrt(n) / 2 is four times
-    what was seen on matrices with known spectra, n = 2 to 2048 (docs/numerics.md); a model, not a proof.
+    left (m, 2), right (n, 2): approximate singular vectors of sigma_1 and sigma_n, float64 on the CPU; None where
+    sigma_n cannot be told from zero.
     """
-    return (4 + math.sqrt(n) / 2) * 2.0**-53
+
+    largest: tuple[float, float]
+    smallest: tuple[float, float]
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def is_narrow(self, rtol: float) -> bool:
+        """Whether the interval of sigma_n leaves that of kappa a relative half-width of ``rtol``."""
+        low, high = self.smallest
+        return high - low <= SHARE * rtol * low
 
 
-def decompose(a: Operand) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, n), singular values (n,) descending, V (n, n), float64 on the CPU."""
-    u, s, vh = torch.linalg.svd(a.tensor.to("cpu", torch.float64), full_matrices=False)
-    return u, s, vh.T
+def decompose(a: Operand, rtol: float, *, suspected: bool = False) -> Extremes:
+    """Both ends of the spectrum of a finite matrix, to a relative ``rtol`` where twice float64's precision reaches it.
+
+    Nothing is assumed of any factorization, all residuals are measured: docs/numerics.md, section 5.
+    suspected: of being singular; then a large matrix is looked at without vectors first.
+    """
+    m, n = a.shape
+    if n >= SVD_FROM:
+        found = _without_vectors(a) if suspected else None
+        return found or (_from_doubled_gram(a, rtol) if m >= SVD_SLENDER * n else from_svd(a, rtol))
+    found = _from_gram(a, rtol)
+    if found is None and n >= DOUBLED_BELOW:
+        found = from_svd(a, rtol)
+        found = found if found.is_narrow(rtol) else None
+    return found or _from_doubled_gram(a, rtol)
+
+
+def _without_vectors(a: Operand) -> Extremes | None:
+    """What a vector shows of sigma_n, if that is where float64 cannot tell it from zero; None if it may be larger.
+
+    The vector comes from R of a QR decomposition, whose values are looked at first. What is said is measured with A.
+    """
+    wide = a.tensor.to("cpu", torch.float64)
+    m, n = a.shape
+    r = torch.linalg.qr(wide, mode="r").R
+    s = torch.linalg.svdvals(r)
+    noise = (4 + math.sqrt(n) / 2) * U * float(s[0])
+    if float(s[-1]) > noise:
+        return None
+    diagonal = r.diagonal()
+    diagonal.copy_(torch.where(diagonal.abs() > noise / n, diagonal, noise / n))
+    v = x = torch.ones((n, 1), dtype=torch.float64)
+    for _ in range(3):
+        v = torch.linalg.solve_triangular(r.T, v / v.norm(), upper=False)
+        v = torch.linalg.solve_triangular(r, v / v.norm(), upper=True)
+        x = r.T @ (r @ (x / x.norm()))
+    v, x = v / v.norm(), x / x.norm()
+    if not bool(torch.isfinite(v).all()):
+        return None
+    image = torch.linalg.vector_norm(wide @ torch.cat([x, v], dim=1), dim=0).tolist()
+    rounding, relative = (n + 4) * U * norm(wide), 1 + (m + 2 * n + 8) * U
+    if image[1] > SUSPECT * noise:
+        return None
+    largest = max(0.0, image[0] / relative - rounding), norm(wide)
+    return Extremes(largest, (0.0, image[1] * relative + rounding))
+
+
+def _blocks(a: Operand) -> Iterator[tuple[int, int, Tensor]]:
+    """Rows in float64 on the CPU, row-major, a few MB at a time."""
+    m, n = a.shape
+    step = max(SUM, BLOCK_ENTRIES // n // SUM * SUM)
+    for start in range(0, m, step):
+        rows = a.tensor[start : start + step]
+        yield start, min(start + step, m), rows.to("cpu", torch.float64).contiguous()
+
+
+def _gram(a: Operand) -> tuple[Tensor, float]:
+    """A^T A in float64, and a bound on its error: sums of SUM products each, of those in a block, and of blocks."""
+    n = a.shape[1]
+    total = torch.zeros((n, n), dtype=torch.float64)
+    longest = blocks = 0
+    for start, stop, rows in _blocks(a):
+        whole = (stop - start) // SUM * SUM
+        parts = rows[:whole].view(-1, SUM, n)
+        total += (parts.mT @ parts).sum(dim=0) + rows[whole:].T @ rows[whole:]
+        longest, blocks = max(longest, len(parts)), blocks + 1
+    return total, gamma(SUM + longest + blocks + 2) * float(total.diagonal().sum()) * OUT + TINY
+
+
+@dataclass(frozen=True)
+class _Eigen:
+    """Eigenpairs of a symmetric matrix, ascending; no eigenvalue is further from theta than theta defect + rest."""
+
+    theta: Tensor
+    vectors: Tensor
+    rest: float
+    defect: float
+
+    @classmethod
+    def of(cls, matrix: Tensor, error: float) -> _Eigen:
+        """``error``: how far the matrix is from the one that is meant, ||.||_2."""
+        theta, v = torch.linalg.eigh(matrix)
+        h = matrix.shape[0] + 4
+        rest = norm(matrix - (v * theta) @ v.T) + gamma(h) * (norm(matrix) + norm(theta) * norm(v))
+        eye = torch.eye(len(theta), dtype=torch.float64)
+        defect = norm(v.T @ v - eye) + gamma(h) * (norm(v) ** 2 + 1)
+        return cls(theta, v, (rest * OUT + error) * OUT + TINY, defect * OUT)
+
+    def bounds(self, i: int) -> tuple[float, float]:
+        """Of the square root of eigenvalue i."""
+        theta = float(self.theta[i])
+        low, high = (theta * (1 + s * math.copysign(self.defect, theta)) + s * self.rest for s in (-1, 1))
+        return math.sqrt(max(0.0, low)) * (1 - 4 * U), math.sqrt(max(0.0, high)) * (1 + 4 * U)
+
+
+def _from_gram(a: Operand, rtol: float) -> Extremes | None:
+    """From the Gram matrix in float64, if that is enough."""
+    total, error = _gram(a)
+    eigen = _Eigen.of(total, error)
+    largest, smallest = eigen.bounds(-1), eigen.bounds(0)
+    if not Extremes(largest, smallest).is_narrow(rtol):
+        return None
+    return _with_vectors(a, largest, smallest, eigen.vectors[:, [-1, 0]])
+
+
+def _from_doubled_gram(a: Operand, rtol: float) -> Extremes:
+    """From X and C with (X C)^T A^T A (X C) = I + E: sigma_n lies within sqrt(1 +- ||E||) / ||X C||.
+
+    T = X^T A^T A X takes twice float64's precision, C = T^(-1/2) and the rest no more than float64.
+    """
+    g, distance = doubled.gram(a.tensor)
+    eigen = _Eigen.of(g.high, g.error + U * norm(g.high))
+    low, high = eigen.bounds(-1)
+    largest = max(0.0, low - distance), high + distance
+    x, spread = eigen.vectors, eigen.theta
+    bottom, top, right = 0.0, high, None
+    for step in range(ROUNDS):
+        x = doubled.rounded(_scaled(x, spread))
+        if not bool(torch.isfinite(x).all()):
+            break
+        t = doubled.transposed_product(x, doubled.product(g, x))
+        spread, w = torch.linalg.eigh(t.high)
+        if float(spread[0]) <= t.error:  # as good as zero, and no other X shows more
+            top = min(top, _quotient(x, t, w[:, 0]))
+            break
+        for c in [None, _scaled(w, spread)][: step + 1]:
+            found = _least(x, t, c)
+            if found is not None and found[0] > bottom:
+                bottom, right = found[0], found[2]
+            if found is not None:
+                top = min(top, found[1])
+            if top - bottom <= SHARE * rtol * bottom:
+                break
+        else:
+            top = min(top, _quotient(x, t, w[:, 0]))
+            x = x @ w
+            continue
+        break
+    smallest = max(0.0, bottom - distance) * (1 - 2 * U), (top + distance) * (1 + 2 * U)
+    if right is None or not smallest[0] > 0:
+        return Extremes(largest, (0.0, smallest[1]))
+    return _with_vectors(a, largest, smallest, torch.stack([eigen.vectors[:, -1], right / right.norm()], dim=1))
+
+
+def _least(x: Tensor, t: doubled.Double, c: Tensor | None) -> tuple[float, float, Tensor] | None:
+    """Bounds of sigma_n from T = X^T A^T A X and C (None: the identity), and its vector; None if ||E|| reaches 1."""
+    n = x.shape[1]
+    eye = torch.eye(n, dtype=torch.float64)
+    unknown = t.error + U * norm(t.high)
+    if c is None:
+        defect = (norm((t.high - eye) + t.low) * (1 + 4 * U) + t.error) * OUT
+        y, rounding = x, 0.0
+    else:
+        defect = norm(c.T @ t.high @ c - eye)
+        defect = (defect + norm(c) ** 2 * (norm(t.high) * gamma(2 * n + 4) + unknown) + 4 * n * U) * OUT
+        y, rounding = x @ c, gamma(n + 1) * norm(x) * norm(c) * OUT
+    if not defect < 1:
+        return None
+    length = _Eigen.of(y.T @ y, gamma(n + 2) * norm(y) ** 2)
+    shorter, longer = length.bounds(-1)
+    bottom = math.sqrt(1 - defect) / (longer + rounding) * (1 - 8 * U)
+    top = math.sqrt(1 + defect) / (shorter - rounding) * (1 + 8 * U) if shorter > rounding else math.inf
+    return bottom, top, y @ length.vectors[:, -1]
+
+
+def _quotient(x: Tensor, t: doubled.Double, v: Tensor) -> float:
+    """||A X v|| / ||X v|| from T = X^T A^T A X, rounded up: no less than sigma_n, whatever comes of the rest."""
+    n = len(v)
+    squared = float(v @ (t.high @ v)) + (gamma(2 * n + 3) * norm(t.high) + t.error) * float(v @ v)
+    length = float(torch.linalg.vector_norm(x @ v)) - gamma(n + 2) * norm(x) * OUT
+    return math.sqrt(squared) / length * OUT if length > 0 and squared >= 0 else math.inf
+
+
+def _scaled(vectors: Tensor, values: Tensor) -> Tensor:
+    """Every vector over the root of its eigenvalue; those that rounding hides are taken to be as large as it."""
+    return vectors / values.clamp(min=4 * len(values) * U * float(values[-1])).sqrt()
+
+
+def from_svd(a: Operand, rtol: float = 0.0) -> Extremes:
+    """From LAPACK's SVD and its residual: |sigma_i(A) - sigma_i(U S V^T)| <= ||A - U S V^T||.
+
+    The residual in float64 where that is enough for ``rtol``, else in twice its precision.
+    """
+    wide = a.tensor.to("cpu", torch.float64)
+    n = a.shape[1]
+    u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+    scaled = u * s
+    eye = torch.eye(n, dtype=torch.float64)
+    defect = norm(vh @ vh.T - eye) + gamma(n + 2) * norm(vh) ** 2
+    cross, error = _gram(Operand(u, 0, True, 1.0))
+    defect += norm(cross - eye) + error + 2 * n * U
+    plain = norm(wide - scaled @ vh) + gamma(n + 3) * (norm(wide) + norm(s) * norm(vh))
+    found = _of_svd(u, s, vh, (plain + 2 * U * norm(s)) * OUT, defect * OUT)
+    if found.is_narrow(rtol):
+        return found
+    rest = doubled.residual(wide, scaled, vh) + 2 * U * norm(s)  # of U S, whose entries are rounded
+    return _of_svd(u, s, vh, rest * OUT, defect * OUT)
+
+
+def _of_svd(u: Tensor, s: Tensor, vh: Tensor, rest: float, defect: float) -> Extremes:
+    """rest: ||A - U S V^T||.  defect: ||U^T U - I|| + ||V^T V - I||, which is as much of every value at most."""
+    high, low = float(s[0]), float(s[-1])
+    up, down = (1 + defect) * OUT_ULP, (1 - defect) / OUT_ULP
+    largest = max(0.0, high * down - rest), high * up + rest
+    smallest = max(0.0, low * down - rest), low * up + rest
+    if not smallest[0] > 0:
+        return Extremes(largest, smallest)
+    return Extremes(largest, smallest, u[:, [0, -1]], vh.T[:, [0, -1]])
+
+
+def _with_vectors(a: Operand, largest: tuple[float, float], smallest: tuple[float, float], right: Tensor) -> Extremes:
+    left = torch.cat([rows @ right for _, _, rows in _blocks(a)])
+    return Extremes(largest, smallest, left / left.norm(dim=0), right)
 
 
 def singular_reason(a: Operand) -> str | None:

@@ -21,7 +21,7 @@ from . import certify as proofs
 from . import exact
 from .bounds import norm_factor
 from .krylov import WIDTH, Extreme, largest
-from .polish import Triplets, polish, ratio_bound, sensitivities
+from .polish import U64, Triplets, polish, sensitivities
 
 log = logging.getLogger("kappa_fast")
 
@@ -35,6 +35,7 @@ EXACT_ALWAYS = 32
 # Shares of the allowed width: each end's excess (relative, of sigma^2) and the departure, with 4 rtol to spend in all.
 END_SHARE = 1.2
 DEPARTURE_SHARE = 0.8
+SUSPICIOUS = 1e12  # a kappa that may be infinite
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,15 @@ class _Climber:
     operand: Operand
     rungs: tuple[Rung, ...]
     seed: bytes = b""  # of its start blocks
-    level: int = 0  # the rung that it is on
     best: Resolution | None = None
     triplets: Triplets | None = None
     done: bool = field(default=False)
 
-    @property
-    def rung(self) -> Rung:
-        return self.rungs[self.level]
-
     def keep(self, found: Resolution, triplets: Triplets) -> None:
         """A later rung replaces the estimate; bounds can only tighten."""
         if self.best is not None:
-            lower, upper = max(found.lower, self.best.lower), min(found.upper, self.best.upper)
+            lower = max(found.lower, self.best.lower)
+            upper = found.upper if found.certified else min(found.upper, self.best.upper)
             if lower > upper:  # lower ends are proven, so the upper one of the rung before was wrong
                 upper = max(found.upper, lower)
             found = replace(found, lower=lower, upper=upper, kappa=min(max(found.kappa, lower), upper))
@@ -117,7 +114,7 @@ def resolve(
     for climber in climbers:
         if not climber.done:
             with room.taken(climber.operand):
-                _finish_exactly(backend, climber, goal)
+                _finish_exactly(climber, goal)
     _measure_sensitivity(backend, [c for c in climbers if c.best is not None and c.best.status == "ok"])
     if goal.certify:
         _prove(backend, [c for c in climbers if c.triplets is not None], goal.rtol)
@@ -128,11 +125,14 @@ def resolve(
 
 
 def _prove(backend: Backend, climbers: Sequence[_Climber], rtol: float) -> None:
-    chosen = [c for c in climbers if c.best is not None and c.best.status == "ok"]
-    founds = [c.best for c in chosen if c.best is not None]
-    proven = proofs.certified_wave(backend, [c.operand for c in chosen], founds, rtol)
-    for climber, found in zip(chosen, proven, strict=True):
-        climber.best = found
+    """Prove what the last rung has not proven already, or not to ``rtol``."""
+    chosen = [(c, c.best) for c in climbers if c.best is not None and c.best.status == "ok"]
+    chosen = [(c, found) for c, found in chosen if not found.certified or found.half_width > rtol]
+    founds = [replace(found, certified=False) for _, found in chosen]
+    proven = proofs.certified_wave(backend, [c.operand for c, _ in chosen], founds, rtol)
+    for (climber, before), found in zip(chosen, proven, strict=True):
+        if not before.certified or (found.certified and found.upper < before.upper):
+            climber.best = found
 
 
 def left_to_the_svd(shape: tuple[int, int]) -> bool:
@@ -154,104 +154,60 @@ def _trivial(a: Operand) -> Resolution | None:
     return None
 
 
-@dataclass
-class _Described:
-    """Matrices whose factors describe them well enough, and how far these are from being factors at most."""
-
-    climbers: list[_Climber]
-    factors: Factors
-    departures: list[float]
-
-    def beside(self, other: _Described) -> _Described:
-        """Both together."""
-        return _Described(
-            self.climbers + other.climbers, self.factors.beside(other.factors), self.departures + other.departures
-        )
-
-
 def _climb(backend: Backend, climbers: Sequence[_Climber], goal: Goal) -> None:
-    """Every matrix up to where it is resolved, or to the end of its rungs.
-
-    What a factor cannot describe climbs at once, so that all matrices of a wave search both ends in the same steps,
-    whatever their rungs; what only an interval turns down climbs after that.
-    """
+    level = 0
     active = list(climbers)
     while active:
-        lanes: dict[tuple[torch.dtype, torch.dtype], _Described] = {}
-        while active:
-            for key, chosen in _by_blocks(active, goal).items():
-                found = _described(backend, chosen, DEPARTURE_SHARE * goal.rtol)
-                if found is not None:
-                    lanes[key] = lanes[key].beside(found) if key in lanes else found
-            kept = {id(climber) for found in lanes.values() for climber in found.climbers}
-            active = _next_rung([c for c in active if id(c) not in kept])
-        for key in list(lanes):
-            found = lanes.pop(key)
-            _use_factors(backend, found, goal)
-            active += _next_rung([c for c in found.climbers if not c.done])
-            del found  # before the next rung needs the memory
+        by_rung: dict[Rung, list[_Climber]] = {}
+        for climber in active:
+            by_rung.setdefault(climber.rungs[level], []).append(climber)
+        for rung, chosen in by_rung.items():
+            factors = backend.factor([c.operand for c in chosen], rung)
+            sound = [i for i, data in enumerate(factors.data) if data is not None]
+            if sound:
+                _use_factors(backend, [chosen[i] for i in sound], factors.take(sound), goal)
+            del factors  # before the next rung needs the memory
+        level += 1
+        active = [c for c in active if not c.done and len(c.rungs) > level]
 
 
-def _next_rung(climbers: Sequence[_Climber]) -> list[_Climber]:
-    """Those that have one."""
-    for climber in climbers:
-        climber.level += 1
-    return [c for c in climbers if c.level < len(c.rungs)]
-
-
-def _by_blocks(climbers: Sequence[_Climber], goal: Goal) -> dict[tuple[torch.dtype, torch.dtype], list[_Climber]]:
-    """By the dtypes of the blocks for both ends: a step is one for all matrices whose blocks fit into one panel."""
-    found: dict[tuple[torch.dtype, torch.dtype], list[_Climber]] = {}
-    for c in climbers:
-        found.setdefault((c.rung.blocks, c.rung.product_dtype(END_SHARE * goal.rtol)), []).append(c)
-    return found
-
-
-def _described(backend: Backend, climbers: Sequence[_Climber], limit: float) -> _Described | None:
-    """Factors by the rungs that the matrices are on, where there is one that departs no further than ``limit``."""
-    factors = backend.factor([c.operand for c in climbers], [c.rung for c in climbers])
-    sound = [i for i, data in enumerate(factors.data) if data is not None]
-    if not sound:
-        return None
-    climbers, factors = [climbers[i] for i in sound], factors.take(sound)
+def _use_factors(backend: Backend, climbers: Sequence[_Climber], factors: Factors, goal: Goal) -> None:
+    """Both ends, the polish and the interval for every matrix whose factor describes it well enough."""
+    limit = DEPARTURE_SHARE * goal.rtol
     departures = _departures(backend, climbers, factors, limit)
     kept = [i for i, departure in enumerate(departures) if departure <= limit]
     if not kept:
-        return None
-    return _Described([climbers[i] for i in kept], factors.take(kept), [departures[i] for i in kept])
-
-
-def _use_factors(backend: Backend, wave: _Described, goal: Goal) -> None:
-    """Both ends, the polish and the interval of every matrix."""
-    climbers, factors = wave.climbers, wave.factors
-    tops, bottoms = _ends(backend, factors, [c.seed for c in climbers], END_SHARE * goal.rtol)
+        return
+    factors = factors.take(kept)
+    tops, bottoms = _ends(backend, factors, [climbers[i].seed for i in kept], END_SHARE * goal.rtol)
     polished = backend.solve(factors, Panel.pack([b.vectors for b in bottoms]))
     # An operator that overflowed leaves nothing to polish, and LAPACK must not see its NaNs.
-    finite = backend.read(torch.isfinite(backend.norms(polished)).all(dim=1))
-    good = [j for j in range(len(climbers)) if finite[j] and 0 < tops[j].theta * bottoms[j].theta < math.inf]
+    finite = torch.isfinite(backend.norms(polished)).all(dim=1).tolist()
+    good = [j for j in range(len(kept)) if finite[j] and 0 < tops[j].theta * bottoms[j].theta < math.inf]
     if not good:
         return
-    chosen = [climbers[j] for j in good]
+    chosen = [climbers[kept[j]] for j in good]
     found = polish(
         backend, [c.operand for c in chosen], Panel.pack([tops[j].vectors for j in good]), polished.take(good)
     )
     for j, climber, triplets in zip(good, chosen, found, strict=True):
         if triplets.sigma_min > 0:
-            resolution = _interval(factors.rungs[j], wave.departures[j], tops[j], bottoms[j], triplets)
+            rounding = 4 * (sum(climber.operand.shape) + 8) * U64
+            resolution = _interval(factors.rung, departures[kept[j]], tops[j], bottoms[j], triplets, rounding)
             climber.keep(resolution, triplets)
             climber.done = resolution.half_width <= goal.rtol or resolution.lower > goal.cutoff
 
 
 def _departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors, limit: float) -> list[float]:
     """Bounds on ||M||_2 from a Gaussian block; where M X is too large, from M^T M X, which overestimates far less."""
-    blocks = backend.gaussian(factors.ns, [c.seed for c in climbers], WIDTH, 2, factors.blocks)
+    blocks = backend.gaussian(factors.ns, [c.seed for c in climbers], WIDTH, 2, factors.rung.dtype)
     bounds = [math.inf] * len(climbers)
     factor = norm_factor(WIDTH) / math.sqrt(WIDTH)
     active = list(range(len(climbers)))
     for power in (1, 2):
         operands = [climbers[i].operand for i in active]
         blocks = backend.departure(operands, factors.take(active), blocks, transposed=power == 2)
-        norms = backend.read(torch.linalg.vector_norm(backend.norms(blocks), dim=1))
+        norms = torch.linalg.vector_norm(backend.norms(blocks), dim=1).tolist()
         for i, norm in zip(active, norms, strict=True):
             if math.isfinite(norm):
                 bounds[i] = min(bounds[i], (factor * norm) ** (1 / power))
@@ -265,62 +221,59 @@ def _departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors
 def _ends(
     backend: Backend, factors: Factors, seeds: Sequence[bytes], tolerance: float
 ) -> tuple[list[Extreme], list[Extreme]]:
-    """The largest eigenvalues of R^T R and of its inverse, of every factor."""
-
-    def on_device(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=backend.device)
-
-    of_products = on_device([rung.product_error(tolerance) for rung in factors.rungs])
-    of_solves = on_device([2 * rung.unit_roundoff for rung in factors.rungs])
+    quick = factors.rung.product_dtype(tolerance)
+    coarse = float(torch.finfo(quick).eps)
 
     def constant(which: Sequence[int], theta: Tensor) -> Tensor:
-        return of_products[list(which)]
+        return torch.full_like(theta, coarse)
 
-    quick = factors.rungs[0].product_dtype(tolerance)
     tops = largest(backend, backend.product, factors, seeds, constant, tolerance, salt=0, dtype=quick)
-    heights = on_device([top.theta for top in tops])
+    heights = torch.tensor([top.theta for top in tops], dtype=torch.float64, device=backend.device)
 
     def noise(which: Sequence[int], theta: Tensor) -> Tensor:
-        chosen = list(which)
-        return of_solves[chosen] * torch.sqrt((theta * heights[chosen]).clamp(min=1.0))
+        return 2 * factors.rung.unit_roundoff * torch.sqrt((theta * heights[list(which)]).clamp(min=1.0))
 
     return tops, largest(backend, backend.solve, factors, seeds, noise, tolerance, salt=1)
 
 
-def _interval(rung: Rung, departure: float, top: Extreme, bottom: Extreme, triplets: Triplets) -> Resolution:
+def _interval(
+    rung: Rung, departure: float, top: Extreme, bottom: Extreme, triplets: Triplets, rounding: float
+) -> Resolution:
     """Lower end: proven by the polish. Upper end: the Krylov bounds of both ends, widened by the departure."""
     # With power 1 the top end used the weights themselves, and the departure concerns the bottom alone.
     widening = math.sqrt((1 + departure) / (1 - departure)) if rung.power == 2 else 1 / (1 - departure)
     upper = math.sqrt(top.theta * (1 + top.excess) * bottom.theta * (1 + bottom.excess)) * widening
     kappa = triplets.sigma_max / triplets.sigma_min
+    upper *= 1 + rounding  # of the Ritz values, and of kappa where it takes the place of the bound
     # A bound below what the weights themselves attain says that the start missed: it is none, the next rung decides.
-    upper = math.inf if upper * (1 + 1e-12) < triplets.lower else max(upper, kappa)
+    upper = math.inf if upper * (1 + 1e-12) < triplets.lower else max(upper, kappa * (1 + rounding))
     return Resolution("ok", kappa, triplets.lower, upper, triplets.sigma_max, triplets.sigma_min, rung.name)
 
 
-def _finish_exactly(backend: Backend, climber: _Climber, goal: Goal) -> None:
+def _finish_exactly(climber: _Climber, goal: Goal) -> None:
     a = climber.operand
-    u, s, v = exact.decompose(a)
-    high, low = float(s[0]), float(s[-1])
-    error = exact.backward_error(a.shape[1]) * high
-    norm = float(torch.linalg.vector_norm(s))
-    wide = a.tensor.to("cpu", torch.float64)
-    ends = v[:, [0, -1]]
-    reached, lengths = (torch.linalg.vector_norm(x, dim=0).tolist() for x in (wide @ ends, ends))
-    lower = ratio_bound(a.shape, norm, (reached[0], reached[1]), (lengths[0], lengths[1]), 1)
-    if low * (1 - exact.RELATIVE) <= error:
-        reason = exact.singular_reason(a) if a.exact else None  # what scaling made zero or equal proves nothing
-        method = f"{exact.METHOD}: {reason}" if reason else exact.METHOD
-        proven = math.inf if reason else lower
-        climber.best = Resolution("rank_deficient", math.inf, proven, math.inf, high, low, method, reason is not None)
+    reason = exact.singular_reason(a) if a.exact else None  # what scaling made zero or equal proves nothing
+    if reason:
+        high = float(torch.linalg.vector_norm(a.tensor.to("cpu", torch.float64)))
+        climber.best = Resolution(
+            "rank_deficient", math.inf, math.inf, math.inf, high, 0.0, f"{exact.METHOD}: {reason}", certified=True
+        )
+        climber.triplets, climber.done = None, True
+        return
+    suspected = climber.best is None or climber.best.lower > SUSPICIOUS
+    ends = exact.decompose(a, goal.rtol, suspected=suspected)
+    (high_low, high_up), (low_low, low_up) = ends.largest, ends.smallest
+    high, low = (high_low + high_up) / 2, (low_low + low_up) / 2
+    lower = max(1.0, high_low / low_up * (1 - 4 * proofs.U)) if low_up > 0 else math.inf
+    if ends.left is None or ends.right is None or lower > exact.SINGULAR:
+        climber.best = Resolution("rank_deficient", math.inf, lower, math.inf, high, low, exact.METHOD)
         climber.triplets = None
     else:
-        kappa = high / low
-        upper = (high * (1 + exact.RELATIVE) + error) / (low * (1 - exact.RELATIVE) - error)
-        lower = min(lower, kappa)
-        left, right = (x.to(a.tensor.device) for x in (u[:, [0, -1]], ends))
-        triplets = Triplets(high, low, lower, left, right)
-        climber.keep(Resolution("ok", kappa, lower, upper, high, low, exact.METHOD), triplets)
+        upper = high_up / low_low * (1 + 4 * proofs.U)
+        left, right = (x.to(a.tensor.device) for x in (ends.left, ends.right))
+        kappa = min(max(high / low, lower), upper)
+        found = Resolution("ok", kappa, lower, upper, high, low, exact.METHOD, certified=goal.certify and a.exact)
+        climber.keep(found, Triplets(high, low, lower, left, right))
     climber.done = True
 
 

@@ -43,7 +43,7 @@ def polish(backend: Backend, operands: Sequence[Operand], tops: Panel, bottoms: 
     u1, s1, v1, reached1 = _end(backend, top, images.columns(0, top.width), 0)
     un, sn, vn, reachedn = _end(backend, bottom, images.columns(top.width), bottom.width - 1)
     left, right = u1.beside(un), v1.beside(vn)
-    measured = backend.read(torch.cat([s1, sn, reached1, reachedn, backend.norms(right), norms[:, None]], dim=1))
+    measured = torch.cat([s1, sn, reached1, reachedn, backend.norms(right), norms[:, None]], dim=1).tolist()
     width = max(top.width, bottom.width)
     return [
         Triplets(high, low, ratio_bound(a.shape, norm, reached, lengths, width), u, v)
@@ -65,14 +65,15 @@ def ratio_bound(
 ) -> float:
     """A proven lower bound of kappa from ||A x||, ||A v|| (reached) and ||x||, ||v|| (lengths), computed in float64.
 
-    x = X w is combined after the product, fl(fl(A X) w), so its error is that of n + k + 1 roundings, k the width of X:
-    at most g ||x|| with g = (n + k + 3) u ||A||_F times the growth ||X||_F |w| / ||x|| <= sqrt(k) (1 + tiny).
+    x = X w is combined after the product, fl(fl(A X) w), with n + k roundings, k the width of X, and so is the vector
+    whose length is measured, fl(X w), with k: together at most g ||x||, g = (n + 2 k + 3) u ||A||_F times the growth
+    ||X||_F |w| / ||x|| <= sqrt(k) (1 + tiny).
     norm: ||A||_F, to a relative 1e-6.  The norms themselves carry (m + n + 8) u.
     """
     if not min(*reached, *lengths) > 0:  # vectors of no length, or none that are numbers
         return 1.0
     m, n = shape
-    g = (n + width + 3) * U64 * norm * (1 + 1e-5) * math.sqrt(width) * 1.01
+    g = (n + 2 * width + 3) * U64 * norm * (1 + 1e-5) * math.sqrt(width) * 1.01
     r = (m + n + 8) * U64
     high = reached[0] * (1 - r) / (lengths[0] * (1 + r)) - g
     low = reached[1] * (1 + r) / (lengths[1] * (1 - r)) + g
@@ -96,8 +97,7 @@ def sensitivities(
     v = right.data
     lefts = torch.cat([u * u, -2 * u[:, :1] * u[:, 1:]], dim=1)
     rights = torch.cat([v * v, v[:, :1] * v[:, 1:]], dim=1)
-    squares = backend.weighted_squares(operands, Panel(lefts, left.rows), Panel(rights, right.rows))
-    totals = backend.read(squares.sum(dim=1))
+    totals = backend.weighted_squares(operands, Panel(lefts, left.rows), Panel(rights, right.rows)).sum(dim=1).tolist()
     return [
         math.hypot(
             float(torch.finfo(dtype).eps) * math.sqrt(ROUNDING_VARIANCE * max(0.0, total)),

@@ -1,0 +1,188 @@
+"""Products in about twice the precision of float64, with a bound on their error, from products that are exact.
+
+Factors are cut into slices of so few bits, in units of one power of two for each row (of a left factor) or column (of a
+right one), that float64 holds every product of two slices and every sum of them: a library may sum in any order, with
+or without fused multiply-add (Ozaki, Ogita, Oishi and Rump, Numer. Algorithms 59, 2012). What is added up are these
+exact products, as unevaluated sums of two float64 numbers. docs/numerics.md, section 5, has the bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..backends.base import Tensor
+
+U = 2.0**-53
+OUT = 1 + 1e-5  # covers the rounding of norms and of this module's scalars
+TINY = 1e-280  # more than all underflows of one product together
+ROWS = 4096  # of a product that is summed into a Gram matrix at a time
+GRAM_SLICES = 3
+SLICES = 5  # of a factor of two parts; one of a single part has no more than three
+LEAST_EXPONENT = -400  # of a unit: products of two must not be subnormal
+
+
+@dataclass(frozen=True)
+class Double:
+    """The matrix ``high + low``, |low| <= u |high|; ``error``: how far it is from what it stands for, ||.||_F."""
+
+    high: Tensor
+    low: Tensor
+    error: float
+
+
+def norm(x: Tensor) -> float:
+    """||x||_F, rounded up."""
+    return float(torch.linalg.vector_norm(x)) * OUT
+
+
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """fl(a + b) and what it lacks, exactly (Knuth)."""
+    s = a + b
+    part = s - a
+    return s, (a - (s - part)) + (b - part)
+
+
+class _Sum:
+    """A running sum of exact products. Every addition errs by at most 2.5 u^2 of the sum of absolute terms."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.high = torch.zeros((rows, columns), dtype=torch.float64)
+        self.low = torch.zeros_like(self.high)
+        self.additions = 0
+
+    def add(self, term: Tensor) -> None:
+        s, lacking = two_sum(self.high, term)
+        low = self.low + lacking
+        self.high, self.low = two_sum(s, low)
+        self.additions += 1
+
+    @property
+    def error(self) -> float:
+        """Relative to the sum of absolute terms."""
+        return 2.5 * U * U * self.additions
+
+
+def bits_for(terms: int) -> int:
+    """Bits of a slice with which products, and sums of so many of them, are exact in float64."""
+    return (53 - max(1, math.ceil(math.log2(max(terms, 2))))) // 2
+
+
+def _unit(x: Tensor, dim: int, bits: int) -> Tensor:
+    """For each line along ``dim`` the number that, added and taken away again, leaves the leading ``bits``."""
+    exponent = torch.frexp(x.abs().amax(dim=dim, keepdim=True))[1].to(torch.int64).clamp(min=LEAST_EXPONENT)
+    return 1.5 * ((exponent + 52 - bits + 1023) << 52).view(torch.float64)
+
+
+def _cut(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    high = (x + unit) - unit
+    return high, x - high
+
+
+def sliced(x: Tensor, dim: int, bits: int, count: int) -> tuple[list[Tensor], Tensor]:
+    """Slices of a float64 matrix, largest first, at most ``count``, and what they leave; their sum is exactly x."""
+    unit, slices = _unit(x, dim, bits), []
+    for _ in range(count):
+        part, x = _cut(x, unit)
+        slices.append(part)
+        unit = unit * 2.0**-bits
+        if not bool(x.any()):
+            break
+    return slices, x
+
+
+def _sliced_double(x: Double, dim: int, bits: int) -> tuple[list[Tensor], float]:
+    """Slices of both parts, and a bound on ||what they leave||_F."""
+    unit = _unit(x.high, dim, bits) * 2.0  # the low part may carry the sum over a power of two
+    slices, rest, late = [], x.high, x.low
+    for k in range(SLICES):
+        if k == 2:
+            rest, late = two_sum(rest, late)
+        if k == 4:
+            rest = rest + late
+        part, rest = _cut(rest, unit)
+        slices.append(part)
+        unit = unit * 2.0**-bits
+    # The sum before the last slice is rounded: by u of what four slices left.
+    return slices, norm(rest) + U * norm(slices[-1]) + U * norm(rest)
+
+
+def gram(a: Tensor) -> tuple[Double, float]:
+    """The Gram matrix of A - D for a tall A (m, n) of any float dtype, and ||D||_F, which is about 2^-60 ||A||_F."""
+    m, n = a.shape
+    total, dropped, sizes = _Sum(n, n), 0.0, 0.0
+    bits = bits_for(min(m, ROWS))
+    for start in range(0, m, ROWS):
+        rows = a[start : start + ROWS].to("cpu", torch.float64)
+        slices, rest = sliced(rows.contiguous(), 0, bits, GRAM_SLICES)
+        dropped += norm(rest) ** 2
+        sizes += sum(norm(part) for part in slices) ** 2
+        for i, left in enumerate(slices):
+            for right in slices[i:]:
+                product = left.T @ right
+                total.add(product)
+                if right is not left:
+                    total.add(product.T)
+    error = total.error * sizes * OUT + TINY
+    return Double(total.high, total.low, error), math.sqrt(dropped) * OUT
+
+
+def product(left: Double, right: Tensor) -> Double:
+    """(left) (right) for left (p, k) and a float64 right (k, q) of no more than three slices (see ``rounded``)."""
+    bits = bits_for(left.high.shape[1])
+    slices, rest = _sliced_double(left, 1, bits)
+    others, nothing = sliced(right, 0, bits, GRAM_SLICES + 1)
+    return _summed(slices, others, rest, norm(nothing), left.error)
+
+
+def transposed_product(left: Tensor, right: Double) -> Double:
+    """(left)^T (right) for a float64 left (k, p) of no more than three slices and right (k, q)."""
+    bits = bits_for(left.shape[0])
+    slices, nothing = sliced(left.T.contiguous(), 1, bits, GRAM_SLICES + 1)
+    others, rest = _sliced_double(right, 0, bits)
+    return _summed(slices, others, norm(nothing), rest, 0.0, right.error)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """X (k, p) as three slices of each column hold it: what ``product`` and ``transposed_product`` take exactly."""
+    return x - sliced(x, 0, bits_for(x.shape[0]), GRAM_SLICES)[1]
+
+
+def residual(a: Tensor, left: Tensor, right: Tensor) -> float:
+    """A bound on ||A - left right||_F for A (m, n), left (m, k), right (k, n), all float64; rows come by blocks."""
+    bits = bits_for(right.shape[0])
+    others, rest_right = sliced(right, 0, bits, 4)
+    squares, error = 0.0, 0.0
+    for start in range(0, a.shape[0], ROWS // 4):
+        rows = a[start : start + ROWS // 4]
+        slices, rest_left = sliced(left[start : start + ROWS // 4], 1, bits, 4)
+        found = _summed(slices, others, norm(rest_left), norm(rest_right))
+        difference = (rows - found.high) - found.low
+        squares += norm(difference) ** 2
+        error += found.error + 2 * U * (norm(difference) + U * norm(found.high))
+    return (math.sqrt(squares) + error) * OUT + TINY
+
+
+def _summed(
+    lefts: list[Tensor],
+    rights: list[Tensor],
+    rest_left: float,
+    rest_right: float,
+    error_left: float = 0.0,
+    error_right: float = 0.0,
+) -> Double:
+    """The sum of the products of slices that matter; the rests and errors are of the factors, in norm."""
+    total = _Sum(lefts[0].shape[0], rights[0].shape[1])
+    sizes, others = [norm(x) for x in lefts], [norm(x) for x in rights]
+    size, other = sum(sizes) + rest_left, sum(others) + rest_right
+    dropped = 0.0
+    for i, x in enumerate(lefts):
+        for j, y in enumerate(rights):
+            if i + j < SLICES:
+                total.add(x @ y)
+            else:
+                dropped += sizes[i] * others[j]
+    error = dropped + (rest_left + error_left) * (other + error_right) + (rest_right + error_right) * size
+    return Double(total.high, total.low, (error + total.error * size * other) * OUT + TINY)
