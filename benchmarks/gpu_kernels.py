@@ -128,7 +128,7 @@ def krylov(bench: Bench) -> None:
     count = max(1, min(count, bench.free() // (3 * (8 * n * n + 2 * m * n))))
     backend = TritonBackend(bench.device)
     weights = [torch.randn(m, n, device=bench.device).bfloat16() for _ in range(count)]
-    factors = backend.factor(backend.prepare(weights), backend.rungs((m, n), torch.bfloat16)[0])
+    factors = backend.factor(backend.prepare(weights), [backend.rungs((m, n), torch.bfloat16)[0]] * len(weights))
     x = Panel(torch.randn(count * n, 16, dtype=torch.float64, device=bench.device), factors.ns)
     lower = torch.linalg.cholesky(weights[0].double().T @ weights[0].double())
     block = x.data[:n]

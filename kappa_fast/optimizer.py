@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from .entries import Index
 from .errors import OptionError
-from .integrations.names import Target
+from .integrations.names import Target, plain_name
 from .selection import Selection
 from .training.handle import Handle, apply
 from .training.masks import Frozen, is_sharded
@@ -29,6 +29,7 @@ from .training.masks import Frozen, is_sharded
 Pieces = tuple[Index, ...]
 # Within the state of a parameter. The first piece's lies open, since classes look for "step" when they load a state.
 FIRST, PIECES = "0", "pieces"
+SELECTION = "selection"  # in the state dict of the optimizer
 
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
 
@@ -159,6 +160,26 @@ class _Selected(Optimizer):
         """Take back what apply() did to the model; this optimizer is of no use afterwards."""
         if self._handle is not None:
             self._handle.restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the base class, and under "selection" what it belongs to, which loading checks."""
+        found = super().state_dict()
+        return {**found, SELECTION: self._selected()} if self._handle is not None else found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See torch.optim.Optimizer.load_state_dict.
+
+        Raises:
+            OptionError: the state belongs to another selection; where shapes agree, torch itself would not notice.
+        """
+        saved = state_dict.get(SELECTION)
+        if saved is not None and self._handle is not None and saved != self._selected():
+            raise OptionError(_other_selection(saved, self._selected()))
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != SELECTION})
+
+    def _selected(self) -> dict[str, list[str]]:
+        """By the names of parameters, whatever is around the model, the selected pieces in the order of their state."""
+        return {plain_name(t.name): [str(index) for index in t.indices] for t in self.targets}
 
     def _take_over(self, handle: Handle, pieces: list[Pieces | None], views: list[list[nn.Parameter]]) -> None:
         """Parameters of the model in place of what the constructor saw, with the state that it made."""
@@ -303,6 +324,22 @@ class _Selected(Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _remake, (self._base,), self.__getstate__()
+
+
+def _other_selection(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """The message for a state dict that belongs to something else."""
+    gone = [name for name in saved if name not in own]
+    new = [name for name in own if name not in saved]
+    parts = [name for name in own if name in saved and own[name] != saved[name]]
+    what = [f"it has {gone[0]!r}, which this one lacks"] if gone else []
+    what += [f"it lacks {new[0]!r}, which this one has"] if new else []
+    what += [f"it has other parts of {parts[0]!r}"] if parts and not what else []
+    detail = " and ".join(what) or "it has them in another order"
+    return (
+        f"the state of the optimizer belongs to another selection of {len(saved)} parameters, of which this one has "
+        f"{len(own)}: {detail}. wrap() the model with the selection that it was saved with (Selection.to_json keeps "
+        "one), or begin with a new optimizer"
+    )
 
 
 _CLASSES: dict[Any, type[Optimizer]] = {}

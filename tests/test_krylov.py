@@ -33,7 +33,7 @@ class Counting:
 
 def wave(matrices) -> Factors:
     rung = Rung("test", "dense", matrices[0].dtype, 2)
-    return Factors(rung, tuple(m.shape[0] for m in matrices), tuple(matrices))
+    return Factors((rung,) * len(matrices), tuple(m.shape[0] for m in matrices), tuple(matrices))
 
 
 def constant(noise):
@@ -42,7 +42,7 @@ def constant(noise):
 
 def find(matrices, tolerance=1e-3, noise=None, salt=0) -> list[Extreme]:
     factors = wave(matrices)
-    noise = noise or constant(2 * factors.rung.unit_roundoff)
+    noise = noise or constant(2 * factors.rungs[0].unit_roundoff)
     return largest(BACKEND, Counting({}), factors, [b""] * len(matrices), noise, tolerance, salt=salt)
 
 

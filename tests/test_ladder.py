@@ -252,6 +252,21 @@ def test_a_breakdown_of_one_matrix_leaves_the_others_on_their_rung():
     assert [found.status for found in resolve(BACKEND, wave, Goal(1e-2))] == ["ok", "rank_deficient", "ok"]
 
 
+def test_what_a_factor_cannot_describe_climbs_before_the_others_search_their_ends(monkeypatch):
+    together = []
+    original = ladder._use_factors
+
+    def listening(backend, wave, goal):
+        together.append([rung.name for rung in wave.factors.rungs])
+        original(backend, wave, goal)
+
+    monkeypatch.setattr(ladder, "_use_factors", listening)
+    steep = prescribed("geometric", 120, 60, 1e9).matrix
+    found = resolve(BACKEND, [gaussian(120, 60), steep, gaussian(80, 40, 1)], Goal(1e-2))
+    assert together == [["cholesky64", "cholesky64", "qr64"]]
+    assert [f.method for f in found] == ["cholesky64", "qr64", "cholesky64"]
+
+
 def test_a_matrix_whose_kappa_exceeds_the_cutoff_is_left_as_soon_as_that_is_proven():
     matrix = prescribed("log-uniform", 384, 192, 1e5)
     tight = one(matrix.matrix, Goal(1e-8))

@@ -152,3 +152,18 @@ def test_a_rotation_in_a_module_of_its_own_inside_a_quantized_layer_is_no_weight
     assert "with R1_weight_output.weight beside the codes" in reasons(source)["a.qweight"]
     adapted = stored | {"a.lora_A.weight": torch.randn(8, 64), "a.lora_B.weight": torch.randn(64, 8)}
     assert set(matrices(adapted)) == {"a.weight"}
+
+
+@pytest.mark.parametrize("name", ["fisher.a.weight", "grad.a.weight", "model_ema.a.weight"])
+def test_what_a_file_holds_once_more_for_a_weight_is_none(name):
+    source = {"a.weight": torch.randn(32, 20), name: torch.randn(32, 20), "ema.b.weight": torch.randn(32, 20)}
+    assert set(matrices(source)) == {"a.weight", "ema.b.weight"}
+
+
+@pytest.mark.parametrize("zeros", ["zeros", "qzeros", "biases"])
+def test_floats_that_may_be_codes_are_not_ranked(zeros):
+    codes = torch.randint(0, 16, (64, 64)).half()
+    source = {"a.weight": codes, "a.scales": torch.rand(64, 2), f"a.{zeros}": torch.rand(64, 2)}
+    assert matrices(source) == {}
+    assert "they may be codes" in reasons(source)["a.weight"]
+    assert open_source(source, Filters()).num_parameters == 64 * 64

@@ -30,7 +30,7 @@ def wide(a):
 
 
 def factored(a, rung):
-    factors = BACKEND.factor([a], rung)
+    factors = BACKEND.factor([a], [rung])
     assert factors.data[0] is not None
     return factors
 
@@ -265,13 +265,13 @@ def test_a_factorization_that_breaks_down_is_none_and_the_others_go_on():
         (CHOLESKY64, (tall, gaussian(60, 40)), [True, False]),
         (QR64, (gaussian(60, 40), tall), [False, True]),
     ):
-        factors = BACKEND.factor([operand(m) for m in matrices], rung)
+        factors = BACKEND.factor([operand(m) for m in matrices], [rung] * len(matrices))
         assert [f is None for f in factors.data] == broken
 
 
 def test_a_float32_factor_of_a_matrix_beyond_its_reach_shows_a_large_departure():
     a = operand(prescribed("log-uniform", 192, 96, 1e3).matrix.float())
-    factors = BACKEND.factor([a], CHOLESKY32)
+    factors = BACKEND.factor([a], [CHOLESKY32])
     if factors.data[0] is not None:
         departure = BACKEND.departure([a], factors, panel(torch.randn(96, 16)))
         assert float(torch.linalg.vector_norm(departure.data)) > 1e-3

@@ -8,11 +8,12 @@ import pytest
 import torch
 from launches import counted
 from safetensors.torch import load_file
-from spectra import gaussian, prescribed, trained_like
+from spectra import SPECTRA, gaussian, prescribed, trained_like
 
 import kappa_fast
 from kappa_fast.backends import get_backend
 from kappa_fast.backends.base import Panel
+from kappa_fast.backends.rates import PUBLISHED, Rates
 from kappa_fast.backends.torch_backend import CHOLESKY64, TorchBackend
 from kappa_fast.backends.triton_backend import SLICES, WEIGHTS16, TritonBackend
 from kappa_fast.kernels import ritz
@@ -100,7 +101,7 @@ def test_operations_with_a_factor_are_those_of_the_gram_matrix(rung):
     backend = TritonBackend(CPU)
     matrices = [gaussian(m, n, n).half() for m, n in ((140, 70), (65, 33))]
     operands = backend.prepare(matrices)
-    factors = backend.factor(operands, rung)
+    factors = backend.factor(operands, [rung] * len(operands))
     blocks = Panel.pack([gaussian(n, 16, n) for n in factors.ns])
     product, solution = backend.product(factors, blocks), backend.solve(factors, blocks)
     departure = backend.departure(operands, factors, blocks)
@@ -110,6 +111,24 @@ def test_operations_with_a_factor_are_those_of_the_gram_matrix(rung):
         for got, want in ((product, gram @ x), (solution, torch.linalg.solve(gram, x))):
             assert float((got.blocks()[i] - want).abs().max()) <= 100 * error * float(want.abs().max())
         assert 0 < float(departure.blocks()[i].abs().max()) <= 100 * error
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("spectrum", list(SPECTRA))
+def test_no_interval_misses_through_float32_factors(spectrum):
+    # Condition numbers on both sides of what float32 resolves, in one wave.
+    kappas = [3, 30, 300, 3e3, 1e5]
+    weights = [prescribed(spectrum, 96, 36, kappa, seed=i).matrix.float() for i, kappa in enumerate(kappas)]
+    weights += [weight.bfloat16() for weight in weights[:3]]
+    found = resolve(TritonBackend(CPU), weights, Goal(1e-2))
+    for weight, entry in zip(weights, found, strict=True):
+        kappa = exact(weight)
+        assert entry.lower <= kappa * (1 + 1e-9), entry
+        assert entry.upper >= kappa * (1 - 1e-9), entry
+        assert entry.half_width <= 1e-2, entry
+    assert [found[0].method, found[5].method] == ["slices2", "weights16"]
+    assert found[4].method != "slices2"
 
 
 def test_apply_pads_narrow_blocks_and_measures_the_matrix():
@@ -126,12 +145,81 @@ def test_a_matrix_that_breaks_down_ends_no_other():
     backend = TritonBackend(CPU)
     singular = torch.zeros(40, 33)
     singular[0, 0] = 1
-    factors = backend.factor(backend.prepare([singular, gaussian(50, 40).float(), gaussian(9, 5)]), SLICES[3])
+    factors = backend.factor(backend.prepare([singular, gaussian(50, 40).float(), gaussian(9, 5)]), [SLICES[3]] * 3)
     assert [data is None for data in factors.data] == [True, False, True]  # and float64 is torch's
 
 
 def test_float64_weights_take_torchs_rungs():
     assert TritonBackend(CPU).rungs((90, 40), torch.float64)[0] == CHOLESKY64
+
+
+TALL, NEARLY_SQUARE = (4096, 1024), (1024, 1024)
+
+
+@pytest.mark.parametrize(
+    ("rates", "shape", "dtype", "names"),
+    [
+        (PUBLISHED[9, 0], TALL, torch.bfloat16, ["weights16", "slices3", "cholesky64", "qr64"]),
+        (PUBLISHED[9, 0], TALL, torch.float32, ["slices2", "slices3", "cholesky64", "qr64"]),
+        (PUBLISHED[9, 0], NEARLY_SQUARE, torch.bfloat16, ["slices3", "slices4", "lu64"]),
+        # int8 units that are many times as fast as those for 16 bits
+        (Rates(67e12, 165e12, 400e12, 4000e12), TALL, torch.float16, ["slices2", "slices3", "cholesky64", "qr64"]),
+        # hardly any int8 units
+        (Rates(67e12, 165e12, 989e12, 5e12), TALL, torch.bfloat16, ["weights16", "cholesky64", "qr64"]),
+        (Rates(67e12, 165e12, 989e12, 5e12), TALL, torch.float32, ["cholesky64", "qr64"]),
+        (Rates(67e12, 165e12, 989e12, 5e12), NEARLY_SQUARE, torch.float32, ["lu64"]),
+        # hardly any float64 units: int8 is better than those, slow as it may be
+        (PUBLISHED[10, 3], TALL, torch.bfloat16, ["weights16", "slices3", "cholesky64", "qr64"]),
+        (PUBLISHED[10, 3], TALL, torch.float32, ["slices2", "slices3", "cholesky64", "qr64"]),
+    ],
+)
+def test_the_first_rung_follows_the_rates_of_the_device(rates, shape, dtype, names):
+    backend = TritonBackend(CPU)
+    backend._rates = rates
+    assert [rung.name for rung in backend.rungs(shape, dtype)] == names
+
+
+def mixed_wave(backend):
+    """Five matrices on four kinds of rungs: float32 factors twice, float64 ones, torch's."""
+    weights = [gaussian(50, 33, 1).half(), gaussian(70, 40, 2).float(), gaussian(45, 34, 3).half()]
+    weights += [gaussian(40, 36, 4).float(), gaussian(60, 35, 5)]
+    return backend.prepare(weights), [WEIGHTS16, SLICES[3], WEIGHTS16, SLICES[2], CHOLESKY64]
+
+
+def test_rungs_of_all_kinds_share_a_wave_and_change_nothing_for_each_other():
+    backend = TritonBackend(CPU)
+    operands, rungs = mixed_wave(backend)
+    factors = backend.factor(operands, rungs)
+    blocks = Panel.pack([gaussian(n, 16, n) for n in factors.ns])
+    alone = [backend.factor([a], [rung]) for a, rung in zip(operands, rungs, strict=True)]
+    for operation in ("product", "solve", "departure"):
+
+        def of(chosen, these, block, operation=operation):
+            before = (chosen,) if operation == "departure" else ()
+            return getattr(backend, operation)(*before, these, block)
+
+        together = of(operands, factors, blocks).blocks()
+        for i, block in enumerate(blocks.blocks()):
+            single = of([operands[i]], alone[i], Panel.pack([block.clone()])).data
+            if rungs[i] == CHOLESKY64:  # BLAS may round otherwise elsewhere in memory
+                assert torch.allclose(together[i], single, rtol=1e-12, atol=1e-12)
+            else:
+                assert torch.equal(together[i], single), (operation, rungs[i].name)
+        some = of([operands[i] for i in (1, 2)], factors.take([1, 2]), blocks.take([1, 2])).blocks()
+        assert torch.equal(some[0], together[1])
+        assert torch.equal(some[1], together[2])
+
+
+def test_a_product_is_two_launches_for_each_dtype_of_factors(monkeypatch):
+    backend = TritonBackend(CPU)
+    operands, rungs = mixed_wave(backend)
+    with counted(run=False):
+        factors = backend.factor(operands[:4] * 3, rungs[:4] * 3)
+    blocks = Panel.pack([gaussian(n, 16, n) for n in factors.ns])
+    for operation in (backend.product, backend.solve):
+        with counted(run=False) as launches:
+            operation(factors, blocks)
+        assert len(launches) == 4
 
 
 @pytest.mark.usefixtures("small")

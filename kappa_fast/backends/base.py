@@ -3,12 +3,13 @@
 Every operation takes a whole wave: its operands or factors as sequences, its thin blocks packed into one ``Panel``,
 what is small as one tensor on the device with a row for every matrix. A result for one matrix must not depend on which
 others share its wave. spectrum/ never asks which backend it has: what differs between devices (which factorization is
-cheapest for a shape, tile sizes, streams) stays behind this protocol. Only ``prepare``, ``factor`` and ``cholesky``
-make the host wait for the device.
+cheapest for a shape, tile sizes, streams) stays behind this protocol. Only ``read``, ``prepare``, ``factor`` and
+``cholesky`` make the host wait for the device.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -26,8 +27,9 @@ QUICK_MARGIN = 1e4
 class Rung:
     """One way to factor a matrix, as R with A = (nearly orthonormal columns) R.
 
-    name: what ``TensorKappa.method`` reports.  dtype: of the factor and of everything done with it.
+    name: what ``TensorKappa.method`` reports.  dtype: of the factor, and what is done with it rounds no more than that.
     quick: a narrower dtype in which products with R^T R may be computed instead, if the factor allows for one.
+    panel: the dtype of blocks that meet the factor, if not its own.
     power: 2 where the factor comes from a Gram matrix or its like and the departure below bounds squared singular
     values, 1 where it bounds singular values themselves.
     """
@@ -37,6 +39,12 @@ class Rung:
     dtype: torch.dtype
     power: int
     quick: torch.dtype | None = None
+    panel: torch.dtype | None = None
+
+    @property
+    def blocks(self) -> torch.dtype:
+        """The dtype of blocks that meet the factor."""
+        return self.panel or self.dtype
 
     @property
     def unit_roundoff(self) -> float:
@@ -46,7 +54,12 @@ class Rung:
         """What products may be computed in if an eigenvalue is wanted to a relative ``tolerance``."""
         if self.quick is not None and tolerance > QUICK_MARGIN * float(torch.finfo(self.quick).eps):
             return self.quick
-        return self.dtype
+        return self.blocks
+
+    def product_error(self, tolerance: float) -> float:
+        """The relative rounding error of such a product."""
+        quick = self.product_dtype(tolerance) == self.quick
+        return float(torch.finfo(self.quick if quick and self.quick else self.dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -95,8 +108,18 @@ class Panel:
         """The blocks of some matrices; itself if they are all of them in order."""
         if list(which) == list(range(len(self.rows))):
             return self
-        blocks = self.blocks()
-        return Panel.pack([blocks[i] for i in which])
+        if not which:
+            return Panel(self.data[:0], ())
+        ends = list(itertools.accumulate(self.rows))
+        runs: list[list[int]] = []  # of neighbours, which need no block of their own each
+        for i in which:
+            if runs and runs[-1][1] == ends[i] - self.rows[i]:
+                runs[-1][1] = ends[i]
+            else:
+                runs.append([ends[i] - self.rows[i], ends[i]])
+        parts = [self.data[start:stop] for start, stop in runs]
+        data = parts[0] if len(which) == 1 else torch.cat(parts)
+        return Panel(data, tuple(self.rows[i] for i in which))
 
     def columns(self, start: int, stop: int | None = None) -> Panel:
         """Some columns of every block, as a view."""
@@ -123,22 +146,32 @@ class Panel:
 
 @dataclass(frozen=True)
 class Factors:
-    """Factorizations of a wave by one rung.
+    """Factorizations of a wave, each by a rung of its own; blocks that meet them have one dtype.
 
     data: one item per matrix, which belongs to the backend that made it; None where the factorization broke down.
     cache: what the backend likes to keep with this selection of matrices.
     """
 
-    rung: Rung
+    rungs: tuple[Rung, ...]
     ns: tuple[int, ...]
     data: tuple[Any, ...]
     cache: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def take(self, which: Sequence[int]) -> Factors:
         """The factors of some matrices; itself if they are all of them in order."""
-        if list(which) == list(range(len(self.ns))):
+        if len(which) == len(self.ns) and list(which) == list(range(len(self.ns))):
             return self
-        return Factors(self.rung, tuple(self.ns[i] for i in which), tuple(self.data[i] for i in which))
+        rungs, ns, data = self.rungs, self.ns, self.data
+        return Factors(tuple(rungs[i] for i in which), tuple(ns[i] for i in which), tuple(data[i] for i in which))
+
+    def beside(self, other: Factors) -> Factors:
+        """Both waves as one."""
+        return Factors(self.rungs + other.rungs, self.ns + other.ns, self.data + other.data)
+
+    @property
+    def blocks(self) -> torch.dtype:
+        """The dtype of blocks that meet them."""
+        return self.rungs[0].blocks
 
 
 class Extension(NamedTuple):
@@ -206,6 +239,10 @@ class Backend(Protocol):
     device: torch.device
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Since this backend was made: "launches" of kernels of ours, and "reads" for which the host waited."""
+
+    @property
     def side_by_side(self) -> bool:
         """Whether a matrix is best worked on alone, by one thread of many, rather than in a wave."""
 
@@ -246,14 +283,14 @@ class Backend(Protocol):
         A backend without any leaves its proofs to ``gram`` and ``cholesky``.
         """
 
-    def factor(self, operands: Sequence[Operand], rung: Rung) -> Factors:
-        """Factor every operand by the rung."""
+    def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> Factors:
+        """Factor every operand by its rung."""
 
     def product(self, factors: Factors, blocks: Panel) -> Panel:
-        """R^T R X for blocks (n, b), in the dtype of the blocks: the rung's, or its quick one."""
+        """R^T R X for blocks (n, b), in the dtype of the blocks: that of the factors, or their quick one."""
 
     def solve(self, factors: Factors, blocks: Panel) -> Panel:
-        """(R^T R)^-1 X for blocks (n, b), in the rung's dtype."""
+        """(R^T R)^-1 X for blocks (n, b), in the dtype of the blocks."""
 
     def departure(
         self, operands: Sequence[Operand], factors: Factors, blocks: Panel, *, transposed: bool = False
@@ -296,3 +333,6 @@ class Backend(Protocol):
 
     def weighted_squares(self, operands: Sequence[Operand], left: Panel, right: Panel) -> Tensor:
         """sum_ij A_ij^2 l_ik r_jk for every column k of left (m, k) and right (n, k): shape (w, k), float64."""
+
+    def read(self, values: Tensor) -> list[Any]:
+        """Numbers for the host, nested as the tensor is; the one place where it waits for the device, and counted."""

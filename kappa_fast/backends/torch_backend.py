@@ -43,6 +43,7 @@ class TorchBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.counts = {"launches": 0, "reads": 0}  # torch's own kernels are not counted
 
     @property
     def side_by_side(self) -> bool:
@@ -79,21 +80,23 @@ class TorchBackend:
     def exact_products(self, operands: Sequence[Operand], level: int) -> None:
         return None
 
-    def factor(self, operands: Sequence[Operand], rung: Rung) -> Factors:
-        return Factors(rung, tuple(a.shape[1] for a in operands), tuple(_factor(a.tensor, rung) for a in operands))
+    def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> Factors:
+        data = tuple(_factor(a.tensor, rung) for a, rung in zip(operands, rungs, strict=True))
+        return Factors(tuple(rungs), tuple(a.shape[1] for a in operands), data)
 
     def product(self, factors: Factors, blocks: Panel) -> Panel:
-        return _each(lambda f, x: _product(factors.rung, f, x), factors.data, _aligned(blocks))
+        return _each(_product, factors.rungs, factors.data, _aligned(blocks))
 
     def solve(self, factors: Factors, blocks: Panel) -> Panel:
-        return _each(lambda f, x: _solve(factors.rung, f, x), factors.data, _aligned(blocks))
+        return _each(_solve, factors.rungs, factors.data, _aligned(blocks))
 
     def departure(
         self, operands: Sequence[Operand], factors: Factors, blocks: Panel, *, transposed: bool = False
     ) -> Panel:
         return _each(
-            lambda a, f, x: _departure(a.tensor, factors.rung, f, x, transposed),
+            lambda a, rung, f, x: _departure(a.tensor, rung, f, x, transposed),
             operands,
+            factors.rungs,
             factors.data,
             _aligned(blocks),
         )
@@ -125,6 +128,11 @@ class TorchBackend:
 
     def ritz(self, columns: Sequence[Tensor], coupling: Tensor) -> Ritz:
         return DenseRitz(columns, coupling)
+
+    def read(self, values: Tensor) -> list[Any]:
+        self.counts["reads"] += 1
+        found: list[Any] = values.tolist()
+        return found
 
     def weighted_squares(self, operands: Sequence[Operand], left: Panel, right: Panel) -> Tensor:
         triples = zip(operands, _aligned(left), _aligned(right), strict=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 
 from ..errors import BackendError
 from .base import DROP, ExactProducts, Extension, Factors, Operand, Panel, Ritz, Rung, Tensor
+from .rates import rates_of
 from .start import block_key
 from .torch_backend import SAFE, SLENDER, TorchBackend, prepare_one
 
@@ -28,16 +29,23 @@ if TYPE_CHECKING:
     from kappa_fast.kernels.ritz import Tridiagonal
     from kappa_fast.kernels.triangular import Members
 
-# Names say where the Gram matrix comes from; its factor is float64 in every case.
-WEIGHTS16 = Rung("weights16", "weights16", torch.float64, 2)
-SLICES = {k: Rung(f"slices{k}", f"slices{k}", torch.float64, 2) for k in (2, 3, 4)}
+# Names say where the Gram matrix comes from. The first two are stored and factored in float32, in half the bytes and on
+# faster units; blocks are float64 whatever they meet, so that all rungs of a wave go through the same steps.
+WEIGHTS16 = Rung("weights16", "weights16", torch.float32, 2, panel=torch.float64)
+SLICES = {
+    2: Rung("slices2", "slices2", torch.float32, 2, panel=torch.float64),
+    3: Rung("slices3", "slices3", torch.float64, 2),
+    4: Rung("slices4", "slices4", torch.float64, 2),
+}
 KINDS = {WEIGHTS16.kind: 0, **{rung.kind: k for k, rung in SLICES.items()}}
 LANES = 16  # columns of a block in the kernels
+# How much longer than at full rate a matrix is taken to need where torch works on it alone: an assumption.
+ALONE = 4.0
 
 
 @dataclass(frozen=True)
 class _Wave:
-    """A factored wave and what was computed of it."""
+    """Matrices that were factored together, in one dtype."""
 
     problems: Problems
     factored: Factored
@@ -51,6 +59,15 @@ class _Place:
     position: int
 
 
+@dataclass(frozen=True)
+class _Share:
+    """Matrices of one _Wave that take part in a call, and those that are torch's (``wave`` is None), by position."""
+
+    wave: _Wave | None
+    members: Members | None
+    which: tuple[int, ...]
+
+
 class TritonBackend:
     """See base.Backend for what each operation promises."""
 
@@ -59,6 +76,7 @@ class TritonBackend:
 
     def __init__(self, device: torch.device) -> None:
         try:
+            from kappa_fast.kernels.launch import tally
             from kappa_fast.kernels.problems import INTERPRETED, target_of
         except ImportError as error:
             raise BackendError(f"backend='triton' needs Triton, which is for Linux: {error}") from error
@@ -70,17 +88,27 @@ class TritonBackend:
             raise BackendError(f"backend='triton' cannot work on {device}: {error}") from error
         self.device = device
         self._torch = TorchBackend(device)
+        self._rates = rates_of(device)
+        self._reads, self._launched = 0, tally.launches
 
     def rungs(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Rung, ...]:
-        """Slices before everything torch has; 16-bit products first where float32 resolves trained matrices."""
+        """The cheapest float32 factor where float32 resolves trained matrices, then slices, then what torch has.
+
+        Slices are left out where torch's first rung costs less, by the rates of the device.
+        """
         m, n = shape
-        rest = tuple(rung for rung in self._torch.rungs(shape, dtype) if rung.dtype == torch.float64)
+        rest = tuple(replace(r, quick=None) for r in self._torch.rungs(shape, dtype) if r.dtype == torch.float64)
         if dtype == torch.float64:
             return rest
-        if n >= SLENDER * m:
-            return (SLICES[3], SLICES[4], *rest)
-        first = WEIGHTS16 if dtype in (torch.bfloat16, torch.float16) else SLICES[2]
-        return (first, SLICES[3], *rest)
+        rates = self._rates
+        narrow = [] if n >= SLENDER * m else [SLICES[2]]
+        if narrow and dtype in (torch.bfloat16, torch.float16):
+            narrow.insert(0, WEIGHTS16)
+        narrow.sort(key=lambda rung: rates.seconds(shape, rung.kind))  # of equals the first
+        wide = [SLICES[3]] if narrow else [SLICES[3], SLICES[4]]
+        found = [*narrow[:1], *wide]
+        limit = ALONE * rates.seconds(shape, rest[0].kind)
+        return (*(rung for rung in found if rates.seconds(shape, rung.kind) <= limit), *rest)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> int:
         """Beside the Gram matrix, its diagonal tiles with their inverses and the slices (a proof takes four), blocks of
@@ -105,7 +133,7 @@ class TritonBackend:
         if narrow:
             problems = Problems.of([_tall(moved[i]) for i in narrow])
             self._trust(problems)
-            found = dict(zip(narrow, _peaks(problems), strict=True))
+            found = dict(zip(narrow, self.read(_peaks(problems)), strict=True))
         return [self._operand(weight, found.get(i)) for i, weight in enumerate(moved)]
 
     def _trust(self, problems: Problems) -> None:
@@ -132,6 +160,7 @@ class TritonBackend:
         found = dict.fromkeys(range(len(operands)), b"")
         if narrow:
             problems = Problems.of([operands[i].tensor for i in narrow])
+            self._reads += 1
             columns = column_digests(problems).cpu().split(problems.n.tolist())
             for i, digests in zip(narrow, columns, strict=True):
                 label = f"columns {operands[i].tensor.dtype} {operands[i].shape} ".encode()
@@ -162,49 +191,117 @@ class TritonBackend:
         which = [i for i, a in enumerate(operands) if supported(a.tensor.dtype)]
         return SliceProducts(operands, which, COUNTS[level]) if which and level < len(COUNTS) else None
 
-    def factor(self, operands: Sequence[Operand], rung: Rung) -> Factors:
-        if rung.kind not in KINDS:
-            return self._torch.factor(operands, rung)
-        usable = [i for i, a in enumerate(operands) if _fits(a.tensor, rung)]
+    def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> Factors:
+        """All matrices of one dtype of factors together, whatever their Gram matrices come from; one read for each."""
         data: list[Any] = [None] * len(operands)
-        if usable:
-            wave = _factored([operands[i].tensor for i in usable], KINDS[rung.kind])
-            for position, (i, failed) in enumerate(zip(usable, wave.factored.info.tolist(), strict=True)):
+        usable: dict[torch.dtype, list[int]] = {}
+        for i, (a, rung) in enumerate(zip(operands, rungs, strict=True)):
+            if rung.kind not in KINDS:
+                data[i] = self._torch.factor([a], [rung]).data[0]
+            elif _fits(a.tensor, rung):
+                usable.setdefault(rung.dtype, []).append(i)
+        for dtype, chosen in usable.items():
+            chosen.sort(key=lambda i: KINDS[rungs[i].kind])
+            wave = _factored([operands[i].tensor for i in chosen], [KINDS[rungs[i].kind] for i in chosen], dtype)
+            for position, (i, failed) in enumerate(zip(chosen, self.read(wave.factored.info), strict=True)):
                 data[i] = None if failed else _Place(wave, position)
-        return Factors(rung, tuple(a.shape[1] for a in operands), tuple(data))
+        return Factors(tuple(rungs), tuple(a.shape[1] for a in operands), tuple(data))
 
     def product(self, factors: Factors, blocks: Panel) -> Panel:
-        if factors.rung.kind not in KINDS:
-            return self._torch.product(factors, blocks)
         from kappa_fast.kernels.triangular import lower_product, transposed_product
 
-        wave, members = _wave_of(factors)
-        inner = transposed_product(wave.problems, wave.factored, members, _padded(blocks))
-        return _cut(lower_product(wave.problems, wave.factored, members, inner), blocks)
+        def ours(wave: _Wave, members: Members, x: Tensor, out: Tensor) -> None:
+            inner = transposed_product(wave.problems, wave.factored, members, x)
+            lower_product(wave.problems, wave.factored, members, inner, out)
+
+        return self._each(factors, blocks, ours, self._torch.product)
 
     def solve(self, factors: Factors, blocks: Panel) -> Panel:
-        if factors.rung.kind not in KINDS:
-            return self._torch.solve(factors, blocks)
         from kappa_fast.kernels.triangular import backward_solve, forward_solve
 
-        wave, members = _wave_of(factors)
-        inner = forward_solve(wave.problems, wave.factored, members, _padded(blocks))
-        return _cut(backward_solve(wave.problems, wave.factored, members, inner), blocks)
+        def ours(wave: _Wave, members: Members, x: Tensor, out: Tensor) -> None:
+            inner = forward_solve(wave.problems, wave.factored, members, x)
+            backward_solve(wave.problems, wave.factored, members, inner, out)
+
+        return self._each(factors, blocks, ours, self._torch.solve)
 
     def departure(
         self, operands: Sequence[Operand], factors: Factors, blocks: Panel, *, transposed: bool = False
     ) -> Panel:
-        if factors.rung.kind not in KINDS:
-            return self._torch.departure(operands, factors, blocks, transposed=transposed)
-        from kappa_fast.kernels.apply import times, transposed_times
         from kappa_fast.kernels.triangular import backward_solve, forward_solve
 
-        wave, members = _wave_of(factors)
-        places = _blocks(wave.problems, [place.position for place in factors.data])
+        def right(wave: _Wave, members: Members, x: Tensor, out: Tensor) -> None:
+            backward_solve(wave.problems, wave.factored, members, x, out)
+
+        def left(wave: _Wave, members: Members, x: Tensor, out: Tensor) -> None:
+            forward_solve(wave.problems, wave.factored, members, x, out)
+
+        ours = [i for i, rung in enumerate(factors.rungs) if rung.kind in KINDS]
+        theirs = [i for i, rung in enumerate(factors.rungs) if rung.kind not in KINDS]
+        parts = list(blocks.blocks())
+        if ours:
+            chosen, x = factors.take(ours), blocks.take(ours)
+            normal = self.normal([operands[i] for i in ours], self._each(chosen, x, right, None))
+            found = self._each(chosen, normal, left, None)
+            found = Panel(found.data - x.data, x.rows)
+            if not theirs:
+                return found
+            for i, block in zip(ours, found.blocks(), strict=True):
+                parts[i] = block
+        if theirs:
+            chosen, x = factors.take(theirs), blocks.take(theirs)
+            found = self._torch.departure([operands[i] for i in theirs], chosen, x, transposed=transposed)
+            for i, block in zip(theirs, found.blocks(), strict=True):
+                parts[i] = block
+        return Panel.pack(parts)
+
+    def _each(self, factors: Factors, blocks: Panel, ours: _Operation, theirs: _OfTorch | None) -> Panel:
+        """One launch or two for every dtype of factors, and torch's operation for what torch has factored."""
         x = _padded(blocks)
-        image, _ = times(wave.problems, places, backward_solve(wave.problems, wave.factored, members, x))
-        normal = transposed_times(wave.problems, places, image)
-        return _cut(forward_solve(wave.problems, wave.factored, members, normal) - x, blocks)
+        out = torch.empty_like(x)
+        for share in self._shares(factors):
+            if share.wave is not None and share.members is not None:
+                ours(share.wave, share.members, x, out)
+            elif theirs is not None:
+                found = theirs(factors.take(share.which), blocks.take(share.which))
+                into = torch.split(out, list(blocks.rows))
+                for i, block in zip(share.which, found.blocks(), strict=True):
+                    into[i][:, : blocks.width] = block
+        return _cut(out, blocks)
+
+    def _shares(self, factors: Factors) -> list[_Share]:
+        """Who works on which of these factors; made once for as long as the same ones take part."""
+        from kappa_fast.kernels.problems import on_host, starts_of
+        from kappa_fast.kernels.triangular import Members
+
+        if "shares" not in factors.cache:
+            waves: dict[int, list[int]] = {}
+            for i, place in enumerate(factors.data):
+                waves.setdefault(id(place.wave) if isinstance(place, _Place) else 0, []).append(i)
+            starts, rows = starts_of(on_host(factors.ns))
+            shares = []
+            for which in waves.values():
+                places = [factors.data[i] for i in which]
+                if isinstance(places[0], _Place):
+                    wave = places[0].wave
+                    members = Members.of(wave.problems, [p.position for p in places], starts[which], rows)
+                    shares.append(_Share(wave, members, tuple(which)))
+                else:
+                    shares.append(_Share(None, None, tuple(which)))
+            factors.cache["shares"] = shares
+        found: list[_Share] = factors.cache["shares"]
+        return found
+
+    def read(self, values: Tensor) -> list[Any]:
+        self._reads += 1
+        found: list[Any] = values.tolist()
+        return found
+
+    @property
+    def counts(self) -> dict[str, int]:
+        from kappa_fast.kernels.launch import tally
+
+        return {"launches": tally.launches - self._launched, "reads": self._reads}
 
     def apply(self, operands: Sequence[Operand], blocks: Panel) -> tuple[Panel, Tensor]:
         from kappa_fast.kernels.apply import times
@@ -304,6 +401,10 @@ class TritonBackend:
         return _rows_of(blocks.rows, self.device)
 
 
+_Operation = Callable[["_Wave", "Members", Tensor, Tensor], None]
+_OfTorch = Callable[[Factors, Panel], Panel]
+
+
 class TridiagonalRitz:
     """base.Ritz by sections of intervals and inverse iteration, see kernels/ritz.py."""
 
@@ -335,15 +436,14 @@ def _tall(weight: Tensor) -> Tensor:
     return weight.T if weight.shape[0] < weight.shape[1] else weight
 
 
-def _peaks(problems: Problems) -> list[float]:
-    """The largest absolute entry of every matrix, inf or nan if it has such; one read."""
+def _peaks(problems: Problems) -> Tensor:
+    """The largest absolute entry of every matrix, inf or nan if it has such."""
     from kappa_fast.kernels.quantize import column_peaks
 
     owner = torch.repeat_interleave(problems.n).to(problems.device)
     bits = torch.zeros(len(problems.n), dtype=torch.int32, device=problems.device)
     bits.scatter_reduce_(0, owner, column_peaks(problems), "amax")
-    peaks: list[float] = bits.view(torch.float32).tolist()
-    return peaks
+    return bits.view(torch.float32)
 
 
 def _fits(tensor: Tensor, rung: Rung) -> bool:
@@ -353,27 +453,25 @@ def _fits(tensor: Tensor, rung: Rung) -> bool:
     return tensor.dtype in (torch.bfloat16, torch.float16) if rung is WEIGHTS16 else supported(tensor.dtype)
 
 
-def _factored(tensors: Sequence[Tensor], slices: int) -> _Wave:
+def _factored(tensors: Sequence[Tensor], kinds: Sequence[int], dtype: torch.dtype) -> _Wave:
+    """Gram matrices from so many slices each, ascending (0: from the weights themselves), factored in ``dtype``."""
     from kappa_fast.kernels.cholesky import cholesky
     from kappa_fast.kernels.gram import gram_of_slices, gram_of_weights
     from kappa_fast.kernels.problems import Problems
     from kappa_fast.kernels.quantize import column_peaks, quantize
 
-    problems = Problems.of(tensors)
-    if slices == 0:
-        return _Wave(problems, cholesky(problems, gram_of_weights(problems)))
-    packed = gram_of_slices(problems, quantize(problems, column_peaks(problems), slices))
-    return _Wave(problems, cholesky(problems, packed))
-
-
-def _wave_of(factors: Factors) -> tuple[_Wave, Members]:
-    """The wave that all these factors belong to, and which of its matrices they are."""
-    from kappa_fast.kernels.triangular import Members
-
-    wave: _Wave = factors.data[0].wave
-    if "members" not in factors.cache:
-        factors.cache["members"] = Members.of(wave.problems, [place.position for place in factors.data])
-    return wave, factors.cache["members"]
+    whole = Problems.of(tensors)
+    packed = torch.empty(whole.gram_elements, dtype=dtype, device=whole.device)
+    start = 0
+    for kind in sorted(set(kinds)):  # what lies together in ``packed``
+        alike = Problems.of([a for a, k in zip(tensors, kinds, strict=True) if k == kind])
+        out = packed[start : start + alike.gram_elements]
+        if kind == 0:
+            gram_of_weights(alike, out=out)
+        else:
+            gram_of_slices(alike, quantize(alike, column_peaks(alike), kind), out)
+        start += alike.gram_elements
+    return _Wave(whole, cholesky(whole, packed))
 
 
 def _blocks(problems: Problems, chosen: Sequence[int]) -> Blocks:

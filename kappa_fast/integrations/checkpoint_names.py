@@ -26,6 +26,16 @@ from .conversion import Conversion
 
 log = logging.getLogger("kappa_fast")
 
+# Types whose checkpoints have the names of the model, so that nothing need be imported to know; others are looked up.
+_NAMED_ALIKE = frozenset(
+    (
+        *("albert", "arcee", "bert", "bloom", "codegen", "cohere", "cohere2", "deberta", "deberta-v2", "distilbert"),
+        *("electra", "ernie4_5", "falcon", "gemma", "gemma2", "glm", "glm4", "gpt2", "gpt_bigcode", "gptj", "granite"),
+        *("helium", "llama", "mistral", "modernbert", "mpnet", "mpt", "nemotron", "olmo", "olmo2", "opt", "persimmon"),
+        *("phi", "phi3", "qwen2", "qwen3", "roberta", "roformer", "smollm3", "stablelm", "starcoder2", "xglm"),
+        "xlm-roberta",
+    )
+)
 _LAYER = re.compile(r"\.\d+\.")
 _BARE = re.compile(r"(?<!Head)(?<!Heads)Model$")
 # What most models with a head call the model below it.
@@ -84,7 +94,8 @@ def _may_be_renamed(inventory: Inventory) -> bool:
         return False
     nested = any(key.endswith("_config") and key != "quantization_config" for key in config)
     names = [stored.name for stored in inventory.tensors]
-    return nested or any(_EXPERT.search(name) for name in names) or not _has_usual_prefix(names, config)
+    usual = config["model_type"] in _NAMED_ALIKE and _has_usual_prefix(names, config)
+    return nested or any(_EXPERT.search(name) for name in names) or not usual
 
 
 def _has_usual_prefix(names: Sequence[str], config: Mapping[str, Any]) -> bool:

@@ -12,14 +12,16 @@ from torch import nn
 from ..entries import Index, TensorKappa
 from ..errors import OptionError, missing_extra
 from ..selection import Selection
+from ..sources.names import group_of
 from .exports import refuse_names_of_gguf
-from .names import holds_codes
+from .names import holds_codes, plain_name
 from .originals import condition_numbers
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 # Modules that PEFT takes for projections of experts as they were before transformers fused them.
+_UNCALLED = "NonDynamicallyQuantizableLinear"  # torch's own word for the out_proj of nn.MultiheadAttention
 RENAMED = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 
@@ -58,6 +60,7 @@ def lora_config(
     modules, parameters, saved = _targets(selection, model, partial)
     if not modules and not parameters:
         raise OptionError("the selection has no matrix that LoRA could adapt: select something")
+    _refuse_uncalled(selection, model, modules)
     modules, moved = _apart(selection, model, modules)
     parameters += moved
     if saved:
@@ -72,6 +75,24 @@ def lora_config(
     if parameters:
         options["target_parameters"] = parameters
     return LoraConfig(**options)
+
+
+def _refuse_uncalled(selection: Selection, model: nn.Module | None, modules: list[str]) -> None:
+    """Raise OptionError for layers that are not called where their weight is used: an adapter there never trains."""
+    source: Mapping[str, Any] = selection.settings.get("source") or {}
+    uncalled = {plain_name(name).removesuffix(".weight") for name in source.get("read_directly", ())}
+    if model is not None:
+        found = (name for name, module in model.named_modules() if type(module).__name__ == _UNCALLED)
+        uncalled |= {plain_name(name) for name in found}
+    dead = [name for name in modules if plain_name(name) in uncalled]
+    if dead:
+        patterns = dict.fromkeys(re.escape(group_of(name)).replace(r"\*", r"\d+") for name in dead)
+        raise OptionError(
+            f"the model reads the weight of {dead[0]!r} and never calls the layer, as nn.MultiheadAttention does with "
+            "its out_proj: an adapter there would get no gradient. Leave such layers out with "
+            f"excluding({', '.join(map(repr, patterns))}), train the weights themselves with kappa_fast.wrap(), or "
+            "adapt the whole nn.MultiheadAttention with a LoraConfig of your own"
+        )
 
 
 def _is_converted(selection: Selection, model: nn.Module | None) -> bool:
@@ -123,7 +144,7 @@ Found = Mapping[str, tuple[tuple[Index, ...], bool]]
 def _parameters(selection: Selection, model: nn.Module | None) -> tuple[Found, list[str]]:
     """By name what is selected of it and whether it is a stack of matrices; and what patterns brought in."""
     if model is not None:
-        from .names import match, plain_name
+        from .names import match
 
         targets = match(selection, model)
         return (

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +21,10 @@ from ..optimizer import wrap
 from ..pipeline import rank
 from ..ranking import Ranking
 from ..selection import Selection
+from ..serialize import write_text
 from ..training.handle import Handle
 from ..training.masks import is_sharded
+from .names import match
 
 try:
     from transformers import TrainerCallback
@@ -26,6 +32,8 @@ except ImportError as missing:
     raise missing_extra("transformers", "transformers", "kappa_fast.integrations.transformers") from missing
 
 log = logging.getLogger("kappa_fast")
+
+KEPT = "kappa_selection.json"  # in a checkpoint of the Trainer: what was selected, and a mark of the weights
 
 
 class SelectedOptimizer:
@@ -72,6 +80,10 @@ class KappaTuneCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         rank_options: for ``rank``, such as include, rtol or device.
         budget: for ``Ranking.select``: one of num_tensors, top_p, max_kappa, max_params; per_group, unit.
 
+    Every checkpoint of the Trainer keeps what was selected, and a run that is resumed goes on with that, so that the
+    state of the optimizer meets the parameters that it belongs to. Checkpoints are looked for in ``output_dir`` and at
+    ``TrainingArguments(resume_from_checkpoint=...)``.
+
     Attributes:
         ranking, selection, handle: what was found and done; None before.
         history: a dict for each ranking after the first: step, and for "trained" and "frozen" matrices the median and
@@ -79,6 +91,9 @@ class KappaTuneCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     Raises:
         OptionError: on_init_end: the model is sharded.  on_train_begin: the Trainer has made another model since.
+
+    Warns:
+        UserWarning: on_train_begin: a run is resumed, and nothing says what was selected in it.
     """
 
     def __init__(
@@ -96,6 +111,8 @@ class KappaTuneCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._every, self._reselect = rerank_every, reselect
         self._options, self._budget = {"progress": False, **(rank_options or {})}, budget
         self._model: nn.Module | None = None
+        self._args: Any = None
+        self._training, self._resumed = False, None
         self.ranking: Ranking | None = None
         self.selection: Selection | None = None
         self.handle: Handle | None = None
@@ -105,7 +122,8 @@ class KappaTuneCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Rank, select, and set requires_grad."""
         if model is None:
             raise OptionError("the Trainer has no model yet: use optimizer_factory(), which waits for it")
-        self._model = model
+        self._model, self._args = model, args
+        model.register_load_state_dict_post_hook(_Loaded(self))  # type: ignore[no-untyped-call]
         self.ranking = _ranked(model, self._options)
         self.selection = self.ranking.select(**self._budget)
         self.handle = self.selection.apply(model)
@@ -131,6 +149,48 @@ class KappaTuneCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 "the Trainer has made another model since it was ranked (model_init does): give it "
                 "optimizer_cls_and_kwargs=optimizer_factory(lambda model: kappa_fast.rank(model).select(...), ...)"
             )
+        if state.global_step and self._resumed != state.global_step:
+            warnings.warn(
+                f"training goes on after step {state.global_step} of a run whose selection is not known (no {KEPT} for "
+                "it), so that the state of the optimizer may belong to other parameters: give the checkpoint in "
+                "TrainingArguments(resume_from_checkpoint=...) too, or begin with a new optimizer",
+                stacklevel=2,
+            )
+        self._training = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Weights that are loaded from now on may belong to a run that is resumed."""
+        self._training = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Keep what was selected beside the optimizer's state."""
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if self.selection is None or self.handle is None or not state.is_world_process_zero or not folder.is_dir():
+            return
+        self.selection.to_json(folder / KEPT)
+        document = json.loads((folder / KEPT).read_text())
+        document |= {"step": state.global_step, "mark": _mark(self._model, self.selection)}
+        write_text(folder / KEPT, json.dumps(document))
+
+    def weights_were_loaded(self) -> None:
+        """If they are those of a checkpoint, as when a run is resumed, go on with what was selected there."""
+        if self._training or self._model is None:
+            return
+        given = getattr(self._args, "resume_from_checkpoint", None)
+        folders = [Path(given)] if isinstance(given, str) else []
+        folders += Path(self._args.output_dir).glob("checkpoint-*")
+        for file in (folder / KEPT for folder in folders):
+            try:
+                document, kept = json.loads(file.read_text()), Selection.from_json(file)
+            except (OSError, ValueError):
+                continue
+            if document.get("mark") != _mark(self._model, kept):
+                continue
+            if self.handle is not None:
+                self.handle.restore()
+            self.selection, self._resumed = kept, document.get("step")
+            self.handle = kept.apply(self._model)
+            return
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Every so many steps, rank again."""
@@ -144,7 +204,38 @@ class KappaTuneCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self.handle.restore()
             self.selection = now.select(**self._budget)
             self.handle = self.selection.apply(self._model)
-            _hand_over(getattr(optimizer, "optimizer", optimizer), [t.parameter for t in self.handle.targets])
+            chosen = {id(t.parameter) for t in self.handle.targets}
+            _hand_over(
+                getattr(optimizer, "optimizer", optimizer), [p for p in self._model.parameters() if id(p) in chosen]
+            )
+
+
+class _Loaded:
+    """Called after a state dict was loaded into the model; a copy of the model gets one that does nothing."""
+
+    def __init__(self, callback: KappaTuneCallback | None = None) -> None:
+        self._callback = callback
+
+    def __call__(self, *_: Any) -> None:
+        if self._callback is not None:
+            self._callback.weights_were_loaded()
+
+    def __reduce__(self) -> Any:
+        return _Loaded, ()
+
+
+def _mark(model: nn.Module | None, selection: Selection) -> str | None:
+    """Tells the weights of one checkpoint from those of another, by what the selection trains; None without a model."""
+    if model is None:
+        return None
+    try:
+        targets = match(selection, model)
+    except OptionError:
+        return None
+    found = hashlib.sha256()
+    for target in targets:
+        found.update(target.parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _ranked(model: nn.Module, options: Mapping[str, Any]) -> Ranking:
@@ -177,7 +268,10 @@ def _drift(before: Ranking, now: Ranking, selection: Selection | None) -> dict[s
 
 
 def _hand_over(optimizer: Any, parameters: list[nn.Parameter]) -> None:
-    """Let an optimizer go on with other parameters: matrices in its first group, the rest in its last."""
+    """Let an optimizer go on with other parameters: matrices in its first group, the rest in its last.
+
+    ``parameters`` are in the order of the model, as in an optimizer that is made anew: state is saved by position.
+    """
     if not isinstance(optimizer, Optimizer):
         raise OptionError("reselect=True needs the Trainer's optimizer, which it did not pass: leave reselect out")
     kept = {id(p) for p in parameters}
@@ -187,6 +281,9 @@ def _hand_over(optimizer: Any, parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         if id(parameter) not in present:
             optimizer.param_groups[0 if parameter.ndim > 1 else -1]["params"].append(parameter)
+    order = {id(p): position for position, p in enumerate(parameters)}
+    for group in optimizer.param_groups:
+        group["params"].sort(key=lambda p: order[id(p)])
     for held in list(optimizer.state):
         if id(held) not in kept:
             del optimizer.state[held]

@@ -26,7 +26,7 @@ from .hub import HubId, hub_id, snapshot
 from .hub_headers import headers_of
 from .layouts import Cut, Part, cut
 from .module import read_module
-from .names import group_of, layer_of
+from .names import group_of, is_read_directly, layer_of
 from .tensors import read_mapping
 
 __all__ = ["Filters", "Matrix", "PlacesOf", "Source", "open_source"]
@@ -102,8 +102,14 @@ def open_source(
         "quantization": dict(quantized),
         "evidence": by_evidence(evidences),
     }
+    direct = {m.name for m in matrices if is_read_directly(m.name, around.shapes, _types_of(candidates))}
+    metadata |= {"read_directly": sorted(direct)} if direct else {}
     count = inventory.num_parameters
     return Source(tuple(matrices), tuple(skipped), count, metadata, inventory.in_memory, tuple(absent))
+
+
+def _types_of(tensors: Sequence[Stored]) -> set[str]:
+    return {kind for stored in tensors for kind in stored.model_types}
 
 
 def _weighed(stored: Stored, around: Surroundings, filters: Filters) -> tuple[str | None, str]:

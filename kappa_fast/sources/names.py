@@ -59,9 +59,20 @@ _PARAMETER = re.compile(
 )
 _BUFFER = re.compile(
     r"(?:^|\.)(?:attn|attention|self_attn)\.(?:bias|masked_bias)$|(?:^|[._])(?:inv_freq|(?:attn|causal|attention)_mask)$"
+    r"|(?:^|[._])(?:(?:diagonal|key|query)_decay|slope_rate|final_logits_bias|e_score_correction_bias)$"
     r"|(?:^|\.)(?:cos|sin|pe|alibi|fb|window|mel_filters?|mel_basis|filter_?banks?|(?:forward|inverse)_basis)$"
     r"|(?:^|[._])(?:position_ids|(?:cos|sin)_cached?|freqs_cis|running_(?:mean|var)|num_batches_tracked)$"
 )
+
+
+# In models whose layers hand weights to functions and kernels, read in transformers 5.23.
+_READ_DIRECTLY = {
+    "deberta": re.compile(r"\.attention\.self\.in_proj\.weight$"),
+    "wavlm": re.compile(r"\.attention\.(?:[qkv]|out)_proj\.weight$"),
+    **dict.fromkeys(("mamba", "falcon_mamba"), re.compile(r"\.mixer\.(?:x|dt|out)_proj\.weight$")),
+    "mamba2": re.compile(r"\.mixer\.out_proj\.weight$"),
+    "jamba": re.compile(r"\.mamba\.(?:x|dt|out)_proj\.weight$"),
+}
 
 
 def base_name(name: str) -> str:
@@ -125,6 +136,17 @@ def is_router(name: str, names: Collection[str]) -> bool:
         return False
     owner = gate["block"].rstrip(".").rpartition(".")[2]
     return _MOE.search(owner) is not None or any(other.startswith(gate["block"] + "expert") for other in names)
+
+
+def is_read_directly(name: str, names: Collection[str], model_types: Collection[str]) -> bool:
+    """True for weights of layers that are not called: what owns them reads the weight, and passes an adapter by.
+
+    ``names``: of all tensors. nn.MultiheadAttention has no ``in_proj.weight`` but an ``in_proj_weight``.
+    """
+    block = name.removesuffix("out_proj.weight")
+    if block != name and any(block + beside in names for beside in ("in_proj_weight", "q_proj_weight")):
+        return True
+    return any(kind in _READ_DIRECTLY and _READ_DIRECTLY[kind].search(name) for kind in model_types)
 
 
 def has_adapters(names: Iterable[str]) -> bool:

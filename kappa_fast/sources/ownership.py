@@ -28,6 +28,11 @@ _OPTIMIZER = re.compile(
     r"|acc_delta|prev_step_size)(?:\.|$)"
 )
 _FLAT = re.compile(r"(?:^|\.)_?flat_param(?:_\d+)?$")
+MAY_BE_CODES = "floats with scales and zero points beside them: they may be codes, and nothing says so"
+# What a file may hold once more for every weight, under the name of the weight.
+_COPIES = re.compile(
+    r"^(?:fisher|hessians?|importances?|grads?|gradients?|ema|model_ema|ema_model|deltas?)\.(?P<of>.+)"
+)
 # Integers that index, count or mask in ordinary modules; codes come in other types.
 _INDICES = (torch.int64, torch.bool)
 
@@ -65,6 +70,8 @@ def _flattened(name: str) -> SourceError:
 
 
 def _marked(stored: Stored, reason: str) -> Stored:
+    if reason == MAY_BE_CODES:
+        return replace(stored, problem=reason)  # a weight all the same, as far as counting goes
     return replace(stored, problem=reason, roles=stored.roles | {"ingredient"})
 
 
@@ -76,7 +83,13 @@ def _reason(stored: Stored, name: str, shapes: dict[str, tuple[int, ...]], unrea
         return "state of an optimizer, not a weight"
     if (beneath := _BENEATH.match(name)) is not None and _PARAMETRIZED not in name:
         return f"belongs to a weight ({_last(beneath['owner'])}.{_last(name)}), and is none itself"
+    copy = _COPIES.match(name)
+    if copy is not None and shapes.get(copy["of"]) == stored.shape:
+        return f"statistics or a copy of another weight ({name.partition('.')[0]}), not a weight"
     owner, _, leaf = name.rpartition(".")
+    start = f"{owner}." if owner else ""
+    if leaf == "weight" and start + "scales" in shapes and not shapes.keys().isdisjoint({start + z for z in _ZEROS}):
+        return MAY_BE_CODES
     above = owner.rpartition(".")[0]
     if unread.get(above) in CODES and leaf == "weight":
         return f"in a quantized layer ({unread[above]}); {codes.NOT_SUPPORTED}"
@@ -126,6 +139,8 @@ def is_unread(stored: Stored) -> bool:
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
+
+_ZEROS = ("zeros", "qzeros", "zero_points", "biases")
 
 # What may lie beside codes without changing the weight that they stand for: biases, and what activations are
 # quantized with. Everything else may be a rotation, a correction, a smoothing factor, ...

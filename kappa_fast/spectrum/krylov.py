@@ -141,19 +141,19 @@ def largest(
 
     seeds: of the start blocks, one for each factor.
     noise(which, theta): the relative rounding error of one application to those matrices, whose largest eigenvalues
-    are theta.  salt: tells the start blocks of different ends apart.  dtype: of the blocks, if not that of the rung.
+    are theta.  salt: tells the start blocks of different ends apart.  dtype: of the blocks, if not that of the factors.
     """
     search = _Search(backend, factors, noise, tolerance)
-    space = Space.begin(backend, factors.ns, seeds, dtype or factors.rung.dtype, WIDTH, salt)
-    active = list(range(len(factors.ns)))
+    space = Space.begin(backend, factors.ns, seeds, dtype or factors.blocks, WIDTH, salt)
+    active, chosen = list(range(len(factors.ns))), factors
     for step in range(1, MAX_BLOCKS + 1):
-        chosen = factors.take(active)
         ended = space.expand(backend, lambda block, chosen=chosen: operator(chosen, block))  # type: ignore[misc]
         going = set(search.look(space, active, ended, step))
         if not going:
             break
-        space = space.take([j for j, i in enumerate(active) if i in going])
-        active = [i for i in active if i in going]
+        kept = [j for j, i in enumerate(active) if i in going]
+        space, chosen = space.take(kept), chosen.take(kept)
+        active = [active[j] for j in kept]
     return [search.results[i] for i in range(len(factors.ns))]
 
 
@@ -171,13 +171,13 @@ class _Search:
         """Those of ``active`` that go on: not converged, and able to. One read for the whole wave, as a rule."""
         due = [j for j, i in enumerate(active) if step in (self._schedules[i].next_check, MAX_BLOCKS)]
         ritz, bound = self._bound(space, active, due)
-        read = torch.cat([ended.to(torch.float64), bound]).tolist()
+        read = self._backend.read(torch.cat([ended.to(torch.float64), bound]))
         over = [step == MAX_BLOCKS or bool(flag) for flag in read[: len(active)]]
         self._sort(space, active, due, over, ritz, read[len(active) :], step)
         late = [j for j, i in enumerate(active) if over[j] and i not in self.results]
         if late:
             ritz, bound = self._bound(space, active, late)
-            self._sort(space, active, late, over, ritz, bound.tolist(), step)
+            self._sort(space, active, late, over, ritz, self._backend.read(bound), step)
         return [i for i in active if i not in self.results]
 
     def _bound(self, space: Space, active: list[int], which: list[int]) -> tuple[Ritz | None, Tensor]:

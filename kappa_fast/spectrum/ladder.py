@@ -75,9 +75,14 @@ class _Climber:
     operand: Operand
     rungs: tuple[Rung, ...]
     seed: bytes = b""  # of its start blocks
+    level: int = 0  # the rung that it is on
     best: Resolution | None = None
     triplets: Triplets | None = None
     done: bool = field(default=False)
+
+    @property
+    def rung(self) -> Rung:
+        return self.rungs[self.level]
 
     def keep(self, found: Resolution, triplets: Triplets) -> None:
         """A later rung replaces the estimate; bounds can only tighten."""
@@ -154,60 +159,105 @@ def _trivial(a: Operand) -> Resolution | None:
     return None
 
 
+@dataclass
+class _Described:
+    """Matrices whose factors describe them well enough, and how far these are from being factors at most."""
+
+    climbers: list[_Climber]
+    factors: Factors
+    departures: list[float]
+
+    def beside(self, other: _Described) -> _Described:
+        """Both together."""
+        return _Described(
+            self.climbers + other.climbers, self.factors.beside(other.factors), self.departures + other.departures
+        )
+
+
 def _climb(backend: Backend, climbers: Sequence[_Climber], goal: Goal) -> None:
-    level = 0
+    """Every matrix up to where it is resolved, or to the end of its rungs.
+
+    What a factor cannot describe climbs at once, so that all matrices of a wave search both ends in the same steps,
+    whatever their rungs; what only an interval turns down climbs after that.
+    """
     active = list(climbers)
     while active:
-        by_rung: dict[Rung, list[_Climber]] = {}
-        for climber in active:
-            by_rung.setdefault(climber.rungs[level], []).append(climber)
-        for rung, chosen in by_rung.items():
-            factors = backend.factor([c.operand for c in chosen], rung)
-            sound = [i for i, data in enumerate(factors.data) if data is not None]
-            if sound:
-                _use_factors(backend, [chosen[i] for i in sound], factors.take(sound), goal)
-            del factors  # before the next rung needs the memory
-        level += 1
-        active = [c for c in active if not c.done and len(c.rungs) > level]
+        lanes: dict[tuple[torch.dtype, torch.dtype], _Described] = {}
+        while active:
+            for key, chosen in _by_blocks(active, goal).items():
+                found = _described(backend, chosen, DEPARTURE_SHARE * goal.rtol)
+                if found is not None:
+                    lanes[key] = lanes[key].beside(found) if key in lanes else found
+            kept = {id(climber) for found in lanes.values() for climber in found.climbers}
+            active = _next_rung([c for c in active if id(c) not in kept])
+        for key in list(lanes):
+            found = lanes.pop(key)
+            _use_factors(backend, found, goal)
+            active += _next_rung([c for c in found.climbers if not c.done])
+            del found  # before the next rung needs the memory
 
 
-def _use_factors(backend: Backend, climbers: Sequence[_Climber], factors: Factors, goal: Goal) -> None:
-    """Both ends, the polish and the interval for every matrix whose factor describes it well enough."""
-    limit = DEPARTURE_SHARE * goal.rtol
+def _next_rung(climbers: Sequence[_Climber]) -> list[_Climber]:
+    """Those that have one."""
+    for climber in climbers:
+        climber.level += 1
+    return [c for c in climbers if c.level < len(c.rungs)]
+
+
+def _by_blocks(climbers: Sequence[_Climber], goal: Goal) -> dict[tuple[torch.dtype, torch.dtype], list[_Climber]]:
+    """By the dtypes of the blocks for both ends: a step is one for all matrices whose blocks fit into one panel."""
+    found: dict[tuple[torch.dtype, torch.dtype], list[_Climber]] = {}
+    for c in climbers:
+        found.setdefault((c.rung.blocks, c.rung.product_dtype(END_SHARE * goal.rtol)), []).append(c)
+    return found
+
+
+def _described(backend: Backend, climbers: Sequence[_Climber], limit: float) -> _Described | None:
+    """Factors by the rungs that the matrices are on, where there is one that departs no further than ``limit``."""
+    factors = backend.factor([c.operand for c in climbers], [c.rung for c in climbers])
+    sound = [i for i, data in enumerate(factors.data) if data is not None]
+    if not sound:
+        return None
+    climbers, factors = [climbers[i] for i in sound], factors.take(sound)
     departures = _departures(backend, climbers, factors, limit)
     kept = [i for i, departure in enumerate(departures) if departure <= limit]
     if not kept:
-        return
-    factors = factors.take(kept)
-    tops, bottoms = _ends(backend, factors, [climbers[i].seed for i in kept], END_SHARE * goal.rtol)
+        return None
+    return _Described([climbers[i] for i in kept], factors.take(kept), [departures[i] for i in kept])
+
+
+def _use_factors(backend: Backend, wave: _Described, goal: Goal) -> None:
+    """Both ends, the polish and the interval of every matrix."""
+    climbers, factors = wave.climbers, wave.factors
+    tops, bottoms = _ends(backend, factors, [c.seed for c in climbers], END_SHARE * goal.rtol)
     polished = backend.solve(factors, Panel.pack([b.vectors for b in bottoms]))
     # An operator that overflowed leaves nothing to polish, and LAPACK must not see its NaNs.
-    finite = torch.isfinite(backend.norms(polished)).all(dim=1).tolist()
-    good = [j for j in range(len(kept)) if finite[j] and 0 < tops[j].theta * bottoms[j].theta < math.inf]
+    finite = backend.read(torch.isfinite(backend.norms(polished)).all(dim=1))
+    good = [j for j in range(len(climbers)) if finite[j] and 0 < tops[j].theta * bottoms[j].theta < math.inf]
     if not good:
         return
-    chosen = [climbers[kept[j]] for j in good]
+    chosen = [climbers[j] for j in good]
     found = polish(
         backend, [c.operand for c in chosen], Panel.pack([tops[j].vectors for j in good]), polished.take(good)
     )
     for j, climber, triplets in zip(good, chosen, found, strict=True):
         if triplets.sigma_min > 0:
             rounding = 4 * (sum(climber.operand.shape) + 8) * U64
-            resolution = _interval(factors.rung, departures[kept[j]], tops[j], bottoms[j], triplets, rounding)
+            resolution = _interval(factors.rungs[j], wave.departures[j], tops[j], bottoms[j], triplets, rounding)
             climber.keep(resolution, triplets)
             climber.done = resolution.half_width <= goal.rtol or resolution.lower > goal.cutoff
 
 
 def _departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors, limit: float) -> list[float]:
     """Bounds on ||M||_2 from a Gaussian block; where M X is too large, from M^T M X, which overestimates far less."""
-    blocks = backend.gaussian(factors.ns, [c.seed for c in climbers], WIDTH, 2, factors.rung.dtype)
+    blocks = backend.gaussian(factors.ns, [c.seed for c in climbers], WIDTH, 2, factors.blocks)
     bounds = [math.inf] * len(climbers)
     factor = norm_factor(WIDTH) / math.sqrt(WIDTH)
     active = list(range(len(climbers)))
     for power in (1, 2):
         operands = [climbers[i].operand for i in active]
         blocks = backend.departure(operands, factors.take(active), blocks, transposed=power == 2)
-        norms = torch.linalg.vector_norm(backend.norms(blocks), dim=1).tolist()
+        norms = backend.read(torch.linalg.vector_norm(backend.norms(blocks), dim=1))
         for i, norm in zip(active, norms, strict=True):
             if math.isfinite(norm):
                 bounds[i] = min(bounds[i], (factor * norm) ** (1 / power))
@@ -221,17 +271,24 @@ def _departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors
 def _ends(
     backend: Backend, factors: Factors, seeds: Sequence[bytes], tolerance: float
 ) -> tuple[list[Extreme], list[Extreme]]:
-    quick = factors.rung.product_dtype(tolerance)
-    coarse = float(torch.finfo(quick).eps)
+    """The largest eigenvalues of R^T R and of its inverse, of every factor."""
+
+    def on_device(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=backend.device)
+
+    of_products = on_device([rung.product_error(tolerance) for rung in factors.rungs])
+    of_solves = on_device([2 * rung.unit_roundoff for rung in factors.rungs])
 
     def constant(which: Sequence[int], theta: Tensor) -> Tensor:
-        return torch.full_like(theta, coarse)
+        return of_products[list(which)]
 
+    quick = factors.rungs[0].product_dtype(tolerance)
     tops = largest(backend, backend.product, factors, seeds, constant, tolerance, salt=0, dtype=quick)
-    heights = torch.tensor([top.theta for top in tops], dtype=torch.float64, device=backend.device)
+    heights = on_device([top.theta for top in tops])
 
     def noise(which: Sequence[int], theta: Tensor) -> Tensor:
-        return 2 * factors.rung.unit_roundoff * torch.sqrt((theta * heights[list(which)]).clamp(min=1.0))
+        chosen = list(which)
+        return of_solves[chosen] * torch.sqrt((theta * heights[chosen]).clamp(min=1.0))
 
     return tops, largest(backend, backend.solve, factors, seeds, noise, tolerance, salt=1)
 

@@ -43,7 +43,7 @@ def polish(backend: Backend, operands: Sequence[Operand], tops: Panel, bottoms: 
     u1, s1, v1, reached1 = _end(backend, top, images.columns(0, top.width), 0)
     un, sn, vn, reachedn = _end(backend, bottom, images.columns(top.width), bottom.width - 1)
     left, right = u1.beside(un), v1.beside(vn)
-    measured = torch.cat([s1, sn, reached1, reachedn, backend.norms(right), norms[:, None]], dim=1).tolist()
+    measured = backend.read(torch.cat([s1, sn, reached1, reachedn, backend.norms(right), norms[:, None]], dim=1))
     width = max(top.width, bottom.width)
     return [
         Triplets(high, low, ratio_bound(a.shape, norm, reached, lengths, width), u, v)
@@ -97,7 +97,8 @@ def sensitivities(
     v = right.data
     lefts = torch.cat([u * u, -2 * u[:, :1] * u[:, 1:]], dim=1)
     rights = torch.cat([v * v, v[:, :1] * v[:, 1:]], dim=1)
-    totals = backend.weighted_squares(operands, Panel(lefts, left.rows), Panel(rights, right.rows)).sum(dim=1).tolist()
+    squares = backend.weighted_squares(operands, Panel(lefts, left.rows), Panel(rights, right.rows))
+    totals = backend.read(squares.sum(dim=1))
     return [
         math.hypot(
             float(torch.finfo(dtype).eps) * math.sqrt(ROUNDING_VARIANCE * max(0.0, total)),

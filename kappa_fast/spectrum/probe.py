@@ -37,7 +37,7 @@ def lower_bounds(backend: Backend, weights: Sequence[Tensor], cutoff: float) -> 
         ends = torch.cat([theta.gather(1, least), theta[:, -1:], ended.double()[:, None]], dim=1)
         going: list[int] = []
         promising: list[int] = []
-        for j, (low, high, over) in enumerate(ends.tolist()):
+        for j, (low, high, over) in enumerate(backend.read(ends)):
             ratio = math.sqrt(max(0.0, high) / max(low, 1e-30))
             if ratio > 1.01 * cutoff:
                 promising.append(j)
@@ -59,7 +59,7 @@ def lower_bounds(backend: Backend, weights: Sequence[Tensor], cutoff: float) -> 
 
 def _prove(backend: Backend, operands: Sequence[Operand], pairs: Panel) -> list[float]:
     images, norms = backend.apply(operands, pairs)
-    read = torch.cat([backend.norms(images), backend.norms(pairs), norms[:, None]], dim=1).tolist()
+    read = backend.read(torch.cat([backend.norms(images), backend.norms(pairs), norms[:, None]], dim=1))
     return [
         ratio_bound(a.shape, norm, (high, low), (length_high, length_low), 1)
         for a, (high, low, length_high, length_low, norm) in zip(operands, read, strict=True)
