@@ -7,15 +7,25 @@ the kernels that know no dtype, and once for every storage class that a wave bri
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
 
-from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, triangular
-from .problems import INNER_COLUMNS, INNER_NONE, Problems, Storage, Tensor
+from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
+from .problems import FIELDS, INNER_COLUMNS, INNER_NONE, SLICE, Problems, Storage, Tensor
 from .quantize import DIGIT_BITS
 
 EXACT = 1e-11  # relative error of float64 results; wrong ones are off by 1e-8 (a float32 somewhere) or all of it
+SINGLE = 1e-4  # of results of float32 factors; TF32 taken once would be off by 1e-3
+# Waves of an odd number of matrices. The first one is updated behind two super-panels of its factor.
+DEFINITE = ((700, 600), (90, 40), (33, 17))
+STORED = ((208, 144), (160, 48), (48, 32))
+LONG = (gram.FLOAT_ROWS.value + 64, 32)  # more rows than the matrix unit sums by itself
+FAR = 1 << 31  # entries, and bytes of slices: places from here on are no 32-bit numbers
+log = logging.getLogger("kappa_fast")
 
 
 class CanaryError(RuntimeError):
@@ -29,21 +39,31 @@ def check_device(device: torch.device) -> None:
     Raises:
         CanaryError: one of them is wrong there; it names which.
     """
-    matrices = [_numbers(400, 330, 1).float(), _numbers(90, 40, 2).float()]
+    matrices = [_numbers(m, n, n).float() for m, n in DEFINITE]
     problems = Problems.of([a.to(device) for a in matrices])
-    packed = torch.zeros(problems.gram_elements, dtype=torch.float64, device=device)
-    grams = [a.double().T @ a.double() for a in matrices]
-    for view, g in zip(problems.gram_views(packed), grams, strict=True):
-        view.copy_(g)
-    factored = cholesky.cholesky(problems, packed)
-    lowers = [torch.tril(view).cpu() for view in problems.gram_views(factored.packed)]
-    for lower, g in zip(lowers, grams, strict=True):
-        _compare("cholesky", device, lower @ lower.T, g)
-    _check_triangular(problems, factored, lowers)
+    grams = [a.double().T @ a.double() + torch.eye(a.shape[1], dtype=torch.float64) for a in matrices]
+    for dtype, allowed in ((torch.float64, EXACT), (torch.float32, SINGLE)):
+        factored = cholesky.cholesky(problems, _packed(problems, grams, dtype))
+        lowers = [torch.tril(view).cpu().double() for view in problems.gram_views(factored.packed)]
+        for lower, g in zip(lowers, grams, strict=True):
+            _compare("cholesky", device, lower @ lower.T, g, allowed)
+        _check_triangular(problems, factored, lowers, allowed)
     _check_shifted(problems, grams)
     _check_blocks(device)
     _check_ritz(device)
     _check_splits(device)
+    _check_start(device)
+    if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 6 * FAR:
+        _check_far(device)
+    else:
+        log.info("places beyond 2 GiB are not checked: there is no room for them on %s", device)
+
+
+def _packed(problems: Problems, grams: list[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+    packed = torch.zeros(problems.gram_elements, dtype=dtype, device=problems.device)
+    for view, g in zip(problems.gram_views(packed), grams, strict=True):
+        view.copy_(g)
+    return packed
 
 
 @cache
@@ -53,10 +73,7 @@ def check_storage(device: torch.device, storage: Storage) -> None:
     Raises:
         CanaryError: one of them is wrong there; it names which.
     """
-    stored = [_stored(storage, *size).to(device) for size in ((208, 144), (160, 48))]
-    tensors = [_laid_out(a, storage) for a in stored]
-    exact = [a.cpu().to(torch.float64) for a in stored]
-    problems = Problems.of(tensors)
+    problems, exact = _wave(storage, STORED, device)
     peaks = quantize.column_peaks(problems)
     found = peaks.view(torch.float32).cpu().double().split(problems.n.tolist())
     for got, a in zip(found, exact, strict=True):
@@ -64,9 +81,16 @@ def check_storage(device: torch.device, storage: Storage) -> None:
     for count in (2, 3, 4):
         _check_slices(problems, peaks, count, exact, storage)
     if storage.dtype in (torch.bfloat16, torch.float16):
-        for view, a in zip(problems.gram_views(gram.gram_of_weights(problems)), exact, strict=True):
-            _compare(f"gram_of_weights of {storage}", device, torch.tril(view), torch.tril(a.T @ a), 1e-5)
+        for wave, known in ((problems, exact), _wave(storage, (LONG,), device)):
+            for view, a in zip(wave.gram_views(gram.gram_of_weights(wave)), known, strict=True):
+                _compare(f"gram_of_weights of {storage}", device, torch.tril(view), torch.tril(a.T @ a), 1e-5)
     _check_products(problems, exact, storage)
+
+
+def _wave(storage: Storage, sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Problems, list[Tensor]]:
+    """Matrices of a class on the device, and their values in float64 on the host."""
+    stored = [_stored(storage, *size) for size in sizes]
+    return Problems.of([_laid_out(a.to(device), storage) for a in stored]), [a.to(torch.float64) for a in stored]
 
 
 def _check_slices(problems: Problems, peaks: Tensor, count: int, exact: list[Tensor], storage: Storage) -> None:
@@ -100,33 +124,37 @@ def _check_products(problems: Problems, exact: list[Tensor], storage: Storage) -
     _compare(f"squared_times of {storage}", device, weighted, torch.cat(wanted))
 
 
-def _check_triangular(problems: Problems, factored: cholesky.Factored, lowers: list[Tensor]) -> None:
+def _check_triangular(
+    problems: Problems, factored: cholesky.Factored, lowers: list[Tensor], allowed: float = EXACT
+) -> None:
     device, members = problems.device, triangular.Members.of(problems)
     x = [_numbers(len(lower), 16, 6) for lower in lowers]
     packed = torch.cat(x).to(device)
     products = [lower @ b for lower, b in zip(lowers, x, strict=True)]
     transposed = [lower.T @ b for lower, b in zip(lowers, x, strict=True)]
     _compare(
-        "lower_product", device, triangular.lower_product(problems, factored, members, packed), torch.cat(products)
+        "lower_product",
+        device,
+        triangular.lower_product(problems, factored, members, packed),
+        torch.cat(products),
+        allowed,
     )
     found = triangular.transposed_product(problems, factored, members, packed)
-    _compare("transposed_product", device, found, torch.cat(transposed))
+    _compare("transposed_product", device, found, torch.cat(transposed), allowed)
     found = triangular.forward_solve(problems, factored, members, torch.cat(products).to(device))
-    _compare("forward_solve", device, found, torch.cat(x))
+    _compare("forward_solve", device, found, torch.cat(x), allowed)
     found = triangular.backward_solve(problems, factored, members, torch.cat(transposed).to(device))
-    _compare("backward_solve", device, found, torch.cat(x))
+    _compare("backward_solve", device, found, torch.cat(x), allowed)
 
 
 def _check_shifted(problems: Problems, grams: list[Tensor]) -> None:
     """What proofs rest on. A residual that came out too small would prove anything."""
     device = problems.device
-    packed = torch.zeros(problems.gram_elements, dtype=torch.float64, device=device)
-    for view, g in zip(problems.gram_views(packed), grams, strict=True):
-        view.copy_(g)
+    packed = _packed(problems, grams)
     kept = shifted.Mirrored.of(problems, packed)
     _compare("traces", device, kept.traces(), torch.stack([g.trace() for g in grams]))
     chosen = range(len(grams))
-    for sign, shifts in ((1, [0.5, 0.25]), (-1, [2e3, 1e3])):
+    for sign, shifts in ((1, [0.5, 0.25, 0.125]), (-1, [4e3, 1e3, 1e3])):
         found = kept.factored(chosen, shifts, sign)
         if int(found.info.abs().max()):
             raise CanaryError(f"cholesky broke down on {device} for a shifted matrix that is definite")
@@ -187,6 +215,50 @@ def _check_splits(device: torch.device) -> None:
     (view,) = problems.gram_views(gram.gram_of_slices(problems, slices))
     exact = a.double()
     _compare("gram_of_slices in parts", device, torch.tril(view), torch.tril(exact.T @ exact), 1e-5)
+    half = a.bfloat16()
+    problems = Problems.of([half.to(device)])
+    (view,) = problems.gram_views(gram.gram_of_weights(problems))
+    exact = half.double()
+    _compare("gram_of_weights in parts", device, torch.tril(view), torch.tril(exact.T @ exact), 1e-5)
+
+
+def _check_start(device: torch.device) -> None:
+    """Start blocks must be Gaussian, and depend on every bit of every entry: see start.py."""
+    block = start.gaussian_blocks(panel.Rows.of([4000, 4000], device), [1, 2]).cpu()
+    inner = block.T @ block / 8000
+    if not float((inner - torch.eye(16, dtype=torch.float64)).abs().max()) < 0.1 or torch.equal(*block.split(4000)):
+        raise CanaryError(f"gaussian_blocks are not Gaussian on {device}")
+    a = _numbers(start.STRIPE.value + 70, 40, 12).float()
+    changed = a.clone().view(torch.int32)
+    changed[-1, ::2] ^= 1
+    found = start.column_digests(Problems.of([x.to(device) for x in (a, changed.view(torch.float32), a)])).cpu()
+    before, after, again = found.split(40)
+    if not torch.equal(before, again) or (before == after).tolist() != 20 * [False, True]:
+        raise CanaryError(f"column_digests does not tell columns apart as it should on {device}")
+
+
+def _check_far(device: torch.device) -> None:
+    """Entries and slices that lie more than 2^31 places apart. Only what is touched takes memory on a CPU."""
+    n, m = 48, 264
+    pitch = -(-FAR // (m - 8) // 16) * 16
+    a = _stored(Storage(torch.bfloat16, INNER_COLUMNS, True), m, n)
+    whole = torch.empty(m * pitch, dtype=torch.bfloat16, device=device)
+    far = whole.as_strided((m, n), (pitch, 1))
+    far.copy_(a)
+    problems, exact = Problems.of([far]), a.double()
+    wanted = torch.tril(exact.T @ exact)
+    (view,) = problems.gram_views(gram.gram_of_weights(problems))
+    _compare("gram_of_weights beyond 2 GiB", device, torch.tril(view), wanted, 1e-5)
+    _check_products(problems, [exact], Storage.of(far))
+    near = Problems.of([a.to(device)])
+    if not torch.equal(start.column_digests(problems), start.column_digests(near)):
+        raise CanaryError(f"column_digests beyond 2 GiB reads something else on {device}")
+    del whole, far, problems
+    table = near.table.clone()
+    table.view(-1, FIELDS.value)[:, SLICE.value] += FAR
+    apart = replace(near, table=table, slice_bytes=near.slice_bytes + FAR)
+    (view,) = apart.gram_views(gram.gram_of_slices(apart, quantize.quantize(apart, quantize.column_peaks(apart), 2)))
+    _compare("gram_of_slices beyond 2 GiB", device, torch.tril(view), wanted, 1e-3)
 
 
 def _compare(what: str, device: torch.device, found: Tensor, wanted: Tensor, allowed: float = EXACT) -> None:
