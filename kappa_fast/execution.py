@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -56,6 +57,8 @@ class Executor:
         self._matrices, self._in_memory = source.matrices, source.in_memory
         self._name, self._device, self._budget, self._proofs = backend, device, budget, proofs
         self._backends: dict[torch.device, Backend] = {}
+        self._warm: set[tuple[tuple[int, int], torch.dtype]] = set()  # what kernels have been compiled for
+        self.notify: Callable[[str], None] = lambda text: None  # is told what is done before any results come
         # A backend that is unknown, or that cannot work where the weights will be, fails before any work.
         places = [self._where(matrix) for matrix in self._matrices[:1]] or [device or torch.device("cpu")]
         self._backend_for(places[0])
@@ -87,7 +90,9 @@ class Executor:
 
         The next waves are read ahead from the disk; an accelerator gets one of them while it works on this one.
         """
-        for device, waves in self._waves(sorted(positions, key=lambda i: self._matrices[i].location or ("", 0))):
+        ordered = sorted(positions, key=lambda i: self._matrices[i].location or ("", 0))
+        for device, waves in self._waves(ordered):
+            self._warm_up(device, [i for i in ordered if self._where(self._matrices[i]) == device])
             with contextlib.closing(self._read_ahead(waves)) as coming:
                 if self._backend_for(device).side_by_side:
                     yield from self._on_cores(coming, work)
@@ -95,6 +100,24 @@ class Executor:
                 with contextlib.closing(one_ahead(coming, self._matrices_of, device)) as staged:
                     for wave, weights in staged:
                         yield from zip(wave, self._attempt(wave, work, weights), strict=True)
+
+    def _warm_up(self, device: torch.device, positions: Sequence[int]) -> None:
+        """Compile on all cores what waves of these matrices will launch on a GPU, instead of one by one at work.
+
+        What does not compile is found again, and told, where it is launched.
+        """
+        kinds = {(self._matrices[i].shape, self._matrices[i].dtype) for i in positions} - self._warm
+        if device.type != "cuda" or self._backend_for(device).name != "triton" or not kinds:
+            return
+        from kappa_fast.kernels import warmup
+
+        self._warm |= kinds
+        stand_ins = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in sorted(kinds, key=str)]
+        started = time.perf_counter()
+        found = warmup(stand_ins, device, lambda done, known: self.notify(f"compiling kernels {done}/{known}"))
+        self.notify("ranking")
+        seconds = time.perf_counter() - started
+        log.info("%d kernels were compiled for %s in %.1f s", len(found.compiled), device, seconds)
 
     def _read_ahead(self, waves: Iterator[list[int]]) -> Generator[list[int], None, None]:
         if any(matrix.prefetch is not None for matrix in self._matrices):

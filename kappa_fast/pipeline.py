@@ -128,6 +128,7 @@ def rank(
             run = _Run(opened, executor, store, progress, score)
             try:
                 with run.tracking() as tracker:
+                    executor.notify = tracker.note
                     if budgeted is None or callable(score):  # bounds of kappa say nothing of another score
                         run.resolve_all(goal, tracker)
                     else:

@@ -36,11 +36,17 @@ def shown(option: ProgressOption) -> bool:
 class Tracker:
     """Counts finished matrices and reports them."""
 
-    def __init__(self, total: int, operations: float, report: Callable[[Progress], None] | None) -> None:
+    def __init__(
+        self,
+        total: int,
+        operations: float,
+        report: Callable[[Progress], None] | None,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
         self._started = time.perf_counter()
         self._total, self._operations = total, operations
         self._done, self._done_operations = 0, 0.0
-        self._report = report
+        self._report, self._note = report, note
 
     @property
     def done(self) -> int:
@@ -50,6 +56,11 @@ class Tracker:
         """More work has turned up."""
         self._total += matrices
         self._operations += operations
+
+    def note(self, text: str) -> None:
+        """What is being done before the next matrices; a bar shows it."""
+        if self._note is not None:
+            self._note(text)
 
     def advance(self, matrices: int, operations: float) -> None:
         self._done += matrices
@@ -71,8 +82,8 @@ def tracking(option: ProgressOption, total: int, operations: float) -> Iterator[
     if option is False:
         yield Tracker(total, operations, None)
     elif option is True:
-        with _bar(total, operations) as report:
-            yield Tracker(total, operations, report)
+        with _bar(total, operations) as (report, note):
+            yield Tracker(total, operations, report, note)
     elif callable(option):
         yield Tracker(total, operations, option)
     else:
@@ -80,13 +91,13 @@ def tracking(option: ProgressOption, total: int, operations: float) -> Iterator[
 
 
 @contextmanager
-def _bar(total: int, operations: float) -> Iterator[Callable[[Progress], None]]:
+def _bar(total: int, operations: float) -> Iterator[tuple[Callable[[Progress], None], Callable[[str], None]]]:
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
     columns = (
-        TextColumn("ranking"),
+        TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.fields[matrices]}/{task.fields[total_matrices]} matrices"),
         TextColumn("{task.fields[gflop]:,.0f} Gflop"),
@@ -97,11 +108,12 @@ def _bar(total: int, operations: float) -> Iterator[Callable[[Progress], None]]:
     console = Console(stderr=True)
     # A terminal shows it while it moves; a pipe, which gets one only on demand, keeps its last state.
     with RichProgress(*columns, console=console, transient=console.is_terminal) as bar:
-        task = bar.add_task("rank", total=operations, matrices=0, total_matrices=total, gflop=operations / 1e9)
+        task = bar.add_task("ranking", total=operations, matrices=0, total_matrices=total, gflop=operations / 1e9)
 
         def report(p: Progress) -> None:
             bar.update(
                 task,
+                description="ranking",
                 total=p.operations_total,
                 completed=p.operations_done,
                 matrices=p.matrices_done,
@@ -109,4 +121,4 @@ def _bar(total: int, operations: float) -> Iterator[Callable[[Progress], None]]:
                 gflop=p.operations_total / 1e9,
             )
 
-        yield report
+        yield report, lambda text: bar.update(task, description=text)

@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
-from .problems import INNER_COLUMNS, INNER_NONE, TARGETS, Problems, Storage, Tensor, storages
+from .problems import INNER_COLUMNS, INNER_NONE, TARGETS, Problems, Storage, Tensor, storages, supported
 
 META = torch.device("meta")
 # Tall, square, narrow, and so long and narrow that the work on it is cut along the rows.
@@ -181,6 +181,48 @@ def compile_all(
         knobs.compilation.listener = before
     result.failed = [error for future in begun if (error := future.exception()) is not None]
     return result
+
+
+def warmup(
+    weights: torch.nn.Module | Iterable[Tensor],
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Compiled:
+    """Compile now, on all cores, what ranking these weights on a GPU will launch; later runs find it in Triton's cache.
+
+    Args:
+        weights: a module, or matrices with two dimensions, on any device ("meta" too); no value is read.
+        device: the GPU, by default torch's current one.
+        progress: called with the number of kernels that are done and that are known of so far.
+
+    Returns:
+        Which kernels were compiled and which were found; ``failed`` holds the errors of those that do not compile.
+
+    Raises:
+        RuntimeError: torch has no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("kernels are compiled for a GPU that torch can use, and there is none here")
+    tensors = weights.parameters() if isinstance(weights, torch.nn.Module) else weights
+    # A layer of convolutions is ranked as a matrix, a stack of experts one by one.
+    matrices = [t[0] if t.ndim == 3 else t.flatten(1) for t in (t.detach() for t in tensors) if t.ndim >= 2 and len(t)]
+    wave = representatives(matrices)
+    if not wave:
+        return Compiled()
+    with torch.cuda.device(device):
+        return compile_all([wave, wave[:1]], os.cpu_count() or 1, progress)
+
+
+def representatives(matrices: Iterable[Tensor]) -> list[Tensor]:
+    """The largest of each storage class that kernels read, on the device "meta"."""
+    found: dict[Storage, Tensor] = {}
+    for matrix in matrices:
+        if supported(matrix.dtype) and matrix.numel():
+            alike = like(matrix)
+            known = found.setdefault(Storage.of(alike), alike)
+            if alike.numel() > known.numel():
+                found[Storage.of(alike)] = alike
+    return list(found.values())
 
 
 class Pretended:

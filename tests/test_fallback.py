@@ -169,3 +169,29 @@ def test_an_error_in_the_source_is_not_taken_for_one_of_the_backend(monkeypatch)
     monkeypatch.setattr("kappa_fast.pipeline.resolve", refuse)
     with pytest.raises(kappa_fast.SourceError, match="the shard is damaged"):
         rank(GIVEN)
+
+
+@linux_only
+def test_what_a_run_will_launch_is_compiled_once_before_its_first_wave(monkeypatch):
+    """On all cores, and told of: one kernel after the other would take a quarter of a minute without a word."""
+    from kappa_fast.kernels import jit_cache
+    from kappa_fast.sources import Filters, open_source
+
+    asked, told = [], []
+
+    def warmup(weights, device, progress):
+        asked.append((device, sorted((tuple(w.shape), w.dtype, w.is_meta) for w in weights)))
+        progress(3, 33)
+        return jit_cache.Compiled()
+
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(jit_cache, "warmup", warmup)
+    executor = execution.Executor(open_source(GIVEN, Filters()), "torch", CPU, None)
+    monkeypatch.setattr(executor, "_backend_for", lambda device: TritonBackend(CPU))
+    executor.notify = told.append
+    for positions in ([0, 1], [0], [0, 1, 2]):
+        executor._warm_up(gpu, positions)
+    executor._warm_up(CPU, [0])
+    f = torch.float32
+    assert asked == [(gpu, [((20, 30), f, True), ((60, 40), f, True)]), (gpu, [((33, 33), f, True)])]
+    assert told == ["compiling kernels 3/33", "ranking"] * 2

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -192,3 +193,33 @@ def test_no_two_kernels_share_a_name_since_profilers_know_nothing_else():
     kernels = {(i.kernel.fn.__module__, i.kernel.__name__) for i in aot.instances("sm_90", quick=False)}
     names = [name for _, name in kernels]
     assert sorted(names) == sorted(set(names))
+
+
+def test_warming_up_takes_one_matrix_of_each_storage_class_and_none_that_kernels_do_not_read():
+    weights = [torch.empty(64, 48), torch.empty(320, 128), torch.empty(33, 20).bfloat16(), torch.empty(9, 9).double()]
+    found = jit_cache.representatives([*weights, torch.empty(0, 16), torch.empty(48, 64, dtype=torch.float16).T])
+    assert sorted((tuple(a.shape), a.dtype) for a in found) == [
+        ((33, 20), torch.bfloat16),
+        ((64, 48), torch.float16),
+        ((320, 128), torch.float32),
+    ]
+    assert all(a.is_meta for a in found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_warming_up_without_a_gpu_says_so():
+    from kappa_fast.kernels import warmup
+
+    with pytest.raises(RuntimeError, match="compiled for a GPU that torch can use, and there is none here"):
+        warmup([torch.zeros(20, 20)])
+
+
+def test_a_module_is_warmed_up_by_its_matrices_stacks_and_convolutions(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(jit_cache, "compile_all", lambda waves, workers, progress: seen.extend(waves))
+    module = torch.nn.ModuleDict({"a": torch.nn.Linear(48, 64), "c": torch.nn.Conv2d(3, 17, 3)})
+    module.experts = torch.nn.Parameter(torch.zeros(4, 40, 30))
+    jit_cache.warmup(module)
+    assert sorted(tuple(a.shape) for a in seen[0]) == [(27, 17), (40, 30), (64, 48)]
