@@ -29,7 +29,8 @@ from .problems import TARGETS, Instance
 
 MODULE = __spec__.name  # also when it runs as __main__
 # Shared memory that one program may use, in bytes.
-SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+SHARED = dict.fromkeys(("sm_90", "sm_100", "sm_103"), 232448) | dict.fromkeys(("sm_89", "sm_120"), 101376)
+SHARED |= {"sm_80": 166912, "gfx942": 65536}
 UNITS = {
     "int8": r"wgmma\.mma_async\S*s8\.s8|mma\.sync\S*s8\.s8|tcgen05\.mma\S*kind::i8|v_mfma_i32_\w*i8",
     "float16": r"wgmma\.mma_async\S*f16\.b?f16|mma\.sync\S*f16\.b?f16|tcgen05\.mma\S*f16|v_mfma_f32_\w*b?f16",

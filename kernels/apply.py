@@ -25,11 +25,13 @@ from .problems import (
     Instance,
     Problems,
     Tensor,
+    as_float,
     field,
     load_tile,
     on_host,
     starts_of,
     storages,
+    stored,
     target_of,
     to_device,
 )
@@ -99,22 +101,24 @@ def _times_kernel(
     program = tl.program_id(0)
     member = tl.load(owner + program)
     matrix = tl.load(ids + member).to(tl.int64)
-    m, n = field(table, matrix, ROWS).to(tl.int32), field(table, matrix, COLUMNS).to(tl.int32)
+    whole = stored(table, matrix, ELEMENT, INNER, ALIGNED)
+    _, _, _, m, n = whole
     row = (program - tl.load(first + member)) * SIDE
     block = x + tl.load(short_start + member) * LANES
     total = tl.zeros((SIDE, LANES), tl.float64)
-    norm = tl.zeros((SIDE,), tl.float64)
+    norm = tl.zeros((SIDE, DEPTH), tl.float64)  # summed after the loop: lanes share a row
     i, j = tl.arange(0, SIDE), tl.arange(0, LANES)
     for column in range(0, n, DEPTH):
-        a = _widen(load_tile(table, matrix, row, column, SIDE, DEPTH, ELEMENT, FLOAT8, INNER, ALIGNED), BARRIER)
+        a = _widen(as_float(load_tile(whole, row, column, SIDE, DEPTH, INNER), FLOAT8), BARRIER)
         if SQUARED:
             a *= a
         else:
-            norm += tl.sum(a * a, axis=1)
+            norm += a * a
         total = _add_product(total, a, block, column, n, USE_DOT)
     target = y + (tl.load(long_start + member) + row) * LANES + i[:, None] * LANES + j[None, :]
     tl.store(target, total, mask=(i < m - row)[:, None])
-    tl.store(squares + program, tl.sum(norm, axis=0))
+    if not SQUARED:
+        tl.store(squares + program, tl.sum(tl.sum(norm, axis=1), axis=0))
 
 
 @triton.jit
@@ -150,14 +154,15 @@ def _transposed_kernel(
     program = tl.program_id(0)
     member = tl.load(owner + program)
     matrix = tl.load(ids + member).to(tl.int64)
-    m, n = field(table, matrix, ROWS).to(tl.int32), field(table, matrix, COLUMNS).to(tl.int32)
+    whole = stored(table, matrix, ELEMENT, INNER, ALIGNED)
+    _, _, _, m, n = whole
     item = program - tl.load(first + member)
     across = tl.cdiv(n, SIDE)
     column, chunk = (item % across) * SIDE, item // across
     block = y + tl.load(long_start + member) * LANES
     total = tl.zeros((SIDE, LANES), tl.float64)
     for row in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, m), DEPTH):
-        a = load_tile(table, matrix, row, column, DEPTH, SIDE, ELEMENT, FLOAT8, INNER, ALIGNED)
+        a = as_float(load_tile(whole, row, column, DEPTH, SIDE, INNER), FLOAT8)
         total = _add_product(total, _widen(tl.trans(a), BARRIER), block, row, m, USE_DOT)
     i, j = tl.arange(0, SIDE), tl.arange(0, LANES)
     target = parts + (tl.load(part_start + member) + chunk.to(tl.int64) * n + column) * LANES

@@ -19,6 +19,7 @@ from .problems import (
     COLUMNS,
     FIRST_COLUMN,
     INTERPRETED,
+    PAD,
     PITCH,
     SLICE,
     Instance,
@@ -26,11 +27,12 @@ from .problems import (
     Storage,
     Tensor,
     field,
+    load_tile,
+    load_turned,
     locate,
-    sizes,
     storages,
+    stored,
     target_of,
-    tile_base,
     triangular,
 )
 from .quantize import Slices, column_shift, power_of_two
@@ -52,17 +54,18 @@ class Tile:
 
 
 # By the highest slice: 1, 3, 3 or 4 accumulators of side^2 / (32 num_warps) registers per thread. Where 128 x 128 does
-# not fit registers or shared memory (docs/kernels.md has the compiler's figures) 64 x 64 does.
-_HOPPER = {1: Tile(128, 128, 8, 3), 2: Tile(128, 64, 8, 3), 3: Tile(128, 64, 8, 2), 4: Tile(64, 128, 4, 2)}
-_LARGE = {1: Tile(128, 64, 8, 3), 2: Tile(128, 64, 8, 3), 3: Tile(64, 64, 4, 3), 4: Tile(64, 64, 4, 3)}
-_SMALL = {1: Tile(128, 64, 8, 3), 2: Tile(64, 64, 4, 3), 3: Tile(64, 64, 4, 3), 4: Tile(64, 64, 4, 2)}
+# not fit registers or shared memory (docs/kernels.md has the compiler's figures) 64 x 64 does, and where the fragments
+# of the older instructions would spill inside the loop, steps are shorter.
+_HOPPER = {1: Tile(128, 128, 8, 3), 2: Tile(128, 64, 8, 3), 3: Tile(128, 64, 8, 3), 4: Tile(64, 64, 4, 3)}
+_MMA = {1: Tile(128, 64, 8, 3), 2: Tile(128, 32, 8, 4), 3: Tile(64, 64, 4, 3), 4: Tile(64, 32, 4, 3)}
 _CDNA = {1: Tile(128, 64, 8, 2), 2: Tile(128, 64, 8, 2), 3: Tile(64, 64, 4, 2), 4: Tile(64, 64, 4, 2)}
 SLICE_TILES = {
-    "sm_80": _LARGE,
-    "sm_89": _SMALL,
+    "sm_80": _MMA,
+    "sm_89": _MMA,
     "sm_90": _HOPPER,
-    "sm_100": _LARGE,
-    "sm_120": _SMALL,
+    "sm_100": _MMA,
+    "sm_103": _MMA,
+    "sm_120": _MMA,
     "gfx942": _CDNA,
 }
 WEIGHT_TILE = Tile(128, 64, 8, 3)
@@ -79,7 +82,7 @@ def _slices_kernel(
     owner,
     first,
     slices,
-    slice_bytes,
+    slice_bytes: tl.int64,
     peaks,
     out,
     parts,
@@ -93,19 +96,18 @@ def _slices_kernel(
     """Adds all products of two slices of which the higher one lies in LOW..HIGH; LOW = 1 starts from nothing."""
     matrix, item = locate(owner, first)
     n = field(table, matrix, COLUMNS).to(tl.int32)
-    pitch = tl.multiple_of(field(table, matrix, PITCH).to(tl.int32), 128)
-    slice_bytes = tl.multiple_of(slice_bytes.to(tl.int64), 128)
+    pitch = field(table, matrix, PITCH, PAD).to(tl.int32)
     split_count = tl.load(splits + matrix)
     r, c = triangular(item // split_count)
     split = item % split_count
-    share = tl.multiple_of(tl.cdiv(tl.cdiv(pitch, split_count), 128) * 128, 128)
+    share = tl.cdiv(tl.cdiv(pitch, split_count), PAD) * PAD
     start = split * share
     length = tl.minimum(share, pitch - start)
-    base = tl.multiple_of(slices + tl.multiple_of(field(table, matrix, SLICE), 128), 16) + start
+    base = slices + field(table, matrix, SLICE, PAD) + start
     side, depth = tl.arange(0, SIDE), tl.arange(0, DEPTH)
     # Past the last column the last one is read again: its products are not stored, and loads need no mask.
-    left = tl.multiple_of(base + (r * SIDE).to(tl.int64) * pitch, 16)
-    right = tl.multiple_of(base + (c * SIDE).to(tl.int64) * pitch, 16)
+    left = base + (r * SIDE).to(tl.int64) * pitch
+    right = base + (c * SIDE).to(tl.int64) * pitch
     row_place = tl.minimum(side, n - 1 - r * SIDE)[:, None] * pitch + depth[None, :]  # [SIDE, DEPTH]
     column_place = tl.minimum(side, n - 1 - c * SIDE)[:, None] * pitch + depth[None, :]
     a0 = tl.zeros((SIDE, SIDE), tl.int32)
@@ -177,7 +179,8 @@ def _weights_kernel(
     WIDEN: tl.constexpr,
 ):
     matrix, item = locate(owner, first)
-    m, n = sizes(table, matrix, INNER, ALIGNED)
+    whole = stored(table, matrix, ELEMENT, INNER, ALIGNED)
+    _, _, _, m, n = whole
     split_count = tl.load(splits + matrix)
     r, c = triangular(item // split_count)
     split = item % split_count
@@ -187,41 +190,13 @@ def _weights_kernel(
     for block in range(start, stop, FLOAT_ROWS):
         partial = tl.zeros((SIDE, SIDE), tl.float32)
         for k in range(block, tl.minimum(block + FLOAT_ROWS, stop), DEPTH):
-            x = _load_block(table, matrix, k, r * SIDE, stop, n, SIDE, DEPTH, ELEMENT, INNER, ALIGNED)
-            y = _load_block(table, matrix, k, c * SIDE, stop, n, SIDE, DEPTH, ELEMENT, INNER, ALIGNED)
+            x = load_turned(whole, k, r * SIDE, DEPTH, SIDE, INNER)
+            y = load_tile(whole, k, c * SIDE, DEPTH, SIDE, INNER)
             if WIDEN:
                 x, y = x.to(tl.float32), y.to(tl.float32)
-            if INNER == 1:
-                partial = tl.dot(tl.trans(x), y, partial)
-            else:
-                partial = tl.dot(x, tl.trans(y), partial)
+            partial = tl.dot(x, y, partial)
         total += partial
     store_tile(table, matrix, total.to(tl.float64), r, c, n, out, parts, part_start, split, False, SIDE)
-
-
-@triton.jit
-def _load_block(
-    table,
-    matrix,
-    row,
-    column,
-    m,
-    n,
-    SIDE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ELEMENT: tl.constexpr,
-    INNER: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """DEPTH rows of SIDE columns in the order in which they lie: [DEPTH, SIDE], or turned where rows are inner."""
-    base, row_step, column_step = tile_base(table, matrix, row, column, ELEMENT, INNER, ALIGNED)
-    depth, side = tl.arange(0, DEPTH), tl.arange(0, SIDE)
-    if INNER == 1:
-        inside = (depth < m - row)[:, None] & (side < n - column)[None, :]
-        return tl.load(base + depth[:, None] * row_step + side[None, :] * column_step, mask=inside, other=0.0)
-    else:
-        inside = (depth < m - row)[None, :] & (side < n - column)[:, None]
-        return tl.load(base + depth[None, :] * row_step + side[:, None] * column_step, mask=inside, other=0.0)
 
 
 def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None, *, low: int = 1) -> Tensor:

@@ -156,7 +156,7 @@ class Problems:
         return [packed.as_strided((n, n), (ld, 1), int(packed.storage_offset()) + start) for n, ld, start in sizes]
 
 
-TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942")
 
 
 def target_of(device: torch.device) -> str:
@@ -179,7 +179,9 @@ def target_of(device: torch.device) -> str:
         raise RuntimeError(f"compute capability {major}.{minor} is below 8.0, the first that Triton supports")
     if major == 8:
         return "sm_80" if minor in (0, 7) else "sm_89"
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")
+    if major == 10:
+        return "sm_103" if minor == 3 else "sm_100"
+    return {9: "sm_90", 11: "sm_100"}.get(major, "sm_120")
 
 
 @dataclass(frozen=True)
@@ -263,54 +265,60 @@ def triangular(tile):
 
 
 @triton.jit
-def tile_base(table, matrix, row, column, ELEMENT: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where entry (row, column) lies, and the two strides: 32-bit beside a contiguous direction, which has stride 1.
+def stored(table, matrix, ELEMENT: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr):
+    """A stored matrix: the address of its first entry, the strides of rows and columns, the numbers of both.
 
-    The distance between lines is all that a tile needs in 64 bits, and only once: addresses cost registers.
+    Read once per program, in front of every loop. An aligned matrix has addresses, distances of lines and lengths of
+    lines that are multiples of 16, see Storage. The stride in the contiguous direction is 1.
     """
-    row_stride, column_stride = field(table, matrix, ROW_STRIDE), field(table, matrix, COLUMN_STRIDE)
-    base = field(table, matrix, POINTER).to(tl.pointer_type(ELEMENT))
-    if ALIGNED:
-        base = tl.multiple_of(base, 16)
+    BASE: tl.constexpr = 16 if ALIGNED else 1
+    WIDE: tl.constexpr = 16 if ALIGNED and INNER == 1 else 1
+    TALL: tl.constexpr = 16 if ALIGNED and INNER == 0 else 1
+    base = tl.multiple_of(field(table, matrix, POINTER).to(tl.pointer_type(ELEMENT)), BASE)
+    m, n = field(table, matrix, ROWS, TALL).to(tl.int32), field(table, matrix, COLUMNS, WIDE).to(tl.int32)
     if INNER == 1:
-        step = tl.multiple_of(row_stride, 16) if ALIGNED else row_stride
-        return base + row * step + column, step.to(tl.int32), 1
+        return base, field(table, matrix, ROW_STRIDE, WIDE), 1, m, n
     elif INNER == 0:
-        step = tl.multiple_of(column_stride, 16) if ALIGNED else column_stride
-        return base + column * step + row, 1, step.to(tl.int32)
+        return base, 1, field(table, matrix, COLUMN_STRIDE, TALL), m, n
     else:
-        return base + row * row_stride + column * column_stride, row_stride, column_stride
+        return base, field(table, matrix, ROW_STRIDE), field(table, matrix, COLUMN_STRIDE), m, n
 
 
 @triton.jit
-def sizes(table, matrix, INNER: tl.constexpr, ALIGNED: tl.constexpr):
-    """Rows and columns, 32-bit; multiples of 16 along the contiguous direction where it is aligned."""
-    m, n = field(table, matrix, ROWS).to(tl.int32), field(table, matrix, COLUMNS).to(tl.int32)
-    if ALIGNED and INNER == 0:
-        m = tl.multiple_of(m, 16)
-    if ALIGNED and INNER == 1:
-        n = tl.multiple_of(n, 16)
-    return m, n
+def steps(matrix, INNER: tl.constexpr):
+    """The strides within a tile: 32-bit beside a contiguous direction, since addresses cost registers."""
+    _, row_stride, column_stride, _, _ = matrix
+    if INNER == 1:
+        return row_stride.to(tl.int32), 1
+    elif INNER == 0:
+        return 1, column_stride.to(tl.int32)
+    else:
+        return row_stride, column_stride
 
 
 @triton.jit
-def load_tile(
-    table,
-    matrix,
-    row,
-    column,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    ELEMENT: tl.constexpr,
-    FLOAT8: tl.constexpr,
-    INNER: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """The tile of a stored matrix that starts at (row, column), as float32 (exact): [BM, BN], zero outside."""
-    m, n = sizes(table, matrix, INNER, ALIGNED)
-    base, row_step, column_step = tile_base(table, matrix, row, column, ELEMENT, INNER, ALIGNED)
+def load_tile(matrix, row, column, BM: tl.constexpr, BN: tl.constexpr, INNER: tl.constexpr):
+    """The tile of a stored matrix that starts at (row, column), as it is stored: [BM, BN], zero outside."""
+    base, row_stride, column_stride, m, n = matrix
+    row_step, column_step = steps(matrix, INNER)
     i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
-    raw = tl.load(base + i * row_step + j * column_step, mask=(i < m - row) & (j < n - column), other=0)
+    corner = base + row * row_stride + column * column_stride
+    return tl.load(corner + i * row_step + j * column_step, mask=(i < m - row) & (j < n - column), other=0)
+
+
+@triton.jit
+def load_turned(matrix, row, column, BM: tl.constexpr, BN: tl.constexpr, INNER: tl.constexpr):
+    """The same tile with rows and columns exchanged: [BN, BM]."""
+    base, row_stride, column_stride, m, n = matrix
+    row_step, column_step = steps(matrix, INNER)
+    i, j = tl.arange(0, BM)[None, :], tl.arange(0, BN)[:, None]
+    corner = base + row * row_stride + column * column_stride
+    return tl.load(corner + i * row_step + j * column_step, mask=(i < m - row) & (j < n - column), other=0)
+
+
+@triton.jit
+def as_float(raw, FLOAT8: tl.constexpr):
+    """Stored entries as float32, exactly."""
     if FLOAT8 == 0:
         return raw.to(tl.float32)
     else:

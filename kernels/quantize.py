@@ -20,6 +20,7 @@ from .launch import launch
 from .problems import (
     COLUMNS,
     FIRST_COLUMN,
+    PAD,
     PITCH,
     ROWS,
     SLICE,
@@ -28,10 +29,12 @@ from .problems import (
     Storage,
     Tensor,
     TileMap,
+    as_float,
     field,
     load_tile,
     locate,
     storages,
+    stored,
     to_device,
 )
 
@@ -68,15 +71,16 @@ def _peaks_kernel(
     ALIGNED: tl.constexpr,
 ):
     matrix, tile = locate(owner, first)
-    m, n = field(table, matrix, ROWS), field(table, matrix, COLUMNS)
-    across = tl.cdiv(n, BN).to(tl.int32)
+    whole = stored(table, matrix, ELEMENT, INNER, ALIGNED)
+    _, _, _, m, n = whole
+    across = tl.cdiv(n, BN)
     column = (tile % across) * BN
     columns = column + tl.arange(0, BN)
     start = (tile // across) * PEAK_STRIPE
-    stop = tl.minimum(start + PEAK_STRIPE, m).to(tl.int32)
+    stop = tl.minimum(start + PEAK_STRIPE, m)
     largest = tl.zeros((BM, BN), tl.int32)
     for row in range(start, stop, BM):
-        a = load_tile(table, matrix, row, column, BM, BN, ELEMENT, FLOAT8, INNER, ALIGNED)
+        a = as_float(load_tile(whole, row, column, BM, BN, INNER), FLOAT8)
         # Without its sign a float is ordered as its bits are, and NaN lies above infinity.
         largest = tl.maximum(largest, a.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     place = field(table, matrix, FIRST_COLUMN) + columns
@@ -111,7 +115,7 @@ def _digits_kernel(
     peaks,
     slices,
     residuals,
-    slice_bytes,
+    slice_bytes: tl.int64,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     BM: tl.constexpr,
@@ -122,13 +126,14 @@ def _digits_kernel(
     ALIGNED: tl.constexpr,
 ):
     matrix, tile = locate(owner, first)
-    n = field(table, matrix, COLUMNS)
-    pitch = tl.multiple_of(field(table, matrix, PITCH), 128)
-    across = tl.cdiv(n, BN).to(tl.int32)
+    whole = stored(table, matrix, ELEMENT, INNER, ALIGNED)
+    _, _, _, _, n = whole
+    pitch = field(table, matrix, PITCH, PAD)
+    across = tl.cdiv(n, BN)
     column, row = (tile % across) * BN, (tile // across) * BM
     columns = column + tl.arange(0, BN)
     shift = column_shift(peaks, field(table, matrix, FIRST_COLUMN) + columns, columns < n)  # [BN]
-    a = load_tile(table, matrix, row, column, BM, BN, ELEMENT, FLOAT8, INNER, ALIGNED)
+    a = as_float(load_tile(whole, row, column, BM, BN, INNER), FLOAT8)
     # In two steps, since 2^shift alone may be beyond float32.
     half = shift >> 1
     x = a * _power(half)[None, :] * _power(shift - half)[None, :]
@@ -150,10 +155,9 @@ def _digits_kernel(
     squares = tl.sum(rest * rest, axis=0)  # [BN]
     total = tl.sum(squares * power_of_two(-2 * shift), axis=0) * (1.0 + 1e-9)
     tl.store(residuals + tl.program_id(0), total)
-    target = slices + field(table, matrix, SLICE) + column.to(tl.int64) * pitch + row
-    target = tl.multiple_of(target, 128) + tl.arange(0, BN)[:, None] * pitch.to(tl.int32) + tl.arange(0, BM)[None, :]
+    target = slices + field(table, matrix, SLICE, PAD) + column.to(tl.int64) * pitch + row
+    target += tl.arange(0, BN)[:, None] * pitch.to(tl.int32) + tl.arange(0, BM)[None, :]
     inside = (columns < n)[:, None]  # pitch is a multiple of BM
-    slice_bytes = slice_bytes.to(tl.int64)
     if LOW <= 1:
         tl.store(target, tl.trans(d1.to(tl.int8)), mask=inside)
     if LOW <= 2 and HIGH >= 2:

@@ -40,18 +40,18 @@ PART_SIDE = 64
 @triton.jit
 def store_tile(table, matrix, total, r, c, n, out, parts, part_start, split, ADD: tl.constexpr, SIDE: tl.constexpr):
     """The first split writes, or adds to, the result; the others leave their share for ``_add_parts_kernel``."""
-    leading = tl.multiple_of(field(table, matrix, LEADING), 16)
+    leading = field(table, matrix, LEADING, ROW_PAD)
     corner = (r * SIDE).to(tl.int64) * leading + c * SIDE
     side = tl.arange(0, SIDE)
     place = side[:, None] * leading.to(tl.int32) + side[None, :]
     inside = (side < n - r * SIDE)[:, None] & (side < n - c * SIDE)[None, :]
     if split == 0:
-        target = out + field(table, matrix, GRAM) + corner + place
+        target = out + field(table, matrix, GRAM, ROW_PAD) + corner + place
         if ADD:
             total += tl.load(target, mask=inside, other=0.0)
         tl.store(target, total, mask=inside)
     else:
-        start = tl.load(part_start + matrix) + (split - 1).to(tl.int64) * n * leading
+        start = tl.multiple_of(tl.load(part_start + matrix), ROW_PAD) + (split - 1).to(tl.int64) * n * leading
         tl.store(parts + start + corner + place, total, mask=inside)
 
 
@@ -59,14 +59,14 @@ def store_tile(table, matrix, total, r, c, n, out, parts, part_start, split, ADD
 def _add_parts_kernel(table, owner, first, out, parts, splits, part_start, SIDE: tl.constexpr):
     """Adds what the later splits found, in their order."""
     matrix, tile = locate(owner, first)
-    n, leading = field(table, matrix, COLUMNS), field(table, matrix, LEADING)
+    n, leading = field(table, matrix, COLUMNS), field(table, matrix, LEADING, ROW_PAD)
     r, c = triangular(tile)
     rows, columns = r * SIDE + tl.arange(0, SIDE), c * SIDE + tl.arange(0, SIDE)
     place = rows.to(tl.int64)[:, None] * leading + columns[None, :]
     inside = (rows < n)[:, None] & (columns < n)[None, :]
-    target = out + field(table, matrix, GRAM) + place
+    target = out + field(table, matrix, GRAM, ROW_PAD) + place
     total = tl.load(target, mask=inside, other=0.0)
-    start = tl.load(part_start + matrix)
+    start = tl.multiple_of(tl.load(part_start + matrix), ROW_PAD)
     for _ in range(1, tl.load(splits + matrix)):
         total += tl.load(parts + start + place, mask=inside, other=0.0)
         start += n * leading
