@@ -1,9 +1,11 @@
 """Compile every kernel for every target without a GPU: ``python -m kappa_fast.kernels.aot [--quick] [target ...]``.
 
-Prints, for every instance that a launcher can ask for, registers, spilled bytes, shared memory and the matrix
-instruction found; exits with 1 if one fails to compile, if a product that belongs on the matrix units is not there, or
-if arithmetic that must keep subnormal numbers flushes them. Compilation runs in child processes, since a compiler that
-fails may take its process with it. What a target is known to refuse is listed in DECLARED with what is done instead.
+Prints, for every instance that a launcher can ask for, registers, spilled bytes, shared memory, the matrix instruction
+found and the inner loop; exits with 1 if one fails to compile, if a product that belongs on the matrix units is not
+there, if arithmetic that must keep subnormal numbers flushes them, or if a loop is not what its file expects of it:
+loads as wide as the hardware has, copies ahead of the products, no spills. Compilation runs in child processes, since a
+compiler that fails may take its process with it. What a target is known to refuse is listed in DECLARED with what is
+done instead.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
-from .problems import TARGETS, Instance
+from .launch import name_of
+from .loops import Loop, code_of, inner_loops, whole
+from .problems import TARGETS, Expected, Instance
 
 MODULE = __spec__.name  # also when it runs as __main__
 # Shared memory that one program may use, in bytes.
@@ -36,6 +40,15 @@ UNITS = {
     "float16": r"wgmma\.mma_async\S*f16\.b?f16|mma\.sync\S*f16\.b?f16|tcgen05\.mma\S*f16|v_mfma_f32_\w*b?f16",
     "tf32": r"wgmma\.mma_async\S*tf32|mma\.sync\S*tf32|tcgen05\.mma\S*tf32",
     "float64": r"mma\.sync\S*f64|wgmma\S*f64|v_mfma_f64_\w*",
+}
+# What today's loops of kernels are that say nothing themselves, on targets with matrix units for float64.
+CEILINGS = {
+    "trailing": Expected(width=8, ahead=True),
+    "column": Expected(width=8, ahead=True, stack=1344),
+    "diagonal": Expected(width=8, stack=512),
+    "product": Expected(width=8, ahead=True, stack=64, spills=12),
+    "solve": Expected(width=8, ahead=True, stack=64),
+    "residual": Expected(width=8, stack=64),
 }
 # (kernel, target): why it is not compiled there, and what runs instead.
 DECLARED: dict[tuple[str, str], str] = {}
@@ -52,6 +65,7 @@ class Report:
     spilled: int = -1
     shared: int = -1
     instruction: str = ""
+    loop: str = ""
 
 
 def instances(target: str, quick: bool) -> list[Instance]:
@@ -60,13 +74,21 @@ def instances(target: str, quick: bool) -> list[Instance]:
     everything = [i for room in rooms for i in room.instances(target)]
     if not quick:
         return everything
-    chosen, seen = [], set()
-    for instance in reversed(everything):  # the last ones read no dtype, so they are few
-        values = {(instance.kernel.__name__, key, value) for key, value in instance.constants.items()}
-        if not values or values - seen:
-            chosen.append(instance)
-            seen |= values
-    return chosen
+    chosen: list[Instance] = []
+    open_values = {value for instance in everything for value in _values(instance)}
+    rest = [instance for instance in everything if instance.constants]
+    while open_values:
+        # The one with most that is new; among these what is held to most, and rows before columns.
+        best = max(rest, key=lambda i: (len(_values(i) & open_values), bool(i.expected), i.constants.get("INNER") == 1))
+        chosen.append(best)
+        open_values -= _values(best)
+    return [*chosen, *(instance for instance in everything if not instance.constants)]
+
+
+def _values(instance: Instance) -> set[tuple[str, str, object]]:
+    """Every constant of an instance, with the kernel that it belongs to."""
+    kernel = f"{instance.kernel.__module__}.{instance.kernel.__name__}"
+    return {(kernel, key, value) for key, value in instance.constants.items()}
 
 
 def compile_one(instance: Instance, target: str) -> Report:
@@ -83,6 +105,7 @@ def compile_one(instance: Instance, target: str) -> Report:
     compiled = triton.compile(source, target=where, options=options)
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     registers, spilled = _resources(compiled.asm, text)
+    loop = main_loop(code_of(compiled.asm))
     found = re.search(UNITS[instance.unit], text) if instance.unit else None
     error = ""
     if instance.unit and not found:
@@ -91,8 +114,39 @@ def compile_one(instance: Instance, target: str) -> Report:
         error = f"{compiled.metadata.shared} bytes of shared memory are more than {SHARED[target]}"
     elif re.search(r"\b(add|mul|fma|sub)\.\S*ftz", text):
         error = "subnormal numbers are flushed to zero"
+    else:
+        held = CEILINGS.get(name_of(instance.kernel)) if instance.unit == "float64" else None
+        error = shortfall(instance.expected or held, loop, registers, spilled, target)
     instruction = found.group(0) if found else ""
-    return Report(instance.name, target, error, registers, spilled, compiled.metadata.shared, instruction)
+    return Report(instance.name, target, error, registers, spilled, compiled.metadata.shared, instruction, str(loop))
+
+
+def main_loop(code: str) -> Loop:
+    """The inner loop that does the work: most matrix instructions, else most bytes; or the whole kernel without one."""
+
+    def work(loop: Loop) -> tuple[int, int]:
+        return loop.matrix, sum(w * c for widths in (loop.loads, loop.copies) for w, c in widths.items())
+
+    return max((loop for loop in inner_loops(code) if any(work(loop))), key=work, default=whole(code))
+
+
+def shortfall(expected: Expected | None, loop: Loop, registers: int, stack: int, target: str) -> str:
+    """What is wrong with a compiled loop, or nothing."""
+    if expected is None:
+        return ""
+    nvidia = target.startswith("sm_")
+    width = max([*loop.loads, *loop.copies], default=0) if loop.whole else loop.width
+    if width < expected.width:
+        return f"loads of {width} bytes where {expected.width} are expected: {loop}"
+    if expected.ahead and nvidia and loop.pending < 1:
+        return f"copies do not overlap with products: {loop}"
+    if registers > expected.registers and nvidia:
+        return f"{registers} registers are more than {expected.registers}"
+    if stack > expected.stack:
+        return f"{stack} bytes are spilled, more than {expected.stack}"
+    if loop.spills > expected.spills:
+        return f"the loop spills: {loop}"
+    return ""
 
 
 def _resources(asm: dict, text: str) -> tuple[int, int]:
@@ -164,9 +218,10 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         reports = [r for found in pool.map(lambda t: list(compile_target(t, quick)), targets) for r in found]
-    print(f"{'target':<8} {'regs':>4} {'spill':>6} {'shared':>7}  {'kernel':<90} instruction or error")
+    print(f"{'target':<8} {'regs':>4} {'spill':>6} {'shared':>7}  {'kernel':<90} error, or instruction: loop")
     for r in reports:
-        print(f"{r.target:<8} {r.registers:>4} {r.spilled:>6} {r.shared:>7}  {r.name:<90} {r.error or r.instruction}")
+        made = r.error or ": ".join(filter(None, (r.instruction, r.loop)))
+        print(f"{r.target:<8} {r.registers:>4} {r.spilled:>6} {r.shared:>7}  {r.name:<90} {made}")
     failed = [r for r in reports if r.error and not r.error.startswith("declared: ")]
     print(f"{len(reports)} compilations, {len(failed)} failed")
     return 1 if failed else 0

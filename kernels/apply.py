@@ -22,6 +22,7 @@ from .problems import (
     COLUMNS,
     INTERPRETED,
     ROWS,
+    Expected,
     Instance,
     Problems,
     Tensor,
@@ -307,9 +308,12 @@ def instances(target: str) -> list[Instance]:
     for storage in storages():
         constants = {**launch_options(storage), "USE_DOT": use_dot, "BARRIER": use_dot}
         types = {**members, **long, "short_start": "*i64", "x": "*fp64", "squares": "*fp64"}
+        # Without matrix units for float64 the loop reads X a line at a time.
+        held = Expected(width=16 if use_dot else 8, ahead=use_dot, stack=32, spills=4) if storage.aligned else None
         for squared in (False, True):
-            found.append(Instance(_times_kernel, types, {**constants, "SQUARED": squared}, WARPS, unit=unit))
+            options = {**constants, "SQUARED": squared}
+            found.append(Instance(_times_kernel, types, options, WARPS, unit=unit, expected=held))
         types = {**members, **long, "part_start": "*i64", "parts": "*fp64"}
-        found.append(Instance(_transposed_kernel, types, constants, WARPS, unit=unit))
+        found.append(Instance(_transposed_kernel, types, constants, WARPS, unit=unit, expected=held))
     adding = {"short_start": "*i64", "part_start": "*i64", "parts": "*fp64", "out": "*fp64"}
     return [*found, Instance(_add_rows_kernel, members | adding, {}, WARPS)]

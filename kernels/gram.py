@@ -22,6 +22,7 @@ from .problems import (
     PAD,
     PITCH,
     SLICE,
+    Expected,
     Instance,
     Problems,
     Storage,
@@ -312,11 +313,14 @@ def instances(target: str) -> list[Instance]:
         tile = SLICE_TILES[target][high]
         types = {**common, "slices": "*i8", "slice_bytes": "i64", "peaks": "*i32", "out": "*fp64", **shares}
         constants = {"LOW": low, "HIGH": high, "SIDE": tile.side, "DEPTH": tile.depth}
-        found.append(Instance(_slices_kernel, types, constants, tile.num_warps, tile.num_stages, "int8"))
+        # The sums in float64 after the loop may spill, and do with Triton 3.6.
+        held = Expected(width=16, ahead=True, stack=1344)
+        found.append(Instance(_slices_kernel, types, constants, tile.num_warps, tile.num_stages, "int8", held))
     for storage in storages():
         if storage.dtype in (torch.bfloat16, torch.float16):
             tile = WEIGHT_TILE
             constants = {"SIDE": tile.side, "DEPTH": tile.depth, **weight_options(storage), "WIDEN": False}
             types = {**common, "out": "*fp64", **shares}
-            found.append(Instance(_weights_kernel, types, constants, tile.num_warps, tile.num_stages, "float16"))
+            held = Expected(width=16, ahead=True, stack=32) if storage.aligned else None
+            found.append(Instance(_weights_kernel, types, constants, tile.num_warps, tile.num_stages, "float16", held))
     return [*found, *split_instances()]

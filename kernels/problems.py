@@ -185,11 +185,27 @@ def target_of(device: torch.device) -> str:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What the compiled inner loop of a kernel is held to, see aot.py.
+
+    width: bytes per thread that every load, or asynchronous copy, of the loop takes at least; of a kernel without loops
+    its widest load.  ahead: copies into shared memory are under way while the matrix units work.  registers: per
+    thread, at most.  stack: bytes of local memory per thread, at most.  spills: accesses to it in the loop, at most.
+    """
+
+    width: int = 0
+    ahead: bool = False
+    registers: int = 255
+    stack: int = 0
+    spills: int = 0
+
+
+@dataclass(frozen=True)
 class Instance:
     """One compilation that a launcher can ask for, see aot.py.
 
     types: of the arguments that are no constants, as Triton writes them.  unit: the kind of matrix instruction that
-    must be found in the result, if any.
+    must be found in the result, if any.  expected: None where nobody has looked at the loop yet.
     """
 
     kernel: Any
@@ -198,6 +214,7 @@ class Instance:
     num_warps: int
     num_stages: int = 3
     unit: str | None = None
+    expected: Expected | None = None
 
     @property
     def name(self) -> str:

@@ -24,6 +24,7 @@ from .problems import (
     PITCH,
     ROWS,
     SLICE,
+    Expected,
     Instance,
     Problems,
     Storage,
@@ -203,12 +204,14 @@ def instances(target: str) -> list[Instance]:
     for storage in storages():
         tile = PEAK_TILE
         constants = {"BM": tile.rows, "BN": tile.columns, **launch_options(storage)}
-        found.append(Instance(_peaks_kernel, common, constants, tile.num_warps))
+        held = Expected(width=16, registers=128) if storage.aligned else None
+        found.append(Instance(_peaks_kernel, common, constants, tile.num_warps, expected=held))
         tile = SLICE_TILE
         types = {**common, "slices": "*i8", "residuals": "*fp64", "slice_bytes": "i64"}
         for low, high in ((1, 1), (1, 2), (1, 3), (1, 4), (3, 3), (4, 4)):
             constants = {"LOW": low, "HIGH": high, "BM": tile.rows, "BN": tile.columns, **launch_options(storage)}
-            found.append(Instance(_digits_kernel, types, constants, tile.num_warps))
+            held = Expected(width=16, registers=168) if storage.aligned else None
+            found.append(Instance(_digits_kernel, types, constants, tile.num_warps, expected=held))
     sums = {"first": "*i32", "counts": "*i32", "parts": "*fp64", "sums": "*fp64"}
     return [*found, Instance(_sum_kernel, sums, {"BLOCK": 256}, 4)]
 

@@ -1,6 +1,9 @@
 """Every kernel compiles for every target, with the matrix instructions it is meant to use."""
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from kappa_fast.kernels import aot
-from kappa_fast.kernels.problems import TARGETS
+from kappa_fast.kernels.loops import Loop
+from kappa_fast.kernels.problems import TARGETS, Expected
 
 
 def compile_in_children(root, *arguments):
@@ -27,6 +31,80 @@ def test_every_kernel_compiles_with_every_value_of_its_constants(target, root):
     unit = {"sm_90": "wgmma", "gfx942": "v_mfma_i32"}.get(target, "mma.sync")
     assert len(products) == 4
     assert all(unit in line and "i8" in line.replace("s8", "i8") for line in products)
+
+
+POINTER = "field(table, matrix, POINTER).to(tl.pointer_type(ELEMENT))"
+# A hint, what is left without it, and an instance that needs it.
+HINTS = [
+    ("problems.py", f"tl.multiple_of({POINTER}, BASE)", POINTER, "weights"),
+    ("problems.py", "ROW_STRIDE, WIDE)", "ROW_STRIDE)", "weights"),
+    ("problems.py", "COLUMNS, WIDE)", "COLUMNS)", "weights"),
+    ("problems.py", "ROW_STRIDE, WIDE)", "ROW_STRIDE)", "times"),
+    ("problems.py", "ROW_STRIDE, WIDE)", "ROW_STRIDE)", "transposed"),
+    ("problems.py", "ROW_STRIDE, WIDE)", "ROW_STRIDE)", "peaks"),
+    ("problems.py", "ROW_STRIDE, WIDE)", "ROW_STRIDE)", "slices[LOW=1,HIGH=2,BM"),
+    ("gram.py", "PITCH, PAD)", "PITCH)", "slices[LOW=1,HIGH=2,SIDE"),
+    ("gram.py", "SLICE, PAD)", "SLICE)", "slices[LOW=1,HIGH=2,SIDE"),
+]
+COMPILE = """
+import json, sys
+from copied import aot
+
+found = [i for i in aot.instances("sm_90", False) if sys.argv[1] in i.name.replace("ELEMENT=bf16", "ELEMENT=*")]
+(chosen,) = [i for i in found if i.expected and i.constants.get("INNER", 1) == 1 and "=fp" not in i.name
+             and not i.constants.get("FLOAT8") and not i.constants.get("SQUARED")]
+print(json.dumps(aot.compile_one(chosen, "sm_90").error))
+"""
+
+
+def complaint_without(root, tmp_path, file, hint, plain, name):
+    """What the gate says of an instance when a hint is taken out of a copy of the kernels."""
+    copied = tmp_path / "copied"
+    shutil.copytree(root / "kernels", copied, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (copied / file).read_text()
+    assert hint in text
+    (copied / file).write_text(text.replace(hint, plain))
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, name]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("file", "hint", "plain", "name"), [HINTS[0], *(pytest.param(*hint, marks=pytest.mark.slow) for hint in HINTS[1:])]
+)
+def test_a_hint_that_stops_working_fails(file, hint, plain, name, root, tmp_path):
+    complaint = complaint_without(root, tmp_path, file, hint, plain, name)
+    assert re.match(r"loads of \d bytes where 16 are expected", complaint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({name for *_, name in HINTS}))
+def test_with_its_hints_nothing_fails(name, root, tmp_path):
+    assert complaint_without(root, tmp_path, "problems.py", POINTER, POINTER, name) == ""
+
+
+LOOP = Loop(100, loads={}, copies={16: 8}, pending=2, matrix=4, float64=0, shuffles=0, barriers=2, spills=0)
+
+
+@pytest.mark.parametrize(
+    ("loop", "registers", "stack", "complaint"),
+    [
+        (LOOP, 200, 0, ""),
+        (replace(LOOP, loads={2: 64}), 200, 0, "loads of 2 bytes where 16 are expected"),
+        (replace(LOOP, copies={}, pending=-1), 200, 0, "loads of 0 bytes where 16 are expected"),
+        (replace(LOOP, pending=0), 200, 0, "copies do not overlap with products"),
+        (replace(LOOP, spills=3), 200, 0, "the loop spills"),
+        (LOOP, 201, 0, "201 registers are more than 200"),
+        (LOOP, 200, 8, "8 bytes are spilled, more than 0"),
+        (replace(LOOP, loads={8: 5}, whole=True), 200, 0, ""),
+    ],
+)
+def test_a_loop_is_held_to_what_is_expected(loop, registers, stack, complaint):
+    expected = Expected(width=16, ahead=True, registers=200)
+    found = aot.shortfall(expected, loop, registers, stack, "sm_90")
+    assert found.startswith(complaint)
+    assert bool(found) == bool(complaint)
 
 
 @pytest.mark.slow
@@ -52,7 +130,7 @@ def test_a_target_that_is_none_is_named(root):
 
 def test_the_quick_selection_has_every_value_of_every_constant():
     def values(instances):
-        return {(i.kernel.__name__, *pair) for i in instances for pair in i.constants.items()}
+        return {(i.kernel.__module__, i.kernel.__name__, *pair) for i in instances for pair in i.constants.items()}
 
     for target in TARGETS:
         everything, quick = aot.instances(target, quick=False), aot.instances(target, quick=True)
