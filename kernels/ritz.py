@@ -6,7 +6,7 @@
 
 lambda lies above the spectrum of T exactly if every D_j is positive definite, which the pivots of its inversion tell: a
 section of intervals finds the largest eigenvalue, and the last line is all that the bound of spectrum/bounds.py needs.
-Libraries decompose matrices of more than 32 columns one after the other; these kernels take 8 values of lambda per
+Libraries decompose matrices of more than 32 columns one after the other; these kernels take 2 values of lambda per
 program and any number of matrices. What T has beyond its three diagonals is rounding of the operator.
 """
 
@@ -25,12 +25,11 @@ from .panel import Rows, combine, inner
 from .problems import INTERPRETED, Instance, Tensor
 
 SIDE = tl.constexpr(16)
-# Values of lambda per program: two tiles of [8, 16, 16] fit the registers of four warps;
-# the interpreter would rather have more.
-POINTS = 32 if INTERPRETED else 8
-# 9^-13, or 33^-8, of an interval that is about 48 eigenvalues long at first: 2e-11 of the eigenvalue.
-SECTIONS = 8 if INTERPRETED else 13
-WARPS = 4
+# Values of lambda per program of one warp, whose sums need no barrier: four warps for 8 values wait for each other 19
+# times in every step of a sweep, and 4 values spill (Triton 3.7.1, sm_90). The interpreter would rather have more.
+POINTS = 32 if INTERPRETED else 2
+SECTIONS = 12 if INTERPRETED else 34  # at most: an interval of 48 eigenvalues takes 9, or 27, and rounding a few more
+ACCURACY = tl.constexpr(2e-11)  # of the largest eigenvalue
 SHIFTS = (1e-2, 1e-4, 1e-7)  # relative distances from the largest eigenvalue of the inverse iteration, in turn
 
 
@@ -131,11 +130,17 @@ def _largest_kernel(diagonal, upper, brackets, blocks, out, P: tl.constexpr, TIM
     diagonal += member * blocks * SIDE * SIDE
     upper += member * blocks * SIDE * SIDE
     low, high = tl.load(brackets + 2 * member), tl.load(brackets + 2 * member + 1)
-    for _ in range(0, TIMES):
-        values = low + (high - low) * ((tl.arange(0, P) + 1).to(tl.float64) / (P + 1))
+    point = (tl.arange(0, P) + 1).to(tl.float64)
+    # First by powers of two, from 2^-38 of the interval on: an eigenvalue that hardly grew is close to the lower end.
+    fractions = tl.exp2((point - P - 1) * (38.0 / P))
+    turn = 0
+    while (high - low > high * ACCURACY) & (turn < TIMES):
+        values = low + (high - low) * fractions
         above = _is_above(diagonal, upper, blocks, values, P)
         low = tl.maximum(low, tl.max(tl.where(above > 0.0, low, values), axis=0))
         high = tl.minimum(high, tl.min(tl.where(values > low, values, high), axis=0))
+        fractions = point / (P + 1)
+        turn += 1
     tl.store(out + member, high)
 
 
@@ -195,6 +200,7 @@ def _shifted_solve_kernel(diagonal, upper, shifts, x, inverses, blocks):
             f = tl.load(x + here + SIDE * SIDE + place)[None, :, :] + _transposed_times(above, f, k_of, 1)
             carried = _transposed_times(above, _times(d, above, k_of, 1), k_of, 1)
             d = (shift * identity - tl.load(diagonal + here + SIDE * SIDE + place))[None, :, :] + carried
+    tl.debug_barrier()  # what follows reads what other threads of this program have written
     for back in range(1, blocks):
         here = start + (blocks - 1 - back) * SIDE * SIDE
         # x_j = D_j^-1 (f_j + U_j x_(j+1)), of which the first half is stored already.
@@ -226,12 +232,16 @@ def _apply_kernel(diagonal, upper, x, out, blocks):
     tl.store(out + here + k_of[:, None] * SIDE + k_of[None, :], total)
 
 
-def largest_eigenvalue(t: Tridiagonal) -> Tensor:
+def largest_eigenvalue(t: Tridiagonal, floor: Tensor | None = None) -> Tensor:
     """Upper bounds of the largest eigenvalues, (w,) float64, to a relative 1e-10; nan where T is not finite or <= 0.
 
-    One launch. J blocks cost 13 J inversions of a 16 x 16 matrix for 8 values each.
+    floor (w,): what an earlier call found for a leading part of T, whose largest eigenvalue is no larger; nan where
+    there is none. One launch. J blocks cost J inversions of a 16 x 16 matrix for 2 values at a time: 27 times without a
+    floor, 15 times with one that is within 1e-4, 3 times with one within 1e-10.
     """
     low = t.diagonal.diagonal(dim1=2, dim2=3).amax(dim=(1, 2))
+    if floor is not None:  # an upper bound itself, by twice ACCURACY at most
+        low = torch.fmax(low, floor * (1 - 2 * ACCURACY.value))
     size = torch.maximum(t.diagonal.abs().amax(dim=(1, 2, 3)), t.upper.abs().amax(dim=(1, 2, 3)))
     sound = torch.isfinite(size) & (low > 0)
     # No block has a norm above 16 times its largest entry, and a block row holds three.
@@ -250,7 +260,7 @@ def largest_eigenvalue(t: Tridiagonal) -> Tensor:
         out,
         P=POINTS,
         TIMES=SECTIONS,
-        num_warps=WARPS,
+        num_warps=1,
     )
     return torch.where(sound, out, torch.nan)
 
@@ -270,7 +280,7 @@ def reach(t: Tridiagonal, values: Tensor) -> Tensor:
         values.shape[1],
         out,
         P=POINTS,
-        num_warps=WARPS,
+        num_warps=1,
     )
     return out
 
@@ -327,8 +337,8 @@ def instances(target: str) -> list[Instance]:
     t = {"diagonal": "*fp64", "upper": "*fp64", "blocks": "i32"}
     out = {"out": "*fp64"}
     return [
-        Instance(_largest_kernel, {**t, **out, "brackets": "*fp64"}, {"P": 8, "TIMES": 13}, WARPS),
-        Instance(_reach_kernel, {**t, **out, "coupling": "*fp64", "values": "*fp64", "count": "i32"}, {"P": 8}, WARPS),
+        Instance(_largest_kernel, {**t, **out, "brackets": "*fp64"}, {"P": 2, "TIMES": 34}, 1),
+        Instance(_reach_kernel, {**t, **out, "coupling": "*fp64", "values": "*fp64", "count": "i32"}, {"P": 2}, 1),
         Instance(_shifted_solve_kernel, {**t, "shifts": "*fp64", "x": "*fp64", "inverses": "*fp64"}, {}, 1),
         Instance(_apply_kernel, {**t, **out, "x": "*fp64"}, {}, 1),
     ]

@@ -69,6 +69,17 @@ def test_theta_is_an_upper_bound_of_the_largest_eigenvalue_to_ten_digits(blocks)
     assert float(error.max()) < 1e-10
 
 
+@pytest.mark.parametrize("closeness", [0.0, 1e-10, 1e-4, 0.5, 1.0])
+def test_a_floor_changes_how_theta_is_found_and_not_what_it_is(closeness):
+    t = Tridiagonal.of(*a_wave(2))
+    exact = torch.linalg.eigvalsh(dense(t))[:, -1]
+    floor = exact * (1 - closeness)
+    floor[1] = math.nan
+    error = largest_eigenvalue(t, floor) / exact - 1
+    assert float(error.min()) > -1e-14
+    assert float(error.max()) < 1e-10
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_reach_is_the_last_row_of_the_resolvent(blocks):
     t = Tridiagonal.of(*a_wave(blocks))
