@@ -42,7 +42,7 @@ HINTS = [
     ("problems.py", "ROW_STRIDE, WIDE)", "ROW_STRIDE)", "times"),
     ("problems.py", "ROW_STRIDE, WIDE)", "ROW_STRIDE)", "transposed"),
     ("problems.py", "ROW_STRIDE, WIDE)", "ROW_STRIDE)", "peaks"),
-    ("problems.py", "ROW_STRIDE, WIDE)", "ROW_STRIDE)", "slices[LOW=1,HIGH=2,BM"),
+    ("problems.py", "ROW_STRIDE, WIDE)", "ROW_STRIDE)", "digits[LOW=1,HIGH=2,BM"),
     ("gram.py", "PITCH, PAD)", "PITCH)", "slices[LOW=1,HIGH=2,SIDE"),
     ("gram.py", "SLICE, PAD)", "SLICE)", "slices[LOW=1,HIGH=2,SIDE"),
 ]
