@@ -28,7 +28,9 @@ FAMILIES = (
     "panel",
     "orthogonal",
     "ritz",
+    "start",
     "apply",
+    "twins",
     "canary",
 )
 
