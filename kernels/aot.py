@@ -43,12 +43,11 @@ UNITS = {
 }
 # What today's loops of kernels are that say nothing themselves, on targets with matrix units for float64.
 CEILINGS = {
-    "trailing": Expected(width=8, ahead=True),
-    "column": Expected(width=8, ahead=True, stack=1344),
-    "diagonal": Expected(width=8, stack=512),
-    "product": Expected(width=8, ahead=True, stack=64, spills=12),
-    "solve": Expected(width=8, ahead=True, stack=64),
-    "residual": Expected(width=8, stack=64),
+    "trailing": Expected(width=16, ahead=True, stack=96),
+    "column": Expected(width=16, ahead=True, stack=96),
+    "diagonal": Expected(width=16, stack=96),
+    "product": Expected(width=8, ahead=True, stack=96),
+    "solve": Expected(width=8, ahead=True, stack=96),
 }
 # (kernel, target): why it is not compiled there, and what runs instead.
 DECLARED: dict[tuple[str, str], str] = {}

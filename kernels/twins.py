@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .apply import Blocks
-from .cholesky import BLOCK, Factored, diagonal_starts
+from .cholesky import BLOCK, Factored, Steps, diagonal_starts
 from .panel import Rows
 from .problems import COLUMNS, FIRST_COLUMN, PITCH, ROWS, SLICE, Problems, Tensor
 from .quantize import DIGIT_BITS, MAX_SLICES, TOP_EXPONENT, Slices
@@ -86,8 +86,8 @@ def _lower_triangles(problems: Problems, members: Sequence[int], dense: Sequence
     return out
 
 
-def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None) -> Factored:
-    """See cholesky.cholesky; ``info`` says which pivot failed as the library does, one after the last good column."""
+def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None, steps: Steps | None = None) -> Factored:
+    """See cholesky.cholesky; ``steps`` are not needed."""
     starts, total = diagonal_starts(problems)
     inverses = torch.empty(total, dtype=packed.dtype, device=packed.device)
     failed = torch.zeros(len(problems.n), dtype=torch.int32, device=packed.device) if info is None else info
@@ -107,28 +107,34 @@ def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None) -> 
     return Factored(packed, inverses, starts, failed)
 
 
-def lower_product(problems: Problems, factored: Factored, members: Members, block: Tensor) -> Tensor:
+def lower_product(
+    problems: Problems, factored: Factored, members: Members, block: Tensor, out: Tensor | None = None
+) -> Tensor:
     """See triangular.lower_product: L X."""
-    return _with_factors(problems, factored, members, block, lambda lower, x: lower @ x)
+    return _with_factors(problems, factored, members, block, out, torch.matmul)
 
 
-def transposed_product(problems: Problems, factored: Factored, members: Members, block: Tensor) -> Tensor:
+def transposed_product(
+    problems: Problems, factored: Factored, members: Members, block: Tensor, out: Tensor | None = None
+) -> Tensor:
     """See triangular.transposed_product: L^T X."""
-    return _with_factors(problems, factored, members, block, lambda lower, x: lower.T @ x)
+    return _with_factors(problems, factored, members, block, out, lambda lower, x: lower.T @ x)
 
 
-def forward_solve(problems: Problems, factored: Factored, members: Members, block: Tensor) -> Tensor:
+def forward_solve(
+    problems: Problems, factored: Factored, members: Members, block: Tensor, out: Tensor | None = None
+) -> Tensor:
     """See triangular.forward_solve: L^-1 X."""
-    return _with_factors(
-        problems, factored, members, block, lambda lower, x: torch.linalg.solve_triangular(lower, x, upper=False)
-    )
+    solve = torch.linalg.solve_triangular
+    return _with_factors(problems, factored, members, block, out, lambda lower, x: solve(lower, x, upper=False))
 
 
-def backward_solve(problems: Problems, factored: Factored, members: Members, block: Tensor) -> Tensor:
+def backward_solve(
+    problems: Problems, factored: Factored, members: Members, block: Tensor, out: Tensor | None = None
+) -> Tensor:
     """See triangular.backward_solve: L^-T X."""
-    return _with_factors(
-        problems, factored, members, block, lambda lower, x: torch.linalg.solve_triangular(lower.T, x, upper=True)
-    )
+    solve = torch.linalg.solve_triangular
+    return _with_factors(problems, factored, members, block, out, lambda lower, x: solve(lower.T, x, upper=True))
 
 
 def _with_factors(
@@ -136,12 +142,15 @@ def _with_factors(
     factored: Factored,
     members: Members,
     block: Tensor,
+    out: Tensor | None,
     operation: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
+    out = torch.empty_like(block) if out is None else out
     views = problems.gram_views(factored.packed)
-    ids = members.ids.tolist()
-    parts = block.split([len(views[i]) for i in ids])
-    return torch.cat([operation(torch.tril(views[i]), x) for i, x in zip(ids, parts, strict=True)])
+    for i, start in zip(members.ids.tolist(), members.start.tolist(), strict=True):
+        here = slice(start, start + len(views[i]))
+        out[here] = operation(torch.tril(views[i]).to(torch.float64), block[here])
+    return out
 
 
 def inner(rows: Rows, v: Tensor, w: Tensor) -> Tensor:
