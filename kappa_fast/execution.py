@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class Executor:
         self._matrices, self._in_memory = source.matrices, source.in_memory
         self._name, self._device, self._budget, self._proofs = backend, device, budget, proofs
         self._backends: dict[torch.device, Backend] = {}
+        self._tried: list[Backend] = []  # with those that have been given up
+        self._waves_done, self._counting = 0, threading.Lock()
         self._warm: set[tuple[tuple[int, int], torch.dtype]] = set()  # what kernels have been compiled for
         self.notify: Callable[[str], None] = lambda text: None  # is told what is done before any results come
         # A backend that is unknown, or that cannot work where the weights will be, fails before any work.
@@ -67,6 +70,15 @@ class Executor:
     def backend_name(self) -> str:
         """Of the backend that was asked first."""
         return next(iter(self._backends.values())).name
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many waves were worked on, how many kernels of ours launched, how often the host waited for results."""
+        totals = {"waves": self._waves_done}
+        for backend in self._tried:
+            for name, count in backend.counts.items():
+                totals[name] = totals.get(name, 0) + count
+        return totals
 
     @property
     def devices(self) -> list[str]:
@@ -165,6 +177,8 @@ class Executor:
         backend = self._backend_for(place)
         half = len(wave) // 2
         weights: list[torch.Tensor] = []
+        with self._counting:
+            self._waves_done += 1
         try:
             with undisturbed_thread():
                 weights = staged.ready() if staged and staged.weights else [m.load(place) for m in matrices]
@@ -193,6 +207,7 @@ class Executor:
             ) from error
         log.warning("backend='triton' failed on %s (%s): going on with backend='torch'", device, reason)
         self._backends[device] = get_backend("torch", device)
+        self._tried.append(self._backends[device])
 
     def _matrices_of(self, wave: Sequence[int]) -> list[Matrix]:
         return [self._matrices[i] for i in wave]
@@ -226,6 +241,7 @@ class Executor:
     def _backend_for(self, device: torch.device) -> Backend:
         if device not in self._backends:
             self._backends[device] = get_backend(self._name, device)
+            self._tried.append(self._backends[device])
         return self._backends[device]
 
 

@@ -199,6 +199,7 @@ class _Run:
             "device": self.executor.devices,
             "threads": torch.get_num_threads(),
             "seconds": time.perf_counter() - started,
+            "work": self.executor.counts,
             "settings": _plain(settings),
             "source": dict(self.source.metadata),
             "num_parameters": self.source.num_parameters,

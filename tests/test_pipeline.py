@@ -261,6 +261,16 @@ def test_the_metadata_tell_what_was_ranked_with_what_and_can_be_written(tmp_path
     assert kappa_fast.Ranking.from_json(tmp_path / "ranking.json") == ranking
 
 
+def test_the_metadata_tell_how_many_waves_launches_and_reads_a_run_took():
+    """On the CPU every matrix is worked on alone, and none of our kernels is launched."""
+    given = weights(3)
+    first = rank(given, backend="torch", cache=None).metadata["work"]
+    assert first["waves"] == len(rank(given))
+    assert first["launches"] == 0
+    assert first["reads"] > 0
+    assert rank(given, backend="torch", cache=None).metadata["work"] == first
+
+
 def test_a_module_its_state_dict_and_its_checkpoint_have_one_ranking(tmp_path):
     save_file(model().state_dict(), tmp_path / "model.safetensors")
     expected = list(rank(model()))
