@@ -267,6 +267,27 @@ def test_what_a_factor_cannot_describe_climbs_before_the_others_search_their_end
     assert [f.method for f in found] == ["cholesky64", "qr64", "cholesky64"]
 
 
+def test_no_more_matrices_climb_at_a_time_than_there_is_room_for(monkeypatch):
+    """All of a wave may have to, and its first rungs are all that it was cut for."""
+    sizes = []
+    factor = TorchBackend.factor
+
+    def listening(self, operands, rungs):
+        sizes.append([rung.name for rung in rungs])
+        return factor(self, operands, rungs)
+
+    monkeypatch.setattr(TorchBackend, "factor", listening)
+    monkeypatch.setattr(TorchBackend, "need", lambda self, shape, rung: 3 if rung.name == "qr64" else 2)
+    steep = [prescribed("geometric", 120, 60, 1e9, seed=seed).matrix for seed in range(5)]
+    found = resolve(BACKEND, [*steep, gaussian(80, 40, 1)], Goal(1e-2))
+    # Room for half of 12; the first ones beside the one that does not climb, the others when it is done.
+    assert sizes == [6 * ["cholesky64"], 2 * ["qr64"], 2 * ["qr64"], ["qr64"]]
+    assert [f.method for f in found] == [*(5 * ["qr64"]), "cholesky64"]
+    monkeypatch.setattr(TorchBackend, "need", lambda self, shape, rung: 1000 if rung.name == "qr64" else 1)
+    assert resolve(BACKEND, [*steep, gaussian(80, 40, 1)], Goal(1e-2)) == found
+    assert sizes[4:] == [6 * ["cholesky64"], *(5 * [["qr64"]])]  # one that needs more than there is goes alone
+
+
 def test_a_matrix_whose_kappa_exceeds_the_cutoff_is_left_as_soon_as_that_is_proven():
     matrix = prescribed("log-uniform", 384, 192, 1e5)
     tight = one(matrix.matrix, Goal(1e-8))

@@ -21,6 +21,8 @@ Tensor = torch.Tensor
 DROP = 16.0  # directions below DROP u of the operator's norm are rounding, not information
 # The bound of a Krylov space cannot fall below its rounding over the overlap of its start, about 1e-2 at n = 4096.
 QUICK_MARGIN = 1e4
+# Of what a wave takes on its first rungs, those that climb at a time may take as much beside it: few do.
+CLIMBING = 0.5
 
 
 @dataclass(frozen=True)
@@ -252,8 +254,11 @@ class Backend(Protocol):
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> int:
         """Bytes that such a matrix takes in a wave beside the stored weight, and with ``proofs`` that its proof takes.
 
-        A backend that climbs in smaller waves counts what is resident on the first rung, any other its costliest rung.
+        Where a wave has many matrices, they are counted on their first rung, and CLIMBING of that for those that climb.
         """
+
+    def need(self, shape: tuple[int, int], rung: Rung) -> int:
+        """Bytes that such a matrix takes on a rung beside the stored weight, from its Gram matrix to the polish."""
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
         """Move to the device, make tall, check for NaN and inf, scale by a power of two where needed."""

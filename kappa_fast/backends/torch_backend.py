@@ -61,6 +61,9 @@ class TorchBackend:
         m, n = shape
         return (28 * n * n) if m == n else 8 * (n * n + 2 * m * n)
 
+    def need(self, shape: tuple[int, int], rung: Rung) -> int:
+        return self.workspace(shape, rung.dtype)
+
     def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
         return [prepare_one(weight.detach().to(self.device)) for weight in weights]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import BackendError
-from .base import DROP, ExactProducts, Extension, Factors, Operand, Panel, Ritz, Rung, Tensor
+from .base import CLIMBING, DROP, ExactProducts, Extension, Factors, Operand, Panel, Ritz, Rung, Tensor
 from .rates import rates_of
 from .start import block_key
 from .torch_backend import SAFE, SLENDER, TorchBackend, prepare_one
@@ -111,14 +111,21 @@ class TritonBackend:
         return (*(rung for rung in found if rates.seconds(shape, rung.kind) <= limit), *rest)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> int:
-        """Beside the Gram matrix, its diagonal tiles with their inverses and the slices (a proof takes four), blocks of
-        16 columns: Krylov bases of 32 blocks at most, and three images. Higher rungs take more, one at a time."""
         m, n = shape
-        kinds = [rung.kind for rung in self.rungs(shape, dtype) if rung.kind in KINDS]
-        if not kinds:
+        rungs = self.rungs(shape, dtype)
+        if rungs[0].kind not in KINDS:
             return self._torch.workspace(shape, dtype)
-        slices = 4 if proofs else max(KINDS[kind] for kind in kinds if kind != SLICES[4].kind)
-        return 8 * n * (n + 144) + slices * (m + 128) * n + 8 * LANES * (40 * n + 3 * m)
+        resolving = int((1 + CLIMBING) * self.need(shape, rungs[0]))
+        return max(resolving, 8 * n * (n + 144) + 4 * (m + 128) * n) if proofs else resolving
+
+    def need(self, shape: tuple[int, int], rung: Rung) -> int:
+        """The factor with the inverses of its diagonal tiles; beside it first slices, later blocks of 16 columns: bases
+        of 32 blocks at most, and three images."""
+        m, n = shape
+        if rung.kind not in KINDS:
+            return self._torch.workspace(shape, rung.dtype)
+        slices, blocks = KINDS[rung.kind] * (m + 128) * n, 8 * LANES * (40 * n + 3 * m)
+        return rung.dtype.itemsize * n * (n + 144) + max(slices, blocks)
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
         """One launch per storage class and one read for all peaks; what must be scaled goes through torch.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..backends.base import Backend, Factors, Operand, Panel, Rung, Tensor
+from ..backends.base import CLIMBING, Backend, Factors, Operand, Panel, Rung, Tensor
 from ..entries import Status
 from ..undisturbed import flushes
 from . import certify as proofs
@@ -178,23 +178,48 @@ def _climb(backend: Backend, climbers: Sequence[_Climber], goal: Goal) -> None:
     """Every matrix up to where it is resolved, or to the end of its rungs.
 
     What a factor cannot describe climbs at once, so that all matrices of a wave search both ends in the same steps,
-    whatever their rungs; what only an interval turns down climbs after that.
+    whatever their rungs; what only an interval turns down climbs after that, and so does what there is no room for.
     """
+    room = CLIMBING * sum(backend.need(c.operand.shape, c.rung) for c in climbers)
     active = list(climbers)
     while active:
         lanes: dict[tuple[torch.dtype, torch.dtype], _Described] = {}
+        waiting: list[_Climber] = []
+        free = room
         while active:
-            for key, chosen in _by_blocks(active, goal).items():
+            now, later, free = _with_room(backend, active, free, alone=not lanes)
+            waiting += later
+            for key, chosen in _by_blocks(now, goal).items():
                 found = _described(backend, chosen, DEPARTURE_SHARE * goal.rtol)
                 if found is not None:
                     lanes[key] = lanes[key].beside(found) if key in lanes else found
             kept = {id(climber) for found in lanes.values() for climber in found.climbers}
-            active = _next_rung([c for c in active if id(c) not in kept])
+            active = _next_rung([c for c in now if id(c) not in kept])
+        active = waiting
         for key in list(lanes):
             found = lanes.pop(key)
             _use_factors(backend, found, goal)
             active += _next_rung([c for c in found.climbers if not c.done])
             del found  # before the next rung needs the memory
+
+
+def _with_room(
+    backend: Backend, climbers: Sequence[_Climber], free: float, *, alone: bool
+) -> tuple[list[_Climber], list[_Climber], float]:
+    """Who can go on now, who has to wait, and how many bytes are left for those that climb.
+
+    A wave is cut so that its first rungs fit. alone: whether nothing is resident; then one that needs more may go.
+    """
+    now: list[_Climber] = []
+    later: list[_Climber] = []
+    for climber in climbers:
+        need = backend.need(climber.operand.shape, climber.rung) if climber.level else 0
+        if need <= free or (alone and not now):
+            now.append(climber)
+            free -= need
+        else:
+            later.append(climber)
+    return now, later, free
 
 
 def _next_rung(climbers: Sequence[_Climber]) -> list[_Climber]:
