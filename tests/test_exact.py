@@ -60,6 +60,31 @@ def test_every_way_holds_kappa_and_is_narrow(shape, kappa):
         assert upper / lower - 1 <= 0.02 if kappa < 1e12 else upper / lower < 1.1
 
 
+@pytest.mark.parametrize("kappa", [1e14, 3e14, 1e15])
+@pytest.mark.parametrize("shape", [(30, 9), (9, 9), (60, 5), (36, 33)])
+def test_where_one_way_cannot_tell_sigma_n_from_zero_the_other_has_its_say(shape, kappa):
+    m, n = shape
+    left, right = torch.linalg.qr(gaussian(m, n)).Q, torch.linalg.qr(gaussian(n, n, 1)).Q
+    matrix = left * torch.logspace(0, -math.log10(kappa), n, dtype=torch.float64) @ right
+    a, true = prepare_one(matrix), kappa_of(matrix)
+    found, ways = exact.decompose(a, 1e-3), (exact.from_svd(a, 1e-3), exact._from_doubled_gram(a, 1e-3))
+    lower, upper = interval(found)
+    assert contains(lower, true, upper)
+    assert upper <= min(interval(way)[1] for way in ways)
+    assert found.separated == any(way.separated for way in ways)
+    assert found.separated == (found.smallest[0] > 0)
+    assert found.separated or kappa * n > 4e15
+
+
+def test_what_two_ways_prove_is_met():
+    vectors = gaussian(4, 2), gaussian(3, 2)
+    one, other = exact.Extremes((1.0, 3.0), (0.0, 0.5)), exact.Extremes((2.0, 4.0), (0.25, 0.75), *vectors)
+    for found in (one.met(other), other.met(one)):
+        assert (found.largest, found.smallest) == ((2.0, 3.0), (0.25, 0.5))
+        assert found.left is vectors[0]
+        assert found.right is vectors[1]
+
+
 @pytest.mark.parametrize("shape", [(30, 9), (30, 29), (200, 170)])
 def test_what_is_singular_has_no_upper_end(shape):
     m, n = shape

@@ -22,14 +22,18 @@ from .doubled import OUT, TINY, U, norm
 METHOD = "svd64"
 # From so many columns on a matrix with less than twice as many rows is decomposed, others have their Gram matrix taken.
 SVD_FROM, SVD_SLENDER = 160, 2
+SVD_TALL = 16, 512  # times as many rows, and rows: up to there an SVD has a say where the Gram matrix is first
 DOUBLED_BELOW = 32  # columns for which nothing lies between a Gram matrix in float64 and one in twice its precision
-SUSPECT = 64.0  # times LAPACK's usual error: a vector that A shrinks to less is as good as a null vector
 SUM = 64  # products that are summed on their own
 BLOCK_ENTRIES = 1 << 18  # of rows converted at a time
 SHARE = 1.0  # of rtol that both sides of sigma_n may take together
 ROUNDS = 4
 SINGULAR = 2.0**52  # a kappa beyond it means nothing more in float64 than infinity
 OUT_ULP = 1 + 8 * U
+
+
+def _svd_rows(n: int) -> int:
+    return max(SVD_TALL[0] * n, SVD_TALL[1])
 
 
 def peak_bytes(shape: tuple[int, int]) -> int:
@@ -40,7 +44,7 @@ def peak_bytes(shape: tuple[int, int]) -> int:
     """
     m, n = shape
     gram = 30 * n * n + 8 * min(m, max(doubled.ROWS, BLOCK_ENTRIES // n)) * n
-    whole = n >= DOUBLED_BELOW and (m < SVD_SLENDER * n or n < SVD_FROM)
+    whole = DOUBLED_BELOW <= n < SVD_FROM or m <= _svd_rows(n)
     svd = 6 * m * n + 8 * n * n + 3 * doubled.ROWS * n if whole else 2 * m * n * (n >= SVD_FROM)
     return 8 * max(gram, svd)
 
@@ -87,51 +91,69 @@ class Extremes:
     """What is proven of both ends of the spectrum: sigma lies in [low, high]; the smallest low end may be 0.
 
     left (m, 2), right (n, 2): approximate singular vectors of sigma_1 and sigma_n, float64 on the CPU; None where
-    sigma_n cannot be told from zero.
+    sigma_n cannot be told from zero. settled: a vector shrinks to what rounding makes of a null vector, and no way is
+    likely to tell sigma_n from zero.
     """
 
     largest: tuple[float, float]
     smallest: tuple[float, float]
     left: Tensor | None = None
     right: Tensor | None = None
+    settled: bool = False
 
     def is_narrow(self, rtol: float) -> bool:
         """Whether the interval of sigma_n leaves that of kappa a relative half-width of ``rtol``."""
         low, high = self.smallest
         return high - low <= SHARE * rtol * low
 
+    @property
+    def separated(self) -> bool:
+        """Whether sigma_n is proven to be larger than zero."""
+        return self.left is not None
+
+    def met(self, other: Extremes) -> Extremes:
+        """What both prove of the same matrix; the vectors of the one that knows more of sigma_n."""
+        largest, smallest = (
+            (max(x[0], y[0]), min(x[1], y[1]))
+            for x, y in ((self.largest, other.largest), (self.smallest, other.smallest))
+        )
+        closer = max(self, other, key=lambda x: x.smallest[0])
+        return Extremes(largest, smallest, closer.left, closer.right, self.settled or other.settled)
+
 
 def decompose(a: Operand, rtol: float, *, suspected: bool = False) -> Extremes:
     """Both ends of the spectrum of a finite matrix, to a relative ``rtol`` where twice float64's precision reaches it.
 
-    Nothing is assumed of any factorization, all residuals are measured: docs/numerics.md, section 5.
+    Nothing is assumed of any factorization, all residuals are measured: docs/numerics.md, section 5. Where one way is
+    not enough, the next one's bounds are met with those before: all are proven.
     suspected: of being singular; then a large matrix is looked at without vectors first.
     """
     m, n = a.shape
-    if n >= SVD_FROM:
-        found = _without_vectors(a) if suspected else None
-        return found or (_from_doubled_gram(a, rtol) if m >= SVD_SLENDER * n else from_svd(a, rtol))
-    found = _from_gram(a, rtol)
-    if found is None and n >= DOUBLED_BELOW:
-        found = from_svd(a, rtol)
-        found = found if found.is_narrow(rtol) else None
-    return found or _from_doubled_gram(a, rtol)
+    slender = m >= SVD_SLENDER * n
+    if n >= SVD_FROM and suspected and (shown := _as_singular(a)) is not None:
+        return shown
+    if n < SVD_FROM and (found := _from_gram(a, rtol)) is not None:
+        return found
+    if n < DOUBLED_BELOW or (n >= SVD_FROM and slender):
+        found = _from_doubled_gram(a, rtol)
+        # Where it tells sigma_n from zero no SVD says more, and hardly ever for tall matrices, where an SVD is dear.
+        return found if found.separated or m > _svd_rows(n) else found.met(from_svd(a, rtol))
+    found = from_svd(a, rtol)
+    if n >= SVD_FROM or found.settled or found.is_narrow(rtol):
+        return found
+    return found.met(_from_doubled_gram(a, rtol))
 
 
-def _without_vectors(a: Operand) -> Extremes | None:
+def _as_singular(a: Operand) -> Extremes | None:
     """What a vector shows of sigma_n, if that is where float64 cannot tell it from zero; None if it may be larger.
 
-    The vector comes from R of a QR decomposition, whose values are looked at first. What is said is measured with A.
+    The vector comes from inverse iteration with R of a QR decomposition. What is said is measured with A.
     """
     wide = a.tensor.to("cpu", torch.float64)
     m, n = a.shape
     r = torch.linalg.qr(wide, mode="r").R
-    s = torch.linalg.svdvals(r)
-    noise = (4 + math.sqrt(n) / 2) * U * float(s[0])
-    if float(s[-1]) > noise:
-        return None
-    diagonal = r.diagonal()
-    diagonal.copy_(torch.where(diagonal.abs() > noise / n, diagonal, noise / n))
+    diagonal, hidden = r.diagonal(), U * norm(r) / n
+    diagonal.copy_(torch.where(diagonal.abs() > hidden, diagonal, hidden))
     v = x = torch.ones((n, 1), dtype=torch.float64)
     for _ in range(3):
         v = torch.linalg.solve_triangular(r.T, v / v.norm(), upper=False)
@@ -140,12 +162,11 @@ def _without_vectors(a: Operand) -> Extremes | None:
     v, x = v / v.norm(), x / x.norm()
     if not bool(torch.isfinite(v).all()):
         return None
-    image = torch.linalg.vector_norm(wide @ torch.cat([x, v], dim=1), dim=0).tolist()
-    rounding, relative = (n + 4) * U * norm(wide), 1 + (m + 2 * n + 8) * U
-    if image[1] > SUSPECT * noise:
+    high, low = torch.linalg.vector_norm(wide @ torch.cat([x, v], dim=1), dim=0).tolist()
+    if not low <= (4 + math.sqrt(n) / 2 + math.sqrt(m) / 64) * U * high:  # what the best vectors of singular ones give
         return None
-    largest = max(0.0, image[0] / relative - rounding), norm(wide)
-    return Extremes(largest, (0.0, image[1] * relative + rounding))
+    rounding, relative = (n + 4) * U * norm(wide), 1 + (m + 2 * n + 8) * U
+    return Extremes((max(0.0, high / relative - rounding), norm(wide)), (0.0, low * relative + rounding), settled=True)
 
 
 def _blocks(a: Operand) -> Iterator[tuple[int, int, Tensor]]:
@@ -184,7 +205,8 @@ class _Eigen:
         """``error``: how far the matrix is from the one that is meant, ||.||_2."""
         theta, v = torch.linalg.eigh(matrix)
         h = matrix.shape[0] + 4
-        rest = norm(matrix - (v * theta) @ v.T) + gamma(h) * (norm(matrix) + norm(theta) * norm(v))
+        scaled = v * theta
+        rest = norm(matrix - scaled @ v.T) + gamma(h) * (norm(matrix) + norm(scaled) * norm(v))
         eye = torch.eye(len(theta), dtype=torch.float64)
         defect = norm(v.T @ v - eye) + gamma(h) * (norm(v) ** 2 + 1)
         return cls(theta, v, (rest * OUT + error) * OUT + TINY, defect * OUT)
@@ -199,6 +221,9 @@ class _Eigen:
 def _from_gram(a: Operand, rtol: float) -> Extremes | None:
     """From the Gram matrix in float64, if that is enough."""
     total, error = _gram(a)
+    least = torch.eye(a.shape[1], dtype=torch.float64) * (error / rtol)
+    if int(torch.linalg.cholesky_ex(total - least).info):  # the smallest eigenvalue is smaller, and the error too large
+        return None
     eigen = _Eigen.of(total, error)
     largest, smallest = eigen.bounds(-1), eigen.bounds(0)
     if not Extremes(largest, smallest).is_narrow(rtol):
@@ -292,11 +317,13 @@ def from_svd(a: Operand, rtol: float = 0.0) -> Extremes:
     defect = norm(vh @ vh.T - eye) + gamma(n + 2) * norm(vh) ** 2
     cross, error = _gram(Operand(u, 0, True, 1.0))
     defect += norm(cross - eye) + error + 2 * n * U
-    plain = norm(wide - scaled @ vh) + gamma(n + 3) * (norm(wide) + norm(s) * norm(vh))
-    found = _of_svd(u, s, vh, (plain + 2 * U * norm(s)) * OUT, defect * OUT)
+    plain = norm(wide - scaled @ vh) + gamma(n + 3) * (norm(wide) + norm(scaled) * norm(vh))
+    found = _of_svd(u, s, vh, (plain + 2 * U * norm(scaled)) * OUT, defect * OUT)
     if found.is_narrow(rtol):
         return found
-    rest = doubled.residual(wide, scaled, vh) + 2 * U * norm(s)  # of U S, whose entries are rounded
+    if float(s[-1]) <= math.sqrt(n) * U * float(s[0]) and (shown := _as_singular(a)) is not None:
+        return found.met(shown)  # no residual is that small
+    rest = doubled.residual(wide, scaled, vh) + 2 * U * norm(scaled)  # of U S, whose entries are rounded
     return _of_svd(u, s, vh, rest * OUT, defect * OUT)
 
 
