@@ -70,7 +70,7 @@ def ratio_bound(
     ||X||_F |w| / ||x|| <= sqrt(k) (1 + tiny).
     norm: ||A||_F, to a relative 1e-6.  The norms themselves carry (m + n + 8) u.
     """
-    if not min(*reached, *lengths) > 0:  # vectors of no length, or none that are numbers
+    if not (min(lengths) > 0 and min(reached) >= 0):  # vectors of no length, or none that are numbers
         return 1.0
     m, n = shape
     g = (n + 2 * width + 3) * U64 * norm * (1 + 1e-5) * math.sqrt(width) * 1.01
