@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -166,9 +167,12 @@ def test_progress_counts_every_matrix():
 def test_what_cannot_be_proven_is_counted_in_one_warning():
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=torch.float64)).Q for _ in "ab")
-    hard = left * torch.logspace(0, -14.5, 60, dtype=torch.float64) @ right.T
+    hard = left * torch.logspace(0, -17, 60, dtype=torch.float64) @ right.T  # mpmath: kappa = 1.09e17
     with pytest.warns(UserWarning, match="cannot prove the interval of 1 of the entries, 'hard' among them"):
-        rank({"hard": hard}, certify=True)
+        (entry,) = rank({"hard": hard}, certify=True)
+    assert (entry.status, entry.certified) == ("rank_deficient", False)
+    assert (entry.kappa, entry.upper) == (math.inf, math.inf)
+    assert 1e13 < entry.lower < 1e17
 
 
 @pytest.mark.parametrize(
