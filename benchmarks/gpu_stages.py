@@ -11,7 +11,7 @@ import importlib.util
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -225,7 +225,8 @@ def _alike(some: kappa_fast.Ranking, others: kappa_fast.Ranking) -> bool:
 def _counts(ranking: kappa_fast.Ranking) -> dict[str, Any]:
     """What metadata says of the run itself: waves, launches, reads of the host."""
     known = {"versions", "settings", "source", "num_parameters", "partial", "threads", "device"}
-    return {key: value for key, value in ranking.metadata.items() if key not in known}
+    rest = {key: value for key, value in ranking.metadata.items() if key not in known}
+    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in rest.items()}
 
 
 def model(bench: Bench, name: str) -> None:
