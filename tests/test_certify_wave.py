@@ -99,10 +99,10 @@ def test_what_the_wave_cannot_prove_is_proved_alone():
 class Distant(SliceProducts):
     """Slices that hold another matrix than the weights and say how far it is."""
 
-    def __init__(self, operands, which, slices):
+    def __init__(self, operands, which, slices, read):
         far = [TORCH.prepare([operands[i].tensor.double() * 1.05])[0].tensor for i in which]
         moved = [type(operands[i])(x.float(), 0, True, 1.0) for i, x in zip(which, far, strict=True)]
-        super().__init__(moved, range(len(which)), slices)
+        super().__init__(moved, range(len(which)), slices, read)
         self.which = tuple(which)
         extra = [float(torch.linalg.matrix_norm(operands[i].tensor.double())) * 0.05 for i in which]
         self.distances = [d + e * (1 + 1e-6) for d, e in zip(self.distances, extra, strict=True)]

@@ -196,7 +196,7 @@ class TritonBackend:
         from .triton_proofs import COUNTS, SliceProducts
 
         which = [i for i, a in enumerate(operands) if supported(a.tensor.dtype)]
-        return SliceProducts(operands, which, COUNTS[level]) if which and level < len(COUNTS) else None
+        return SliceProducts(operands, which, COUNTS[level], self.read) if which and level < len(COUNTS) else None
 
     def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> Factors:
         """All matrices of one dtype of factors together, whatever their Gram matrices come from; one read for each."""

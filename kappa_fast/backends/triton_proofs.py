@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from .base import Operand
+import torch
+
+from .base import Operand, Tensor
 
 COUNTS = (3, 4)  # by level: 21 and 28 bits of every column
 
@@ -13,8 +16,10 @@ COUNTS = (3, 4)  # by level: 21 and 28 bits of every column
 class SliceProducts:
     """base.ExactProducts from int8 slices; the lower triangles are factored in place, see kernels/shifted.py."""
 
-    def __init__(self, operands: Sequence[Operand], which: Sequence[int], slices: int) -> None:
-        """``which`` must hold dtypes that the kernels read."""
+    def __init__(
+        self, operands: Sequence[Operand], which: Sequence[int], slices: int, read: Callable[[Tensor], list[Any]]
+    ) -> None:
+        """``which`` must hold dtypes that the kernels read. One call of ``read``, which is Backend.read."""
         from kappa_fast.kernels.gram import gram_of_slices, slice_roundings
         from kappa_fast.kernels.problems import Problems
         from kappa_fast.kernels.quantize import column_peaks, quantize
@@ -23,18 +28,19 @@ class SliceProducts:
         problems = Problems.of([operands[i].tensor for i in which])
         digits = quantize(problems, column_peaks(problems), slices)
         self.which: tuple[int, ...] = tuple(which)
-        self.distances: Sequence[float] = [math.sqrt(squared) for squared in digits.residual.tolist()]
+        self._read = read
         self.roundings: Sequence[int] = slice_roundings(problems, slices).tolist()
         packed = gram_of_slices(problems, digits)
+        squared = digits.residual
         del digits  # before anything else needs the memory
         self._mirrored = Mirrored.of(problems, packed)
-        self.traces: Sequence[float] = self._mirrored.traces().tolist()
+        distances, traces = read(torch.stack([squared.sqrt(), self._mirrored.traces()]))
+        self.distances: Sequence[float] = distances
+        self.traces: Sequence[float] = traces
 
     def residuals(self, chosen: Sequence[int], shifts: Sequence[float], sign: int) -> list[tuple[float, float]]:
-        squares, sizes = self._mirrored.factored(chosen, shifts, sign).residuals()
-        return [
-            (math.sqrt(x) if x >= 0 else math.inf, y) for x, y in zip(squares.tolist(), sizes.tolist(), strict=True)
-        ]
+        found = self._read(torch.stack(self._mirrored.factored(chosen, shifts, sign).residuals(), dim=1))
+        return [(math.sqrt(square) if square >= 0 else math.inf, size) for square, size in found]
 
     def residual_roundings(self, place: int) -> int:
         from kappa_fast.kernels.shifted import residual_roundings
