@@ -216,3 +216,29 @@ def test_start_blocks_leave_the_global_random_state_alone():
     gaussian_block(64, 16, 0)
     assert torch.equal(torch.get_rng_state(), before)
     assert (np.random.get_state()[1] == numpy_before).all()
+
+
+class Watched(TorchBackend):
+    """Keeps what every look was told and what it found."""
+
+    looks: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def ritz(self, columns, coupling, floor=None):
+        found = super().ritz(columns, coupling, floor)
+        self.looks.append((floor.clone(), found.theta))
+        return found
+
+
+def test_every_look_starts_from_what_the_last_one_at_that_matrix_found():
+    backend = Watched(torch.device("cpu"))
+    backend.looks = []
+    matrices = [symmetric(spectrum(name)) for name in ("geometric", "log-uniform", "arithmetic")]
+    largest(backend, Counting({}), wave(matrices), [b""] * 3, constant(1e-15), 1e-8, salt=0)
+    known: set[float] = set()
+    for floors, thetas in backend.looks:
+        for floor, theta in zip(floors.tolist(), thetas.tolist(), strict=True):
+            assert math.isnan(floor) if len(known) < len(matrices) else floor in known
+            assert not floor > theta * (1 + 1e-14)
+        known |= set(thetas.tolist())
+    assert len(backend.looks) > 3
+    assert len({len(floors) for floors, _ in backend.looks}) > 1

@@ -330,7 +330,7 @@ class Backend(Protocol):
     def norms(self, blocks: Panel) -> Tensor:
         """Lengths of all columns, float64: shape (w, b)."""
 
-    def ritz(self, columns: Sequence[Tensor], coupling: Tensor) -> Ritz:
+    def ritz(self, columns: Sequence[Tensor], coupling: Tensor, floor: Tensor | None = None) -> Ritz:
         """Eigenpairs of T, whose block columns j (from the top down to the diagonal block) have shape (w, (j+1) b, b).
 
         coupling: B of H V = V T + Q B E^T, shape (w, b, b).
@@ -341,3 +341,5 @@ class Backend(Protocol):
 
     def read(self, values: Tensor) -> list[Any]:
         """Numbers for the host, nested as the tensor is; the one place where it waits for the device, and counted."""
+        floor (w,): theta of a leading part of T, than which the largest eigenvalue is no smaller (but for the rounding
+        of theta), nan where there is none. It may save work and changes theta by no more than its accuracy.

@@ -129,7 +129,7 @@ class TorchBackend:
     def norms(self, blocks: Panel) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(x.double(), dim=0) for x in _aligned(blocks)])
 
-    def ritz(self, columns: Sequence[Tensor], coupling: Tensor) -> Ritz:
+    def ritz(self, columns: Sequence[Tensor], coupling: Tensor, floor: Tensor | None = None) -> Ritz:
         return DenseRitz(columns, coupling)
 
     def read(self, values: Tensor) -> list[Any]:

@@ -385,12 +385,12 @@ class TritonBackend:
         parts = [inner(self._rows(blocks), x, x) for x in torch.split(data, LANES, dim=1)]
         return torch.cat([part.diagonal(dim1=1, dim2=2) for part in parts], dim=1).sqrt()
 
-    def ritz(self, columns: Sequence[Tensor], coupling: Tensor) -> Ritz:
+    def ritz(self, columns: Sequence[Tensor], coupling: Tensor, floor: Tensor | None = None) -> Ritz:
         if coupling.shape[1] != LANES:
-            return self._torch.ritz(columns, coupling)
+            return self._torch.ritz(columns, coupling, floor)
         from kappa_fast.kernels.ritz import Tridiagonal
 
-        return TridiagonalRitz(Tridiagonal.of(columns, coupling))
+        return TridiagonalRitz(Tridiagonal.of(columns, coupling), floor)
 
     def weighted_squares(self, operands: Sequence[Operand], left: Panel, right: Panel) -> Tensor:
         from kappa_fast.kernels.apply import squared_times
@@ -415,11 +415,11 @@ _OfTorch = Callable[[Factors, Panel], Panel]
 class TridiagonalRitz:
     """base.Ritz by sections of intervals and inverse iteration, see kernels/ritz.py."""
 
-    def __init__(self, t: Tridiagonal) -> None:
+    def __init__(self, t: Tridiagonal, floor: Tensor | None = None) -> None:
         from kappa_fast.kernels.ritz import largest_eigenvalue
 
         self._t = t
-        self.theta = largest_eigenvalue(t)
+        self.theta = largest_eigenvalue(t, floor)
 
     def reach(self, gaps: Tensor) -> Tensor:
         from kappa_fast.kernels.ritz import reach

@@ -165,6 +165,7 @@ class _Search:
         overlaps = {n: start_overlap(n, min(n, WIDTH)) for n in set(factors.ns)}
         self._overlaps = torch.tensor([overlaps[n] for n in factors.ns], dtype=torch.float64, device=backend.device)
         self._schedules = [Schedule() for _ in factors.ns]
+        self._floors = torch.full_like(self._overlaps, math.nan)  # theta of the last look: T grows, and theta with it
         self.results: dict[int, Extreme] = {}
 
     def look(self, space: Space, active: list[int], ended: Tensor, step: int) -> list[int]:
@@ -184,8 +185,10 @@ class _Search:
         """Ritz values and, behind them, the excess of each."""
         if not which:
             return None, self._overlaps[:0]
-        ritz = self._backend.ritz([_pick(c, which) for c in space.columns], _pick(space.coupling, which))
         positions = [active[j] for j in which]
+        columns, coupling = [_pick(c, which) for c in space.columns], _pick(space.coupling, which)
+        ritz = self._backend.ritz(columns, coupling, _pick(self._floors, positions))
+        self._floors[positions] = ritz.theta
         unit = float(torch.finfo(space.basis.data.dtype).eps) / 2
         noise = self._noise(positions, ritz.theta) + DROP * unit * _pick(space.dropped, which)
         return ritz, torch.cat([ritz.theta, excess(ritz, _pick(self._overlaps, positions), noise)])
