@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,14 +62,17 @@ class Storage:
 
     @classmethod
     def of(cls, matrix: Tensor) -> Storage:
-        m, n = matrix.shape
-        rows, columns = matrix.stride()
+        return _storage(matrix.dtype, *matrix.shape, *matrix.stride(), matrix.data_ptr() % 16 == 0)
+
+    @classmethod
+    def laid_out(cls, dtype: torch.dtype, m: int, n: int, rows: int, columns: int, *, even: bool) -> Storage:
+        """Of a matrix (m, n) with these strides; ``even``: it starts on 16 bytes."""
         inner = INNER_COLUMNS if columns == 1 else INNER_ROWS if rows == 1 else INNER_NONE
         pitch, length = (rows, n) if inner == INNER_COLUMNS else (columns, m)
         if pitch * TILE_LIMIT >= 2**31:  # places within a tile are 32-bit numbers
             inner = INNER_NONE
-        even = matrix.data_ptr() % 16 == 0 and pitch % 16 == 0 and length % 16 == 0
-        return cls(matrix.dtype, inner, inner != INNER_NONE and even)
+        even = even and pitch % 16 == 0 and length % 16 == 0
+        return cls(dtype, inner, inner != INNER_NONE and even)
 
     @property
     def element(self) -> tl.dtype:
@@ -79,6 +83,11 @@ class Storage:
     def float8(self) -> int:
         """0: not float8, else the number of its exponent bits."""
         return {torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}.get(self.dtype, 0)
+
+
+@lru_cache(maxsize=1024)  # a wave has thousands of matrices of a few shapes
+def _storage(dtype: torch.dtype, m: int, n: int, rows: int, columns: int, even: bool) -> Storage:
+    return Storage.laid_out(dtype, m, n, rows, columns, even=even)
 
 
 def supported(dtype: torch.dtype) -> bool:

@@ -115,7 +115,8 @@ def instances() -> list[Instance]:
 def add_parts(problems: Problems, splits: Splits, out: Tensor, chosen: Sequence[int] | None = None) -> None:
     """Add what later splits found to the results; one launch, none if no matrix is split."""
     members = range(len(problems.m)) if chosen is None else chosen
-    split = [i for i in members if splits.counts[i] > 1]
+    counts = splits.counts.tolist()
+    split = [i for i in members if counts[i] > 1]
     if not split:
         return
     tiles = problems.tiles(triangular_tiles(problems.n, PART_SIDE), split)

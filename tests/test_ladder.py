@@ -374,7 +374,7 @@ def test_small_matrices_are_exact_to_the_last_digits():
 def test_an_upper_bound_below_what_the_weights_attain_is_no_bound():
     unit = torch.ones(1, dtype=torch.float64)
     triplets = Triplets(10.0, 1.0, 9.9, unit, unit)
-    end = Extreme(4.0, 0.01, unit, True)  # kappa at most 4.04 by both ends, and 9.9 attained
+    end = Extreme(4.0, 0.01, True)  # kappa at most 4.04 by both ends, and 9.9 attained
     assert ladder._interval(CHOLESKY64, 0.0, end, end, triplets, 0.0).upper == math.inf
 
 

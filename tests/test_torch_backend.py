@@ -382,6 +382,14 @@ def test_a_panel_gives_back_the_blocks_that_went_in():
     assert spread.flatten().tolist() == [1.0] * 4 + [2.0] + [3.0] * 9
 
 
+@pytest.mark.parametrize("which", [range(0, 60, 2), range(59, -1, -1), [7, 3, *range(20, 58, 2), 4, 5]])
+def test_a_panel_gives_back_blocks_from_many_places(which):
+    blocks = [gaussian(i % 5 + 1, 3, seed=i) for i in range(60)]
+    chosen = panel(*blocks).columns(1).take(list(which))
+    assert chosen.rows == tuple(len(blocks[i]) for i in which)
+    assert torch.equal(chosen.data, torch.cat([blocks[i][:, 1:] for i in which]))
+
+
 def lanczos(values, width, blocks, seed=0):
     """Block columns of T and the coupling behind it, for diag(values), by the backend's own steps."""
     wave = Space.begin(BACKEND, [len(values)], [b""], torch.float64, width, salt=seed)

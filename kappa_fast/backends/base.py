@@ -23,6 +23,7 @@ DROP = 16.0  # directions below DROP u of the operator's norm are rounding, not 
 QUICK_MARGIN = 1e4
 # Of what a wave takes on its first rungs, those that climb at a time may take as much beside it: few do.
 CLIMBING = 0.5
+FEW_RUNS = 16  # of rows, up to which they are copied one by one
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,21 @@ class Panel:
                 runs[-1][1] = ends[i]
             else:
                 runs.append([ends[i] - self.rows[i], ends[i]])
+        rows = tuple(self.rows[i] for i in which)
+        if len(runs) > FEW_RUNS:
+            return Panel(self.data.index_select(0, self._lines(runs)), rows)
         parts = [self.data[start:stop] for start, stop in runs]
-        data = parts[0] if len(which) == 1 else torch.cat(parts)
-        return Panel(data, tuple(self.rows[i] for i in which))
+        return Panel(parts[0] if len(which) == 1 else torch.cat(parts), rows)
+
+    def _lines(self, runs: list[list[int]]) -> Tensor:
+        """The rows of some runs, one after the other."""
+        bounds = torch.tensor(runs, device="cpu")
+        lengths = bounds[:, 1] - bounds[:, 0]
+        total = int(lengths.sum())
+        shifts = (bounds[:, 0] + lengths - lengths.cumsum(0)).to(self.data.device)  # from its place here to that there
+        lengths = lengths.to(self.data.device)
+        places = torch.arange(total, device=self.data.device)
+        return places + shifts.repeat_interleave(lengths, output_size=total)
 
     def columns(self, start: int, stop: int | None = None) -> Panel:
         """Some columns of every block, as a view."""
@@ -334,6 +347,8 @@ class Backend(Protocol):
         """Eigenpairs of T, whose block columns j (from the top down to the diagonal block) have shape (w, (j+1) b, b).
 
         coupling: B of H V = V T + Q B E^T, shape (w, b, b).
+        floor (w,): theta of a leading part of T, than which the largest eigenvalue is no smaller (but for the rounding
+        of theta), nan where there is none. It may save work and changes theta by no more than its accuracy.
         """
 
     def weighted_squares(self, operands: Sequence[Operand], left: Panel, right: Panel) -> Tensor:
@@ -341,5 +356,3 @@ class Backend(Protocol):
 
     def read(self, values: Tensor) -> list[Any]:
         """Numbers for the host, nested as the tensor is; the one place where it waits for the device, and counted."""
-        floor (w,): theta of a leading part of T, than which the largest eigenvalue is no smaller (but for the rounding
-        of theta), nan where there is none. It may save work and changes theta by no more than its accuracy.

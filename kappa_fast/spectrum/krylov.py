@@ -27,11 +27,10 @@ Noise = Callable[[Sequence[int], Tensor], Tensor]
 
 @dataclass
 class Extreme:
-    """What is known of the largest eigenvalue of one operator, and the block of vectors that go with it."""
+    """What is known of the largest eigenvalue of one operator."""
 
     theta: float
     excess: float
-    vectors: Tensor  # (n, w) orthonormal, their span holds the Ritz vectors of the largest values, the largest last
     converged: bool
 
 
@@ -136,8 +135,11 @@ def largest(
     *,
     salt: int,
     dtype: torch.dtype | None = None,
-) -> list[Extreme]:
+) -> tuple[list[Extreme], Panel]:
     """The largest eigenvalue of operator(factor) for every factor, to a relative excess of ``tolerance`` if it can.
+
+    Beside it blocks (n, WIDTH) with orthonormal columns, which span the Ritz vectors of the largest values, the largest
+    last.
 
     seeds: of the start blocks, one for each factor.
     noise(which, theta): the relative rounding error of one application to those matrices, whose largest eigenvalues
@@ -154,7 +156,7 @@ def largest(
         kept = [j for j, i in enumerate(active) if i in going]
         space, chosen = space.take(kept), chosen.take(kept)
         active = [active[j] for j in kept]
-    return [search.results[i] for i in range(len(factors.ns))]
+    return search.found()
 
 
 class _Search:
@@ -167,6 +169,16 @@ class _Search:
         self._schedules = [Schedule() for _ in factors.ns]
         self._floors = torch.full_like(self._overlaps, math.nan)  # theta of the last look: T grows, and theta with it
         self.results: dict[int, Extreme] = {}
+        self._vectors: list[Panel] = []  # of the results, in the order in which they were found
+
+    def found(self) -> tuple[list[Extreme], Panel]:
+        """All results and their vectors, by position."""
+        rows = tuple(n for panel in self._vectors for n in panel.rows)
+        data = [panel.data for panel in self._vectors]
+        order = list(self.results)
+        places = sorted(range(len(order)), key=order.__getitem__)
+        vectors = Panel(data[0] if len(data) == 1 else torch.cat(data), rows).take(places)
+        return [self.results[order[place]] for place in places], vectors
 
     def look(self, space: Space, active: list[int], ended: Tensor, step: int) -> list[int]:
         """Those of ``active`` that go on: not converged, and able to. One read for the whole wave, as a rule."""
@@ -213,9 +225,9 @@ class _Search:
                 self._schedules[active[j]].plan(step, above, self._tolerance)
         if done and ritz is not None:
             coefficients = _pick(ritz.vectors(WIDTH), [k for k, *_ in done])
-            vectors = self._backend.combine(space.filled.take([j for _, j, *_ in done]), coefficients)
-            for (_, j, theta, above), block in zip(done, vectors.blocks(), strict=True):
-                self.results[active[j]] = Extreme(theta, above, block, above <= self._tolerance)
+            self._vectors.append(self._backend.combine(space.filled.take([j for _, j, *_ in done]), coefficients))
+            for _, j, theta, above in done:
+                self.results[active[j]] = Extreme(theta, above, above <= self._tolerance)
 
 
 def _pick(values: Tensor, which: list[int]) -> Tensor:

@@ -107,11 +107,10 @@ def resolve(
     if flushes():  # what was taken for zero proves nothing
         operands = [replace(a, exact=False) for a in operands]
     results: list[Resolution | None] = [_trivial(a) for a in operands]
-    climbers = [
-        _Climber(i, weights[i].dtype, a, () if left_to_the_svd(a.shape) else backend.rungs(a.shape, weights[i].dtype))
-        for i, a in enumerate(operands)
-        if results[i] is None
-    ]
+    open_ = [i for i, found in enumerate(results) if found is None]
+    kinds = [(operands[i].shape, weights[i].dtype) for i in open_]
+    rungs = {kind: () if left_to_the_svd(kind[0]) else backend.rungs(*kind) for kind in set(kinds)}
+    climbers = [_Climber(i, kind[1], operands[i], rungs[kind]) for i, kind in zip(open_, kinds, strict=True)]
     climbing = [c for c in climbers if c.rungs]
     for climber, digest in zip(climbing, backend.digests([c.operand for c in climbing]), strict=True):
         climber.seed = digest
@@ -254,17 +253,15 @@ def _described(backend: Backend, climbers: Sequence[_Climber], limit: float) -> 
 def _use_factors(backend: Backend, wave: _Described, goal: Goal) -> None:
     """Both ends, the polish and the interval of every matrix."""
     climbers, factors = wave.climbers, wave.factors
-    tops, bottoms = _ends(backend, factors, [c.seed for c in climbers], END_SHARE * goal.rtol)
-    polished = backend.solve(factors, Panel.pack([b.vectors for b in bottoms]))
+    (tops, highest), (bottoms, lowest) = _ends(backend, factors, [c.seed for c in climbers], END_SHARE * goal.rtol)
+    polished = backend.solve(factors, lowest)
     # An operator that overflowed leaves nothing to polish, and LAPACK must not see its NaNs.
     finite = backend.read(torch.isfinite(backend.norms(polished)).all(dim=1))
     good = [j for j in range(len(climbers)) if finite[j] and 0 < tops[j].theta * bottoms[j].theta < math.inf]
     if not good:
         return
     chosen = [climbers[j] for j in good]
-    found = polish(
-        backend, [c.operand for c in chosen], Panel.pack([tops[j].vectors for j in good]), polished.take(good)
-    )
+    found = polish(backend, [c.operand for c in chosen], highest.take(good), polished.take(good))
     for j, climber, triplets in zip(good, chosen, found, strict=True):
         if triplets.sigma_min > 0:
             rounding = 4 * (sum(climber.operand.shape) + 8) * U64
@@ -295,8 +292,8 @@ def _departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors
 
 def _ends(
     backend: Backend, factors: Factors, seeds: Sequence[bytes], tolerance: float
-) -> tuple[list[Extreme], list[Extreme]]:
-    """The largest eigenvalues of R^T R and of its inverse, of every factor."""
+) -> tuple[tuple[list[Extreme], Panel], tuple[list[Extreme], Panel]]:
+    """The largest eigenvalues of R^T R and of its inverse, of every factor, with their vectors."""
 
     def on_device(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=backend.device)
@@ -309,7 +306,7 @@ def _ends(
 
     quick = factors.rungs[0].product_dtype(tolerance)
     tops = largest(backend, backend.product, factors, seeds, constant, tolerance, salt=0, dtype=quick)
-    heights = on_device([top.theta for top in tops])
+    heights = on_device([top.theta for top in tops[0]])
 
     def noise(which: Sequence[int], theta: Tensor) -> Tensor:
         chosen = list(which)
