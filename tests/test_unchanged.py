@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from models import EVERYTHING, Experts, one_thread, weights
+from safetensors.torch import save_file
 from torch import nn
 
 import kappa_fast
@@ -319,3 +320,13 @@ def test_threads_that_lose_subnormal_numbers_are_not_used(monkeypatch):
     with undisturbed._threads_with_subnormals():
         assert seen == [1]
     assert seen == [1, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_are_read_whatever_the_default_device_is(dtype, tmp_path):
+    """An empty tensor without values is all that a file would be read into."""
+    save_file({f"w{i}": torch.randn(40, 30 + i).to(dtype) for i in range(2)}, tmp_path / "model.safetensors")
+    expected = list(rank(tmp_path))
+    with torch.device("meta"):
+        assert list(rank(tmp_path)) == expected
+        assert torch.empty(1).is_meta
