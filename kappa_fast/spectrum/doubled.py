@@ -21,6 +21,7 @@ TINY = 1e-280  # more than all underflows of one product together
 ROWS = 4096  # of a product that is summed into a Gram matrix at a time
 GRAM_SLICES = 3
 SLICES = 5  # of a factor of two parts; one of a single part has no more than three
+RESIDUAL_SLICES = 3  # a residual is about 2^-50 of the matrix, and 2^-66 is dropped at most
 LEAST_EXPONENT = -400  # of a unit: products of two must not be subnormal
 
 
@@ -153,12 +154,12 @@ def rounded(x: Tensor) -> Tensor:
 def residual(a: Tensor, left: Tensor, right: Tensor) -> float:
     """A bound on ||A - left right||_F for A (m, n), left (m, k), right (k, n), all float64; rows come by blocks."""
     bits = bits_for(right.shape[0])
-    others, rest_right = sliced(right, 0, bits, 4)
+    others, rest_right = sliced(right, 0, bits, RESIDUAL_SLICES)
     squares, error = 0.0, 0.0
     for start in range(0, a.shape[0], ROWS // 4):
         rows = a[start : start + ROWS // 4]
-        slices, rest_left = sliced(left[start : start + ROWS // 4], 1, bits, 4)
-        found = _summed(slices, others, norm(rest_left), norm(rest_right))
+        slices, rest_left = sliced(left[start : start + ROWS // 4], 1, bits, RESIDUAL_SLICES)
+        found = _summed(slices, others, norm(rest_left), norm(rest_right), depth=RESIDUAL_SLICES)
         difference = (rows - found.high) - found.low
         squares += norm(difference) ** 2
         error += found.error + 2 * U * (norm(difference) + U * norm(found.high))
@@ -172,15 +173,19 @@ def _summed(
     rest_right: float,
     error_left: float = 0.0,
     error_right: float = 0.0,
+    depth: int = SLICES,
 ) -> Double:
-    """The sum of the products of slices that matter; the rests and errors are of the factors, in norm."""
+    """The sum of the products of slices that matter; the rests and errors are of the factors, in norm.
+
+    Slices i and j count while i + j < depth.
+    """
     total = _Sum(lefts[0].shape[0], rights[0].shape[1])
     sizes, others = [norm(x) for x in lefts], [norm(x) for x in rights]
     size, other = sum(sizes) + rest_left, sum(others) + rest_right
     dropped = 0.0
     for i, x in enumerate(lefts):
         for j, y in enumerate(rights):
-            if i + j < SLICES:
+            if i + j < depth:
                 total.add(x @ y)
             else:
                 dropped += sizes[i] * others[j]
