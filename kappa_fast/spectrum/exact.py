@@ -126,11 +126,11 @@ def decompose(a: Operand, rtol: float, *, suspected: bool = False) -> Extremes:
 
     Nothing is assumed of any factorization, all residuals are measured: docs/numerics.md, section 5. Where one way is
     not enough, the next one's bounds are met with those before: all are proven.
-    suspected: of being singular; then a large matrix is looked at without vectors first.
+    suspected: of being singular; then that is looked at first, without singular vectors.
     """
     m, n = a.shape
     slender = m >= SVD_SLENDER * n
-    if n >= SVD_FROM and suspected and (shown := _as_singular(a)) is not None:
+    if suspected and (shown := _as_singular(a)) is not None:
         return shown
     if n < SVD_FROM and (found := _from_gram(a, rtol)) is not None:
         return found

@@ -339,7 +339,7 @@ def _finish_exactly(climber: _Climber, goal: Goal) -> None:
         )
         climber.triplets, climber.done = None, True
         return
-    suspected = climber.best is None or climber.best.lower > SUSPICIOUS
+    suspected = bool(climber.rungs) and (climber.best is None or climber.best.lower > SUSPICIOUS)
     ends = exact.decompose(a, goal.rtol, suspected=suspected)
     (high_low, high_up), (low_low, low_up) = ends.largest, ends.smallest
     high, low = (high_low + high_up) / 2, (low_low + low_up) / 2
