@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spectra import SPECTRA, contains, cosines, gaussian, growing, kappa_of, prescribed, trained_like
 
 from kappa_fast.backends.torch_backend import CHOLESKY64, TorchBackend
-from kappa_fast.spectrum import ladder
+from kappa_fast.spectrum import exact, ladder
 from kappa_fast.spectrum.krylov import Extreme
 from kappa_fast.spectrum.ladder import Goal, Resolution, resolve
 from kappa_fast.spectrum.polish import Triplets
@@ -324,6 +324,23 @@ def test_orthogonal_matrices_have_kappa_one_within_the_interval():
         found = one(cosines(n), Goal(1e-6))
         assert found.kappa == pytest.approx(1, abs=1e-12)
         assert 1 <= found.lower <= found.upper <= 1 + 2e-6
+
+
+def test_what_broke_down_is_seen_to_be_singular_without_singular_vectors(monkeypatch):
+    monkeypatch.setattr(exact, "from_svd", None)
+    monkeypatch.setattr(exact, "_from_doubled_gram", None)
+    for shape in ((90, 40), (40, 40)):
+        weight = (gaussian(shape[0], 39) * 8).round() @ (gaussian(39, 40, 1) * 8).round()
+        found = one(weight, Goal(1e-2))
+        assert (found.status, found.upper) == ("rank_deficient", math.inf)
+        assert 1e12 < found.lower < math.inf
+
+
+def test_rounding_never_leaves_kappa_below_one():
+    unit = torch.ones(1, dtype=torch.float64)
+    end = Extreme(1.0, 1e-3, True)
+    found = ladder._interval(CHOLESKY64, 0.0, end, end, Triplets(1 - 2.0**-53, 1.0, 1.0, unit, unit), 0.0)
+    assert found.lower == found.kappa == 1 <= found.upper
 
 
 def test_every_resolved_matrix_has_a_sensitivity_of_its_storage_dtype():

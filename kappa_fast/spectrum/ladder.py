@@ -322,7 +322,7 @@ def _interval(
     # With power 1 the top end used the weights themselves, and the departure concerns the bottom alone.
     widening = math.sqrt((1 + departure) / (1 - departure)) if rung.power == 2 else 1 / (1 - departure)
     upper = math.sqrt(top.theta * (1 + top.excess) * bottom.theta * (1 + bottom.excess)) * widening
-    kappa = triplets.sigma_max / triplets.sigma_min
+    kappa = max(triplets.sigma_max / triplets.sigma_min, triplets.lower)  # rounding may leave it below 1
     upper *= 1 + rounding  # of the Ritz values, and of kappa where it takes the place of the bound
     # A bound below what the weights themselves attain says that the start missed: it is none, the next rung decides.
     upper = math.inf if upper * (1 + 1e-12) < triplets.lower else max(upper, kappa * (1 + rounding))
