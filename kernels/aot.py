@@ -27,7 +27,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
-from .launch import name_of
 from .loops import Loop, code_of, inner_loops, whole
 from .problems import TARGETS, Expected, Instance
 
@@ -40,14 +39,6 @@ UNITS = {
     "float16": r"wgmma\.mma_async\S*f16\.b?f16|mma\.sync\S*f16\.b?f16|tcgen05\.mma\S*f16|v_mfma_f32_\w*b?f16",
     "tf32": r"wgmma\.mma_async\S*tf32|mma\.sync\S*tf32|tcgen05\.mma\S*tf32",
     "float64": r"mma\.sync\S*f64|wgmma\S*f64|v_mfma_f64_\w*",
-}
-# What today's loops of kernels are that say nothing themselves, on targets with matrix units for float64.
-CEILINGS = {
-    "trailing": Expected(width=16, ahead=True, stack=96),
-    "column": Expected(width=16, ahead=True, stack=96),
-    "diagonal": Expected(width=16, stack=96),
-    "product": Expected(width=8, ahead=True, stack=96),
-    "solve": Expected(width=8, ahead=True, stack=96),
 }
 # (kernel, target): why it is not compiled there, and what runs instead.
 DECLARED: dict[tuple[str, str], str] = {}
@@ -104,7 +95,7 @@ def compile_one(instance: Instance, target: str, *, loops: bool = True) -> Repor
     compiled = triton.compile(source, target=where, options=options)
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     registers, spilled = _resources(compiled.asm, text)
-    held = instance.expected or (CEILINGS.get(name_of(instance.kernel)) if instance.unit == "float64" else None)
+    held = instance.expected
     loop = main_loop(code_of(compiled.asm)) if held or loops else None
     found = re.search(UNITS[instance.unit], text) if instance.unit else None
     error = ""

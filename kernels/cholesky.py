@@ -24,6 +24,7 @@ from .problems import (
     GRAM,
     LEADING,
     ROW_PAD,
+    Expected,
     Instance,
     Problems,
     Tensor,
@@ -418,15 +419,13 @@ def instances(target: str) -> list[Instance]:
         inverse = {"inverses": name, "starts": "*i64", "step": "i32"}
         unit = {"ieee": "float64", "tf32x3": "tf32"}.get(products) if name == "*fp64" or products == "tf32x3" else None
         constants = {"PRODUCTS": products}
+        behind = {"SIDE": side_of(target, products), **constants}
+        # What lies between loops may spill: on sm_80, sm_89 and sm_120 34 registers of a float32 column.
+        held = Expected(width=16, ahead=True, stack=96) if unit else None
+        column = Expected(width=16, ahead=True, stack=96 if unit == "float64" else 160) if unit else None
         found += [
-            Instance(_diagonal_kernel, {**common, **inverse, "order": "*i64"}, constants, WARPS, unit=unit),
-            Instance(_column_kernel, {**common, **inverse, "tiles": "*i64"}, constants, WARPS, unit=unit),
-            Instance(
-                _trailing_kernel,
-                {**common, "tiles": "*i64", "panel": "i32"},
-                {"SIDE": side_of(target, products), **constants},
-                WARPS,
-                unit=unit,
-            ),
+            Instance(_diagonal_kernel, {**common, **inverse, "order": "*i64"}, constants, WARPS, 3, unit, held),
+            Instance(_column_kernel, {**common, **inverse, "tiles": "*i64"}, constants, WARPS, 3, unit, column),
+            Instance(_trailing_kernel, {**common, "tiles": "*i64", "panel": "i32"}, behind, WARPS, 3, unit, held),
         ]
     return found

@@ -23,7 +23,7 @@ import triton.language as tl
 from .apply import _widen
 from .cholesky import BLOCK, WITH_DOT, Factored, gram_place
 from .launch import launch
-from .problems import INTERPRETED, Instance, Problems, Tensor, starts_of, target_of, to_device
+from .problems import INTERPRETED, Expected, Instance, Problems, Tensor, starts_of, target_of, to_device
 
 WIDTH = tl.constexpr(16)  # columns of a block
 DEPTH = tl.constexpr(32)  # of the factor per product on the matrix units
@@ -379,6 +379,10 @@ def instances(target: str) -> list[Instance]:
             constants = {"TRANSPOSED": transposed, **arithmetic}
             if name == "*fp32":  # whatever this process runs on
                 constants["BARRIER"] = arithmetic["WORK"] == tl.float64
-            found.append(Instance(_product_kernel, common | tiles, constants, WARPS, unit=unit))
-            found.append(Instance(_solve_kernel, common | inverse, constants, WARPS, unit=unit))
+            held = Expected(width=16, ahead=True) if unit else None
+            found.append(Instance(_product_kernel, common | tiles, constants, WARPS, 3, unit, held))
+            # The compiler turns transposed float64 tiles on the way, 8 bytes each; Triton 3.9 spills between loops.
+            width = 8 if transposed and name == "*fp64" else 16
+            held = Expected(width=width, ahead=True, stack=64) if unit else None
+            found.append(Instance(_solve_kernel, common | inverse, constants, WARPS, 3, unit, held))
     return found
