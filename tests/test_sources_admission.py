@@ -21,6 +21,17 @@ def test_a_parameter_is_a_weight_by_the_class_of_its_module():
     assert evidence(model) == {"parameter of Linear": ["layers.*.weight"], "parameter of Conv1d": ["conv.weight"]}
 
 
+@pytest.mark.parametrize("name", ["cos", "pe", "alibi", "fb", "window", "attn_mask", "running_mean", "mel_filters"])
+def test_a_parameter_of_a_module_is_none_of_the_buffers_that_its_name_is_for_in_files(name):
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_parameter(name, nn.Parameter(torch.randn(20, 24)))
+
+    assert evidence(Learned()) == {"parameter of Learned": [name]}
+    assert kappa_fast.rank(Learned())[0].key == name
+
+
 def test_codes_are_weights_by_the_rule_of_their_format():
     codes = {"a.weight": torch.randn(32, 32).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1, 1)}
     found = evidence(codes | weights(b__weight=(32, 32)))

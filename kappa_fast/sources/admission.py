@@ -86,7 +86,8 @@ def _reason(stored: Stored, around: Surroundings, without_values: bool) -> str |
         found = {c for name in stored.names for c in codes.companions(name, around.shapes)}
         if found:
             return codes.codes_reason(found)
-    if any(names.is_buffer(name) for name in stored.names):
+    # In a module what is here is a parameter, whatever its name; a file holds buffers too, and only names tell.
+    if stored.parent is None and any(names.is_buffer(name) for name in stored.names):
         return "mask or other buffer, not a weight"
     if reason := codes.dtype_reason(stored.dtype):
         return reason
