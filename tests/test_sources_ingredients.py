@@ -160,6 +160,28 @@ def test_what_a_file_holds_once_more_for_a_weight_is_none(name):
     assert set(matrices(source)) == {"a.weight", "ema.b.weight"}
 
 
+@pytest.mark.parametrize("name", ["block.rotation", "block.codebooks", "block.inner.had"])
+def test_what_lies_above_codes_that_are_not_read_is_a_weight_only_by_its_name(name):
+    source = {"block.inner.q.qweight": torch.ones(64, 32, dtype=torch.int8), "block.inner.q.s": torch.rand(64, 16)}
+    source |= {name: torch.randn(32, 32)} | weights(block__norm__weight=(20, 30), other__theta=(20, 30))
+    assert set(matrices(source)) == {"block.norm.weight", "other.theta"}
+    assert "no parameter by its name" in reasons(source)[name]
+
+
+COPIED = ("shadow.a.weight", "ema_weights.a.weight", "swa.a.weight", "hessian_diag.a.weight", "imatrix.a.weight")
+COPIED += ("task_vector.a.weight", "fisher_diag.a.weight", "masks.a.weight", "ema.b.weight", "ema_model.b.weight")
+COPIED += ("model_ema.aweight", "model_ema.modelbweight", "model_ema.bweight")  # dots taken out, as buffers are called
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_averages_and_statistics_under_other_names_are_no_weights(name):
+    kept = weights(a__weight=(32, 20), model__b__weight=(32, 20), query__b__weight=(32, 20), mask__b__weight=(32, 20))
+    opened = open_source(kept | {name: torch.randn(32, 20)}, Filters())
+    assert {m.name for m in opened.matrices} == set(kept)  # a module called mask is one
+    assert opened.num_parameters == 4 * 32 * 20
+    assert matrices(kept | {name: torch.randn(20, 32)}).keys() == {*kept, name}  # no copy with another shape
+
+
 @pytest.mark.parametrize("zeros", ["zeros", "qzeros", "biases"])
 def test_floats_that_may_be_codes_are_not_ranked(zeros):
     codes = torch.randint(0, 16, (64, 64)).half()

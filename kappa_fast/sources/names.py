@@ -21,7 +21,9 @@ LEADING = ("module.",)
 
 # What PEFT puts around or beside the weights, and the first words of what its methods add to them.
 _PEFT = re.compile(r"^base_model\.|\.base_layer\.|\.modules_to_save\.|\.original_module\.|(?:^|\.)lora_")
-_ADAPTER = re.compile(r"(?:^|\.)(?:lora_|lora\.(?:up|down)\.|hada_w[12]_|lokr_w[12](?:_|$)|modules_to_save(?:\.|$))")
+_ADAPTER = re.compile(
+    r"(?:^|\.)(?:lora_|lora\.(?:up|down|[abAB])(?:\.|$)|hada_w[12]_|lokr_w[12](?:_|$)|modules_to_save(?:\.|$))"
+)
 _ADAPTER_IN_PEFT = re.compile(
     r"^prompt_encoder\.|(?:^|\.)(?:adamss|adaption|beft|boft|bone|c3a|deft|delora|fourierft|frod|glora|gralora|hada|hira"
     r"|hra|ia3|lily|ln_tuning|lokr|miss|oft|osf|peanut|poly|prompt_embeddings|psoft|pvera|randlora|road|shadow|shira"

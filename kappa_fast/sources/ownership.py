@@ -29,9 +29,12 @@ _OPTIMIZER = re.compile(
 )
 _FLAT = re.compile(r"(?:^|\.)_?flat_param(?:_\d+)?$")
 MAY_BE_CODES = "floats with scales and zero points beside them: they may be codes, and nothing says so"
-# What a file may hold once more for every weight, under the name of the weight.
-_COPIES = re.compile(
-    r"^(?:fisher|hessians?|importances?|grads?|gradients?|ema|model_ema|ema_model|deltas?)\.(?P<of>.+)"
+# What a file may hold once more for every weight, under the name of the weight: averages, statistics, optimizer state.
+# The first words are no modules of a model; the others are a copy only of what has the whole rest of the name.
+_AVERAGES = r"ema|swa|fisher|hessians?|imatrix|task_vectors?|exp_avg|exp_avg_sq|momentum_buffer"
+_COPIES = re.compile(rf"^(?P<word>(?:\w+_)?(?:{_AVERAGES})(?:_\w+)?)\.(?P<of>.+)")
+_COPIES_OF_ALL = re.compile(
+    r"^(?P<word>(?:shadow|importances?|saliency|sensitivity|grads?|gradients?|deltas?|diffs?|masks?|mu|nu)(?:_\w+)?)\.(?P<of>.+)"
 )
 # Integers that index, count or mask in ordinary modules; codes come in other types.
 _INDICES = (torch.int64, torch.bool)
@@ -47,7 +50,7 @@ def without_ingredients(tensors: Sequence[Stored], method: str = "") -> list[Sto
         method: how the config says that the model was quantized, if that is a method which is not known here.
     """
     shapes = {name: t.shape for t in tensors for name in t.names}
-    unread = _owners_of_unread_codes(tensors)
+    unread, copied = _owners_of_unread_codes(tensors), _Copies(shapes)
     marked = []
     for stored in tensors:
         reason = None
@@ -55,9 +58,11 @@ def without_ingredients(tensors: Sequence[Stored], method: str = "") -> list[Sto
             stored = replace(stored, error=_flattened(stored.name))
         undecided = stored.quantization is None and stored.problem is None and stored.error is None
         if stored.parent is None and undecided and not stored.evidence:
-            reason = next((r for name in stored.names if (r := _reason(stored, name, shapes, unread))), None)
+            reason = next((r for name in stored.names if (r := _reason(stored, name, shapes, unread, copied))), None)
             if reason is None and method and not any(names.is_parameter(name) for name in stored.names):
                 reason = f"no parameter by its name, in a model quantized by {method}; {codes.NOT_SUPPORTED}"
+            if reason is None and "scales" not in stored.roles:
+                reason = next((r for name in stored.names if (r := _above_codes(stored, name, unread))), None)
         marked.append(_marked(stored, reason) if reason is not None else stored)
     return marked
 
@@ -75,7 +80,36 @@ def _marked(stored: Stored, reason: str) -> Stored:
     return replace(stored, problem=reason, roles=stored.roles | {"ingredient"})
 
 
-def _reason(stored: Stored, name: str, shapes: dict[str, tuple[int, ...]], unread: dict[str, str]) -> str | None:
+class _Copies:
+    """What a file holds once more, by its name: ``ema.a.weight`` beside ``a.weight`` or beside ``model.a.weight``."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+        self._below = {(n.partition(".")[2], shape) for n, shape in shapes.items() if not _COPIES.match(n)}
+        self._joined: set[tuple[str, tuple[int, ...]]] | None = None
+
+    def word(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """The word before the name of the other weight, None if it is no copy."""
+        found = _COPIES.match(name) or _COPIES_OF_ALL.match(name)
+        if found is None:
+            return None
+        of = found["of"]
+        twin = self._shapes.get(of) == shape
+        if found.re is _COPIES:
+            twin = twin or ((of, shape) in self._below if "." in of else self._is_joined(of, shape))
+        return found["word"] if twin else None
+
+    def _is_joined(self, of: str, shape: tuple[int, ...]) -> bool:
+        """Whether it is a name without dots, whole or without its first word, as buffers of averages are called."""
+        if self._joined is None:
+            every = {(n, s) for n, s in self._shapes.items() if "." in n}
+            self._joined = {(n.replace(".", ""), s) for n, s in (*every, *self._below)}
+        return (of, shape) in self._joined
+
+
+def _reason(
+    stored: Stored, name: str, shapes: dict[str, tuple[int, ...]], unread: dict[str, str], copied: _Copies
+) -> str | None:
     floats = stored.dtype is not None and stored.dtype.is_floating_point
     if not floats or "scales" in stored.roles:
         return None
@@ -83,9 +117,8 @@ def _reason(stored: Stored, name: str, shapes: dict[str, tuple[int, ...]], unrea
         return "state of an optimizer, not a weight"
     if (beneath := _BENEATH.match(name)) is not None and _PARAMETRIZED not in name:
         return f"belongs to a weight ({_last(beneath['owner'])}.{_last(name)}), and is none itself"
-    copy = _COPIES.match(name)
-    if copy is not None and shapes.get(copy["of"]) == stored.shape:
-        return f"statistics or a copy of another weight ({name.partition('.')[0]}), not a weight"
+    if (word := copied.word(name, stored.shape)) is not None:
+        return f"statistics or a copy of another weight ({word}), not a weight"
     owner, _, leaf = name.rpartition(".")
     start = f"{owner}." if owner else ""
     if leaf == "weight" and start + "scales" in shapes and not shapes.keys().isdisjoint({start + z for z in _ZEROS}):
@@ -101,6 +134,14 @@ def _reason(stored: Stored, name: str, shapes: dict[str, tuple[int, ...]], unrea
     return None
 
 
+def _above_codes(stored: Stored, name: str, unread: Mapping[str, str]) -> str | None:
+    """A reason against rotations, code books and the like in a module that has one with codes inside."""
+    if len(stored.shape) < 2 or names.is_parameter(name) or codes.may_be_codes(stored.dtype):
+        return None
+    found = _codes_below(name.rpartition(".")[0], unread)
+    return found and f"no parameter by its name, beside a quantized layer ({found}); {codes.NOT_SUPPORTED}"
+
+
 def _owners_of_unread_codes(tensors: Sequence[Stored]) -> dict[str, str]:
     """Modules that hold codes which nothing has dequantized, and what those are called."""
     owners: dict[str, str] = {}
@@ -111,6 +152,11 @@ def _owners_of_unread_codes(tensors: Sequence[Stored]) -> dict[str, str]:
                 if owner or leaf in CODES:
                     owners.setdefault(owner, leaf)
     return owners
+
+
+def _codes_below(owner: str, unread: Mapping[str, str]) -> str | None:
+    """What the codes are called that a module inside of this one holds: rotations and code books may lie above them."""
+    return next((leaf for name, leaf in unread.items() if owner and name.startswith(f"{owner}.")), None)
 
 
 # Names under which codes lie in a state dict of one layer, where other integers may be anything.
