@@ -71,6 +71,29 @@ def test_an_index_under_another_name_counts(index, tmp_path):
         open_source(tmp_path, Filters())
 
 
+@pytest.mark.parametrize("index", ["model.index.json", "index.json", "MODEL.SAFETENSORS.INDEX.JSON"])
+def test_an_index_is_one_by_what_it_lists(index, tmp_path):
+    save_file(weights(a__weight=(20, 30)), tmp_path / "x.safetensors")
+    (tmp_path / "model_index.json").write_text(json.dumps({"weight_map": {"of": "something else"}}))
+    (tmp_path / index).write_text(json.dumps({"weight_map": {"a.weight": "x.safetensors"}}))
+    assert set(matrices(tmp_path)) == {"a.weight"}
+    (tmp_path / index).write_text(
+        json.dumps({"weight_map": {"a.weight": "x.safetensors", "b.weight": "y.safetensors"}})
+    )
+    with pytest.raises(SourceNotFoundError, match=r"names y\.safetensors, which is not there"):
+        open_source(tmp_path, Filters())
+
+
+@pytest.mark.parametrize("spelling", ["model-{}", "model_part_{}", "part{}", "rank{}"])
+def test_a_gap_shows_with_single_digits_too(spelling, tmp_path):
+    files = shards(tmp_path, spelling + ".safetensors")
+    assert len(matrices(tmp_path)) == 3
+    files[1].unlink()
+    with pytest.raises(SourceNotFoundError, match="number 2 among them is not there"):
+        open_source(tmp_path, Filters())
+    assert len(matrices(files[0])) == 1  # the advice: the path of one file
+
+
 @pytest.mark.parametrize("ending", [".incomplete", ".part", ".crdownload", ".aria2"])
 def test_a_file_that_a_program_has_not_finished_is_missing(ending, tmp_path):
     save_file(weights(a__weight=(20, 30)), tmp_path / "a.safetensors")

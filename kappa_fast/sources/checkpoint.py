@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -204,6 +204,7 @@ def _files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
     # A pipe is no file, and opening one would never end.
     indices = sorted(p for p in path.glob("*.safetensors.index*.json") if is_index(p.name) and p.is_file())
     names = [p.name for p in path.iterdir()]
+    indices = indices or _by_content(path, names)
     if path / INDEX in indices:
         return _listed(path / INDEX)
     if (path / SINGLE).is_file():
@@ -216,6 +217,22 @@ def _files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
         raise _no_weights(path)
     check_complete(files, names)
     return files, None
+
+
+def _by_content(directory: Path, names: Iterable[str]) -> list[Path]:
+    """Indices under names that no program gives them: they list safetensors files."""
+    found = []
+    for path in (
+        directory / name for name in sorted(names) if "index" in name.lower() and name.lower().endswith(".json")
+    ):
+        try:
+            document = json.loads(path.read_bytes()) if path.is_file() else None
+        except (OSError, ValueError, RecursionError):
+            continue  # whatever it is, nothing promises that it is an index
+        shards = document.get("weight_map") if isinstance(document, dict) else None
+        if isinstance(shards, dict) and any(str(shard).endswith(".safetensors") for shard in shards.values()):
+            found.append(path)
+    return found
 
 
 def _listed(index: Path) -> tuple[list[Path], dict[str, Path]]:

@@ -17,7 +17,9 @@ _NUMBERED = re.compile(
     re.IGNORECASE,
 )
 # model-00001.safetensors: how many there are is not said, but a gap shows.
-_COUNTED = re.compile(r"(?P<stem>.*?)(?P<number>0[0-9]{1,8}|[0-9]{2,9})\.safetensors")
+_COUNTED = re.compile(
+    r"(?P<stem>.*?)(?P<number>0[0-9]{1,8}|[0-9]{2,9}|(?:(?<=[-_.])|(?<=part)|(?<=rank)|(?<=shard))[0-9])\.safetensors"
+)
 # What programs call a file that they have not finished.
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp", ".!qB")
 
