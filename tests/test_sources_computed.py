@@ -182,6 +182,33 @@ def test_asking_changes_nothing_in_training_mode(kind):
     assert everything_about(layer) == before
 
 
+def test_a_parametrization_that_works_in_place_moves_neither_the_weight_nor_what_it_counts():
+    class Counter:
+        calls = 0
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counter, self.seen = Counter(), {"sums": [[0.0]]}
+            self.seen["all"] = [self.seen]  # holds itself
+
+        def forward(self, weight: Tensor) -> Tensor:
+            if not self.training:
+                self.counter.calls += 1
+                self.seen["sums"][0].append(1.0)
+                weight.data.mul_(torch.logspace(0, 2, 24))
+            return weight
+
+    layer = parametrized(InPlace())
+    step, original = layer.parametrizations.weight[0], layer.parametrizations.weight.original
+    before = original.detach().clone()
+    entry = kappa_fast.rank(layer, progress=False)[0]
+    assert torch.equal(original, before)
+    assert (step.counter.calls, step.seen["sums"]) == (0, [[0.0]])
+    exact = torch.linalg.svdvals((before * torch.logspace(0, 2, 24)).double())
+    assert entry.lower <= exact[0] / exact[-1] <= entry.upper
+
+
 def test_a_generator_of_the_parametrization_itself_goes_on_where_it_was():
     class Rotated(nn.Module):
         def __init__(self) -> None:

@@ -3,7 +3,7 @@
 Two mechanisms of torch keep a weight in pieces. ``torch.nn.utils.parametrize`` keeps ``originals`` and the modules that
 turn them into the weight (weight_norm, spectral_norm, orthogonal, low-rank products, masks, anything a user writes).
 The older one is a hook that runs before each forward pass and sets a plain attribute (weight_norm, spectral_norm,
-pruning). Both are asked on a copy that shares the parameters and nothing else, in eval mode: no buffer, hook, cache,
+pruning). Both are asked on a copy that shares nothing with the model, in eval mode: no parameter, buffer, hook, cache,
 gradient or random number generator of the model moves.
 """
 
@@ -157,7 +157,7 @@ class _Asked:
 
     def __call__(self, index: Index, device: torch.device | None = None) -> torch.Tensor:
         with _ONE_AT_A_TIME, _generators_kept():
-            values = self._compute(lambda tensor: tensor.detach()).detach()
+            values = self._compute(_copied).detach()
         return values[index].clone() if index else values
 
     def on_meta(self) -> tuple[torch.Tensor, bool]:
@@ -168,7 +168,7 @@ class _Asked:
             except Exception:
                 if any(t.is_meta for t in (*self._module.parameters(), *self._module.buffers())):
                     raise
-                found = self._compute(lambda tensor: tensor.detach()).to("meta")
+                found = self._compute(_copied).to("meta")
         return found, seen.random
 
     def _compute(self, convert: Convert) -> torch.Tensor:
@@ -206,12 +206,28 @@ def _twin(module: nn.Module, convert: Convert, known: dict[int, nn.Module]) -> n
     return made
 
 
-def _own(value: Any, convert: Convert) -> Any:
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """What users write may work in place."""
+    return tensor.detach().clone()
+
+
+def _own(value: Any, convert: Convert, depth: int = 4) -> Any:
+    """A copy of an attribute, and of what containers hold so deep; modules, functions and classes stay as they are."""
     if isinstance(value, torch.Tensor):
         return convert(value).clone()
     if isinstance(value, torch.Generator):
         return value.clone_state()
-    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+    if type(value) is dict and depth:
+        return {key: _own(inner, convert, depth - 1) for key, inner in value.items()}
+    if type(value) in (list, tuple) and depth:
+        return type(value)(_own(inner, convert, depth - 1) for inner in value)
+    if isinstance(value, (dict, list, set)):
+        return copy.copy(value)
+    if isinstance(value, nn.Module) or type(value).__module__ == "builtins" or not hasattr(value, "__dict__"):
+        return value
+    with contextlib.suppress(Exception):  # an object of any kind, which may not like to be copied
+        return copy.copy(value)
+    return value
 
 
 class _RandomOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -159,7 +159,7 @@ def _made(
         parent=places[0].owner,
         model_types=places[0].model_types,
         roles=frozenset(roles),
-        overhead=3 * math.prod(weight.shape) * weight.dtype.itemsize,
+        overhead=4 * math.prod(weight.shape) * weight.dtype.itemsize,
         evidence=f"computed by {weight.how} of {places[0].owner.__class__.__name__}",
     )
     yield parts[0], whole
