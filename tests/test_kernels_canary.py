@@ -33,6 +33,13 @@ def fresh():
     check_storage.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def small(request, monkeypatch):
+    """A fault shows in small matrices too, which the interpreter takes less time for."""
+    if "sound" not in request.node.name and "class" not in request.node.name:
+        monkeypatch.setattr(canary, "STORED", ((48, 32), (32, 16), (16, 16)))
+
+
 @pytest.mark.slow
 def test_every_kernel_passes_on_a_sound_device():
     check_device(CPU)

@@ -51,7 +51,7 @@ def true_residual(gram, shift, sign, lower):
 
 
 @pytest.mark.usefixtures("products")
-@pytest.mark.parametrize("spoil", [0.0, 1e-9], ids=["factors", "spoilt factors"])
+@pytest.mark.parametrize("spoil", [pytest.param(0.0, marks=pytest.mark.slow), 1e-9], ids=["factors", "spoilt factors"])
 def test_residuals_are_those_of_exact_arithmetic_and_one_attempt_leaves_nothing_for_the_next(spoil, monkeypatch):
     grams = wave()
     found = mirrored(grams)
