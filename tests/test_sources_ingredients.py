@@ -169,7 +169,7 @@ def test_what_lies_above_codes_that_are_not_read_is_a_weight_only_by_its_name(na
 
 
 COPIED = ("shadow.a.weight", "ema_weights.a.weight", "swa.a.weight", "hessian_diag.a.weight", "imatrix.a.weight")
-COPIED += ("task_vector.a.weight", "fisher_diag.a.weight", "masks.a.weight", "ema.b.weight", "ema_model.b.weight")
+COPIED += ("task_vector.a.weight", "fisher_diag.a.weight", "masks.a.weight")
 COPIED += ("model_ema.aweight", "model_ema.modelbweight", "model_ema.bweight")  # dots taken out, as buffers are called
 
 
@@ -180,6 +180,19 @@ def test_averages_and_statistics_under_other_names_are_no_weights(name):
     assert {m.name for m in opened.matrices} == set(kept)  # a module called mask is one
     assert opened.num_parameters == 4 * 32 * 20
     assert matrices(kept | {name: torch.randn(20, 32)}).keys() == {*kept, name}  # no copy with another shape
+
+
+@pytest.mark.parametrize("word", ["ema", "ema_model", "model_swa"])
+def test_a_second_model_of_averages_is_none_but_a_module_of_that_name_is(word):
+    model = weights(model__a__weight=(32, 20), model__b__weight=(20, 32))
+    assert set(matrices(model | {name.replace("model", word, 1): t + 1 for name, t in model.items()})) == set(model)
+    modules = weights(attn__proj__weight=(32, 20)) | {f"{word}.proj.weight": torch.randn(32, 20)}
+    assert set(matrices(modules)) == set(modules)
+
+
+def test_modules_called_weight_and_second_weights_and_biases_stay():
+    source = weights(weight__proj__weight=(20, 30), a__weight=(20, 30), a__weight2=(20, 30), a__pos_bias_u=(20, 30))
+    assert set(matrices(source)) == set(source)
 
 
 @pytest.mark.parametrize("zeros", ["zeros", "qzeros", "biases"])

@@ -18,7 +18,7 @@ from . import codes, names
 from .base import Stored
 
 # What a module with a weight has beside it.
-_BESIDE_WEIGHT = re.compile(r"weight|\w*bias(?:_[kv])?|in_proj_weight|[qkv]_proj_weight")
+_BESIDE_WEIGHT = re.compile(r"weight\d?|\w*bias(?:_[kuv])?|in_proj_weight|[qkv]_proj_weight")
 # Modules put this between the name of a parameter and what it is computed from.
 _PARAMETRIZED = ".parametrizations."
 _BENEATH = re.compile(r"^(?P<owner>.*\.weight|weight)\.[^.]+")
@@ -85,7 +85,11 @@ class _Copies:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
-        self._below = {(n.partition(".")[2], shape) for n, shape in shapes.items() if not _COPIES.match(n)}
+        self._of_root: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
+        for n, shape in shapes.items():
+            if len(shape) >= 2:
+                root, _, rest = n.partition(".")
+                self._of_root.setdefault(root, set()).add((rest, shape))
         self._joined: set[tuple[str, tuple[int, ...]]] | None = None
 
     def word(self, name: str, shape: tuple[int, ...]) -> str | None:
@@ -96,14 +100,22 @@ class _Copies:
         of = found["of"]
         twin = self._shapes.get(of) == shape
         if found.re is _COPIES:
-            twin = twin or ((of, shape) in self._below if "." in of else self._is_joined(of, shape))
+            twin = twin or (self._is_another_model(found["word"]) if "." in of else self._is_joined(of, shape))
         return found["word"] if twin else None
+
+    def _is_another_model(self, word: str) -> bool:
+        """Whether all matrices under this word are those of another root; a single pair may be two modules of one."""
+        own = self._of_root.get(word, set())
+        return len(own) > 1 and any(
+            own == other for root, other in self._of_root.items() if not _COPIES.match(f"{root}.x")
+        )
 
     def _is_joined(self, of: str, shape: tuple[int, ...]) -> bool:
         """Whether it is a name without dots, whole or without its first word, as buffers of averages are called."""
         if self._joined is None:
             every = {(n, s) for n, s in self._shapes.items() if "." in n}
-            self._joined = {(n.replace(".", ""), s) for n, s in (*every, *self._below)}
+            below = {(n.partition(".")[2], s) for n, s in every if not _COPIES.match(n)}
+            self._joined = {(n.replace(".", ""), s) for n, s in every | below}
         return (of, shape) in self._joined
 
 
@@ -115,7 +127,9 @@ def _reason(
         return None
     if _OPTIMIZER.search(name):
         return "state of an optimizer, not a weight"
-    if (beneath := _BENEATH.match(name)) is not None and _PARAMETRIZED not in name:
+    beneath = _BENEATH.match(name)
+    a_module = beneath is not None and beneath["owner"] not in shapes and name.endswith(".weight")  # called weight
+    if beneath is not None and not a_module and _PARAMETRIZED not in name:
         return f"belongs to a weight ({_last(beneath['owner'])}.{_last(name)}), and is none itself"
     if (word := copied.word(name, stored.shape)) is not None:
         return f"statistics or a copy of another weight ({word}), not a weight"
