@@ -209,6 +209,22 @@ def test_a_parametrization_that_works_in_place_moves_neither_the_weight_nor_what
     assert entry.lower <= exact[0] / exact[-1] <= entry.upper
 
 
+def test_a_parametrized_layer_that_a_parametrization_reads_does_not_move():
+    class Tied(nn.Module):
+        def __init__(self, other: nn.Module) -> None:
+            super().__init__()
+            self.__dict__["other"] = other  # no child of this one
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + self.other.weight
+
+    other = parametrizations.spectral_norm(linear()).train()
+    model = nn.ModuleDict({"other": other, "tied": parametrized(Tied(other))})
+    vector = other.parametrizations.weight[0]._u.clone()
+    kappa_fast.rank(model, progress=False)
+    assert torch.equal(other.parametrizations.weight[0]._u, vector)
+
+
 def test_a_generator_of_the_parametrization_itself_goes_on_where_it_was():
     class Rotated(nn.Module):
         def __init__(self) -> None:

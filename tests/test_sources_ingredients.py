@@ -190,6 +190,12 @@ def test_a_second_model_of_averages_is_none_but_a_module_of_that_name_is(word):
     assert set(matrices(modules)) == set(modules)
 
 
+@pytest.mark.parametrize("leaf", ["lut", "state"])
+def test_a_table_in_bytes_makes_no_codes_of_the_weight_beside_it(leaf):
+    source = weights(m__weight=(20, 30)) | {f"m.{leaf}": torch.ones(20, 20, dtype=torch.uint8)}
+    assert set(matrices(source)) == {"m.weight"}
+
+
 def test_modules_called_weight_and_second_weights_and_biases_stay():
     source = weights(weight__proj__weight=(20, 30), a__weight=(20, 30), a__weight2=(20, 30), a__pos_bias_u=(20, 30))
     assert set(matrices(source)) == set(source)

@@ -196,7 +196,7 @@ def _twin(module: nn.Module, convert: Convert, known: dict[int, nn.Module]) -> n
     if id(module) in known:
         return known[id(module)]
     made = known[id(module)] = module.__new__(type(module))
-    vars(made).update({name: _own(value, convert) for name, value in vars(module).items()})
+    vars(made).update({name: _own(value, convert, known) for name, value in vars(module).items()})
     vars(made).update(
         training=False,
         _parameters={n: None if t is None else convert(t) for n, t in module._parameters.items()},
@@ -211,19 +211,24 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone()
 
 
-def _own(value: Any, convert: Convert, depth: int = 4) -> Any:
-    """A copy of an attribute, and of what containers hold so deep; modules, functions and classes stay as they are."""
+def _own(value: Any, convert: Convert, known: dict[int, nn.Module], depth: int = 4) -> Any:
+    """A copy of an attribute, and of what containers hold so deep; functions and classes stay as they are.
+
+    So do other modules of the model, unless they compute weights themselves, which may move their buffers.
+    """
     if isinstance(value, torch.Tensor):
         return convert(value).clone()
     if isinstance(value, torch.Generator):
         return value.clone_state()
     if type(value) is dict and depth:
-        return {key: _own(inner, convert, depth - 1) for key, inner in value.items()}
+        return {key: _own(inner, convert, known, depth - 1) for key, inner in value.items()}
     if type(value) in (list, tuple) and depth:
-        return type(value)(_own(inner, convert, depth - 1) for inner in value)
+        return type(value)(_own(inner, convert, known, depth - 1) for inner in value)
     if isinstance(value, (dict, list, set)):
         return copy.copy(value)
-    if isinstance(value, nn.Module) or type(value).__module__ == "builtins" or not hasattr(value, "__dict__"):
+    if isinstance(value, nn.Module):
+        return _twin(value, convert, known) if PARAMETRIZATIONS in value._modules else value
+    if type(value).__module__ == "builtins" or not hasattr(value, "__dict__"):
         return value
     with contextlib.suppress(Exception):  # an object of any kind, which may not like to be copied
         return copy.copy(value)

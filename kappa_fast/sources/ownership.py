@@ -140,7 +140,8 @@ def _reason(
     above = owner.rpartition(".")[0]
     if unread.get(above) in CODES and leaf == "weight":
         return f"in a quantized layer ({unread[above]}); {codes.NOT_SUPPORTED}"
-    if owner in unread and (leaf != "bias" or len(stored.shape) >= 2):
+    plain = leaf == "weight" and not _CODED.search(unread.get(owner, "weight"))  # beside a table or a state in bytes
+    if owner in unread and not plain and (leaf != "bias" or len(stored.shape) >= 2):
         return f"part of a quantized layer ({unread[owner]}); {codes.NOT_SUPPORTED}"
     weight = shapes.get(f"{owner}.weight" if owner else "weight", ())
     if len(stored.shape) >= 2 and len(weight) >= 2 and not _BESIDE_WEIGHT.fullmatch(leaf):
