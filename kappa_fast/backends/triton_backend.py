@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,52 +19,34 @@ from .base import CLIMBING, DROP, ExactProducts, Extension, Factors, Operand, Pa
 from .rates import rates_of
 from .start import block_key
 from .torch_backend import SAFE, SLENDER, TorchBackend, prepare_one
+from .triton_waves import (
+    KINDS,
+    LANES,
+    SLICES,
+    WEIGHTS16,
+    OfTorch,
+    Operation,
+    Place,
+    Share,
+    TridiagonalRitz,
+    Wave,
+    blocks_of,
+    cut,
+    factored,
+    fits,
+    padded,
+    peaks,
+    rows_of,
+    tall,
+)
 
 if TYPE_CHECKING:
-    from kappa_fast.kernels.apply import Blocks
-    from kappa_fast.kernels.cholesky import Factored
     from kappa_fast.kernels.panel import Rows
     from kappa_fast.kernels.problems import Problems
-    from kappa_fast.kernels.ritz import Tridiagonal
     from kappa_fast.kernels.triangular import Members
 
-# Names say where the Gram matrix comes from. The first two are stored and factored in float32, in half the bytes and on
-# faster units; blocks are float64 whatever they meet, so that all rungs of a wave go through the same steps.
-WEIGHTS16 = Rung("weights16", "weights16", torch.float32, 2, panel=torch.float64)
-SLICES = {
-    2: Rung("slices2", "slices2", torch.float32, 2, panel=torch.float64),
-    3: Rung("slices3", "slices3", torch.float64, 2),
-    4: Rung("slices4", "slices4", torch.float64, 2),
-}
-KINDS = {WEIGHTS16.kind: 0, **{rung.kind: k for k, rung in SLICES.items()}}
-LANES = 16  # columns of a block in the kernels
 # How much longer than at full rate a matrix is taken to need where torch works on it alone: an assumption.
 ALONE = 4.0
-
-
-@dataclass(frozen=True)
-class _Wave:
-    """Matrices that were factored together, in one dtype."""
-
-    problems: Problems
-    factored: Factored
-
-
-@dataclass(frozen=True)
-class _Place:
-    """One matrix of a factored wave: what Factors.data holds."""
-
-    wave: _Wave
-    position: int
-
-
-@dataclass(frozen=True)
-class _Share:
-    """Matrices of one _Wave that take part in a call, and those that are torch's (``wave`` is None), by position."""
-
-    wave: _Wave | None
-    members: Members | None
-    which: tuple[int, ...]
 
 
 class TritonBackend:
@@ -138,9 +119,9 @@ class TritonBackend:
         narrow = [i for i, weight in enumerate(moved) if supported(weight.dtype) and weight.numel()]
         found: dict[int, float] = {}
         if narrow:
-            problems = Problems.of([_tall(moved[i]) for i in narrow])
+            problems = Problems.of([tall(moved[i]) for i in narrow])
             self._trust(problems)
-            found = dict(zip(narrow, self.read(_peaks(problems)), strict=True))
+            found = dict(zip(narrow, self.read(peaks(problems)), strict=True))
         return [self._operand(weight, found.get(i)) for i, weight in enumerate(moved)]
 
     def _trust(self, problems: Problems) -> None:
@@ -156,7 +137,7 @@ class TritonBackend:
         if peak is None or (math.isfinite(peak) and peak > 0 and abs(math.frexp(peak)[1]) > SAFE):
             return prepare_one(weight)
         turned = weight.shape[0] < weight.shape[1]
-        return Operand(_tall(weight), 0, math.isfinite(peak), peak, turned=turned)
+        return Operand(tall(weight), 0, math.isfinite(peak), peak, turned=turned)
 
     def digests(self, operands: Sequence[Operand]) -> list[bytes]:
         """On the device but for 64 bits of every column, which the host hashes: one read."""
@@ -180,7 +161,7 @@ class TritonBackend:
         from kappa_fast.kernels.start import gaussian_blocks
 
         keys = [block_key(n, width, salt, seed)[:8] for n, seed in zip(ns, seeds, strict=True)]
-        rows = _rows_of(tuple(ns), self.device)
+        rows = rows_of(tuple(ns), self.device)
         data = gaussian_blocks(rows, [int.from_bytes(key, "little", signed=True) for key in keys])
         return Panel(data[:, :width].to(dtype), tuple(ns))
 
@@ -205,19 +186,19 @@ class TritonBackend:
         for i, (a, rung) in enumerate(zip(operands, rungs, strict=True)):
             if rung.kind not in KINDS:
                 data[i] = self._torch.factor([a], [rung]).data[0]
-            elif _fits(a.tensor, rung):
+            elif fits(a.tensor, rung):
                 usable.setdefault(rung.dtype, []).append(i)
         for dtype, chosen in usable.items():
             chosen.sort(key=lambda i: KINDS[rungs[i].kind])
-            wave = _factored([operands[i].tensor for i in chosen], [KINDS[rungs[i].kind] for i in chosen], dtype)
+            wave = factored([operands[i].tensor for i in chosen], [KINDS[rungs[i].kind] for i in chosen], dtype)
             for position, (i, failed) in enumerate(zip(chosen, self.read(wave.factored.info), strict=True)):
-                data[i] = None if failed else _Place(wave, position)
+                data[i] = None if failed else Place(wave, position)
         return Factors(tuple(rungs), tuple(a.shape[1] for a in operands), tuple(data))
 
     def product(self, factors: Factors, blocks: Panel) -> Panel:
         from kappa_fast.kernels.triangular import lower_product, transposed_product
 
-        def ours(wave: _Wave, members: Members, x: Tensor, out: Tensor) -> None:
+        def ours(wave: Wave, members: Members, x: Tensor, out: Tensor) -> None:
             inner = transposed_product(wave.problems, wave.factored, members, x)
             lower_product(wave.problems, wave.factored, members, inner, out)
 
@@ -226,7 +207,7 @@ class TritonBackend:
     def solve(self, factors: Factors, blocks: Panel) -> Panel:
         from kappa_fast.kernels.triangular import backward_solve, forward_solve
 
-        def ours(wave: _Wave, members: Members, x: Tensor, out: Tensor) -> None:
+        def ours(wave: Wave, members: Members, x: Tensor, out: Tensor) -> None:
             inner = forward_solve(wave.problems, wave.factored, members, x)
             backward_solve(wave.problems, wave.factored, members, inner, out)
 
@@ -237,10 +218,10 @@ class TritonBackend:
     ) -> Panel:
         from kappa_fast.kernels.triangular import backward_solve, forward_solve
 
-        def right(wave: _Wave, members: Members, x: Tensor, out: Tensor) -> None:
+        def right(wave: Wave, members: Members, x: Tensor, out: Tensor) -> None:
             backward_solve(wave.problems, wave.factored, members, x, out)
 
-        def left(wave: _Wave, members: Members, x: Tensor, out: Tensor) -> None:
+        def left(wave: Wave, members: Members, x: Tensor, out: Tensor) -> None:
             forward_solve(wave.problems, wave.factored, members, x, out)
 
         ours = [i for i, rung in enumerate(factors.rungs) if rung.kind in KINDS]
@@ -262,9 +243,9 @@ class TritonBackend:
                 parts[i] = block
         return Panel.pack(parts)
 
-    def _each(self, factors: Factors, blocks: Panel, ours: _Operation, theirs: _OfTorch | None) -> Panel:
+    def _each(self, factors: Factors, blocks: Panel, ours: Operation, theirs: OfTorch | None) -> Panel:
         """One launch or two for every dtype of factors, and torch's operation for what torch has factored."""
-        x = _padded(blocks)
+        x = padded(blocks)
         out = torch.empty_like(x)
         for share in self._shares(factors):
             if share.wave is not None and share.members is not None:
@@ -274,9 +255,9 @@ class TritonBackend:
                 into = torch.split(out, list(blocks.rows))
                 for i, block in zip(share.which, found.blocks(), strict=True):
                     into[i][:, : blocks.width] = block
-        return _cut(out, blocks)
+        return cut(out, blocks)
 
-    def _shares(self, factors: Factors) -> list[_Share]:
+    def _shares(self, factors: Factors) -> list[Share]:
         """Who works on which of these factors; made once for as long as the same ones take part."""
         from kappa_fast.kernels.problems import on_host, starts_of
         from kappa_fast.kernels.triangular import Members
@@ -284,19 +265,19 @@ class TritonBackend:
         if "shares" not in factors.cache:
             waves: dict[int, list[int]] = {}
             for i, place in enumerate(factors.data):
-                waves.setdefault(id(place.wave) if isinstance(place, _Place) else 0, []).append(i)
+                waves.setdefault(id(place.wave) if isinstance(place, Place) else 0, []).append(i)
             starts, rows = starts_of(on_host(factors.ns))
             shares = []
             for which in waves.values():
                 places = [factors.data[i] for i in which]
-                if isinstance(places[0], _Place):
+                if isinstance(places[0], Place):
                     wave = places[0].wave
                     members = Members.of(wave.problems, [p.position for p in places], starts[which], rows)
-                    shares.append(_Share(wave, members, tuple(which)))
+                    shares.append(Share(wave, members, tuple(which)))
                 else:
-                    shares.append(_Share(None, None, tuple(which)))
+                    shares.append(Share(None, None, tuple(which)))
             factors.cache["shares"] = shares
-        found: list[_Share] = factors.cache["shares"]
+        found: list[Share] = factors.cache["shares"]
         return found
 
     def read(self, values: Tensor) -> list[Any]:
@@ -317,7 +298,7 @@ class TritonBackend:
         if not all(supported(a.tensor.dtype) for a in operands):
             return self._torch.apply(operands, blocks)
         problems = Problems.of([a.tensor for a in operands])
-        image, squares = times(problems, _blocks(problems, range(len(operands))), _padded(blocks.to(torch.float64)))
+        image, squares = times(problems, blocks_of(problems, range(len(operands))), padded(blocks.to(torch.float64)))
         return Panel(image[:, : blocks.width], tuple(a.shape[0] for a in operands)), squares.sqrt()
 
     def normal(self, operands: Sequence[Operand], blocks: Panel) -> Panel:
@@ -327,16 +308,16 @@ class TritonBackend:
         if not all(supported(a.tensor.dtype) for a in operands):
             return self._torch.normal(operands, blocks)
         problems = Problems.of([a.tensor for a in operands])
-        places = _blocks(problems, range(len(operands)))
-        image, _ = times(problems, places, _padded(blocks.to(torch.float64)))
-        return _cut(transposed_times(problems, places, image), blocks).to(blocks.data.dtype)
+        places = blocks_of(problems, range(len(operands)))
+        image, _ = times(problems, places, padded(blocks.to(torch.float64)))
+        return cut(transposed_times(problems, places, image), blocks).to(blocks.data.dtype)
 
     def orthonormalize(self, blocks: Panel) -> Panel:
         from kappa_fast.kernels.orthogonal import orthonormalized
 
         rows = self._rows(blocks)
         limits = torch.zeros(rows.members, dtype=torch.float64, device=self.device)
-        return _cut(orthonormalized(rows, _padded(blocks.to(torch.float64)), limits)[0], blocks).to(blocks.data.dtype)
+        return cut(orthonormalized(rows, padded(blocks.to(torch.float64)), limits)[0], blocks).to(blocks.data.dtype)
 
     def extend(self, bases: Panel, blocks: Panel, scale: Tensor) -> Extension:
         """Gram-Schmidt twice before and once after two passes of orthonormalization: what these brought up from the
@@ -344,7 +325,7 @@ class TritonBackend:
         from kappa_fast.kernels.orthogonal import identities, one_pass
         from kappa_fast.kernels.panel import inner, subtract
 
-        rows, basis, new = self._rows(blocks), bases.data.to(torch.float64), _padded(blocks.to(torch.float64))
+        rows, basis, new = self._rows(blocks), bases.data.to(torch.float64), padded(blocks.to(torch.float64))
         coefficients = torch.zeros((), dtype=torch.float64, device=self.device)
         for _ in range(2):
             part = inner(rows, basis, new)
@@ -358,7 +339,7 @@ class TritonBackend:
         new, coupling = one_pass(rows, new, limits, coupling)
         b = blocks.width
         return Extension(
-            coefficients[:, :, :b], _cut(new, blocks).to(blocks.data.dtype), coupling[:, :b, :b].contiguous(), scale
+            coefficients[:, :, :b], cut(new, blocks).to(blocks.data.dtype), coupling[:, :b, :b].contiguous(), scale
         )
 
     def combine(self, bases: Panel, coefficients: Tensor) -> Panel:
@@ -374,7 +355,7 @@ class TritonBackend:
 
         rows, b = self._rows(blocks), blocks.width
         limits = torch.zeros(rows.members, dtype=torch.float64, device=self.device)
-        basis, coupling = orthonormalized(rows, _padded(blocks), limits)
+        basis, coupling = orthonormalized(rows, padded(blocks), limits)
         u, s, v = svd_in_batches(coupling[:, :b, :b])
         return Panel(combine(rows, basis[:, :b], u), blocks.rows), s, v
 
@@ -400,98 +381,9 @@ class TritonBackend:
         if not all(supported(a.tensor.dtype) for a in operands):
             return self._torch.weighted_squares(operands, left, right)
         problems = Problems.of([a.tensor for a in operands])
-        image = squared_times(problems, _blocks(problems, range(len(operands))), _padded(right))
+        image = squared_times(problems, blocks_of(problems, range(len(operands))), padded(right))
         sums = inner(self._rows(left), left.data, image[:, : left.width])
         return sums.diagonal(dim1=1, dim2=2)
 
     def _rows(self, blocks: Panel) -> Rows:
-        return _rows_of(blocks.rows, self.device)
-
-
-_Operation = Callable[["_Wave", "Members", Tensor, Tensor], None]
-_OfTorch = Callable[[Factors, Panel], Panel]
-
-
-class TridiagonalRitz:
-    """base.Ritz by sections of intervals and inverse iteration, see kernels/ritz.py."""
-
-    def __init__(self, t: Tridiagonal, floor: Tensor | None = None) -> None:
-        from kappa_fast.kernels.ritz import largest_eigenvalue
-
-        self._t = t
-        self.theta = largest_eigenvalue(t, floor)
-
-    def reach(self, gaps: Tensor) -> Tensor:
-        from kappa_fast.kernels.ritz import reach
-
-        return reach(self._t, self.theta[:, None] * (1 + gaps))
-
-    def vectors(self, count: int) -> Tensor:
-        from kappa_fast.kernels.ritz import leading_vectors
-
-        return leading_vectors(self._t, self.theta)[:, :, -count:]
-
-
-@lru_cache(maxsize=32)  # the same members take part in several calls of a step
-def _rows_of(counts: tuple[int, ...], device: torch.device) -> Rows:
-    from kappa_fast.kernels.panel import Rows
-
-    return Rows.of(counts, device)
-
-
-def _tall(weight: Tensor) -> Tensor:
-    return weight.T if weight.shape[0] < weight.shape[1] else weight
-
-
-def _peaks(problems: Problems) -> Tensor:
-    """The largest absolute entry of every matrix, inf or nan if it has such."""
-    from kappa_fast.kernels.quantize import column_peaks
-
-    owner = torch.repeat_interleave(problems.n).to(problems.device)
-    bits = torch.zeros(len(problems.n), dtype=torch.int32, device=problems.device)
-    bits.scatter_reduce_(0, owner, column_peaks(problems), "amax")
-    return bits.view(torch.float32)
-
-
-def _fits(tensor: Tensor, rung: Rung) -> bool:
-    """Whether a rung reads this: scaling may have widened what prepare() was given."""
-    from kappa_fast.kernels.problems import supported
-
-    return tensor.dtype in (torch.bfloat16, torch.float16) if rung is WEIGHTS16 else supported(tensor.dtype)
-
-
-def _factored(tensors: Sequence[Tensor], kinds: Sequence[int], dtype: torch.dtype) -> _Wave:
-    """Gram matrices from so many slices each, ascending (0: from the weights themselves), factored in ``dtype``."""
-    from kappa_fast.kernels.cholesky import cholesky
-    from kappa_fast.kernels.gram import gram_of_slices, gram_of_weights
-    from kappa_fast.kernels.problems import Problems
-    from kappa_fast.kernels.quantize import column_peaks, quantize
-
-    whole = Problems.of(tensors)
-    packed = torch.empty(whole.gram_elements, dtype=dtype, device=whole.device)
-    start = 0
-    for kind in sorted(set(kinds)):  # what lies together in ``packed``
-        alike = Problems.of([a for a, k in zip(tensors, kinds, strict=True) if k == kind])
-        out = packed[start : start + alike.gram_elements]
-        if kind == 0:
-            gram_of_weights(alike, out=out)
-        else:
-            gram_of_slices(alike, quantize(alike, column_peaks(alike), kind), out)
-        start += alike.gram_elements
-    return _Wave(whole, cholesky(whole, packed))
-
-
-def _blocks(problems: Problems, chosen: Sequence[int]) -> Blocks:
-    from kappa_fast.kernels.apply import Blocks
-
-    return Blocks.of(problems, list(chosen))
-
-
-def _padded(blocks: Panel) -> Tensor:
-    if blocks.width == LANES:
-        return blocks.data.contiguous()
-    return torch.nn.functional.pad(blocks.data, (0, LANES - blocks.width))
-
-
-def _cut(data: Tensor, blocks: Panel) -> Panel:
-    return Panel(data[:, : blocks.width], blocks.rows)
+        return rows_of(blocks.rows, self.device)
