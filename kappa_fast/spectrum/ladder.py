@@ -331,20 +331,18 @@ def _interval(
 
 def _finish_exactly(climber: _Climber, goal: Goal) -> None:
     a = climber.operand
-    reason = exact.singular_reason(a) if a.exact else None  # what scaling made zero or equal proves nothing
-    if reason:
-        high = float(torch.linalg.vector_norm(a.tensor.to("cpu", torch.float64)))
-        climber.best = Resolution(
-            "rank_deficient", math.inf, math.inf, math.inf, high, 0.0, f"{exact.METHOD}: {reason}", certified=True
-        )
-        climber.triplets, climber.done = None, True
-        return
     suspected = bool(climber.rungs) and (climber.best is None or climber.best.lower > SUSPICIOUS)
+    climber.done = True
+    # Looking for equal columns takes as long as a small decomposition, so it waits until there is a reason to look.
+    if (suspected or a.peak == 0) and _is_plainly_singular(climber):
+        return
     ends = exact.decompose(a, goal.rtol, suspected=suspected)
     (high_low, high_up), (low_low, low_up) = ends.largest, ends.smallest
     high, low = (high_low + high_up) / 2, (low_low + low_up) / 2
     lower = max(1.0, high_low / low_up * (1 - 4 * proofs.U)) if low_up > 0 else math.inf
     if ends.left is None or ends.right is None or lower > exact.SINGULAR:
+        if not suspected and _is_plainly_singular(climber):
+            return
         climber.best = Resolution("rank_deficient", math.inf, lower, math.inf, high, low, exact.METHOD)
         climber.triplets = None
     else:
@@ -353,7 +351,20 @@ def _finish_exactly(climber: _Climber, goal: Goal) -> None:
         kappa = min(max(high / low, lower), upper)
         found = Resolution("ok", kappa, lower, upper, high, low, exact.METHOD, certified=goal.certify and a.exact)
         climber.keep(found, Triplets(high, low, lower, left, right))
-    climber.done = True
+
+
+def _is_plainly_singular(climber: _Climber) -> bool:
+    """Whether a comparison of entries shows that the matrix is singular; then that is the climber's result."""
+    a = climber.operand
+    reason = exact.singular_reason(a) if a.exact else None  # what scaling made zero or equal proves nothing
+    if reason is None:
+        return False
+    high = float(torch.linalg.vector_norm(a.tensor.to("cpu", torch.float64)))
+    climber.best = Resolution(
+        "rank_deficient", math.inf, math.inf, math.inf, high, 0.0, f"{exact.METHOD}: {reason}", certified=True
+    )
+    climber.triplets = None
+    return True
 
 
 def _measure_sensitivity(backend: Backend, climbers: Sequence[_Climber]) -> None:
