@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .texts import cleaned
+
 if TYPE_CHECKING:
     from .ranking import Ranking
 
 
 class KappaError(Exception):
-    """Base of all errors of kappa_fast."""
+    """Base of all errors of kappa_fast.
+
+    What messages quote (names, paths, addresses) comes from files of strangers: in them everything is escaped that a
+    terminal would obey, and passwords are left out.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(cleaned(item) if isinstance(item, str) else item for item in arguments))
 
 
 class OptionError(KappaError, ValueError):
@@ -51,7 +60,7 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, message: str, partial: Ranking, *, resumable: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(cleaned(message))
         self.partial, self.resumable = partial, resumable
 
 

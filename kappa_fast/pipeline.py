@@ -29,6 +29,7 @@ from .sources.base import Matrix, Source
 from .spectrum.exact import Room
 from .spectrum.ladder import Goal, Resolution, resolve
 from .spectrum.probe import lower_bounds
+from .texts import warn
 from .undisturbed import undisturbed
 from .waves import parse_bytes
 from .workers import stopping
@@ -324,9 +325,7 @@ def _warn_unproven(entries: Iterable[TensorKappa], certify: object) -> None:
         return
     unproven = [e.key for e in entries if e.status in ("ok", "rank_deficient") and not e.certified]
     if unproven:
-        import warnings
-
-        warnings.warn(
+        warn(
             f"float64 cannot prove the interval of {len(unproven)} of the entries, {unproven[0]!r} among them: "
             "they keep certified=False and their best estimate",
             stacklevel=3,
@@ -335,10 +334,8 @@ def _warn_unproven(entries: Iterable[TensorKappa], certify: object) -> None:
 
 def _warn_absent(source: Source) -> None:
     if source.absent:
-        import warnings
-
         first = source.absent[0]
-        warnings.warn(
+        warn(
             f"{len(source.absent)} weights of the model have no values to read and are not ranked, {first.name!r} "
             f"among them ({first.reason}); ranking.skipped has them all, and shares of the parameters count them",
             stacklevel=3,

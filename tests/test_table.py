@@ -14,7 +14,8 @@ from rich.console import Console
 from kappa_fast.entries import Skipped
 from kappa_fast.errors import OptionError
 from kappa_fast.ranking import Ranking
-from kappa_fast.report.table import format_interval, format_number, format_relative, printable, shorten
+from kappa_fast.report.table import format_interval, format_number, format_relative, shorten
+from kappa_fast.texts import printable
 
 BERT = [
     make_entry(

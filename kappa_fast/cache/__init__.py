@@ -10,7 +10,6 @@ import logging
 import os
 import threading
 import time
-import warnings
 from collections.abc import Collection, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..errors import OptionError
 from ..execution import Executor, Work
 from ..sources.base import FileState, Matrix, Stamp
 from ..spectrum.ladder import NUMERICS
+from ..texts import warn
 from . import files
 from .fingerprints import fingerprint, is_fingerprint
 from .journal import Journal, leftovers
@@ -280,7 +280,7 @@ class ResultCache:
         """One warning for what is damaged, and one if nothing can be kept."""
         if self._damaged:
             path, reason = min(self._damaged.items())
-            warnings.warn(
+            warn(
                 f"damaged or foreign files in the cache: {len(self._damaged)}, {path} among them ({reason}); what they "
                 "should hold was computed and written anew",
                 stacklevel=5,
@@ -292,7 +292,7 @@ class ResultCache:
         if failure is not None and not self._warned:
             self._warned = True
             reason = getattr(failure, "strerror", None) or failure
-            warnings.warn(
+            warn(
                 f"results cannot be kept in the cache {self.directory} ({reason}): the ranking "
                 "goes on without; make room, make it writable, or give another directory",
                 stacklevel=6,

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import typer
 
 from ..errors import Interrupted, KappaError, OptionError
+from ..texts import cleaned
 
 # What transformers imports warns about extensions and enumerations that nothing here uses.
 _CHATTY = ("torchao", "torch.utils._pytree")
@@ -67,14 +68,14 @@ def count_or_share(text: str, option: str) -> int | float:
 
 
 def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = cleaned(" ".join(str(error).split()))
     if isinstance(error, (KappaError, NotImplementedError, OSError)) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+    typer.echo(f"warning: {cleaned(' '.join(str(message).split()))}", err=True)
 
 
 @contextmanager
@@ -97,9 +98,17 @@ def _terminable() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
+class _Cleaned(logging.Formatter):
+    """Lines of the log quote names too."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return cleaned(super().formatMessage(record))
+
+
 @contextmanager
 def _logged(debug: bool) -> Iterator[None]:
     log, handler = logging.getLogger("kappa_fast"), logging.StreamHandler()
+    handler.setFormatter(_Cleaned())
     others = [logging.getLogger(name) for name in _CHATTY]
     levels = [(logger, logger.level) for logger in (log, *others)]
     if debug:

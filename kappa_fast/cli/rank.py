@@ -13,6 +13,7 @@ import typer
 
 from ..errors import Interrupted, OptionError, RankingFileError
 from ..report.skipped import by_reason
+from ..texts import printable
 from . import options
 from .outcome import count_or_share, outcome
 
@@ -98,7 +99,7 @@ def rank(
             ranking.to_json(json)
         _print(ranking, None if all_rows else limit)
         for line in summary(ranking, rtol):
-            typer.echo(line)
+            typer.echo(printable(line))
         if json is not None:
             typer.echo(f"written to {json}")
         if not len(ranking):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..entries import Index
 from ..errors import OptionError
 from ..sources.names import LEADING, group_of, layer_of, unwrapped
+from ..texts import warn
 from ..units import expert_of
 from .gguf_names import is_from_gguf
 
@@ -79,7 +79,7 @@ def _check_names(names: list[str], selection: Selection) -> None:
             f"{about}, so that this would train nothing: give the model that is to be trained as model= (in Python), "
             "or correct architectures in config.json and rank the checkpoint again"
         )
-    warnings.warn(
+    warn(
         f"{about}, and so for {len(strange)} of the {len(names)} names: these will not train. Give the model that "
         "is to be trained as model= (in Python)",
         stacklevel=5,
@@ -185,7 +185,7 @@ def _esft(selection: Selection, model: nn.Module | None) -> str:
     layers = {layer_of(name) for name, _ in model.named_parameters()} if model is not None else set(map(int, experts))
     last = max(layer for layer in layers if layer is not None)
     if model is None:
-        warnings.warn(
+        warn(
             f"ESFT needs every layer of the model, and the last selected one is {last}: give model= if it has more",
             stacklevel=4,
         )

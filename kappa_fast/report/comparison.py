@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from .table import check_limit, format_interval, format_number, printable, shorten, to_plain_text
+from ..texts import printable
+from .table import check_limit, format_interval, format_number, shorten, to_plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from .. import serialize
 from .._version import __version__
 from ..errors import missing_extra
+from ..texts import printable
 from .data import page_data, to_script_text
-from .table import format_number, printable
+from .table import format_number
 
 if TYPE_CHECKING:
     from ..ranking import Ranking

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from .. import serialize
 from ..entries import Status
 from ..errors import OptionError, missing_extra
+from ..texts import printable
 from .grid import Cell, Grid, color_range, make_grid
 from .page import title_of
-from .table import format_number, printable, shorten
+from .table import format_number, shorten
 
 if TYPE_CHECKING:
     from ..ranking import Ranking

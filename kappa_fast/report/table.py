@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..entries import TensorKappa
 from ..errors import OptionError
+from ..texts import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, ConsoleRenderable, JustifyMethod, RenderableType, RichCast
@@ -162,11 +163,6 @@ def _fit(columns: dict[str, list[str]], width: int) -> tuple[dict[str, list[str]
     left = max(room(gap), _MIN_NAME)
     kept["tensor"] = [shorten(key, left) for key in columns["tensor"]]
     return kept, gap, left
-
-
-def printable(text: str) -> str:
-    """``text`` with everything escaped that is no visible character: names come from files of strangers."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def shorten(text: str, width: int) -> str:

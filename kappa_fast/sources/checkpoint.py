@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import SourceError, SourceNotFoundError
+from ..texts import warn
 from .base import Inventory, Stored
 from .files import DataFile, Region
 from .names import has_adapters, in_model_order
@@ -194,7 +194,7 @@ def _files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
             return _listed(path)
         if path.name.endswith(".safetensors") and path.is_file():
             if part := companions_of(path):
-                warnings.warn(
+                warn(
                     f"{path} is shard {part}: only what it holds is ranked, and shares of the parameters are shares of "
                     "that; give the directory to rank the model",
                     stacklevel=2,

@@ -10,12 +10,12 @@ from __future__ import annotations
 import errno
 import json
 import re
-import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import KappaError, SourceError, SourceNotFoundError, missing_extra
+from ..texts import warn
 from .checkpoint import INDEX, PICKLED, SINGLE, check_files
 from .quantized.config import FILES as QUANTIZATION_FILES
 from .shards import is_index
@@ -77,7 +77,7 @@ def snapshot(wanted: HubId, quiet: bool = False) -> Path:
     except Exception as error:  # of huggingface_hub, of the HTTP client that it happens to use, of the disk
         if usable is None:
             raise explained(wanted, cached.lacking, error) from error
-        warnings.warn(
+        warn(
             f"{wanted} is ranked as it is in the cache ({usable}): its files have neither an index nor numbers, so "
             "only the hub can say whether one is missing, and it did not answer",
             stacklevel=2,
