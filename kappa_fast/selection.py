@@ -16,6 +16,7 @@ from . import serialize
 from .cuts import Cut, Pool, cut_by_count, cut_by_kappa, cut_by_params, fraction_count
 from .entries import TensorKappa
 from .errors import OptionError, RankingFileError
+from .texts import printable
 from .units import Unit, UnitName, make_units
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class Selection:
         parts += [f"including {', '.join(self.include)}"] if self.include else []
         parts += [f"excluding {', '.join(self.exclude)}"] if self.exclude else []
         parts.append("boundary certain" if self.boundary_certain else "boundary uncertain")
-        return f"Selection({'; '.join(parts)})"
+        return printable(f"Selection({'; '.join(parts)})")
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the selection to a file, replacing it all at once.

@@ -7,7 +7,7 @@ import warnings
 
 # The part of an address that may hold a password, and what tokens of the hub look like.
 _USER = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/@?#'\"]+@")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 _PARAMETER = re.compile(
     r"(?<=[?&])(?P<key>[\w-]{0,40}(?:token|key|secret|signature|password)[\w-]{0,40})=[^\s&'\"]+", re.IGNORECASE
 )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..entries import Index
 from ..errors import OptionError
 from ..sources.names import LEADING, group_of, layer_of, unwrapped
-from ..texts import warn
+from ..texts import printable, warn
 from ..units import expert_of
 from .gguf_names import is_from_gguf
 
@@ -118,13 +120,14 @@ def _axolotl(selection: Selection, model: nn.Module | None) -> str:
 
 
 def _ms_swift(selection: Selection, model: nn.Module | None) -> str:
-    """Arguments of ``swift sft``; names would match everything that begins with them, so it is a pattern."""
-    return f"--freeze_parameters_ratio 1.0 --trainable_parameters_regex '{_pattern(selection, model, 'ms-swift')}'\n"
+    """Arguments of ``swift sft`` for a POSIX shell; names would match all that begins with them, so it is a pattern."""
+    pattern = shlex.quote(_pattern(selection, model, "ms-swift"))
+    return f"--freeze_parameters_ratio 1.0 --trainable_parameters_regex {pattern}\n"
 
 
 def _names(selection: Selection, model: nn.Module | None) -> str:
     """The names of parameters, a line each."""
-    return "".join(f"{name}\n" for name in _whole(selection, model, "a list of names"))
+    return "".join(f"{name}\n" for name in _plain(_whole(selection, model, "a list of names")))
 
 
 def _regex(selection: Selection, model: nn.Module | None) -> str:
@@ -133,7 +136,23 @@ def _regex(selection: Selection, model: nn.Module | None) -> str:
 
 
 def _pattern(selection: Selection, model: nn.Module | None, what: str) -> str:
-    return "^(?:" + "|".join(re.escape(name) for name in _whole(selection, model, what)) + ")$"
+    return "^(?:" + "|".join(re.escape(name) for name in _plain(_whole(selection, model, what))) + ")$"
+
+
+def _plain(names: list[str]) -> list[str]:
+    """The same names, if a line can hold each.
+
+    Raises:
+        OptionError: one is empty, begins or ends with a space, or holds a line break or what else is no visible
+            character: whoever reads lines would read other names.
+    """
+    for name in names:
+        if not name or name != name.strip() or not name.isprintable():
+            raise OptionError(
+                f"{name!r} has characters that a line of text cannot hold: rename the parameter in the checkpoint, or "
+                "leave it out with rank(exclude=...)"
+            )
+    return names
 
 
 def _spectrum(selection: Selection, model: nn.Module | None) -> str:
@@ -143,7 +162,8 @@ def _spectrum(selection: Selection, model: nn.Module | None) -> str:
     for name in _whole(selection, model, "Spectrum's JSON"):
         layer = name.removesuffix(".weight")
         kind = group_of(layer).rpartition("*.")[2]
-        found[layer] = {"snr": 1 / max(kappas[name]) if kappas.get(name) else 0.0, "type": kind}
+        highest = max(kappas.get(name, ()), default=math.inf)
+        found[layer] = {"snr": 1 / highest if highest > 0 else 0.0, "type": kind}
     return json.dumps(found, indent=2) + "\n"
 
 
@@ -268,4 +288,6 @@ def _origin(selection: Selection) -> str:
     low, high = selection.kappa_range
     settings = selection.settings
     budget = f", {settings['budget']}={settings.get('value')}" if "budget" in settings else ""
-    return f"{len(selection)} matrices, kappa {low:.4g} to {high:.4g}{budget}"
+    return printable(
+        f"{len(selection)} matrices, kappa {low:.4g} to {high:.4g}{budget}"
+    )  # a comment ends with its line
