@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from ..entries import Index
 from ..errors import OptionError
 from ..sources.base import Inventory, Place, Stored
 from ..sources.layouts import Part, cut
+from .architecture import architecture
 from .conversion import Conversion
 
 log = logging.getLogger("kappa_fast")
@@ -52,7 +52,7 @@ def places_of(inventory: Inventory) -> dict[str, Place]:
     """
     if not _may_be_renamed(inventory):
         return {}
-    model = architecture(inventory.config)
+    model = architecture(inventory.config, f"the config.json of {inventory.metadata.get('path')}")
     if model is None:
         return {}
     parts = _Parts(Conversion(model, lambda name: name))
@@ -90,8 +90,6 @@ def _may_be_renamed(inventory: Inventory) -> bool:
     config = inventory.config
     if not isinstance(config.get("model_type"), str) or not isinstance(config.get("architectures"), list):
         return False
-    if "auto_map" in config:  # code of the checkpoint's own, which nobody asked to run
-        return False
     nested = any(key.endswith("_config") and key != "quantization_config" for key in config)
     names = [stored.name for stored in inventory.tensors]
     usual = config["model_type"] in _NAMED_ALIKE and _has_usual_prefix(names, config)
@@ -113,26 +111,6 @@ def _has_usual_prefix(names: Sequence[str], config: Mapping[str, Any]) -> bool:
     return len(of_base) == len(layers)
 
 
-def architecture(config: Mapping[str, Any]) -> torch.nn.Module | None:
-    """The model that the config describes, without values; None if transformers cannot tell."""
-    try:
-        import transformers
-    except ImportError:
-        log.info("transformers is not installed: the names of the checkpoint are kept")
-        return None
-    try:
-        plain = {key: value for key, value in config.items() if key not in ("quantization_config", "model_type")}
-        built = transformers.AutoConfig.for_model(config["model_type"], **plain)
-        architecture = getattr(transformers, str(config["architectures"][0]))
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")  # about a model that nobody will run
-            model: torch.nn.Module = architecture(built)
-    except Exception as error:  # a config may be wrong in as many ways as there are models
-        log.info("transformers builds no %s from config.json (%s): its names are kept", config["model_type"], error)
-        return None
-    return model
-
-
 def described_by(source: object) -> torch.nn.Module | None:
     """The model that the config.json of a ranked checkpoint describes, if the checkpoint is still there; no values."""
     path = source.get("path") if isinstance(source, Mapping) else None
@@ -143,8 +121,7 @@ def described_by(source: object) -> torch.nn.Module | None:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    known = isinstance(config, dict) and isinstance(config.get("model_type"), str) and config.get("architectures")
-    return architecture(config) if known and "auto_map" not in config else None
+    return architecture(config, str(folder / "config.json")) if isinstance(config, dict) else None
 
 
 class _Parts:
