@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
+
+from .workers import usual_threads
 
 EXACT = ("ieee", "none")
 HOST = torch.device("cpu")
@@ -17,7 +20,8 @@ ENTRIES_PER_THREAD = 1 << 15  # below it torch leaves elementwise work to fewer 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Neither autograd nor autocast, and float32 products in full: one in bfloat16 or TF32 must not pass for one."""
-    with undisturbed_thread(), _full_float32(), _threads_with_subnormals():
+    usual_threads()  # asked for the first time in a thread, torch keeps what it finds
+    with undisturbed_thread(), _PRODUCTS.changed(), _THREADS.changed():
         yield
 
 
@@ -55,18 +59,39 @@ def _with_subnormals() -> Iterator[None]:
             torch.set_flush_denormal(True)
 
 
-@contextlib.contextmanager
-def _threads_with_subnormals() -> Iterator[None]:
+class _Shared:
+    """Settings of the whole process, changed while at least one run goes on, whichever began first or ends last.
+
+    Each of several runs at once would otherwise take for the caller's what another one has set, and put that back.
+    """
+
+    def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
+        """change: makes the change, or nothing where it is made already, and returns what takes it back."""
+        self._change, self._lock = change, threading.Lock()
+        self._runs, self._takes_back = 0, list[Callable[[], None]]()
+
+    @contextlib.contextmanager
+    def changed(self) -> Iterator[None]:
+        with self._lock:
+            # Once more for each run: the caller may have set it anew in the meantime.
+            self._takes_back.append(self._change())
+            self._runs += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._runs -= 1
+                while not self._runs and self._takes_back:
+                    self._takes_back.pop()()
+
+
+def _alone_where_workers_flush() -> Callable[[], None]:
     # The threads that torch began for this one in its other mode stay in that: then it does the work alone.
     threads = torch.get_num_threads()
-    alone = threads > 1 and _workers_flush(threads)
-    if alone:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if alone:
-            torch.set_num_threads(threads)
+    if threads == 1 or not _workers_flush(threads):
+        return lambda: None
+    torch.set_num_threads(1)
+    return lambda: torch.set_num_threads(threads)
 
 
 def _workers_flush(threads: int) -> bool:
@@ -74,8 +99,7 @@ def _workers_flush(threads: int) -> bool:
     return bool(((small * 0.5) == 0).any())
 
 
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
+def _exact_products() -> Callable[[], None]:
     # torch has two ways to set this, and may refuse to read the older one after the newer one was used.
     products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     precisions = [product.fp32_precision for product in products]
@@ -83,16 +107,24 @@ def _full_float32() -> Iterator[None]:
         older: str | None = torch.get_float32_matmul_precision()
     except RuntimeError:
         older = None
+
+    def take_back() -> None:
+        if older not in (None, "highest"):
+            torch.set_float32_matmul_precision(older)
+        for product, precision in zip(products, precisions, strict=True):
+            if product.fp32_precision != precision:
+                product.fp32_precision = precision
+
     try:
         if older not in (None, "highest"):
             torch.set_float32_matmul_precision("highest")
         for product in products:
             if product.fp32_precision not in EXACT:
                 product.fp32_precision = "ieee"
-        yield
-    finally:
-        if older not in (None, "highest"):
-            torch.set_float32_matmul_precision(older)
-        for product, precision in zip(products, precisions, strict=True):
-            if product.fp32_precision != precision:
-                product.fp32_precision = precision
+    except BaseException:
+        take_back()
+        raise
+    return take_back
+
+
+_PRODUCTS, _THREADS = _Shared(_exact_products), _Shared(_alone_where_workers_flush)

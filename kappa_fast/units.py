@@ -10,18 +10,19 @@ from typing import Literal, get_args
 
 from .entries import Status, TensorKappa
 from .errors import OptionError
+from .limits import MOST_DIGITS
 
 UnitName = Literal["matrix", "expert", "parameter"]
 
 # "mlp.experts.3.gate_proj.weight", "ffn.experts.expert_3.fc1.weight": one tensor per expert and projection.
-_OWN_TENSOR = re.compile(r"(?P<module>(?:.*\.)?experts)\.(?:expert_)?(?P<expert>\d+)(?:\.|$)")
+_OWN_TENSOR = re.compile(rf"(?P<module>(?:.*\.)?experts)\.(?:expert_)?(?P<expert>\d{{1,{MOST_DIGITS}}})(?:\.|$)")
 # "mlp.experts.gate_up_proj", "ffn.experts.mlp.w1": one tensor for all experts of a module.
 _STACK_IN_EXPERTS = re.compile(r"(?P<module>(?:.*\.)?experts)\.")
 # Stacks whose module is not called experts ("moe.input_linear.weight"): known projections are parts of one expert.
 _STACK_OF_PROJECTION = re.compile(
     r"(?P<module>.+)\.(?:gate_up_proj|gate_proj|up_proj|down_proj|input_linear|output_linear|w1|w2|w3|v1)(?:\.weight)?$"
 )
-_PART_EXPERT = re.compile(r"\[(\d+)\]")
+_PART_EXPERT = re.compile(rf"\[(\d{{1,{MOST_DIGITS}}})\]")
 
 # Logarithms and exponentials of numbers up to 1e308 lose up to about 1e-13; an interval is widened by more than that.
 _MEAN_ROUNDING = 1e-12

@@ -8,6 +8,7 @@ the last bits of a product.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,6 +23,13 @@ SINGLE_THREAD_OPERATIONS = 3e10  # m n^2; such a matrix takes about 0.3 s on one
 
 
 _of_thread = threading.local()
+_beginning = threading.Lock()
+
+
+def usual_threads() -> int:
+    """The number of threads that torch uses in this thread, never what another run has just said for its workers."""
+    with _beginning:
+        return torch.get_num_threads()
 
 
 def stopping() -> bool:
@@ -40,21 +48,33 @@ def each_on_one_thread(task: Callable[[T], R], items: Sequence[T]) -> Generator[
 
     An exception of a task, or one thrown into the iterator (Ctrl-C), waits for the tasks that are running and drops
     those that are not; a task that waits for something itself asks ``stopping()``. torch's number of threads is what it
-    was afterwards.
+    was, also for threads that others begin in the meantime.
     """
-    threads = torch.get_num_threads()
+    if not items:
+        return
     stop = threading.Event()
+    count = min(usual_threads(), len(items))
+    begun = threading.Barrier(count + 1)
 
     def begin() -> None:
+        torch.get_num_threads()  # the first call in a thread takes the number of the process, later ones its own
         torch.set_num_threads(1)
         _of_thread.stop = stop
+        with contextlib.suppress(threading.BrokenBarrierError):
+            begun.wait()
 
-    pool = ThreadPoolExecutor(min(threads, max(1, len(items))), "kappa_fast", begin)
+    pool = ThreadPoolExecutor(count, "kappa_fast", begin)
     try:
-        futures = {pool.submit(task, item): item for item in items}
+        with _beginning:  # what new threads begin with is one number for the process: only now it is that of workers
+            threads = torch.get_num_threads()
+            try:
+                futures = {pool.submit(task, item): item for item in items}
+                begun.wait()
+            finally:
+                begun.abort()
+                torch.set_num_threads(threads)
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(threads)  # what new threads start with is global

@@ -317,7 +317,7 @@ def test_threads_that_lose_subnormal_numbers_are_not_used(monkeypatch):
     monkeypatch.setattr(undisturbed, "_workers_flush", lambda threads: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
-    with undisturbed._threads_with_subnormals():
+    with undisturbed._THREADS.changed():
         assert seen == [1]
     assert seen == [1, 4]
 

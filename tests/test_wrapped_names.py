@@ -78,6 +78,7 @@ def test_a_module_that_is_really_called_module_keeps_its_name():
     assert ranking.select(num_tensors=1).to_names() == "module.weight\n"
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # what torch.compile imports
 def test_exports_of_a_wrapped_model_have_the_names_of_the_plain_one():
     model = nn.Sequential(nn.Linear(24, 20), nn.Linear(20, 20))
     for wrapped in (torch.compile(model), nn.DataParallel(model), torch.compile(nn.DataParallel(model))):

@@ -67,22 +67,29 @@ def architecture(config: Mapping[str, Any], where: str = "config.json") -> torch
         log.info("transformers is not installed: the names of the checkpoint are kept")
         return None
     try:
-        chosen = getattr(transformers, str(architectures[0]))
-        if not (isinstance(chosen, type) and issubclass(chosen, transformers.PreTrainedModel) and _is_own(chosen)):
-            raise TypeError(f"{architectures[0]!r} is no model of transformers")
-        _check_counts(config, where)
-        plain = {key: value for key, value in _without_choices(config).items() if key != "model_type"}
-        with _sealed(), _silent(), _counting(where), torch.device("meta"):
-            built = transformers.AutoConfig.for_model(kind, **plain)
-            _check_own(built)
-            built._attn_implementation = "eager"  # or a kernel might be fetched where one is usual
-            model: torch.nn.Module = chosen(built)
+        with _silent():
+            chosen = _class_of(transformers, architectures[0])
+            _check_counts(config, where)
+            plain = {key: value for key, value in _without_choices(config).items() if key != "model_type"}
+            with _sealed(), _counting(where), torch.device("meta"):
+                built = transformers.AutoConfig.for_model(kind, **plain)
+                _check_own(built)
+                built._attn_implementation = "eager"  # or a kernel might be fetched where one is usual
+                model: torch.nn.Module = chosen(built)
     except KappaError:
         raise
     except Exception as error:  # a config may be wrong in as many ways as there are models
         log.info("transformers builds no %r from config.json (%s): its names are kept", kind, error)
         return None
     return model
+
+
+def _class_of(transformers: Any, name: object) -> Any:
+    """The model of transformers that has this name, else TypeError."""
+    found = getattr(transformers, str(name))
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and _is_own(found)):
+        raise TypeError(f"{name!r} is no model of transformers")
+    return found
 
 
 def _is_own(found: type) -> bool:

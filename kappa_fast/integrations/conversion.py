@@ -10,6 +10,7 @@ from torch import nn
 
 from ..entries import Index
 from ..errors import OptionError, missing_extra
+from ..limits import MOST_DIGITS
 from ..sources.base import Place
 from .pieces import box_of, index_of
 
@@ -88,7 +89,7 @@ def _index(converter: Any, pattern: str, name: str, shape: tuple[int, ...], targ
 
 def _number(pattern: str, name: str) -> int:
     """The number that stands for the ``*`` of the pattern: of the expert."""
-    found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+    found = re.search(re.escape(pattern).replace(r"\*", rf"(\d{{1,{MOST_DIGITS}}})(?!\d)"), name)
     if found is None:
         raise OptionError(f"{name!r} does not say which expert it belongs to: rank the loaded model itself")
     return int(found.group(1))

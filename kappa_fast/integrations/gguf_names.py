@@ -18,12 +18,14 @@ from torch import nn
 
 from ..entries import Index, TensorKappa
 from ..errors import missing_extra
+from ..limits import MOST_DIGITS
 from ..selection import Selection
 from ..sources.base import Place, Stored
 from ..sources.layouts import cut
 from ..sources.tensors import model_types_in
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_ALONE = re.compile(rf"(?<=\.experts)\.(\d{{1,{MOST_DIGITS}}})(?=\.)")
 _HALF = re.compile(r"(?<=\.ffn_)(gate|up)(?=_exps$)")
 _WEIGHT = ".weight"
 
@@ -92,7 +94,7 @@ def _spellings(name: str, bases: set[Any]) -> Iterator[tuple[str, int | None, st
     layer = numbers[0][0] if numbers else "0"
     inner = _NUMBER.sub("0", f".{name}.", count=1)
     expert = None
-    if (alone := re.search(r"(?<=\.experts)\.(\d+)(?=\.)", inner)) is not None:
+    if (alone := _ALONE.search(inner)) is not None:
         expert = int(alone[1])
         inner = inner[: alone.start()] + inner[alone.end() :]
     inner = inner.strip(".")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 
+from ..limits import MOST_DIGITS
+
 _NUMBER = re.compile(r"(?<![^.])(?P<stem>(?:expert_)?)\d+(?![^.])")
-_LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
+_LAYER = re.compile(rf"(?<![^.])\d{{1,{MOST_DIGITS}}}(?![^.])")
 _DIGITS = re.compile(r"([0-9]+)")
 
 # Wrappers that put themselves between a module and its weight; the weight keeps the name it has without them.
@@ -110,8 +112,9 @@ def in_model_order(names: Iterable[str]) -> list[str]:
     """Sorted with numbers by value, so that layer 2 comes before layer 10."""
 
     def by_value(name: str) -> tuple[list[tuple[int, str]], str]:
-        words = _DIGITS.split(name)  # every second one is a number
-        return [(int(word), "") if i % 2 else (-1, word) for i, word in enumerate(words)], name
+        words = _DIGITS.split(name)  # every second one is a number, of any length
+        numbers = [word.lstrip("0") if i % 2 else "" for i, word in enumerate(words)]
+        return [(len(n), n) if i % 2 else (-1, w) for i, (w, n) in enumerate(zip(words, numbers, strict=True))], name
 
     return sorted(names, key=by_value)
 
