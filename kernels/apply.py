@@ -1,7 +1,7 @@
 """Products of the stored weights of a wave with thin blocks, every product and sum in float64.
 
     times                A X, and ||A||_F^2 on the way       transposed_times      A^T Y
-    squared_times        the same with A_ij^2 for A_ij
+    binade_times         the same with 4^floor(log2 |A_ij|) for A_ij
 
 For the polish and for measuring how far a factor is from the weights: both are bound by reading the weights once.
 Entries are widened exactly from whatever they are stored in; float64 weights are not read here.
@@ -97,7 +97,7 @@ def _times_kernel(
     ALIGNED: tl.constexpr,
     USE_DOT: tl.constexpr,
     BARRIER: tl.constexpr,
-    SQUARED: tl.constexpr,
+    BINADES: tl.constexpr,
 ):
     program = tl.program_id(0)
     member = tl.load(owner + program)
@@ -110,15 +110,18 @@ def _times_kernel(
     norm = tl.zeros((SIDE, DEPTH), tl.float64)  # summed after the loop: lanes share a row
     i, j = tl.arange(0, SIDE), tl.arange(0, LANES)
     for column in range(0, n, DEPTH):
-        a = _widen(as_float(load_tile(whole, row, column, SIDE, DEPTH, INNER), FLOAT8), BARRIER)
-        if SQUARED:
+        narrow = as_float(load_tile(whole, row, column, SIDE, DEPTH, INNER), FLOAT8)
+        if BINADES:  # the exponent bits alone are a power of two, or 0 for 0 and subnormal numbers
+            narrow = (narrow.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        a = _widen(narrow, BARRIER)
+        if BINADES:
             a *= a
         else:
             norm += a * a
         total = _add_product(total, a, block, column, n, USE_DOT)
     target = y + (tl.load(long_start + member) + row) * LANES + i[:, None] * LANES + j[None, :]
     tl.store(target, total, mask=(i < m - row)[:, None])
-    if not SQUARED:
+    if not BINADES:
         tl.store(squares + program, tl.sum(tl.sum(norm, axis=1), axis=0))
 
 
@@ -193,15 +196,18 @@ def times(problems: Problems, blocks: Blocks, x: Tensor) -> tuple[Tensor, Tensor
 
     Two launches per storage class.
     """
-    return _times(problems, blocks, x, squared=False)
+    return _times(problems, blocks, x, binades=False)
 
 
-def squared_times(problems: Problems, blocks: Blocks, x: Tensor) -> Tensor:
-    """Sums of A_ij^2 x_jk, (long rows, 16), for packed X (short rows, 16), float64. Two launches per storage class."""
-    return _times(problems, blocks, x, squared=True)[0]
+def binade_times(problems: Problems, blocks: Blocks, x: Tensor) -> Tensor:
+    """Sums of b_ij^2 x_jk, b_ij = 2^floor(log2 |A_ij|), for packed X (short rows, 16): (long rows, 16), float64.
+
+    b is 0 for zeros and for subnormal numbers of float32. Two launches per storage class.
+    """
+    return _times(problems, blocks, x, binades=True)[0]
 
 
-def _times(problems: Problems, blocks: Blocks, x: Tensor, *, squared: bool) -> tuple[Tensor, Tensor]:
+def _times(problems: Problems, blocks: Blocks, x: Tensor, *, binades: bool) -> tuple[Tensor, Tensor]:
     _check(x, blocks.short_rows)
     y = torch.empty((blocks.long_rows, LANES.value), dtype=torch.float64, device=x.device)
     counts = -(-problems.m[blocks.chosen] // SIDE.value)
@@ -221,7 +227,7 @@ def _times(problems: Problems, blocks: Blocks, x: Tensor, *, squared: bool) -> t
             x,
             y,
             squares,
-            SQUARED=squared,
+            BINADES=binades,
             num_warps=WARPS,
             **options,
         )
@@ -310,8 +316,8 @@ def instances(target: str) -> list[Instance]:
         types = {**members, **long, "short_start": "*i64", "x": "*fp64", "squares": "*fp64"}
         # Without matrix units for float64 the loop reads X a line at a time.
         held = Expected(width=16 if use_dot else 8, ahead=use_dot, stack=32, spills=4) if storage.aligned else None
-        for squared in (False, True):
-            options = {**constants, "SQUARED": squared}
+        for binades in (False, True):
+            options = {**constants, "BINADES": binades}
             found.append(Instance(_times_kernel, types, options, WARPS, unit=unit, expected=held))
         types = {**members, **long, "part_start": "*i64", "parts": "*fp64"}
         found.append(Instance(_transposed_kernel, types, constants, WARPS, unit=unit, expected=held))

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 
 from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
-from .problems import FIELDS, INNER_COLUMNS, INNER_NONE, SLICE, Problems, Storage, Tensor
+from .problems import FIELDS, INNER_COLUMNS, INNER_NONE, SLICE, Problems, Storage, Tensor, binades
 from .quantize import DIGIT_BITS
 
 EXACT = 1e-11  # relative error of float64 results; wrong ones are off by 1e-8 (a float32 somewhere) or all of it
@@ -114,14 +114,14 @@ def _check_products(problems: Problems, exact: list[Tensor], storage: Storage) -
     packed = torch.cat(x).to(device)
     image, squares = apply.times(problems, blocks, packed)
     back = apply.transposed_times(problems, blocks, image)
-    weighted = apply.squared_times(problems, blocks, packed)
+    weighted = apply.binade_times(problems, blocks, packed)
     images = [a @ b for a, b in zip(exact, x, strict=True)]
     _compare(f"times of {storage}", device, image, torch.cat(images))
     _compare(f"times of {storage}", device, squares, torch.stack([(a * a).sum() for a in exact]))
     backs = [a.T @ b for a, b in zip(exact, images, strict=True)]
     _compare(f"transposed_times of {storage}", device, back, torch.cat(backs))
-    wanted = [(a * a) @ b for a, b in zip(exact, x, strict=True)]
-    _compare(f"squared_times of {storage}", device, weighted, torch.cat(wanted))
+    wanted = [binades(a).square() @ b for a, b in zip(exact, x, strict=True)]
+    _compare(f"binade_times of {storage}", device, weighted, torch.cat(wanted))
 
 
 def _check_triangular(

@@ -124,7 +124,7 @@ def _weights(problems: Problems) -> None:
     x = _empty(blocks.short_rows, 16)
     image, _ = apply.times(problems, blocks, x)
     apply.transposed_times(problems, blocks, image)
-    apply.squared_times(problems, blocks, x)
+    apply.binade_times(problems, blocks, x)
 
 
 def _proofs(problems: Problems, packed: Tensor) -> None:

@@ -264,6 +264,11 @@ def starts_of(sizes: Tensor) -> tuple[Tensor, int]:
     return ends - sizes, int(ends[-1]) if len(ends) else 0
 
 
+def binades(a: Tensor) -> Tensor:
+    """2^floor(log2 |a|) of every entry, 0 for 0."""
+    return torch.where(a == 0, 0.0, torch.ldexp(torch.ones_like(a), torch.frexp(a).exponent - 1))
+
+
 @triton.jit
 def locate(owner, first):
     """The matrix of this program and the number of its tile within the matrix."""

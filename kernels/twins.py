@@ -7,7 +7,7 @@ rounding, or exactly where everything is an integer. They run on any device, slo
     cholesky.py     cholesky                              triangular.py  products and solves
     panel.py        inner, combine, subtract              orthogonal.py  orthonormalized
     ritz.py         largest_eigenvalue, reach, leading_vectors
-    apply.py        times, squared_times, transposed_times
+    apply.py        times, binade_times, transposed_times
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from .apply import Blocks
 from .cholesky import BLOCK, Factored, Steps, diagonal_starts
 from .panel import Rows
-from .problems import COLUMNS, FIRST_COLUMN, PITCH, ROWS, SLICE, Problems, Tensor
+from .problems import COLUMNS, FIRST_COLUMN, PITCH, ROWS, SLICE, Problems, Tensor, binades
 from .quantize import DIGIT_BITS, MAX_SLICES, TOP_EXPONENT, Slices
 from .ritz import Tridiagonal
 from .triangular import Members
@@ -230,11 +230,11 @@ def times(problems: Problems, blocks: Blocks, x: Tensor) -> tuple[Tensor, Tensor
     return torch.cat(images), torch.stack([a.square().sum() for a in weights])
 
 
-def squared_times(problems: Problems, blocks: Blocks, x: Tensor) -> Tensor:
-    """See apply.squared_times."""
+def binade_times(problems: Problems, blocks: Blocks, x: Tensor) -> Tensor:
+    """See apply.binade_times."""
     weights = _weights(problems, blocks)
     parts = x.split([a.shape[1] for a in weights])
-    return torch.cat([a.square() @ part for a, part in zip(weights, parts, strict=True)])
+    return torch.cat([binades(a).square() @ part for a, part in zip(weights, parts, strict=True)])
 
 
 def transposed_times(problems: Problems, blocks: Blocks, y: Tensor) -> Tensor:

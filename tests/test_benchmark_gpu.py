@@ -273,7 +273,7 @@ def test_models_are_timed_where_a_canary_dies(bench, load, monkeypatch):
     from kappa_fast.kernels import canary
 
     def wrong(device):
-        raise canary.CanaryError("squared_times is off by 1e-3")
+        raise canary.CanaryError("binade_times is off by 1e-3")
 
     def rank(source, **options):
         canary.check_device(CPU)
@@ -288,7 +288,7 @@ def test_models_are_timed_where_a_canary_dies(bench, load, monkeypatch):
     monkeypatch.setattr(stages, "_profile", lambda bench, work: {})
     stages.model(bench, "Llama-3.1-8B")
     found = kept(bench)
-    assert found["first run"] == "CanaryError: squared_times is off by 1e-3"
+    assert found["first run"] == "CanaryError: binade_times is off by 1e-3"
     assert found["first run, without canaries"]["seconds"] > 0
     assert found["median"]["runs"] == 1
     assert bench.failed

@@ -2,7 +2,6 @@
 
 import math
 
-import mpmath as mp
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +12,6 @@ from kappa_fast.backends.base import Panel
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.spectrum.polish import (
     BOTTOM_WIDTH,
-    ROUNDING_VARIANCE,
     TOP_WIDTH,
     Triplets,
     polish,
@@ -228,13 +226,20 @@ def test_sensitivity_is_the_literal_double_sum():
     gradient = torch.outer(found.left[:, 0], found.right[:, 0]) / found.sigma_max  # of log kappa
     gradient -= torch.outer(found.left[:, 1], found.right[:, 1]) / found.sigma_min
     eps = torch.finfo(torch.bfloat16).eps
-    expected = eps * math.sqrt(ROUNDING_VARIANCE * float((gradient * matrix).square().sum()))
+    spacings = eps * 2.0 ** matrix.abs().log2().floor()
+    expected = math.sqrt(float((gradient * spacings).square().sum()) / 12)
     (value,) = sensitivities(BACKEND, BACKEND.prepare([matrix]), [torch.bfloat16], [found])
     assert value == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_variance_of_rounding_is_that_of_a_logarithmically_uniform_mantissa():
-    # Spacing eps on [1, 2), error uniform within half of it, density of the mantissa 1 / (x log 2).
-    with mp.workdps(30):
-        square = mp.quad(lambda x: 1 / x**2 / (x * mp.log(2)), [1, 2]) / 12
-    assert pytest.approx(float(square), rel=1e-12) == ROUNDING_VARIANCE
+@pytest.mark.parametrize("mantissas", [(1.0, 1.05), (1.4, 1.45), (1.9, 1.95)])
+def test_sensitivity_takes_the_exponent_of_every_entry(mantissas):
+    # An average over mantissas would be off by 1.36 at one end and by 0.72 at the other.
+    def make(seed):
+        wide = gaussian(60, 32, seed)
+        low, high = mantissas
+        within = low + (high - low) * torch.rand(wide.shape, generator=torch.Generator().manual_seed(seed))
+        return (torch.sign(wide) * within * 2.0 ** wide.abs().log2().floor()).float()
+
+    ratios = measured_over_predicted([make(seed) for seed in range(300)], torch.float16)
+    assert 1 / 1.1 < float(ratios.square().mean().sqrt()) < 1.1

@@ -351,8 +351,11 @@ class Backend(Protocol):
         of theta), nan where there is none. It may save work and changes theta by no more than its accuracy.
         """
 
-    def weighted_squares(self, operands: Sequence[Operand], left: Panel, right: Panel) -> Tensor:
-        """sum_ij A_ij^2 l_ik r_jk for every column k of left (m, k) and right (n, k): shape (w, k), float64."""
+    def weighted_binades(self, operands: Sequence[Operand], left: Panel, right: Panel) -> Tensor:
+        """sum_ij b_ij^2 l_ik r_jk, b_ij = 2^floor(log2 |A_ij|), 0 where A_ij is 0 or subnormal in float32.
+
+        For every column k of left (m, k) and right (n, k): shape (w, k), float64, to a relative 1e-5.
+        """
 
     def read(self, values: Tensor) -> list[Any]:
         """Numbers for the host, nested as the tensor is; the one place where it waits for the device, and counted."""

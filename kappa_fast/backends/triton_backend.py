@@ -373,15 +373,15 @@ class TritonBackend:
 
         return TridiagonalRitz(Tridiagonal.of(columns, coupling), floor)
 
-    def weighted_squares(self, operands: Sequence[Operand], left: Panel, right: Panel) -> Tensor:
-        from kappa_fast.kernels.apply import squared_times
+    def weighted_binades(self, operands: Sequence[Operand], left: Panel, right: Panel) -> Tensor:
+        from kappa_fast.kernels.apply import binade_times
         from kappa_fast.kernels.panel import inner
         from kappa_fast.kernels.problems import Problems, supported
 
         if not all(supported(a.tensor.dtype) for a in operands):
-            return self._torch.weighted_squares(operands, left, right)
+            return self._torch.weighted_binades(operands, left, right)
         problems = Problems.of([a.tensor for a in operands])
-        image = squared_times(problems, blocks_of(problems, range(len(operands))), padded(right))
+        image = binade_times(problems, blocks_of(problems, range(len(operands))), padded(right))
         sums = inner(self._rows(left), left.data, image[:, : left.width])
         return sums.diagonal(dim1=1, dim2=2)
 

@@ -17,8 +17,6 @@ from ..backends.base import Backend, Operand, Panel, Tensor
 U64 = 2.0**-53
 TOP_WIDTH = 4  # vectors worth measuring: the wanted one and a few neighbours it may be mixed with
 BOTTOM_WIDTH = 8
-# Mean of (spacing / value)^2 over a logarithmically uniform mantissa, 3 / (8 ln 2), over 12 for a uniform error.
-ROUNDING_VARIANCE = 3 / (8 * math.log(2)) / 12
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,7 @@ def sensitivities(
     """First-order standard deviation of the relative change of kappa under one rounding of all weights to ``dtype``.
 
     d log kappa = u_1^T dA v_1 / sigma_1 - u_n^T dA v_n / sigma_n with independent dA_ij, each uniform within half
-    a spacing of its dtype, whose mean square is ROUNDING_VARIANCE eps^2 A_ij^2 and no less than that of subnormal
-    numbers, which is added.
+    a spacing of its dtype, eps 2^floor(log2 |A_ij|) and no less than that of subnormal numbers, which is added.
     """
     if not triplets:
         return []
@@ -97,11 +94,11 @@ def sensitivities(
     v = right.data
     lefts = torch.cat([u * u, -2 * u[:, :1] * u[:, 1:]], dim=1)
     rights = torch.cat([v * v, v[:, :1] * v[:, 1:]], dim=1)
-    squares = backend.weighted_squares(operands, Panel(lefts, left.rows), Panel(rights, right.rows))
+    squares = backend.weighted_binades(operands, Panel(lefts, left.rows), Panel(rights, right.rows))
     totals = backend.read(squares.sum(dim=1))
     return [
         math.hypot(
-            float(torch.finfo(dtype).eps) * math.sqrt(ROUNDING_VARIANCE * max(0.0, total)),
+            float(torch.finfo(dtype).eps) * math.sqrt(max(0.0, total) / 12),
             _of_subnormals(operand, dtype, found),
         )
         for operand, dtype, found, total in zip(operands, dtypes, triplets, totals, strict=True)
