@@ -16,6 +16,7 @@ from . import serialize
 from .cuts import Cut, Pool, cut_by_count, cut_by_kappa, cut_by_params, fraction_count
 from .entries import TensorKappa
 from .errors import OptionError, RankingFileError
+from .patterns import Pattern, PatternError
 from .texts import printable
 from .units import Unit, UnitName, make_units
 
@@ -219,10 +220,14 @@ class Selection:
             include=serialize.get_value(document, "include", file, *texts),
             exclude=serialize.get_value(document, "exclude", file, *texts),
         )
-        try:
-            _compile((*selection.include, *selection.exclude))
-        except OptionError as error:
-            raise RankingFileError(f"{file}: {error}") from error
+        for pattern in (*selection.include, *selection.exclude):
+            try:
+                Pattern(pattern)
+            except PatternError as error:
+                raise RankingFileError(
+                    f"{file}: the pattern {pattern[:100]!r} cannot be searched for ({error}): correct it, or write the "
+                    "file again with to_json()"
+                ) from error
         return selection
 
     def _document(self) -> dict[str, Any]:
@@ -242,7 +247,7 @@ def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:
     for pattern in patterns:
         try:
             compiled.append(re.compile(pattern))
-        except (re.error, TypeError) as error:
+        except (re.error, TypeError, OverflowError, RecursionError) as error:
             raise OptionError(f"{pattern!r} is no regular expression ({error}): re.escape(name) makes one") from error
     return compiled
 

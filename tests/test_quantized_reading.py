@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from test_quantized_packed import awq, config, gptq, in_turn
 from torch.profiler import ProfilerActivity, profile
 
 import kappa_fast
+from kappa_fast import patterns
 from kappa_fast.errors import SourceError
 from kappa_fast.execution import Executor
 from kappa_fast.sources import Filters, open_source
@@ -273,7 +275,6 @@ def test_where_the_config_of_a_quantization_is_found(tmp_path: Path):
         ("model.layers.1", "model.layers.11.q_proj.weight", False),
         ("re:.*gate$", "model.layers.3.mlp.gate.weight", True),
         ("re:.*gate$", "model.layers.3.mlp.gate_proj.weight", False),
-        ("re:(", "model.weight", False),
         ("model.layers.*.router*", "model.layers.3.router.proj.weight", True),
         ("vision_tower", "model.vision_tower.blocks.0.weight", True),
         (3, "3.weight", False),
@@ -283,6 +284,42 @@ def test_modules_that_a_config_leaves_plain(item, name, plain):
     for key in ("ignore", "modules_to_not_convert", "exclude_modules"):
         assert is_left_plain(name, {key: [item]}) is plain
     assert not is_left_plain(name, {"ignore": None})
+
+
+@pytest.mark.parametrize(
+    "item", ["re:(", "re:a{99999999999999}", "re:" + "(" * 3000 + ")" * 3000, r"re:(a)\1", "re:" + "a" * 2000]
+)
+def test_a_pattern_of_a_config_that_cannot_be_searched_is_refused_with_its_field(item):
+    with pytest.raises(SourceError, match=r"quantization_config: 're:.*' in ignore cannot be searched for"):
+        is_left_plain("a.weight", {"ignore": [item]})
+    groups = {"g": {"targets": [item], "weights": {"num_bits": 4}}}
+    with pytest.raises(SourceError, match="in the targets of config_groups cannot be searched for"):
+        scheme_of("a.weight", {"config_groups": groups})
+
+
+@pytest.mark.parametrize(
+    ("item", "plain"),
+    [("re:.*(a+)+$z", False), ("*a" * 25 + "z", False), (r"re:(.*a){12}(.*a)*b", False), ("re:(x|.*)*a$", True)],
+)
+def test_no_pattern_takes_longer_the_more_it_could_backtrack(item, plain):
+    names = [f"l.{i}." + "a" * 60 for i in range(50)]
+    started = time.perf_counter()
+    assert {is_left_plain(name + ".weight", {"ignore": [item]}) for name in names} == {plain}
+    assert time.perf_counter() - started < 5  # hours, where each way is tried
+
+
+def test_patterns_that_take_more_steps_than_any_real_one_are_refused(monkeypatch):
+    monkeypatch.setattr(patterns, "MOST_STEPS", 20)
+    with pytest.raises(SourceError, match="ignore cannot be searched for"):
+        is_left_plain("a" * 200 + ".weight", {"ignore": ["re:((a*)*b)*c"]})
+
+
+def test_the_number_of_patterns_is_limited_and_that_of_names_is_not():
+    config = {"ignore": [f"m.{i}.q" for i in range(5000)]}
+    assert is_left_plain("m.4999.q.weight", config)
+    assert not is_left_plain("m.5000.q.weight", config)
+    with pytest.raises(SourceError, match="the number of patterns in ignore is 2,000"):
+        is_left_plain("a.weight", {"ignore": [f"re:m{i}" for i in range(2000)]})
 
 
 def test_what_is_no_config_group_says_nothing():

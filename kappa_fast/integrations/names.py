@@ -13,6 +13,7 @@ from torch import nn
 
 from ..entries import Index, TensorKappa
 from ..errors import OptionError
+from ..patterns import searched
 from ..selection import Selection
 from ..sources.base import Place
 from ..sources.effective import ingredients_of
@@ -204,7 +205,7 @@ class _Names:
 
     def matching(self, patterns: Iterable[str]) -> set[str]:
         """Parameters with a name, as it is or plain, that one of the patterns matches."""
-        compiled = [re.compile(pattern) for pattern in patterns]
+        compiled = [searched(pattern) for pattern in patterns]
         return {
             canonical
             for name, canonical in self._first.items()

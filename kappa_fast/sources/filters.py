@@ -112,6 +112,6 @@ def _patterns(option: str, value: object) -> tuple[str, ...] | None:
     for pattern in found:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise OptionError(f"{option}={pattern!r} is no regular expression: {error}") from error
     return found

@@ -18,7 +18,7 @@ from ..ownership import by_owner, strangers
 from .bitsandbytes import STATE, TABLES, Bitsandbytes
 from .comfy import Comfy
 from .compressed import NVFP4, CompressedInts
-from .config import is_left_plain, matches, method_of, unknown_method
+from .config import is_left_plain, method_of, unknown_method
 from .fp8 import FORMATS, FP8
 from .hqq import HQQ
 from .mlx import MLX
@@ -27,6 +27,8 @@ from .packed import PackedInts
 from .recipe import Candidate, Family, Recipe, compose
 from .sparse import Sparse
 from .torchao import Torchao
+
+_WORDS = re.compile(r"[\w.]*")  # a name that is an expression for itself
 
 __all__ = ["FAMILIES", "weights_of"]
 
@@ -130,7 +132,7 @@ def _unreadable(candidate: Candidate, error: SourceError) -> Stored:
     name = candidate.plain_name
     message = str(error)
     if "exclude=" not in message:
-        message += f", or leave the weight out with exclude={name if matches(name, name) else re.escape(name)!r}"
+        message += f", or leave the weight out with exclude={name if _WORDS.fullmatch(name) else re.escape(name)!r}"
     names = dict.fromkeys((name, *candidate.codes.names))
     return replace(candidate.codes, names=tuple(names), error=type(error)(message))
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import SourceError
+from ...limits import MOST_PATTERNS, check_limit
+from ...patterns import Pattern, PatternError, Steps
 
 # Older tools wrote these; what they say is what quantization_config says today. The first one that is there counts.
 AUTO_GPTQ = "quantize_config.json"
@@ -68,10 +70,12 @@ def whole_number(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 def is_left_plain(name: str, config: Mapping[str, Any]) -> bool:
-    """True if the config says that the module of the weight called ``name`` was not quantized."""
-    module = name.removesuffix(".weight")
-    listed = [item for key in _PLAIN if isinstance(config.get(key), list) for item in config[key]]
-    return any(isinstance(item, str) and _covers(item, module) for item in listed)
+    """True if the config says that the module of the weight called ``name`` was not quantized.
+
+    Raises:
+        SourceError: a pattern of it cannot be understood, or searched in a limited time.
+    """
+    return _lists_of(config).plain.covers(name.removesuffix(".weight"))
 
 
 def scheme_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -79,39 +83,100 @@ def scheme_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
     A group whose targets name the module comes before one that names it by a regular expression, and that before one
     that names its class: only the first two can be told from names, so the first group with a class is taken.
+
+    Raises:
+        SourceError: as ``is_left_plain``.
     """
-    groups = config.get("config_groups")
-    found = [g for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
+    groups = _lists_of(config).groups
     module = name.removesuffix(".weight")
-
-    def rank(group: Mapping[str, Any]) -> int:
-        targets = group.get("targets")
-        named = [t for t in targets if isinstance(t, str)] if isinstance(targets, Iterable) else []
-        if module in named:
-            return 0
-        if any(t.startswith("re:") and matches(t.removeprefix("re:"), module) for t in named):
-            return 1
-        return 2 if any(not t.startswith("re:") and "." not in t for t in named) else 3
-
-    best = min(found, key=rank, default=None)
-    weights = best.get("weights") if best is not None and (rank(best) < 3 or len(found) == 1) else None
+    ranks = [
+        1 if module not in targets.names and targets.fits(module) else targets.rank(module) for _, targets in groups
+    ]
+    best = min(range(len(groups)), key=ranks.__getitem__, default=None)
+    if best is None or (ranks[best] == 3 and len(groups) > 1):
+        return {}
+    weights = groups[best][0].get("weights")
     return weights if isinstance(weights, Mapping) else {}
 
 
-def _covers(item: str, module: str) -> bool:
-    if item.startswith("re:"):
-        return matches(item.removeprefix("re:"), module)
-    if "*" in item:  # modelopt's wildcards
-        return matches(re.escape(item).replace(r"\*", ".*") + "$", module)
-    return module == item or module.startswith(item + ".") or module.endswith("." + item) or f".{item}." in module
+class _Listed:
+    """Modules that a list in a config names: by themselves, by what is around them, or by patterns."""
 
+    def __init__(self, items: Iterable[object], field: str) -> None:
+        texts = [item for item in items if isinstance(item, str)]
+        self._field, steps = field, Steps()
+        wild = [t for t in texts if t.startswith("re:") or "*" in t]
+        check_limit("quantization_config", f"the number of patterns in {field}", len(wild), MOST_PATTERNS)
+        self.names = frozenset(texts) - frozenset(wild)
+        self._patterns = [(t, self._pattern(t, steps)) for t in wild]
+        self.has_class = any(not t.startswith("re:") and "." not in t for t in texts)
 
-def matches(pattern: str, module: str) -> bool:
-    """Whether a regular expression fits the beginning of a name; one that is none fits nothing."""
-    try:
-        return re.match(pattern, module) is not None
-    except re.error:
+    def _pattern(self, text: str, steps: Steps) -> Pattern:
+        if text.startswith("re:"):
+            expression = text.removeprefix("re:")
+        else:  # modelopt's wildcards
+            expression = re.sub(r"(?:\\\*)+", ".*", re.escape(text)) + "$"
+        try:
+            return Pattern(expression, steps)
+        except PatternError as error:
+            raise self._refused(text, error) from error
+
+    def _refused(self, text: str, error: PatternError) -> SourceError:
+        return SourceError(
+            f"quantization_config: {text[:100]!r} in {self._field} cannot be searched for ({error}): correct it in the "
+            "config of the checkpoint, or take it out and rank with exclude= what it names"
+        )
+
+    def fits(self, module: str, *, wildcards: bool = False) -> bool:
+        """Whether a pattern fits the beginning of a name; ``wildcards``: those of modelopt too."""
+        for text, pattern in self._patterns:
+            if wildcards or text.startswith("re:"):
+                try:
+                    if pattern.matches(module):
+                        return True
+                except PatternError as error:
+                    raise self._refused(text, error) from error
         return False
+
+    def covers(self, module: str) -> bool:
+        """Whether the module, or one that it is in, or a part of its name between two dots, is listed."""
+        words = module.split(".")
+        if self.names and any(
+            ".".join(words[i:j]) in self.names for i in range(len(words)) for j in range(i + 1, len(words) + 1)
+        ):
+            return True
+        return self.fits(module, wildcards=True)
+
+    def rank(self, module: str) -> int:
+        return 0 if module in self.names else 2 if self.has_class else 3
+
+
+class _Lists:
+    """The lists of one config, looked up by name instead of read again for every tensor."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        listed = [(key, config[key]) for key in _PLAIN if isinstance(config.get(key), list)]
+        self.plain = _Listed([item for _, items in listed for item in items], " and ".join(key for key, _ in listed))
+        groups = config.get("config_groups")
+        found = [g for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
+        self.groups = [
+            (group, _Listed(_texts(group.get("targets")), "the targets of config_groups")) for group in found
+        ]
+
+
+def _texts(targets: object) -> Iterable[object]:
+    return targets if isinstance(targets, Iterable) else ()
+
+
+_latest: tuple[Mapping[str, Any], _Lists] | None = None
+
+
+def _lists_of(config: Mapping[str, Any]) -> _Lists:
+    global _latest
+    known = _latest  # one config is asked about for every tensor of a checkpoint
+    if known is None or known[0] is not config:
+        _latest = known = (config, _Lists(config))
+    return known[1]
 
 
 def _read(path: Path) -> Mapping[str, Any]:
