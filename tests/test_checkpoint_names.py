@@ -161,3 +161,53 @@ def test_a_dense_model_imports_nothing_for_its_names(root, run_python, tmp_path)
     model.save_pretrained(tmp_path)
     code = f"import sys, kappa_fast; kappa_fast.rank({str(tmp_path)!r}); print('transformers' in sys.modules)"
     assert run_python(code, cwd=root).strip() == "False"
+
+
+def test_classes_of_the_architecture_in_config_json_decide_what_names_cannot_tell(tmp_path):
+    """Tables without a name that says so, convolutions called query, and buffers, in a file without any module."""
+    from transformers import CTRLConfig, CTRLLMHeadModel, IBertConfig, IBertModel, SqueezeBertConfig, SqueezeBertModel
+
+    table = CTRLLMHeadModel(CTRLConfig(vocab_size=96, n_positions=16, n_embd=32, dff=48, n_layer=1, n_head=2))
+    table.save_pretrained(tmp_path / "table")
+    ranking = kappa_fast.rank(tmp_path / "table", progress=False)
+    assert [(s.name, s.reason) for s in ranking.skipped] == [
+        ("transformer.w.weight", "embedding or output head (embeddings=True ranks it)")
+    ]
+    sizes = {"hidden_size": 64, "embedding_size": 64, "num_attention_heads": 2, "intermediate_size": 96}
+    grouped = SqueezeBertModel(SqueezeBertConfig(vocab_size=96, num_hidden_layers=1, **sizes))
+    grouped.save_pretrained(tmp_path / "grouped")
+    entry = next(e for e in kappa_fast.rank(tmp_path / "grouped", progress=False) if "attention.query" in e.name)
+    sigma = torch.linalg.svdvals(grouped.get_parameter(entry.name).detach().double().flatten(1))
+    assert entry.lower <= sigma[0] / sigma[-1] <= entry.upper
+    integers = IBertModel(IBertConfig(vocab_size=96, num_hidden_layers=1, quant_mode=False, **sizes))
+    integers.save_pretrained(tmp_path / "integers")
+    ranking = kappa_fast.rank(tmp_path / "integers", progress=False)
+    (reason,) = {s.reason for s in ranking.skipped if "dense.weight_integer" in s.name}
+    assert reason == "buffer of QuantLinear in the model that config.json describes, not a parameter"
+    assert ranking.metadata["num_parameters"] == sum(p.numel() for p in integers.parameters())
+
+
+def test_a_tied_weight_has_the_first_name_that_the_model_has_for_it(tmp_path):
+    model = build("llama", tie_word_embeddings=True)
+    tensors = {n: p.detach().clone() for n, p in model.named_parameters()}
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    tensors["model.layers.0.mlp.experts.0.gate.weight"] = torch.zeros(16, 16)  # so that the model is looked at
+    save_file(tensors, tmp_path / "model.safetensors")
+    with_config(model, tmp_path)
+    ranking = kappa_fast.rank(tmp_path, embeddings=True, progress=False)
+    assert next(e.aliases for e in ranking if e.name == "model.embed_tokens.weight") == ("lm_head.weight",)
+
+
+def test_numbers_that_json_lacks_are_read_as_transformers_writes_them():
+    from kappa_fast.integrations.architecture import architecture
+
+    config = {"model_type": "mamba2", "architectures": ["Mamba2Model"], "vocab_size": 64, "hidden_size": 32}
+    config |= {"num_hidden_layers": 1, "num_heads": 4, "head_dim": 16, "state_size": 16, "expand": 2}
+    assert architecture({**config, "time_step_limit": [0.0, {"__float__": "Infinity"}]}) is not None
+
+
+@pytest.mark.parametrize("pattern", ["mlp.experts.*.w1.weight", r"\.experts.*.w1.weight", r"experts\.*\.w1\.weight$"])
+def test_the_number_of_an_expert_is_found_however_the_table_writes_its_dots(pattern):
+    from kappa_fast.integrations.conversion import _number
+
+    assert _number(pattern, "model.layers.5.mlp.experts.12.w1.weight") == 12

@@ -107,8 +107,13 @@ def _check_own(config: Any) -> None:
 
 
 def _without_choices(value: Any) -> Any:
-    """A copy of plain JSON without the keys that would have transformers fetch or choose something."""
+    """A copy of plain JSON without the keys that would have transformers fetch or choose something.
+
+    transformers writes numbers that JSON does not have, such as infinity, as objects: they become numbers again.
+    """
     if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
         return {key: _without_choices(item) for key, item in value.items() if not _CHOSEN.fullmatch(str(key).lower())}
     if isinstance(value, list):
         return [_without_choices(item) for item in value]

@@ -44,7 +44,7 @@ _EXPERT = re.compile(r"\.experts?\.\d+\.")
 
 
 def places_of(inventory: Inventory) -> dict[str, Place]:
-    """By their names on disk, the tensors that have another name in the model, or are a part of a parameter there.
+    """By their names on disk, the tensors that the model has: under which name, or as a part of which parameter.
 
     Empty where config.json names no model of transformers' own, where transformers is not installed, and for models
     whose names do not change: without experts on their own and without models inside the model, nothing is imported.
@@ -64,8 +64,7 @@ def places_of(inventory: Inventory) -> dict[str, Place]:
         prefix += word
         inner = _placed(parts, weights, prefix)
         found = inner if len(inner) > len(found) else found
-    moved = {name: place for name, place in found.items() if (place.name, place.index) != (name, ())}
-    return _unambiguous(moved, inventory)
+    return _unambiguous(found, inventory)
 
 
 def _placed(parts: _Parts, weights: Sequence[Stored], prefix: str) -> dict[str, Place]:
@@ -142,7 +141,7 @@ class _Parts:
             return None
         if place is None:
             return None
-        shape = self._conversion.shapes[place.name]
+        shape = self._conversion.shapes.get(place.name, stored.shape)
         if not place.index:
             return place if shape == stored.shape else None
         parts = self._parts_of(replace(stored, names=(place.name,), shape=shape))
@@ -167,9 +166,10 @@ def _full(index: Index, shape: tuple[int, ...]) -> tuple[object, ...]:
 def _unambiguous(places: dict[str, Place], inventory: Inventory) -> dict[str, Place]:
     """Without those that two tensors claim, and those whose name another tensor has on disk."""
     claims = Counter(place.name + place.label for place in places.values())
-    kept = {name for stored in inventory.tensors for name in stored.names if stored.name not in places}
+    same = {name for name, place in places.items() if (place.name, place.index) == (name, ())}
+    kept = {n for stored in inventory.tensors for n in stored.names if stored.name not in places or stored.name in same}
     return {
         name: place
         for name, place in places.items()
-        if claims[place.name + place.label] == 1 and place.name not in kept
+        if claims[place.name + place.label] == 1 and (name in same or place.name not in kept)
     }

@@ -11,7 +11,8 @@ from torch import nn
 from ..entries import Index
 from ..errors import OptionError, missing_extra
 from ..limits import MOST_DIGITS
-from ..sources.base import Place
+from ..sources.base import Home, Place
+from ..sources.module import homes_of
 from .pieces import box_of, index_of
 
 
@@ -39,12 +40,18 @@ class Conversion:
         transforms = get_model_conversion_mapping(self._model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        named = self._model.named_parameters(remove_duplicate=False)
+        named = list(self._model.named_parameters(remove_duplicate=False))
         self._parameters = {plain_name(name): parameter for name, parameter in named}
+        # Of a tied weight a file may have another name than the first, which is what it is called in a ranking.
+        first = {id(parameter): plain_name(name) for name, parameter in self._model.named_parameters()}
+        self._first = {plain_name(name): first[id(parameter)] for name, parameter in named}
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        self._homes: dict[str, Home] | None = None
 
     def place(self, name: str, shape: tuple[int, ...]) -> Place | None:
         """Where the tensor ``name`` of a checkpoint, a matrix of this shape, ends up; None if nowhere.
+
+        A weight that a module computes, and a buffer, has a place too.
 
         Raises:
             OptionError: it is permuted on its way, so that no index finds it.
@@ -54,13 +61,23 @@ class Conversion:
         prefix = self._model.base_model_prefix or None
         target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._parameters)
         if target not in self._parameters:
-            return None
+            home = self._home(target) if pattern is None else None  # of a weight that is computed, or of a buffer
+            return (
+                None if home is None else Place(f"{self._prefix}.{target}" if self._prefix else target, (), home=home)
+            )
         index: Index = ()
         if pattern is not None:
             renamed = apply_renamings(name, self._renamings)
             converter = next(c for c in self._converters if pattern in c.source_patterns)
             index = _index(converter, pattern, renamed, shape, tuple(self._parameters[target].shape))
-        return Place(f"{self._prefix}.{target}" if self._prefix else target, index)
+        home = self._home(target) if pattern is None else None
+        target = self._first[target]
+        return Place(f"{self._prefix}.{target}" if self._prefix else target, index, home=home)
+
+    def _home(self, name: str) -> Home | None:
+        if self._homes is None:
+            self._homes = homes_of(self._model)
+        return self._homes.get(name)
 
 
 def _index(converter: Any, pattern: str, name: str, shape: tuple[int, ...], target: tuple[int, ...]) -> Index:
@@ -89,7 +106,8 @@ def _index(converter: Any, pattern: str, name: str, shape: tuple[int, ...], targ
 
 def _number(pattern: str, name: str) -> int:
     """The number that stands for the ``*`` of the pattern: of the expert."""
-    found = re.search(re.escape(pattern).replace(r"\*", rf"(\d{{1,{MOST_DIGITS}}})(?!\d)"), name)
+    plain = pattern.replace(r"\.", ".").strip("^$")  # some patterns of the table escape their dots
+    found = re.search(re.escape(plain).replace(r"\*", rf"(\d{{1,{MOST_DIGITS}}})(?!\d)"), name)
     if found is None:
         raise OptionError(f"{name!r} does not say which expert it belongs to: rank the loaded model itself")
     return int(found.group(1))

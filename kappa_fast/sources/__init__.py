@@ -17,7 +17,7 @@ import torch
 from ..entries import Index, Skipped
 from ..errors import OptionError, SourceError, SourceNotFoundError
 from .admission import Surroundings, admit, by_evidence
-from .base import Inventory, Matrix, Place, Source, Stamp, Stored
+from .base import Home, Inventory, Matrix, Place, Source, Stamp, Stored
 from .checkpoint import read_checkpoint
 from .codes import ON_META
 from .filters import Filters
@@ -27,7 +27,7 @@ from .hub_headers import headers_of
 from .layouts import Cut, Part, cut
 from .module import read_module
 from .names import group_of, is_read_directly, layer_of
-from .tensors import read_mapping
+from .tensors import count_weights, read_mapping
 
 __all__ = ["Filters", "Matrix", "PlacesOf", "Source", "open_source"]
 
@@ -59,6 +59,7 @@ def open_source(
     """
     inventory = _read(source, quiet, headers_only=filters.without_values)
     places = places_of(inventory) if places_of is not None else {}
+    inventory = _at_home(inventory, places)
     around = Surroundings.of(_renamed(inventory, places))
     matrices: list[Matrix] = []
     skipped: list[Skipped] = []
@@ -73,7 +74,7 @@ def open_source(
         )
     for found in candidates:
         place = places.get(found.name)
-        stored = found if place is None else replace(found, names=(place.name, *found.names))
+        stored = found if place is None else replace(found, names=tuple(dict.fromkeys((place.name, *found.names))))
         reason, evidence = _weighed(stored, around, filters)
         _LOG.debug("%s %s: %s", stored.name, stored.shape, f"skipped, {reason}" if reason else f"taken, {evidence}")
         if reason is not None:
@@ -119,6 +120,29 @@ def _weighed(stored: Stored, around: Surroundings, filters: Filters) -> tuple[st
         return chosen, ""  # what cannot be read may be left out
     admission = admit(stored, around, filters.without_values)
     return admission.reason or chosen, admission.evidence
+
+
+def _at_home(inventory: Inventory, places: Mapping[str, Place]) -> Inventory:
+    """With what the model that config.json describes tells of the tensors of a checkpoint, as it would tell itself."""
+    homes = {name: place.home for name, place in places.items() if place.home is not None}
+    if not homes:
+        return inventory
+    tensors = [_known(t, homes[t.name]) if t.name in homes and t.parent is None else t for t in inventory.tensors]
+    return replace(inventory, tensors=tensors, num_parameters=count_weights(tensors))
+
+
+def _known(stored: Stored, home: Home) -> Stored:
+    if home.is_buffer:
+        reason = f"buffer of {type(home.owner).__name__} in the model that config.json describes, not a parameter"
+        return replace(stored, problem=reason, roles=stored.roles | {"ingredient"})
+    told = bool(stored.evidence) or stored.quantization is not None
+    return replace(
+        stored,
+        parent=home.owner,
+        roles=stored.roles | home.roles,
+        model_types=home.model_types,
+        evidence=stored.evidence if told else f"parameter of {type(home.owner).__name__} in the model of config.json",
+    )
 
 
 def _renamed(inventory: Inventory, places: Mapping[str, Place]) -> Inventory:

@@ -148,11 +148,29 @@ class Stored:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of a checkpoint is in the model: the parameter, what to index it with, the label of that part."""
+    """Where a tensor of a checkpoint is in the model: the parameter, what to index it with, the label of that part.
+
+    home: what holds the parameter, for those that are stored as the model has them; None for others.
+    """
 
     name: str
     index: Index
     label: str = ""
+    home: Home | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Home:
+    """What a model tells of a parameter: the module that owns it, what that is for, the types of the model around it.
+
+    ``Stored`` has the same under ``parent``, ``roles`` and ``model_types``. Of a buffer, which is no parameter, it says
+    so with ``is_buffer``.
+    """
+
+    owner: torch.nn.Module
+    roles: frozenset[Role]
+    model_types: tuple[str, ...]
+    is_buffer: bool = False
 
 
 @dataclass(frozen=True)

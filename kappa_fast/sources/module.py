@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .base import Inventory, Role, Stored
+from .base import Home, Inventory, Role, Stored
 from .classes import looks_up
 from .effective import PARAMETRIZATIONS, Effective, effective_weights
 from .filters import is_router_module
@@ -17,15 +17,6 @@ from .names import base_name, has_adapters
 from .packed import packed_weights
 from .quantized import modules, weights_of
 from .tensors import fingerprint, identity, is_lazy, model_types_in, own_names, sharded, store
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where in the model a parameter is: its owner, what that is for, and the types of the model around it."""
-
-    owner: torch.nn.Module
-    roles: frozenset[Role]
-    model_types: tuple[str, ...]
 
 
 def read_module(model: torch.nn.Module) -> Inventory:
@@ -141,7 +132,7 @@ def _computed(model: torch.nn.Module) -> list[_Computed]:
 
 
 def _made(
-    item: _Computed, names: tuple[str, ...], held: Mapping[str, _Held], places: list[_Place], head: bool
+    item: _Computed, names: tuple[str, ...], held: Mapping[str, _Held], places: list[Home], head: bool
 ) -> Iterator[tuple[str, Stored]]:
     """The weight itself, and the parts that are no second name of it; each beside the part whose place it takes."""
     weight, parts = item.weight, [name for name in item.parts if name in held]
@@ -182,7 +173,7 @@ def _shown(held: Mapping[str, _Held]) -> set[str]:
     return shown
 
 
-def _stored(names: tuple[str, ...], item: _Held, places: list[_Place], head: bool) -> Stored:
+def _stored(names: tuple[str, ...], item: _Held, places: list[Home], head: bool) -> Stored:
     roles: set[Role] = {role for place in places for role in place.roles}
     if head:
         roles.add("head")
@@ -195,10 +186,25 @@ def _stored(names: tuple[str, ...], item: _Held, places: list[_Place], head: boo
     return replace(found, problem=problem) if problem is not None and found.problem is None else found
 
 
-def _places(model: torch.nn.Module) -> dict[str, _Place]:
+def homes_of(model: torch.nn.Module) -> dict[str, Home]:
+    """By name: of parameters, tied ones under all of their names, of weights that modules compute, and of buffers."""
+    places, heads = _places(model), set(_output_heads(model))
+    named = {name: identity(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    named |= {name: name for weight in _computed(model) for name in weight.names}
+    found = {}
+    for name, _ in model.named_buffers(remove_duplicate=False):
+        found[name] = replace(_above([name], places)[0], is_buffer=name.rpartition(".")[2] != "weight")
+    for name, itself in named.items():
+        home = _above([name], places)[0]
+        is_head = not heads.isdisjoint({itself, name})
+        found[name] = replace(home, roles=home.roles | {"head"}) if is_head else home
+    return found
+
+
+def _places(model: torch.nn.Module) -> dict[str, Home]:
     """By the name of the module that holds a parameter."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    places: dict[str, _Place] = {}
+    places: dict[str, Home] = {}
     for name, module in modules.items():
         above, _, last = name.rpartition(".")
         parent = places[above] if name else None
@@ -211,11 +217,11 @@ def _places(model: torch.nn.Module) -> dict[str, _Place]:
             roles |= parent.roles & {"adapter"}
             roles |= {"router"} if above and is_router_module(parent.owner) else set()
             roles |= {"adapter"} if last in _adapter_words(parent.owner) else set()
-        places[name] = _Place(owner, frozenset(roles), model_types)
+        places[name] = Home(owner, frozenset(roles), model_types)
     return places
 
 
-def _above(names: Iterable[str], places: Mapping[str, _Place]) -> list[_Place]:
+def _above(names: Iterable[str], places: Mapping[str, Home]) -> list[Home]:
     """Of the modules that hold these parameters."""
     return [places[name.rpartition(".")[0]] for name in names]
 
