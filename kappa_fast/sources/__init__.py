@@ -103,7 +103,8 @@ def open_source(
         "quantization": dict(quantized),
         "evidence": by_evidence(evidences),
     }
-    direct = {m.name for m in matrices if is_read_directly(m.name, around.shapes, _types_of(candidates))}
+    types = _types_of(candidates)
+    direct = {m.name for m in matrices if is_read_directly(m.name, around.shapes, types)}
     metadata |= {"read_directly": sorted(direct)} if direct else {}
     count = inventory.num_parameters
     return Source(tuple(matrices), tuple(skipped), count, metadata, inventory.in_memory, tuple(absent))
