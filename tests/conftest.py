@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Read when torch loads its OpenMP: threads that wait must not keep a busy machine from the ones that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Read once by huggingface_hub, and handed on to child processes: no test may wait for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Read when Triton is imported: kernels run on the CPU. Child processes that compile for a GPU take it out again.

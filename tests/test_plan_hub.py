@@ -90,7 +90,8 @@ def test_ranking_after_planning_downloads_the_rest(hub):
     assert planned("org/name").to_download == 0
 
 
-def test_files_that_only_the_hub_can_call_complete(hub, hub_cache):
+def test_files_that_only_the_hub_can_call_complete(hub, hub_cache, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
     files = {f"{part}.safetensors": save({name: MODEL[name]}) for part, name in zip("ab", NAMES, strict=True)}
     hub.repositories["org/name"] = files
     store_in_cache(hub_cache, "org/name", files)

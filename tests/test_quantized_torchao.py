@@ -254,7 +254,10 @@ def quanto() -> object:
     return pytest.importorskip("optimum.quanto")
 
 
-@pytest.mark.parametrize("kind", ["qint8", "qint4", "qint2", "qfloat8"])
+# Tensors of less than a byte compile their unpacking first.
+@pytest.mark.parametrize(
+    "kind", ["qint8", "qfloat8", *(pytest.param(k, marks=pytest.mark.slow) for k in ("qint4", "qint2"))]
+)
 def test_quantos_tensors_are_ranked_by_what_they_dequantize_to(kind):
     package = quanto()
     made = nn.Sequential(nn.Linear(128, 96))
