@@ -60,7 +60,8 @@ class TorchBackend:
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> int:
         m, n = shape
-        return (28 * n * n) if m == n else 8 * (n * n + 2 * m * n)
+        copied = max(2, dtype.itemsize) * m * n  # by prepare(), unless the weight lies as it would alone
+        return copied + (28 * n * n if m == n else 8 * (n * n + 2 * m * n))
 
     def need(self, shape: tuple[int, int], rung: Rung) -> int:
         return self.workspace(shape, rung.dtype)
