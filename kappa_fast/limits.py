@@ -14,7 +14,11 @@ LARGEST_CONFIG = 16 << 20
 LARGEST_INDEX = 256 << 20
 LARGEST_RANKING = 1 << 30
 MOST_VALUES = 1 << 22  # values of one JSON document; each takes up to 100 bytes in memory
+MOST_VALUES_OF_INDEX = 1 << 21
+MOST_VALUES_OF_HEADER = 1 << 24  # of safetensors: eight for each tensor
 MOST_VALUES_OF_RANKING = 1 << 26
+
+DEEPEST = 60  # lists and objects inside of each other, in metadata
 
 MOST_TENSORS = 1 << 20  # of a model; 281,000 seen
 LONGEST_NAME = 1024  # characters of a tensor's name; 150 seen

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from . import serialize
+from .consistency import contradicted_score
 from .entries import Skipped, Status, TensorKappa
 from .errors import OptionError, RankingFileError, missing_extra
 from .selection import Selection, select
@@ -204,8 +205,14 @@ class Ranking(Sequence[TensorKappa]):
         document = serialize.check_format(raw, file, serialize.RANKING_FORMAT)
         entries = serialize.decode_entries(document.get("entries"), file)
         skipped = serialize.decode_skipped(document.get("skipped"), file)
+        metadata = serialize.get_object(document, "metadata", file)
+        if (wrong := contradicted_score(entries, metadata.get("settings"))) is not None:
+            raise RankingFileError(
+                f"{file} contradicts itself: it is ranked by kappa, and the score of {wrong.key!r} is {wrong.score!r} "
+                f"where its kappa is {wrong.kappa!r}; write it again with to_json()"
+            )
         try:
-            return cls(entries, skipped, serialize.get_object(document, "metadata", file))
+            return cls(entries, skipped, metadata)
         except OptionError as error:
             raise RankingFileError(f"{file}: {error}") from error
 

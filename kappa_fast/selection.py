@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import serialize
+from .consistency import contradicted_budget
 from .cuts import Cut, Pool, cut_by_count, cut_by_kappa, cut_by_params, fraction_count
 from .entries import TensorKappa
 from .errors import OptionError, RankingFileError
@@ -211,15 +212,23 @@ class Selection:
         file = Path(path)
         document = serialize.check_format(serialize.read_json(file), file, serialize.SELECTION_FORMAT)
         texts = ("a list of texts", serialize.read_texts)
-        selection = cls(
-            entries=tuple(serialize.decode_entries(document.get("entries"), file)),
-            boundary_certain=serialize.get_value(
-                document, "boundary_certain", file, "true or false", serialize.read_flag
-            ),
-            settings=serialize.get_object(document, "settings", file),
-            include=serialize.get_value(document, "include", file, *texts),
-            exclude=serialize.get_value(document, "exclude", file, *texts),
-        )
+        entries = tuple(serialize.decode_entries(document.get("entries"), file))
+        try:
+            selection = cls(
+                entries=entries,
+                boundary_certain=serialize.get_value(
+                    document, "boundary_certain", file, "true or false", serialize.read_flag
+                ),
+                settings=serialize.get_object(document, "settings", file),
+                include=serialize.get_value(document, "include", file, *texts),
+                exclude=serialize.get_value(document, "exclude", file, *texts),
+            )
+        except OptionError as error:
+            raise RankingFileError(f"{file}: {error}") from error
+        certain = selection.boundary_certain
+        wrong = contradicted_budget(selection.entries, selection.settings, certain, _BUDGETS)
+        if wrong is not None:
+            raise RankingFileError(f"{file} contradicts itself: {wrong}; write it again with to_json()")
         for pattern in (*selection.include, *selection.exclude):
             try:
                 Pattern(pattern)

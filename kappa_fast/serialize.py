@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from numbers import Integral, Real
@@ -18,9 +17,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, get_args
 
+from .consistency import contradiction
+from .documents import read_document
 from .entries import Index, Skipped, Status, TensorKappa
-from .errors import OptionError, RankingFileError, SourceNotFoundError
+from .errors import OptionError, RankingFileError, SourceError, SourceNotFoundError
+from .limits import DEEPEST, LARGEST_RANKING, MOST_VALUES_OF_RANKING
 from .sources.names import group_of, layer_of
+from .writing import write_bytes
 
 RANKING_FORMAT = "kappa_fast ranking"
 SELECTION_FORMAT = "kappa_fast selection"
@@ -32,12 +35,15 @@ _REWRITE = "the file is damaged: write it again with to_json()"
 _FLOAT_NAMES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def freeze(value: Any, where: str) -> Any:
+def freeze(value: Any, where: str, depth: int = 0) -> Any:
     """A deep, read-only copy of plain JSON: mappings become MappingProxyType, lists tuples, nan and inf their names.
 
     Raises:
-        OptionError: something in ``value`` (called ``where`` in the message) has no form in JSON.
+        OptionError: something in ``value`` (called ``where`` in the message) has no form in JSON, or is nested deeper
+            than any real metadata.
     """
+    if depth > DEEPEST:
+        raise OptionError(f"{where[:60]}... is nested more than {DEEPEST} deep: make it flatter")
     if value is None or isinstance(value, (str, bool)):
         return value
     if isinstance(value, Integral):
@@ -48,9 +54,9 @@ def freeze(value: Any, where: str) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise OptionError(f"{where} has the key {key!r}, but JSON knows only text keys: use str(key)")
-        return MappingProxyType({key: freeze(item, f"{where}[{key!r}]") for key, item in value.items()})
+        return MappingProxyType({key: freeze(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()})
     if isinstance(value, (list, tuple)):
-        return tuple(freeze(item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(freeze(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value))
     raise OptionError(f"{where} is of type {type(value).__name__}, which JSON cannot hold: use text, numbers, lists")
 
 
@@ -85,7 +91,13 @@ def _plain(value: Any) -> Any:
 
 def decode_entries(raw: Any, path: Path) -> list[TensorKappa]:
     """The entries of a document. Raises RankingFileError naming the file, the entry and the field that is wrong."""
-    return [_decode(TensorKappa, _ENTRY_FIELDS, item, where) for where, item in _items(raw, "entries", path)]
+    entries = []
+    for where, item in _items(raw, "entries", path):
+        entry = _decode(TensorKappa, _ENTRY_FIELDS, item, where)
+        if (wrong := contradiction(entry)) is not None:
+            raise RankingFileError(f"{where} ({entry.key!r}) contradicts itself: {wrong}; {_REWRITE}")
+        entries.append(entry)
+    return entries
 
 
 def decode_skipped(raw: Any, path: Path) -> list[Skipped]:
@@ -231,38 +243,16 @@ def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) ->
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text all at once, see ``write_bytes``.
+    """Write a text all at once, see ``writing.write_bytes``.
 
     Raises:
         RankingFileError: the file cannot be written there.
     """
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file all at once: whoever reads it sees the old one or the new one, never half.
-
-    Raises:
-        RankingFileError: the file cannot be written there.
-    """
-    # A link stays a link: what it points at is replaced.
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file() and not target.is_dir():  # root could replace /dev/null by a file
-        raise RankingFileError(f"cannot write {path}: it is a device or a pipe; give the name of a file")
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        reason = error.strerror or error
-        raise RankingFileError(f"cannot write {path}: {reason}; choose a file that can be written") from error
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        raise RankingFileError(f"cannot write {path}: the text has half of a character in it ({error})") from error
+    write_bytes(path, content)
 
 
 def _section(value: Any) -> str:
@@ -280,21 +270,29 @@ def read_json(path: Path) -> Any:
         RankingFileError: it cannot be read, or is no JSON.
     """
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        return read_document(path, LARGEST_RANKING, MOST_VALUES_OF_RANKING)
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"{path}: no such file; to_json() writes one") from error
     except OSError as error:
         raise RankingFileError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except SourceError as error:
+        raise RankingFileError(str(error)) from error
+    except MemoryError as error:
+        raise RankingFileError(f"cannot read {path}: there is not enough memory for it") from error
+    except ValueError as error:
         raise RankingFileError(f"{path} is no JSON ({error}); {_REWRITE}") from error
 
 
 def check_format(raw: Any, path: Path, wanted: str) -> dict[str, Any]:
     """``raw`` if it is a document of the wanted format that this version can read, else RankingFileError."""
     found = raw.get("format") if isinstance(raw, dict) else None
-    if found != wanted:
+    if not isinstance(raw, dict) or found != wanted:
         known = {RANKING_FORMAT: "Ranking.from_json", SELECTION_FORMAT: "Selection.from_json"}
-        advice = f"read it with {known[found]}()" if found in known else "to_json() writes one that can be read"
+        advice = (
+            f"read it with {known[found]}()"
+            if isinstance(found, str) and found in known
+            else "to_json() writes one that can be read"
+        )
         raise RankingFileError(f"{path} is no file of the format {wanted!r}: {advice}")
     version = raw.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:

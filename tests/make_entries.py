@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -88,7 +89,32 @@ def entries(draw: st.DrawFn) -> TensorKappa:
     )
 
 
+@st.composite
+def consistent_entries(draw: st.DrawFn) -> TensorKappa:
+    """Any entry that a file may hold: its numbers do not contradict each other."""
+    entry = draw(entries())
+    above_one = st.floats(1, allow_nan=False, allow_infinity=False)
+    lower, kappa, upper = sorted(draw(st.tuples(above_one, above_one, above_one)))
+    least, most = sorted(draw(st.tuples(st.floats(0, allow_nan=False), st.floats(0, allow_nan=False))))
+    known = {"ok": (kappa, lower, upper), "rank_deficient": (math.inf, lower, math.inf)}
+    known |= {"bounded": (math.nan, lower, math.inf), "non_finite": (math.nan, math.nan, math.nan)}
+    found = known[entry.status]
+    settled = entry.status in ("ok", "rank_deficient")
+    return replace(
+        entry,
+        numel=math.prod(entry.shape),
+        kappa=found[0],
+        lower=found[1],
+        upper=found[2],
+        sigma_max=draw(st.sampled_from([most, math.nan])),
+        sigma_min=least,
+        certified=settled and entry.certified,
+        sensitivity=draw(st.floats(0)),
+    )
+
+
 entry_lists = st.lists(entries(), max_size=5, unique_by=lambda entry: entry.key)
+consistent_lists = st.lists(consistent_entries(), max_size=5, unique_by=lambda entry: entry.key)
 skipped = st.builds(Skipped, _texts, st.lists(st.integers(0, 2**40), max_size=4).map(tuple), _texts)
 plain_json = st.recursive(
     st.none() | st.booleans() | _ints | st.floats(allow_nan=False, allow_infinity=False) | _texts,

@@ -44,7 +44,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("json") / "ranking.json"
 
 
-@given(entries=make.entry_lists, skipped=make.st.lists(make.skipped, max_size=2), metadata=make.metadata)
+@given(entries=make.consistent_lists, skipped=make.st.lists(make.skipped, max_size=2), metadata=make.metadata)
 def test_a_ranking_survives_the_round_trip_bit_for_bit_in_strict_json(file, entries, skipped, metadata):
     ranking = Ranking(entries, skipped, metadata)
     ranking.to_json(file)
@@ -56,8 +56,9 @@ def test_a_ranking_survives_the_round_trip_bit_for_bit_in_strict_json(file, entr
     assert again == ranking
 
 
-@given(entries=make.entry_lists, certain=make.st.booleans(), settings=make.metadata)
+@given(entries=make.consistent_lists, certain=make.st.booleans(), settings=make.metadata)
 def test_a_selection_survives_the_round_trip_bit_for_bit_in_strict_json(file, entries, certain, settings):
+    entries = [entry for entry in entries if entry.status in ("ok", "rank_deficient")]
     selection = Selection(tuple(entries), certain, settings, (r"lm_head", "norm$"), (r"\.bias",))
     selection.to_json(file)
     strict_json(file)
@@ -236,7 +237,7 @@ def test_a_damaged_document_is_refused(tmp_path, change, message):
         ("boundary_certain", 1, "'boundary_certain' is not true or false"),
         ("settings", None, "'settings' is no object"),
         ("include", [3], "'include' is not a list of texts"),
-        ("exclude", ["("], r"'\(' is no regular expression"),
+        ("exclude", ["("], r"the pattern '\(' cannot be searched for"),
         ("exclude", None, "'exclude' is not a list of texts"),
     ],
 )

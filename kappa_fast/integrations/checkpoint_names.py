@@ -6,7 +6,6 @@ it loads them. A ranking that is to be trained with should speak of the paramete
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import Counter
@@ -17,8 +16,10 @@ from typing import Any
 
 import torch
 
+from ..documents import read_document
 from ..entries import Index
 from ..errors import OptionError
+from ..limits import LARGEST_CONFIG
 from ..sources.base import Inventory, Place, Stored
 from ..sources.layouts import Part, cut
 from .architecture import architecture
@@ -115,10 +116,10 @@ def described_by(source: object) -> torch.nn.Module | None:
     path = source.get("path") if isinstance(source, Mapping) else None
     if not isinstance(path, str):
         return None
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        config = read_document(folder / "config.json", LARGEST_CONFIG)
+    except (OSError, ValueError):
         return None
     return architecture(config, str(folder / "config.json")) if isinstance(config, dict) else None
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from .. import serialize
 from ..entries import Status
 from ..errors import OptionError, missing_extra
 from ..texts import printable
+from ..writing import write_bytes
 from .grid import Cell, Grid, color_range, make_grid
 from .page import title_of
 from .table import format_number, shorten
@@ -45,7 +45,7 @@ def write_plot(ranking: Ranking, path: str | os.PathLike[str]) -> None:
     suffix = PurePath(path).suffix.lower()
     if suffix not in _FORMATS:
         raise OptionError(f"cannot plot to {path}: end the name in .png or .svg")
-    serialize.write_bytes(path, render_plot(ranking, suffix[1:]))
+    write_bytes(path, render_plot(ranking, suffix[1:]))
 
 
 def render_plot(ranking: Ranking, kind: str) -> bytes:

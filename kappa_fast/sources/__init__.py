@@ -15,9 +15,12 @@ from typing import Any
 import torch
 
 from ..entries import Index, Skipped
-from ..errors import OptionError, SourceError, SourceNotFoundError
+from ..errors import KappaError, OptionError, SourceError, SourceNotFoundError
+from ..limits import LONGEST_NAME, MOST_DIMENSIONS, MOST_TENSORS, check_limit
+from ..waves import is_out_of_memory
 from .admission import Surroundings, admit, by_evidence
 from .base import Home, Inventory, Matrix, Place, Source, Stamp, Stored
+from .boundary import reading, unforeseen
 from .checkpoint import read_checkpoint
 from .codes import ON_META
 from .filters import Filters
@@ -57,7 +60,14 @@ def open_source(
         SourceError: the source cannot be read, has no parameter with two or more dimensions, or two with one name.
         NotImplementedError: a parameter is sharded.
     """
-    inventory = _read(source, quiet, headers_only=filters.without_values)
+    if not isinstance(source, (str, os.PathLike)):
+        return _opened(_read(source, quiet, headers_only=filters.without_values), filters, places_of)
+    with reading(source):
+        found = _opened(_read(source, quiet, headers_only=filters.without_values), filters, places_of)
+        return replace(found, matrices=tuple(replace(m, load=_Guarded(m)) for m in found.matrices))
+
+
+def _opened(inventory: Inventory, filters: Filters, places_of: PlacesOf | None) -> Source:
     places = places_of(inventory) if places_of is not None else {}
     inventory = _at_home(inventory, places)
     around = Surroundings.of(_renamed(inventory, places))
@@ -178,12 +188,23 @@ def _read(source: object, quiet: bool, headers_only: bool) -> Inventory:
         path = Path(os.fsdecode(source))
         wanted = hub_id(source) if isinstance(source, str) and not os.path.lexists(path) else None
         if wanted is not None:
-            return (headers_of(wanted) if headers_only else None) or _from_hub(wanted, quiet)
-        return read_gguf(path) if is_gguf(path) else read_checkpoint(path)
+            return _limited((headers_of(wanted) if headers_only else None) or _from_hub(wanted, quiet))
+        return _limited(read_gguf(path) if is_gguf(path) else read_checkpoint(path))
     raise OptionError(
         f"source is of type {type(source).__name__}, which is no model: give an nn.Module, a mapping of names to "
         "tensors, a .safetensors or .gguf file, a directory with them, or the id of a model on the hub"
     )
+
+
+def _limited(inventory: Inventory) -> Inventory:
+    """The same, if it is not more than any model has."""
+    where = _called(inventory)
+    check_limit(where, "the number of tensors", len(inventory.tensors), MOST_TENSORS)
+    for stored in inventory.tensors:
+        name = stored.name[:60]
+        check_limit(where, f"the length of the name {name!r}...", max(map(len, stored.names)), LONGEST_NAME)
+        check_limit(where, f"the number of dimensions of {name!r}", len(stored.shape), MOST_DIMENSIONS)
+    return inventory
 
 
 def _from_hub(wanted: HubId, quiet: bool) -> Inventory:
@@ -241,6 +262,25 @@ def _part_of(stamp: Stamp, part: Part, index: Index) -> Stamp:
     """The index and the shape tell one part of a tensor from another, whatever they are called."""
     places = [f"{i.start}:{i.stop}:{i.step}" if isinstance(i, slice) else str(i) for i in index]
     return Stamp(stamp.files, f"{stamp.what} [{', '.join(places)}] {part.shape[0]}x{part.shape[1]}")
+
+
+class _Guarded:
+    """Loads a matrix of a file: whatever is wrong with what lies there is a SourceError that names the tensor."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self._load, self._key = matrix.load, matrix.key
+        self._where = matrix.location[0] if matrix.location is not None else "the checkpoint"
+
+    def __call__(self, device: torch.device | None = None) -> torch.Tensor:
+        try:
+            return self._load(device)
+        except (KappaError, Warning):
+            raise
+        except Exception as error:
+            # What a device says is not about the file, and a wave that runs out of memory is tried again in halves.
+            if (device is not None and device.type != "cpu") or is_out_of_memory(error):
+                raise
+            raise unforeseen(self._where, repr(self._key), error) from error
 
 
 def _load(stored: Stored, index: Index, device: torch.device | None = None) -> torch.Tensor:

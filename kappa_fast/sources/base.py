@@ -55,9 +55,12 @@ class FileState:
         )
 
     def has_same_content(self, found: os.stat_result) -> bool:
-        """Whether it has not been written to; a new link to it or other rights do not count."""
-        known = (self.device, self.inode, self.size, self.mtime_ns)
-        return known == (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        """Whether it is surely what it was: a program can set mtime back, as rsync and tar do, and not ctime.
+
+        So other rights and new links count as changes too.
+        """
+        known = (self.device, self.inode, self.size, self.mtime_ns, self.ctime_ns)
+        return known == (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping
@@ -12,9 +11,12 @@ from typing import Any
 
 import torch
 
+from ..documents import parsed, read_document
 from ..errors import SourceError, SourceNotFoundError
+from ..limits import LARGEST_CONFIG, LARGEST_INDEX, MOST_VALUES_OF_HEADER, MOST_VALUES_OF_INDEX
 from ..texts import warn
 from .base import Inventory, Stored
+from .boundary import reading
 from .files import DataFile, Region
 from .names import has_adapters, in_model_order
 from .ownership import without_ingredients
@@ -87,7 +89,9 @@ def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) 
     headers: list[dict[str, str]] = []
     for file in files:
         shard = Shard(file_of(file))
-        for item in shard.tensors(expected):
+        with reading(file):
+            items = shard.tensors(expected)
+        for item in items:
             if item.name in tensors:
                 raise SourceError(f"{item.name!r} is in both {homes[item.name]} and {file}: remove the stale file")
             tensors[item.name], homes[item.name] = item, file
@@ -167,11 +171,13 @@ class Shard:
                 pass
             text = torch.empty(int(size), dtype=torch.uint8)
             self._file.read(size.nbytes, text)
-            header = json.loads(text.numpy().tobytes().decode())
+            header = parsed(text.numpy().tobytes(), self.path, MOST_VALUES_OF_HEADER)
         except OSError as error:
             raise SourceError(
                 f"{self.path} cannot be read ({error}): look after the disk and your rights to the file, or copy it"
             ) from error
+        except SourceError:
+            raise
         except (SafetensorError, ValueError) as error:
             if 0 < int(size) + size.nbytes <= self._file.size and int(size) > LONGEST_HEADER:
                 raise SourceError(
@@ -226,8 +232,8 @@ def _by_content(directory: Path, names: Iterable[str]) -> list[Path]:
         directory / name for name in sorted(names) if "index" in name.lower() and name.lower().endswith(".json")
     ):
         try:
-            document = json.loads(path.read_bytes()) if path.is_file() else None
-        except (OSError, ValueError, RecursionError):
+            document = read_document(path, LARGEST_INDEX, MOST_VALUES_OF_INDEX) if path.is_file() else None
+        except (OSError, ValueError):
             continue  # whatever it is, nothing promises that it is an index
         shards = document.get("weight_map") if isinstance(document, dict) else None
         if isinstance(shards, dict) and any(str(shard).endswith(".safetensors") for shard in shards.values()):
@@ -243,12 +249,14 @@ def _listed(index: Path) -> tuple[list[Path], dict[str, Path]]:
 def _read_index(index: Path) -> dict[str, Path]:
     """Names and the shards they are in, all of them files of the same directory."""
     try:
-        document = json.loads(index.read_bytes())
+        document = read_document(index, LARGEST_INDEX, MOST_VALUES_OF_INDEX)
         weight_map = document["weight_map"]
         items = [(name, shard) for name, shard in weight_map.items() if isinstance(shard, str)]
         if len(items) < len(weight_map):
             raise TypeError("a shard is no file name")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except SourceError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ValueError) and (pointer := what_stands_there(index)) is not None:
             raise SourceError(f"{index} is {pointer}") from error
         raise SourceError(f"{index} is no index of a sharded checkpoint ({error!r}): download it again") from error
@@ -297,8 +305,10 @@ def _config(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_document(path, LARGEST_CONFIG)
+    except SourceError:
+        raise
+    except (OSError, ValueError) as error:
         if isinstance(error, ValueError) and (pointer := what_stands_there(path)) is not None:
             raise SourceError(f"{path} is {pointer}") from error
         raise SourceError(f"{path} cannot be read ({error}): repair it, or move it away to rank without it") from error

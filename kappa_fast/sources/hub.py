@@ -8,13 +8,14 @@ quantized, but no pickles and none of the same weights in another format.
 from __future__ import annotations
 
 import errno
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..documents import read_document
 from ..errors import KappaError, SourceError, SourceNotFoundError, missing_extra
+from ..limits import LARGEST_INDEX, MOST_VALUES_OF_INDEX
 from ..texts import warn
 from .checkpoint import INDEX, PICKLED, SINGLE, check_files
 from .quantized.config import FILES as QUANTIZATION_FILES
@@ -183,9 +184,11 @@ def wanted_files(wanted: HubId, files: Collection[str]) -> list[str]:
 def listed_shards(index: Path, files: Collection[str]) -> list[str]:
     """What an index lists, as far as the repository has it; the rest is for the reader of the index to refuse."""
     try:
-        listed = set(json.loads(index.read_bytes())["weight_map"].values())
+        listed = set(read_document(index, LARGEST_INDEX, MOST_VALUES_OF_INDEX)["weight_map"].values())
         return sorted(name for name in files if name in listed)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except SourceError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
             f"{index} is no index of a sharded checkpoint ({error!r}): remove it, try again; if that does not help, "
             "look for another revision of the model"

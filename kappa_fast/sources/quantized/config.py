@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...documents import read_document
 from ...errors import SourceError
-from ...limits import MOST_PATTERNS, check_limit
+from ...limits import LARGEST_CONFIG, MOST_PATTERNS, check_limit
 from ...patterns import Pattern, PatternError, Steps
 
 # Older tools wrote these; what they say is what quantization_config says today. The first one that is there counts.
@@ -181,8 +181,10 @@ def _lists_of(config: Mapping[str, Any]) -> _Lists:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_document(path, LARGEST_CONFIG)
+    except SourceError:
+        raise
+    except (OSError, ValueError) as error:
         raise SourceError(f"{path} cannot be read ({error}): repair it, or move it away to rank without it") from error
     inner = found.get("quantization", found) if isinstance(found, Mapping) else {}  # so in hf_quant_config.json
     if not isinstance(inner, Mapping):

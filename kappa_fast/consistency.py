@@ -1,0 +1,77 @@
+"""What a ranking or a selection in a file may say of its entries: numbers that contradict each other are refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
+
+from .entries import TensorKappa
+from .units import UnitName
+
+Budgets = Mapping[str, tuple[str, Callable[[Any], bool]]]  # what select() takes: in words, and a check
+
+
+def contradiction(entry: TensorKappa) -> str | None:
+    """What is wrong with the entry, None if nothing is. What is unknown may be nan, or 0 for a size."""
+    size = math.prod(entry.shape)
+    if entry.numel != size:
+        return f"'numel' is {entry.numel}, and its shape {list(entry.shape)} has {size}"
+    settled = entry.status in ("ok", "rank_deficient")
+    if entry.certified and not settled:
+        return f"'certified' is true, and its status {entry.status!r} leaves nothing to prove"
+    if entry.status == "non_finite":
+        return None if math.isnan(entry.kappa) else f"'kappa' is {entry.kappa!r} for weights that are not finite"
+    if not (1 <= entry.lower <= entry.upper):
+        return f"'lower' is {entry.lower!r} and 'upper' {entry.upper!r}, which is no interval from 1 on"
+    if entry.status == "ok" and not (math.isfinite(entry.kappa) and entry.lower <= entry.kappa <= entry.upper):
+        return f"'kappa' is {entry.kappa!r}, outside of its interval from {entry.lower!r} to {entry.upper!r}"
+    if entry.status == "rank_deficient" and not entry.kappa == entry.upper == math.inf:
+        return f"'kappa' is {entry.kappa!r} and 'upper' {entry.upper!r} for a singular matrix, where both are inf"
+    if entry.status == "bounded" and not (math.isnan(entry.kappa) and entry.upper == math.inf):
+        return f"'kappa' is {entry.kappa!r} and 'upper' {entry.upper!r}, where only a lower bound is known"
+    if entry.sigma_max < entry.sigma_min or entry.sigma_min < 0:
+        return f"'sigma_max' is {entry.sigma_max!r} and 'sigma_min' {entry.sigma_min!r}"
+    if entry.sensitivity < 0:
+        return f"'sensitivity' is {entry.sensitivity!r}"
+    return None
+
+
+def contradicted_score(entries: Iterable[TensorKappa], settings: object) -> TensorKappa | None:
+    """An entry of a ranking by kappa whose score is another number, None if there is none."""
+    if not isinstance(settings, Mapping) or settings.get("score") != "kappa":
+        return None
+    return next((e for e in entries if e.status in ("ok", "rank_deficient") and e.score != e.kappa), None)
+
+
+def contradicted_budget(
+    entries: Iterable[TensorKappa], settings: Mapping[str, Any], certain: bool, budgets: Budgets
+) -> str | None:
+    """What in the settings of a selection is none, or says something else than its entries; None if nothing does."""
+    strange = next((e for e in entries if e.status in ("bounded", "non_finite")), None)
+    if strange is not None:
+        return f"{strange.key!r} is {strange.status}, which no budget selects"
+    if "budget" not in settings:
+        return None
+    budget, unit = settings["budget"], settings.get("unit", "matrix")
+    value: Any = settings.get("value")
+    if budget not in budgets:
+        return f"'budget' is {str(budget)[:60]!r}, none of {', '.join(budgets)}"
+    expected, is_valid = budgets[budget]
+    if isinstance(value, str) or not is_valid(value):
+        return f"'value' is {str(value)[:60]!r}, not {expected}"
+    if unit not in get_args(UnitName) or not isinstance(settings.get("per_group", False), bool):
+        return "'unit' or 'per_group' has a value that select() does not take"
+    if unit != "matrix" or settings.get("per_group"):
+        return None  # what counts is the mean of several, or a group whose others are not here
+    if budget == "max_kappa":
+        beyond = next((e for e in entries if e.kappa > value or (certain and e.upper > value)), None)
+        if beyond is not None:
+            sure = " for certain" if certain else ""
+            return f"{beyond.key!r} with kappa from {beyond.lower!r} to {beyond.upper!r} is not below {value}{sure}"
+    listed = list(entries)
+    if budget == "num_tensors" and len(listed) > value:
+        return f"it holds {len(listed)} matrices, more than num_tensors={value}"
+    if budget == "max_params" and isinstance(value, int) and sum(e.numel for e in listed) > value:
+        return f"it holds {sum(e.numel for e in listed)} weights, more than max_params={value}"
+    return None
