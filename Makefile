@@ -2,6 +2,8 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
+# Tests run in so many processes. 0: in one, where --pdb and the like work.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -53,10 +55,10 @@ lint: $(VENV)/has-test
 	$(BIN)/python -m mypy
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-all: lint
-	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "" $(PYTEST_ARGS)
 
 bench: $(VENV)/has-bench
 	$(BIN)/python -m pytest benchmarks -s $(PYTEST_ARGS)
