@@ -21,6 +21,7 @@ from ..waves import is_out_of_memory
 from .admission import Surroundings, admit, by_evidence
 from .base import Home, Inventory, Matrix, Place, Source, Stamp, Stored
 from .boundary import reading, unforeseen
+from .called import as_computed
 from .checkpoint import read_checkpoint
 from .codes import ON_META
 from .filters import Filters
@@ -146,6 +147,7 @@ def _known(stored: Stored, home: Home) -> Stored:
     if home.is_buffer:
         reason = f"buffer of {type(home.owner).__name__} in the model that config.json describes, not a parameter"
         return replace(stored, problem=reason, roles=stored.roles | {"ingredient"})
+    stored = as_computed(stored, home.owner)
     told = bool(stored.evidence) or stored.quantization is not None
     return replace(
         stored,

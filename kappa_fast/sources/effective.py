@@ -69,12 +69,12 @@ def effective_weights(module: nn.Module) -> Iterator[Effective]:
         hooked = next((type(m).__name__ for m in steps.modules() if m._forward_hooks or m._forward_pre_hooks), None)
         problem = f"computed by {how}, where {hooked} has hooks of its own: remove them to rank it" if hooked else None
         first = next(tensor for name, tensor in tensors.items() if name.startswith("original"))
-        yield _described(leaf, _within(leaf, tensors), how, first, _Asked(steps, ""), problem)
+        yield described(leaf, _within(leaf, tensors), how, first, Asked(steps, ""), problem)
     for leaf, pieces in _pieces(module).items():
         hooks = [hook for hook in module._forward_pre_hooks.values() if _name_of(hook) == leaf]
         how, like = ", ".join(type(hook).__name__ for hook in hooks), vars(module)[leaf]
         if hooks:
-            yield _described(leaf, pieces, how, like, _Asked(module, leaf), None)
+            yield described(leaf, pieces, how, like, Asked(module, leaf), None)
         else:
             problem = f"computed from {', '.join(pieces)} in a way that {type(module).__name__} does not tell: make a "
             problem += "plain parameter of it to rank it"
@@ -129,8 +129,8 @@ def _name_of(hook: object) -> str | None:
     return name if isinstance(name, str) and callable(getattr(hook, "compute_weight", None)) else None
 
 
-def _described(
-    leaf: str, ingredients: tuple[str, ...], how: str, like: torch.Tensor, asked: _Asked, problem: str | None
+def described(
+    leaf: str, ingredients: tuple[str, ...], how: str, like: torch.Tensor, asked: Asked, problem: str | None
 ) -> Effective:
     """With the shape that it has, found without values where that is possible."""
     shape: tuple[int, ...] = (0, 0)
@@ -149,7 +149,7 @@ def _never(index: Index, device: torch.device | None = None) -> torch.Tensor:
     raise AssertionError("it has a problem and is not read")
 
 
-class _Asked:
+class Asked:
     """``Stored.take`` of a weight that a module computes; ``leaf`` is "" where the module is a ParametrizationList."""
 
     def __init__(self, module: nn.Module, leaf: str) -> None:
@@ -189,6 +189,11 @@ class _Asked:
             if _name_of(hook) is not None:
                 copy.copy(hook)(twin, ())
         return getattr(twin, self._leaf)
+
+
+def twin_of(module: nn.Module, convert: Convert) -> Any:
+    """A copy of a module, see ``_twin``."""
+    return _twin(module, convert, {})
 
 
 def _twin(module: nn.Module, convert: Convert, known: dict[int, nn.Module]) -> nn.Module:

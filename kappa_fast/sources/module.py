@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .base import Home, Inventory, Role, Stored
+from .called import weight_in_forward
 from .classes import looks_up
 from .effective import PARAMETRIZATIONS, Effective, effective_weights
 from .filters import is_router_module
@@ -44,7 +45,8 @@ def read_module(model: torch.nn.Module) -> Inventory:
     ]
     found = list(zip((names[0] for names in groups.values()), plain, strict=True))
     for made in computed:
-        is_head = not heads.isdisjoint(made.names)
+        itself = {identity(held[part].tensor) for part in made.parts if part in held}
+        is_head = not heads.isdisjoint({*made.names, *itself})
         found += _made(made, own[made.names[0]], held, _above(made.names, places), is_head)
     order = {name: position for position, name in enumerate(held)}
     stored = [item for _, item in sorted(found, key=lambda pair: order[pair[0]])]  # in the order of the model
@@ -65,10 +67,11 @@ def read_module(model: torch.nn.Module) -> Inventory:
         "model_type": next((kind for place in places.values() for kind in place.model_types), None),
         "fingerprint": fingerprint(stored),
     }
-    if computed:
+    elsewhere = [made for made in computed if made.parts != made.names]  # others train under the name of the weight
+    if elsewhere:
         metadata["computed"] = {
             own[made.names[0]][0]: [part for part in made.parts if part in held and held[part].is_weight]
-            for made in computed
+            for made in elsewhere
         }
     buffers = own_names([name] for name, _ in model.named_buffers(remove_duplicate=False)).values()
     return Inventory(
@@ -127,8 +130,15 @@ def _computed(model: torch.nn.Module) -> list[_Computed]:
             weight,
         )
         for module, starts in prefixes.values()
-        for weight in effective_weights(module)
+        for weight in _weights_made_by(module)
     ]
+
+
+def _weights_made_by(module: torch.nn.Module) -> Iterator[Effective]:
+    yield from effective_weights(module)
+    in_forward = weight_in_forward(module)
+    if in_forward is not None:
+        yield in_forward
 
 
 def _made(
