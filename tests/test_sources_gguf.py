@@ -35,9 +35,11 @@ CODED = sorted(
 UNKNOWN = {Kind.Q8_1, Kind.Q8_K}  # what products are computed in, and nothing is stored in
 
 
-def write(path: Path, tensors: Mapping[str, Any], architecture: str = "llama") -> Path:
-    """A file with arrays, or pairs of codes and their kind."""
+def write(path: Path, tensors: Mapping[str, Any], architecture: str = "llama", split: tuple[int, ...] = ()) -> Path:
+    """A file with arrays, or pairs of codes and their kind; ``split``: which of how many parts it says it is."""
     writer = gguf.GGUFWriter(path, architecture)
+    for key, number in zip(("split.no", "split.count"), split, strict=False):
+        writer.add_uint16(key, number)
     for name, value in tensors.items():
         codes, kind = value if isinstance(value, tuple) else (value, None)
         writer.add_tensor(name, codes, raw_dtype=kind)
@@ -289,8 +291,8 @@ def test_a_header_with_a_wrong_byte_is_refused_or_gives_tensors_of_the_shapes_it
 
 def split(folder: Path) -> list[Path]:
     parts = [folder / f"m-{i + 1:05d}-of-00002.gguf" for i in range(2)]
-    for part, (name, array) in zip(parts, MODEL.items(), strict=True):
-        write(part, {name: array})
+    for i, (part, (name, array)) in enumerate(zip(parts, MODEL.items(), strict=True)):
+        write(part, {name: array}, split=(i, 2))
     return parts
 
 

@@ -156,27 +156,58 @@ def _check_parts(parts: Sequence[Path], headers: Sequence[Header]) -> None:
         SourceNotFoundError: parts are missing.
         SourceError: it is no model, or the parts are out of order.
     """
-    first = headers[0]
-    if first.kind == "imatrix" or first.architecture == "imatrix":
-        raise SourceError(f"{parts[0]} holds an importance matrix, statistics of a model: give the model itself")
-    count = max(header.parts for header in headers)
+    for part, header in zip(parts, headers, strict=True):
+        if "imatrix" in (header.kind, header.architecture):
+            raise SourceError(f"{part} holds an importance matrix, statistics of a model: give the model itself")
+    first, count = headers[0], max(header.parts for header in headers)
     if count > len(parts):
         raise SourceNotFoundError(
             f"the header of {parts[0]} says that it is part {first.part + 1} of {count}, but only {len(parts)} of them "
             "would be read: put all of them into one directory, under names that end with "
             f"-00001-of-{count:05d}{ENDING} and so on"
         )
+    if len(parts) == 1 and first.part == 0:
+        return
+    for part, header in zip(parts, headers, strict=True):
+        if header.parts != len(parts):
+            raise SourceError(
+                f"{part} would be read as one of {len(parts)} parts by its name, but its header counts {header.parts}: "
+                "give a file that is whole another name, or download all parts of one model again"
+            )
     numbers = [header.part for header in headers]
-    if count > 1 and numbers != list(range(len(parts))):
+    if numbers != list(range(len(parts))):
         raise SourceError(
             f"the headers of {parts[0]} and the parts beside it say that they are parts {[n + 1 for n in numbers]}, in "
             "another order than their names: give them the names they had, or download them again"
         )
-    expected = next((header.of_all_parts for header in headers if header.of_all_parts), None)
+    _check_one_model(parts, headers)
+
+
+def _check_one_model(parts: Sequence[Path], headers: Sequence[Header]) -> None:
+    """Refuse parts of different models: what each header says of the whole must be the same; later ones say little.
+
+    Raises:
+        SourceError: they are.
+    """
+    said: dict[str, list[object]] = {
+        "architecture": [header.architecture for header in headers],
+        "kind of file": [header.kind for header in headers],
+        "number of tensors": [header.of_all_parts for header in headers],
+    }
+    for what, values in said.items():
+        known = list(dict.fromkeys(value for value in values if value is not None))
+        if len(known) > 1:
+            at = [parts[values.index(value)].name for value in known[:2]]
+            raise SourceError(
+                f"{parts[0]} and the parts beside it are of different models: their {what} is {known[0]!r} in {at[0]} "
+                f"and {known[1]!r} in {at[1]}: bring the parts of one model together"
+            )
+    expected = next((header.of_all_parts for header in headers if header.of_all_parts is not None), None)
     total = sum(len(header.tensors) for header in headers)
-    if count > 1 and expected is not None and total != expected:
+    if expected is not None and total != expected:
         raise SourceError(
-            f"the {count} parts of {parts[0]} hold {total} tensors, but its header says {expected}: download them again"
+            f"the {len(parts)} parts of {parts[0]} hold {total} tensors, but its header says {expected}: download them "
+            "again"
         )
 
 
@@ -251,7 +282,7 @@ def _parts_of(path: Path) -> list[Path]:
     """All files of the model, in order."""
     if path.is_dir():
         inside = sorted(p for p in path.iterdir() if p.name.endswith(ENDING))
-        models = {found["stem"] if (found := _SPLIT.fullmatch(p.name)) else p.name: p for p in inside}
+        models = {_SPLIT.sub(r"\g<stem>-*-of-\g<count>.gguf", p.name) for p in inside}
         if len(models) > 1:
             raise SourceError(
                 f"{path} holds several GGUF models ({', '.join(sorted(models))}): give the path of one of them"
