@@ -12,7 +12,8 @@ from . import serialize
 from .consistency import contradicted_score
 from .entries import Skipped, Status, TensorKappa
 from .errors import OptionError, RankingFileError, missing_extra
-from .selection import Selection, select
+from .selecting import select
+from .selection import Selection
 from .units import UnitName
 
 if TYPE_CHECKING:
