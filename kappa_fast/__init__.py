@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from .pipeline import rank
     from .ranking import Ranking
     from .selection import Selection
+    from .training.handle import restore
 
 __all__ = [
     "rank",
     "wrap",
+    "restore",
     "Ranking",
     "TensorKappa",
     "Skipped",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 _HOMES = {"rank": "pipeline", "Ranking": "ranking", "Selection": "selection", "wrap": "optimizer"}
+_HOMES |= {"restore": "training.handle"}
 _HOMES |= dict.fromkeys(
     ("SelectiveFineTuningOptimizer", "get_kappa_lora_config", "get_kappatune_lora_model"), "integrations.reference"
 )

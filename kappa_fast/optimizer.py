@@ -12,7 +12,7 @@ one parameter at a time, which is exact for optimizers that work element by elem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -23,18 +23,29 @@ from .entries import Index
 from .errors import OptionError
 from .integrations.names import Target, plain_name
 from .selection import Selection
+from .training.groups import parted, patterns_without_decay
 from .training.handle import Handle, apply
 from .training.masks import Frozen, is_sharded
+from .training.states import check_names, check_shapes
 
 Pieces = tuple[Index, ...]
+Groups = list[tuple[dict[str, float], list[Target]]]
 # Within the state of a parameter. The first piece's lies open, since classes look for "step" when they load a state.
 FIRST, PIECES = "0", "pieces"
 SELECTION = "selection"  # in the state dict of the optimizer
+NAMES = "param_names"  # torch's own word, in the parameter groups
 
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
 
 
-def wrap(optimizer_cls: type[O], model: nn.Module, selection: Selection, **optimizer_kwargs: Any) -> O:
+def wrap(
+    optimizer_cls: type[O],
+    model: nn.Module,
+    selection: Selection,
+    *,
+    no_decay: bool | Sequence[str] = False,
+    **optimizer_kwargs: Any,
+) -> O:
     """An ``optimizer_cls`` over the selected weights of ``model``; everything else is frozen.
 
     Calls ``selection.apply(model)``: what is not selected gets requires_grad=False, norms and biases included, and of a
@@ -47,13 +58,15 @@ def wrap(optimizer_cls: type[O], model: nn.Module, selection: Selection, **optim
 
     Args:
         optimizer_cls: any torch.optim.Optimizer class. torch.optim.Muon gets one 2-D view for each matrix.
+        no_decay: True puts norms and biases that ``including`` brought in into a second parameter group without weight
+            decay, as transformers' Trainer does; or regular expressions for the names of those that go there.
         optimizer_kwargs: for its constructor, after the parameters.
 
     Raises:
         OptionError: nothing is selected; the selection does not fit the model; the optimizer or the sharding cannot
             work on a part of a parameter; the model is in DDP and requires_grad would change.
     """
-    found: O = wrap_with(None, optimizer_cls, model, selection, optimizer_kwargs)
+    found: O = wrap_with(None, optimizer_cls, model, selection, optimizer_kwargs, no_decay)
     return found
 
 
@@ -63,24 +76,38 @@ def wrap_with(
     model: nn.Module,
     selection: Selection,
     optimizer_kwargs: Mapping[str, Any],
+    no_decay: bool | Sequence[str] = False,
 ) -> Any:
     """wrap() for an optimizer that is also an instance of ``mixin``, if one is given."""
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
         raise OptionError(f"optimizer_cls={optimizer_cls!r} is no torch.optim.Optimizer class")
     if issubclass(optimizer_cls, _Selected):  # the class of an optimizer that wrap() made
         optimizer_cls = optimizer_cls._base
+    patterns = patterns_without_decay(no_decay)
     handle = apply(selection, model, around_steps=False)
     try:
         if not handle.targets:
             raise OptionError("the selection is empty, so there is nothing to optimize: select something")
+        groups = parted(model, handle.targets, patterns)
+        handle.targets = tuple(target for _, targets in groups for target in targets)
         pieces = [_pieces(optimizer_cls, target) for target in handle.targets]
         views = [_first_views(optimizer_cls, t, cut) for t, cut in zip(handle.targets, pieces, strict=True)]
-        made: Any = _class_of(optimizer_cls, mixin)([v for some in views for v in some], **optimizer_kwargs)
-        made._take_over(handle, pieces, views)
+        first: Any = _views_of(groups, views)
+        made: Any = _class_of(optimizer_cls, mixin)(first, **optimizer_kwargs)
+        made._take_over(handle, groups, pieces, views)
     except BaseException:
         handle.restore()
         raise
     return made
+
+
+def _views_of(groups: Groups, views: list[list[nn.Parameter]]) -> list[Any]:
+    """What the constructor of the optimizer is given: parameters, or groups of them."""
+    rest = iter(views)
+    made: list[dict[str, Any]] = [
+        {**settings, "params": [view for _ in targets for view in next(rest)]} for settings, targets in groups
+    ]
+    return made if len(made) > 1 or groups[0][0] else made[0]["params"]
 
 
 def _pieces(optimizer_cls: type[Optimizer], target: Target) -> Pieces | None:
@@ -172,16 +199,40 @@ class _Selected(Optimizer):
         Raises:
             OptionError: the state belongs to another selection; where shapes agree, torch itself would not notice.
         """
-        saved = state_dict.get(SELECTION)
-        if saved is not None and self._handle is not None and saved != self._selected():
-            raise OptionError(_other_selection(saved, self._selected()))
+        if self._handle is not None:
+            saved = state_dict.get(SELECTION)
+            if saved is None and (names := [n for g in state_dict["param_groups"] for n in g.get(NAMES, ())]):
+                saved = {name: self._selected().get(name) for name in names}
+            if saved is not None:
+                check_names(saved, self._selected())
+            check_shapes(self._states_in(state_dict))
         super().load_state_dict({key: value for key, value in state_dict.items() if key != SELECTION})
 
     def _selected(self) -> dict[str, list[str]]:
         """By the names of parameters, whatever is around the model, the selected pieces in the order of their state."""
         return {plain_name(t.name): [str(index) for index in t.indices] for t in self.targets}
 
-    def _take_over(self, handle: Handle, pieces: list[Pieces | None], views: list[list[nn.Parameter]]) -> None:
+    def _states_in(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], list[Any]]]:
+        """The state that each parameter would get, and the shapes that it can have: of the whole or of its pieces."""
+        positions = [p for group in state_dict["param_groups"] for p in group["params"]]
+        for number, (target, position) in enumerate(zip(self.targets, positions, strict=False)):
+            data, cuts = target.parameter.detach(), self._cuts.get(number, ())
+            shapes = [tuple(data.shape), *(tuple(_piece(self._base, data, index).shape) for index in cuts)]
+            yield plain_name(target.name), state_dict["state"].get(position, {}), shapes
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch.optim.Optimizer.add_param_group; parameters of the model get their names in the group."""
+        if self._handle is not None and NAMES not in param_group and isinstance(param_group, dict):
+            given = param_group.get("params", ())
+            given = [given] if isinstance(given, torch.Tensor) else list(given)
+            names = {id(p): plain_name(n) for n, p in self._handle.model.named_parameters()}
+            named = [names.get(id(p), f"unnamed.{i}") for i, p in enumerate(given)]
+            param_group = {**param_group, "params": given, NAMES: named}
+        super().add_param_group(param_group)
+
+    def _take_over(
+        self, handle: Handle, groups: Groups, pieces: list[Pieces | None], views: list[list[nn.Parameter]]
+    ) -> None:
         """Parameters of the model in place of what the constructor saw, with the state that it made."""
         self._handle = handle
         self._cuts = {position: cut for position, cut in enumerate(pieces) if cut is not None}
@@ -190,7 +241,9 @@ class _Selected(Optimizer):
             if cut is not None and some[0] is not target.parameter:
                 for number, view in enumerate(some):
                     self._take_back(target.parameter, str(number), view)
-        self.param_groups[0]["params"] = [target.parameter for target in handle.targets]
+        for group, (_, targets) in zip(self.param_groups, groups, strict=True):
+            group["params"] = [target.parameter for target in targets]
+            group[NAMES] = [plain_name(target.name) for target in targets]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the base class on the selected weights; see torch.optim.Optimizer.step."""
@@ -324,22 +377,6 @@ class _Selected(Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _remake, (self._base,), self.__getstate__()
-
-
-def _other_selection(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """The message for a state dict that belongs to something else."""
-    gone = [name for name in saved if name not in own]
-    new = [name for name in own if name not in saved]
-    parts = [name for name in own if name in saved and own[name] != saved[name]]
-    what = [f"it has {gone[0]!r}, which this one lacks"] if gone else []
-    what += [f"it lacks {new[0]!r}, which this one has"] if new else []
-    what += [f"it has other parts of {parts[0]!r}"] if parts and not what else []
-    detail = " and ".join(what) or "it has them in another order"
-    return (
-        f"the state of the optimizer belongs to another selection of {len(saved)} parameters, of which this one has "
-        f"{len(own)}: {detail}. wrap() the model with the selection that it was saved with (Selection.to_json keeps "
-        "one), or begin with a new optimizer"
-    )
 
 
 _CLASSES: dict[Any, type[Optimizer]] = {}

@@ -25,6 +25,7 @@ from .integrations.checkpoint_names import places_of
 from .progress import ProgressOption, Tracker, shown, tracking
 from .ranking import Ranking
 from .sources import Filters, open_source
+from .sources.adapters import has_trained_adapters
 from .sources.base import Matrix, Source
 from .spectrum.exact import Room
 from .spectrum.ladder import Goal, Resolution, resolve
@@ -52,6 +53,7 @@ def rank(
     embeddings: bool = False,
     routers: bool = False,
     fused: Literal["split", "stored"] = "split",
+    adapters: Literal["base", "merged"] | None = None,
     min_dim: int = 16,
     max_dim: int | None = None,
     device: torch.device | str | None = None,
@@ -76,6 +78,9 @@ def rank(
         include, exclude: regular expressions (re.search) on parameter names.
         embeddings, routers: rank embeddings and output heads, and the routers of mixtures of experts.
         fused: "split" ranks the parts of fused projections on their own, "stored" the tensor as it is.
+        adapters: of a model that PEFT has put adapters into, "base" ranks the weights beside which they lie, "merged"
+            what both together compute, as merge_and_unload() would store it; None is "base", and warns where adapters
+            have learned something.
         min_dim, max_dim: skip matrices whose smaller side is below, or whose larger side is above.
         device: where to compute; by default where the weights are, or the current CUDA device for weights on the CPU.
         backend: "auto" (Triton on a GPU, else torch), "torch" or "triton".
@@ -96,12 +101,12 @@ def rank(
 
     Warns:
         UserWarning: weights of the model have no values to read; intervals could not be proven; the cache is damaged,
-            or cannot be written to.
+            or cannot be written to; adapters of PEFT have learned something that is left out.
     """
     check_options(top, top_per_group, rtol, certify)
     _check(score, process_group)
     directory = cache_directory(cache)
-    filters = Filters(include, exclude, embeddings, routers, fused, min_dim, max_dim)
+    filters = Filters(include, exclude, embeddings, routers, fused, min_dim, max_dim, adapters or "base")
     settings: dict[str, Any] = {
         "top": top,
         "top_per_group": top_per_group,
@@ -113,6 +118,7 @@ def rank(
         "embeddings": embeddings,
         "routers": routers,
         "fused": fused,
+        "adapters": filters.adapters,
         "min_dim": min_dim,
         "max_dim": max_dim,
     }
@@ -120,6 +126,8 @@ def rank(
     with undisturbed():
         opened = open_source(source, filters, places_of, quiet=not shown(progress))
         _warn_absent(opened)
+        if adapters is None and isinstance(source, torch.nn.Module):
+            _warn_adapters(source)
         executor = Executor(
             opened, backend, usable_device(device), parse_bytes(memory_budget), proofs=certify is not False
         )
@@ -338,5 +346,16 @@ def _warn_absent(source: Source) -> None:
         warn(
             f"{len(source.absent)} weights of the model have no values to read and are not ranked, {first.name!r} "
             f"among them ({first.reason}); ranking.skipped has them all, and shares of the parameters count them",
+            stacklevel=3,
+        )
+
+
+def _warn_adapters(model: torch.nn.Module) -> None:
+    if has_trained_adapters(model):
+        import warnings
+
+        warnings.warn(
+            "the model has adapters of PEFT that change its weights, and the weights are ranked without them: "
+            "adapters='merged' ranks what the model computes, and adapters='base' says that this is meant",
             stacklevel=3,
         )

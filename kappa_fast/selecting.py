@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
+from .budgets import BUDGETS, is_count
 from .cuts import Cut, Pool, cut_by_count, cut_by_kappa, cut_by_params, fraction_count
 from .entries import TensorKappa
 from .errors import OptionError
 from .selection import Selection
-from .units import Unit, UnitName, make_units
+from .units import Unit, UnitName, check_unit, make_units
 
 
 def select(
@@ -73,23 +75,23 @@ class _Budget:
         return f"{self.name}={self.value!r}"
 
 
-def _is_number(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real) and value == value and abs(value) != math.inf
+def check_budget(options: Mapping[str, Any]) -> None:
+    """Raises OptionError where these cannot be the options of ``Ranking.select``, whatever the ranking is."""
+    _check_names(options)
+    _the_budget({name: options.get(name) for name in BUDGETS})
+    check_unit(options.get("unit", "matrix"))
 
 
-def _is_count(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
+def _check_names(options: Mapping[str, Any]) -> None:
+    known = (*BUDGETS, *_OPTIONS)
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is not None:
+        close = difflib.get_close_matches(unknown, known, 1, 0.5)
+        advice = f"{close[0]!r} is" if close else f"there are {', '.join(known)}"
+        raise OptionError(f"{unknown!r} is no option of select(): {advice}")
 
 
-_BUDGETS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "num_tensors": ("a count, an int from 1 on", _is_count),
-    "top_p": ("a fraction in (0, 1]", lambda value: _is_number(value) and 0 < value <= 1),
-    "max_kappa": ("a condition number, from 1 on and finite", lambda value: _is_number(value) and value >= 1),
-    "max_params": (
-        "a count of weights (int from 1 on) or a fraction of all parameters (float in (0, 1])",
-        lambda value: _is_count(value) or (isinstance(value, float) and 0 < value <= 1),
-    ),
-}
+_OPTIONS = ("per_group", "unit")
 
 
 def _the_budget(budgets: Mapping[str, Any]) -> _Budget:
@@ -98,7 +100,7 @@ def _the_budget(budgets: Mapping[str, Any]) -> _Budget:
         found = " and ".join(given) if given else "none"
         raise OptionError(f"select() takes exactly one of {', '.join(budgets)}, and got {found}")
     name, value = given[0], budgets[given[0]]
-    expected, is_valid = _BUDGETS[name]
+    expected, is_valid = BUDGETS[name]
     if not is_valid(value):
         raise OptionError(f"{name}={value!r}: give {expected}")
     # 1 is all for top_p but one for rank(top=...), so a fraction stays a float.
@@ -116,7 +118,7 @@ def _params(value: float, metadata: Mapping[str, Any], units: Sequence[Unit]) ->
     if isinstance(value, int):
         return value
     total: Any = metadata.get("num_parameters")
-    if not _is_count(total):
+    if not is_count(total):
         raise OptionError(
             f"max_params={value!r} is a fraction, but metadata['num_parameters'] does not say of how many: give an int"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import serialize
+from .budgets import BUDGETS
 from .consistency import contradicted_budget
 from .entries import TensorKappa
 from .errors import OptionError, RankingFileError
@@ -222,7 +223,7 @@ class Selection:
         except OptionError as error:
             raise RankingFileError(f"{file}: {error}") from error
         certain = selection.boundary_certain
-        wrong = contradicted_budget(selection.entries, selection.settings, certain, _BUDGETS)
+        wrong = contradicted_budget(selection.entries, selection.settings, certain, BUDGETS)
         if wrong is not None:
             raise RankingFileError(f"{file} contradicts itself: {wrong}; write it again with to_json()")
         for pattern in (*selection.include, *selection.exclude):

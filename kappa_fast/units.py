@@ -66,14 +66,19 @@ _KEYS: dict[str, Callable[[TensorKappa], str]] = {
 }
 
 
+def check_unit(unit: object) -> None:
+    """Raises OptionError where ``unit`` is none of UnitName."""
+    if unit not in get_args(UnitName):
+        raise OptionError(f"unit={unit!r} is unknown: use one of {', '.join(map(repr, get_args(UnitName)))}")
+
+
 def make_units(entries: Iterable[TensorKappa], unit: UnitName) -> list[Unit]:
     """The units of a ranking, in the order of their first entries.
 
     Raises:
         OptionError: ``unit`` is unknown, or the scores of a unit with several matrices are not all positive.
     """
-    if unit not in _KEYS:
-        raise OptionError(f"unit={unit!r} is unknown: use one of {', '.join(map(repr, get_args(UnitName)))}")
+    check_unit(unit)
     entries = tuple(entries)
     resolved = [entry for entry in entries if entry.status in ("ok", "rank_deficient")]
     scores_are_kappas = all(entry.score == entry.kappa for entry in resolved)

@@ -146,7 +146,7 @@ def test_without_a_command_the_help_is_shown_as_wrong_use(cli):
 def test_every_option_of_rank_that_fits_a_command_line_is_there_with_the_same_default():
     python = inspect.signature(kappa_fast.rank).parameters
     shell = inspect.signature(rank_command.rank).parameters
-    assert set(python) - set(shell) == {"source", "score", "process_group"}
+    assert set(python) - set(shell) == {"source", "score", "process_group", "adapters"}
     for name in set(python) & set(shell) - {"certify", "cache"}:  # the same command goes on from there: it has a cache
         assert shell[name].default == python[name].default, name
     assert options.proofs(shell["certify"].default) is python["certify"].default

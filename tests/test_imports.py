@@ -7,6 +7,7 @@ import kappa_fast
 PUBLIC_NAMES = [
     "rank",
     "wrap",
+    "restore",
     "Ranking",
     "TensorKappa",
     "Skipped",

@@ -96,12 +96,12 @@ def test_the_callback_points_to_the_factory_when_the_model_is_made_later(tmp_pat
         KappaTuneCallback(num_tensors=2).on_init_end(None, None, None, None)
 
 
-def test_the_callback_says_what_it_selected_and_how_kappa_drifts(tmp_path, caplog):
+def test_the_callback_says_what_it_selected_and_how_kappa_drifts(tmp_path, caplog, capsys):
     model = build("llama")
     callback = KappaTuneCallback(num_tensors=3, rerank_every=2)
     with caplog.at_level(logging.INFO, "kappa_fast"):
         trainer_for(model, tmp_path, callbacks=[callback]).train()
-    assert caplog.messages[0].startswith("num_tensors=3: 3 matrices of 3 parameters, ")
+    assert capsys.readouterr().out.startswith("kappa_fast trains num_tensors=3: 3 matrices of 3 parameters, ")
     assert [found["step"] for found in callback.history] == [2, 4]
     assert callback.history[-1]["trained"]["largest"] > 0
     assert callback.history[-1]["frozen"]["largest"] == 0
@@ -136,7 +136,7 @@ def test_options_that_cannot_work_are_named(options, message):
 
 
 def test_sharded_models_are_refused(monkeypatch):
-    monkeypatch.setattr("kappa_fast.integrations.transformers.is_sharded", lambda p: True)
+    monkeypatch.setattr("kappa_fast.integrations.drift.is_sharded", lambda p: True)
     with pytest.raises(OptionError, match=r"'model\.embed_tokens\.weight' is sharded, .*optimizer_factory"):
         KappaTuneCallback(num_tensors=1).on_init_end(None, None, None, build("llama"))
 
@@ -201,6 +201,7 @@ def _tokenizer():
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "kappa_fast.integrations.transformers")
+    for name in ("transformers", "drift"):
+        monkeypatch.delitem(sys.modules, f"kappa_fast.integrations.{name}")
     with pytest.raises(MissingExtraError, match=r"pip install 'kappa_fast\[transformers\]'"):
         import kappa_fast.integrations.transformers  # noqa: F401

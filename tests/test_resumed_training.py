@@ -8,8 +8,9 @@ import re
 
 import pytest
 import torch
-from families import batch, build
+from families import build
 from torch import nn
+from trainers import IGNORED, examples, make
 
 import kappa_fast
 from kappa_fast import OptionError
@@ -123,18 +124,16 @@ def test_layers_of_transformers_that_are_not_called_are_known_by_the_type_of_the
     assert not is_read_directly("model.layers.0.self_attn.out_proj.weight", (), ("clip",))
 
 
-def trainer(folder, steps, **options):
+def trainer(folder, steps, given=None, kind="llama", model=None, **options):
     from transformers import Trainer, TrainingArguments
 
     from kappa_fast.integrations.transformers import KappaTuneCallback
 
-    data = [{key: value[0] for key, value in batch(seed, rows=1).items()} for seed in range(8)]
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=2,
         max_steps=steps,
         save_steps=3,
-        save_strategy="steps",
         use_cpu=True,
         learning_rate=5e-2,
         logging_steps=100,
@@ -142,8 +141,13 @@ def trainer(folder, steps, **options):
         disable_tqdm=True,
         **options,
     )
-    callback = KappaTuneCallback(max_params=0.2, reselect=True, rerank_every=1)
-    return Trainer(model=build("llama"), args=arguments, train_dataset=data, callbacks=[callback]), callback
+    chosen = {"reselect": True, "rerank_every": 1, **(given or {})}
+    if "num_tensors" not in chosen:
+        chosen.setdefault("max_params", 0.2)
+    callback = KappaTuneCallback(**chosen)
+    return Trainer(
+        model=model or make(kind), args=arguments, train_dataset=examples(kind), callbacks=[callback]
+    ), callback
 
 
 def moments_of(trainer):
@@ -152,7 +156,6 @@ def moments_of(trainer):
     return {name: state["exp_avg"].clone() for name, state in states.items() if "exp_avg" in state}
 
 
-IGNORED = ("ignore::UserWarning:torch", "ignore::UserWarning:transformers", "ignore::FutureWarning")
 RESUMING = pytest.mark.filterwarnings(*IGNORED)
 
 
@@ -191,5 +194,91 @@ def test_a_resumed_run_whose_selection_is_not_known_warns_with_the_way_out(tmp_p
     (tmp_path / "a" / "checkpoint-3" / "kappa_selection.json").unlink()
     (tmp_path / "a" / "checkpoint-3" / "optimizer.pt").unlink()
     third, _ = trainer(tmp_path / "c", 3)
-    with pytest.warns(UserWarning, match=r"whose selection is not known .*resume_from_checkpoint"):
+    with pytest.raises(OptionError, match=r"belongs to another selection"):  # the Trainer's own state knows it too
         third.train(resume_from_checkpoint=there)
+    file = tmp_path / "a" / "checkpoint-3" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    del state["stateful_callbacks"]["KappaTuneCallback"]
+    file.write_text(json.dumps(state))
+    fourth, after = trainer(tmp_path / "d", 4, save_strategy="steps")
+    with pytest.warns(UserWarning, match=r"whose selection is not known .*resume_from_checkpoint"):
+        fourth.train(resume_from_checkpoint=there)
+    assert after.selection is not None
+
+
+@RESUMING
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+def test_a_run_that_is_resumed_after_a_reselection_ends_as_a_straight_run(kind, tmp_path):
+    given = dict(num_tensors=4, rerank_every=2)
+    straight, whole = trainer(tmp_path / "a", 5, given, kind, lr_scheduler_type="constant")
+    straight.train()
+    first, before = trainer(tmp_path / "b", 3, given, kind, lr_scheduler_type="constant")
+    first.train()
+    at_first = kappa_fast.rank(make(kind), progress=False).select(num_tensors=4).names
+    loaded = type(first.model).from_pretrained(tmp_path / "b" / "checkpoint-3") if kind == "vit" else None
+    second, after = trainer(tmp_path / "b", 5, given, kind, loaded, lr_scheduler_type="constant")
+    second.train(resume_from_checkpoint=True)
+    assert before.selection.names != at_first  # else nothing is shown
+    assert after.selection == whole.selection
+    assert after.history == whole.history
+    for (name, ours), theirs in zip(second.model.named_parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@RESUMING
+@pytest.mark.parametrize("kind", ["vit", "mixtral"])  # whose names on disk are not those of the model
+def test_a_run_whose_weights_the_trainer_does_not_load_back_is_not_resumed(kind, tmp_path):
+    given = dict(num_tensors=4, rank_options={"include": "fc1|fc2|experts"}, reselect=False)
+    trainer(tmp_path, 3, given, kind)[0].train()
+    second, _ = trainer(tmp_path, 4, given, kind)
+    with pytest.raises(OptionError, match=r"has not loaded the weights of the checkpoint.*from_pretrained"):
+        second.train(resume_from_checkpoint=True)
+
+
+@RESUMING
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (dict(max_params=0.3), "max_params was 0.2 and is 0.3"),
+        (dict(rank_options={"include": "proj"}), "include was None and is 'proj'"),
+        (dict(unit="parameter"), "unit was None and is 'parameter'"),
+    ],
+)
+def test_a_run_with_other_options_is_not_resumed(changed, words, tmp_path):
+    trainer(tmp_path, 3)[0].train()
+    second, _ = trainer(tmp_path, 4, changed)
+    with pytest.raises(OptionError, match=rf"begun with other options of KappaTuneCallback: {words}\. Give those"):
+        second.train(resume_from_checkpoint=True)
+
+
+@RESUMING
+def test_a_checkpoint_of_another_selection_is_refused_also_where_nothing_but_its_shapes_tell(tmp_path):
+    one, two = (dict(num_tensors=2, rank_options={"include": word}) for word in ("up_proj", "k_proj"))
+    for given in (one, two):
+        given |= {"reselect": False, "rerank_every": None}
+    trainer(tmp_path / "a", 3, one)[0].train()
+    there = tmp_path / "a" / "checkpoint-3"
+    (there / "kappa_selection.json").unlink()
+    state = json.loads((there / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["KappaTuneCallback"]
+    (there / "trainer_state.json").write_text(json.dumps(state))
+    second, _ = trainer(tmp_path / "b", 4, two)
+    with (
+        pytest.warns(UserWarning, match="selection is not known"),
+        pytest.raises(OptionError, match=r"'exp_avg' for 'model.*k_proj\.weight' is \(24, 32\), and the parameter"),
+    ):
+        second.train(resume_from_checkpoint=str(there))
+
+
+@RESUMING
+def test_callbacks_that_the_trainer_makes_anew_from_a_checkpoint_go_on(tmp_path):
+    given = dict(num_tensors=3, rank_options={"score": by_size})
+    trainer(tmp_path, 3, given)[0].train()
+    second, _ = trainer(tmp_path, 4, given, restore_callback_states_from_checkpoint=True)
+    second.train(resume_from_checkpoint=True)
+    (made,) = [c for c in second.callback_handler.callbacks if type(c).__name__ == "KappaTuneCallback"]
+    assert [found["step"] for found in made.history] == [1, 2, 3, 4]
+
+
+def by_size(entry):
+    return float(entry.numel)

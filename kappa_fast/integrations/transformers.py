@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
+import inspect
 import math
-import statistics
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +14,21 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..entries import TensorKappa
 from ..errors import OptionError, missing_extra
 from ..optimizer import wrap
-from ..pipeline import rank
-from ..ranking import Ranking
+from ..selecting import check_budget
 from ..selection import Selection
-from ..serialize import write_text
-from ..training.handle import Handle
-from ..training.masks import is_sharded
-from .names import match
+from ..training.handle import Handle, refuse_occupied
+from .drift import KappaDriftCallback
+from .resuming import KEPT, check_optimizer, check_resumed, check_weights, find, keep, mark_of, names_of
 
 try:
-    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
 except ImportError as missing:
     raise missing_extra("transformers", "transformers", "kappa_fast.integrations.transformers") from missing
 
-log = logging.getLogger("kappa_fast")
-
-KEPT = "kappa_selection.json"  # in a checkpoint of the Trainer: what was selected, and a mark of the weights
+__all__ = ["KappaDriftCallback", "KappaTuneCallback", "SelectedOptimizer", "optimizer_factory"]
 
 
 class SelectedOptimizer:
@@ -55,42 +50,71 @@ class SelectedOptimizer:
 def optimizer_factory(
     selection: Selection | Callable[[nn.Module], Selection],
     optimizer_cls: type[Optimizer] = torch.optim.AdamW,
+    *,
+    args: Any = None,
+    no_decay: bool | Sequence[str] = True,
     **options: Any,
 ) -> tuple[type[SelectedOptimizer], dict[str, Any]]:
-    """For ``Trainer(..., optimizer_cls_and_kwargs=optimizer_factory(selection, torch.optim.AdamW, lr=5e-5))``.
+    """For ``Trainer(..., optimizer_cls_and_kwargs=optimizer_factory(selection, torch.optim.AdamW, args=args))``.
 
-    The Trainer's own learning rate, betas and weight decay do not reach an optimizer that is given like this: give them
-    here. Its schedules, clipping and checkpoints do. Works with ``model_init``, with accelerate, DDP and FSDP2.
+    The Trainer does not pass its learning rate, betas and weight decay to an optimizer that is given like this: give
+    its TrainingArguments here too, or ``lr`` and the others. Its schedules, clipping and checkpoints work as ever. This
+    works with ``model_init``, with accelerate, DDP and FSDP2.
 
     Args:
         selection: what to train, or a function that takes the model and returns it.
         optimizer_cls, options: as for ``kappa_fast.wrap``.
+        args: the Trainer's TrainingArguments: of these the learning rate, weight decay, betas and epsilon, as far as
+            ``optimizer_cls`` has them and ``options`` does not.
+        no_decay: as for ``kappa_fast.wrap``: by default norms and biases have no weight decay, as in the Trainer.
+
+    Raises:
+        OptionError: neither ``lr`` nor ``args`` is given, so that the class's own default would be used.
     """
-    return SelectedOptimizer, {"selection": selection, "optimizer_cls": optimizer_cls, **options}
+    known = inspect.signature(optimizer_cls).parameters
+    if args is not None:
+        betas = (args.adam_beta1, args.adam_beta2)
+        taken = dict(lr=args.learning_rate, weight_decay=args.weight_decay, betas=betas, eps=args.adam_epsilon)
+        # The epsilon of Adam is not that of other optimizers.
+        taken = {name: value for name, value in taken.items() if name != "eps" or "betas" in known}
+        options = {**{name: value for name, value in taken.items() if name in known}, **options}
+    if "lr" in known and "lr" not in options:
+        default = known["lr"].default
+        raise OptionError(
+            f"optimizer_factory() has no learning rate, so that {optimizer_cls.__name__} would train with its own "
+            f"default ({default!r}), whatever TrainingArguments say: give args=training_args, or lr=5e-5"
+        )
+    chosen = {"selection": selection, "optimizer_cls": optimizer_cls, "no_decay": no_decay}
+    return SelectedOptimizer, {**chosen, **options}
 
 
-class KappaTuneCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[misc, unused-ignore]
     """Ranks the model when the Trainer is made, and lets it train the selection alone, with the Trainer's optimizer.
 
         Trainer(..., callbacks=[KappaTuneCallback(max_params=0.2, rerank_every=500)])
+
+    One line says what is trained. With ``rerank_every`` the Trainer's log has how kappa moves (KappaDriftCallback says
+    under which names).
 
     Args:
         rerank_every: steps after which the model is ranked again, to see how kappa drifts; None for never.
         reselect: select anew each time, and let the optimizer go on with that.
         rank_options: for ``rank``, such as include, rtol or device.
-        budget: for ``Ranking.select``: one of num_tensors, top_p, max_kappa, max_params; per_group, unit.
+        keep_rankings: keep every ranking in ``rankings``, by step.
+        budget: for ``Ranking.select``: num_tensors, top_p, max_kappa, max_params; per_group, unit.
 
     Every checkpoint of the Trainer keeps what was selected, and a run that is resumed goes on with that, so that the
     state of the optimizer meets the parameters that it belongs to. Checkpoints are looked for in ``output_dir`` and at
-    ``TrainingArguments(resume_from_checkpoint=...)``.
+    ``TrainingArguments(resume_from_checkpoint=...)``. The Trainer's own state says it too, and is checked.
 
     Attributes:
         ranking, selection, handle: what was found and done; None before.
-        history: a dict for each ranking after the first: step, and for "trained" and "frozen" matrices the median and
-            the largest relative change of kappa since the beginning (0.1 is 10%, up or down).
+        rankings, history: as of KappaDriftCallback.
 
     Raises:
-        OptionError: on_init_end: the model is sharded.  on_train_begin: the Trainer has made another model since.
+        OptionError: an option is misspelt or cannot work, or there is no budget.  on_init_end: the model is sharded,
+            has adapters of PEFT, or has a selection already.  on_train_begin: the Trainer has made another model since;
+            a run is resumed that had another selection or other options.
 
     Warns:
         UserWarning: on_train_begin: a run is resumed, and nothing says what was selected in it.
@@ -102,61 +126,65 @@ class KappaTuneCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         rerank_every: int | None = None,
         reselect: bool = False,
         rank_options: Mapping[str, Any] | None = None,
+        keep_rankings: bool = False,
         **budget: Any,
     ) -> None:
-        if rerank_every is not None and rerank_every < 1:
-            raise OptionError(f"rerank_every={rerank_every}: give a number of steps from 1 on, or None")
+        self._prepare(rerank_every, rank_options, keep_rankings)
         if reselect and rerank_every is None:
             raise OptionError("reselect=True selects anew whenever the model is ranked again: give rerank_every")
-        self._every, self._reselect = rerank_every, reselect
-        self._options, self._budget = {"progress": False, **(rank_options or {})}, budget
-        self._model: nn.Module | None = None
+        check_budget(budget)
+        self._reselect, self._budget = reselect, budget
+        self._given = {"rerank_every": rerank_every, "reselect": reselect, "keep_rankings": keep_rankings, **budget}
         self._args: Any = None
-        self._training, self._resumed = False, None
-        self.ranking: Ranking | None = None
+        self._training = False
+        self._mark: str | None = None
+        self._resumed: int | None = None
         self.selection: Selection | None = None
         self.handle: Handle | None = None
-        self.history: list[dict[str, Any]] = []
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         """Rank, select, and set requires_grad."""
         if model is None:
             raise OptionError("the Trainer has no model yet: use optimizer_factory(), which waits for it")
+        refuse_occupied(model)
         self._model, self._args = model, args
         model.register_load_state_dict_post_hook(_Loaded(self))  # type: ignore[no-untyped-call]
-        self.ranking = _ranked(model, self._options)
+        self._rank_first(model)
+        assert self.ranking is not None
         self.selection = self.ranking.select(**self._budget)
         self.handle = self.selection.apply(model)
-        low, high = self.selection.kappa_range
-        budget = ", ".join(f"{key}={value}" for key, value in self._budget.items())
-        total = sum(p.numel() for p in model.parameters())
-        log.info(
-            "%s: %d matrices of %d parameters, %s of %s weights (%.1f%%), kappa %.4g to %.4g",
-            budget,
-            len(self.selection),
-            len(self.selection.names),
-            f"{self.selection.num_params:,}",
-            f"{total:,}",
-            100 * self.selection.num_params / max(1, total),
-            low,
-            high,
-        )
+        _CALLBACKS[model] = weakref.ref(self)
+        if state is None or state.is_world_process_zero:
+            print(f"kappa_fast trains {describe(self.selection)}; {self.handle.describe()}")
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
-        """The model must be the one that was ranked."""
-        if self._model is None or (model is not None and not _same(model, self._model)):
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **more: Any) -> None:
+        """The model must be the one that was ranked, and a run that is resumed must have had this selection."""
+        self._take_over_from(model)
+        if self._model is None or self.handle is None or (model is not None and not _same(model, self._model)):
             raise OptionError(
                 "the Trainer has made another model since it was ranked (model_init does): give it "
                 "optimizer_cls_and_kwargs=optimizer_factory(lambda model: kappa_fast.rank(model).select(...), ...)"
             )
-        if state.global_step and self._resumed != state.global_step:
-            warnings.warn(
-                f"training goes on after step {state.global_step} of a run whose selection is not known (no {KEPT} for "
-                "it), so that the state of the optimizer may belong to other parameters: give the checkpoint in "
-                "TrainingArguments(resume_from_checkpoint=...) too, or begin with a new optimizer",
-                stacklevel=2,
-            )
+        name, states = type(self).__name__, state.stateful_callbacks
+        kept = states.get(name) if isinstance(states, dict) else None
+        kept = kept.get("attributes", {}).get("kept") if isinstance(kept, dict) else None
+        if state.global_step:
+            if isinstance(kept, Mapping):
+                check_resumed(kept, self.handle, self._deciding())
+                check_weights(kept, self._model, self.handle.selection)
+                self.history = [dict(found) for found in kept.get("history", ())]
+            elif self._resumed != state.global_step:
+                warnings.warn(
+                    f"training goes on after step {state.global_step} of a run whose selection is not known (no {KEPT} "
+                    "for it), so that the state of the optimizer may belong to other parameters: give the checkpoint "
+                    "in TrainingArguments(resume_from_checkpoint=...) too, or begin with a new optimizer",
+                    stacklevel=2,
+                )
+            check_optimizer(more.get("optimizer"), self._model)
+        if isinstance(states, dict):
+            states.setdefault(name, self.state())  # of a checkpoint that was made without this callback
         self._training = True
+        self._log_first(args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Weights that are loaded from now on may belong to a run that is resumed."""
@@ -165,41 +193,58 @@ class KappaTuneCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep what was selected beside the optimizer's state."""
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if self.selection is None or self.handle is None or not state.is_world_process_zero or not folder.is_dir():
-            return
-        self.selection.to_json(folder / KEPT)
-        document = json.loads((folder / KEPT).read_text())
-        document |= {"step": state.global_step, "mark": _mark(self._model, self.selection)}
-        write_text(folder / KEPT, json.dumps(document))
+        known = self._model is not None and self.selection is not None and state.is_world_process_zero
+        if known and folder.is_dir():
+            assert self.selection is not None
+            keep(folder, self.selection, state.global_step, self._mark, self._start)
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into trainer_state.json: what is trained, and by which options."""
+        kept: dict[str, Any] = {"options": self._deciding(), "history": self.history}
+        if self.handle is not None and self.selection is not None and self._model is not None:
+            kept["names"] = names_of(self.handle)
+            if self._training:  # a checkpoint is being made
+                kept["mark"] = self._mark = mark_of(self._model, self.selection)
+                kept["dtypes"] = sorted({str(target.parameter.dtype) for target in self.handle.targets})
+        return {"args": _as_json(self._given), "attributes": {"kept": _as_json(kept)}}
+
+    def _deciding(self) -> dict[str, Any]:
+        """The options that decide what is selected."""
+        options = {key: value for key, value in self._options.items() if key not in _WITHOUT_EFFECT}
+        found: dict[str, Any] = _as_json({**options, **self._budget, "reselect": self._reselect})
+        return found
+
+    def _take_over_from(self, model: nn.Module | None) -> None:
+        """Of the callback in whose place the Trainer has made this one (restore_callback_states_from_checkpoint)."""
+        found = _CALLBACKS.get(model) if self._model is None and model is not None else None
+        before = found() if found is not None else None
+        if before is not None:
+            for name, value in vars(before).items():
+                setattr(self, name, value)
 
     def weights_were_loaded(self) -> None:
         """If they are those of a checkpoint, as when a run is resumed, go on with what was selected there."""
         if self._training or self._model is None:
             return
-        given = getattr(self._args, "resume_from_checkpoint", None)
-        folders = [Path(given)] if isinstance(given, str) else []
-        folders += Path(self._args.output_dir).glob("checkpoint-*")
-        for file in (folder / KEPT for folder in folders):
-            try:
-                document, kept = json.loads(file.read_text()), Selection.from_json(file)
-            except (OSError, ValueError):
-                continue
-            if document.get("mark") != _mark(self._model, kept):
-                continue
-            if self.handle is not None:
-                self.handle.restore()
-            self.selection, self._resumed = kept, document.get("step")
-            self.handle = kept.apply(self._model)
+        found = find(self._args, self._model)
+        if found is None:
             return
+        if self.handle is not None:
+            self.handle.restore()
+        self.selection, self._resumed = found.selection, found.step
+        self._start = found.start or self._start
+        self.handle = found.selection.apply(self._model)
+        if getattr(self._args, "process_index", 0) == 0:
+            print(f"kappa_fast goes on with what was selected at step {found.step}: {describe(found.selection)}")
+
+    def _trained(self, entries: Iterable[TensorKappa]) -> Collection[str]:
+        return set(self.selection.keys) if self.selection is not None else ()
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Every so many steps, rank again."""
-        if self._every is None or state.global_step % self._every or self._model is None or self.ranking is None:
+        if not self._is_due(state) or self._model is None or self.ranking is None:
             return
-        now = _ranked(self._model, self._options)
-        drift = {"step": state.global_step, **_drift(self.ranking, now, self.selection)}
-        self.history.append(drift)
-        log.info("kappa after %(step)d steps: trained %(trained)s, frozen %(frozen)s", drift)
+        now = self._rank_again(args, state, control)
         if self._reselect and self.handle is not None:
             self.handle.restore()
             self.selection = now.select(**self._budget)
@@ -208,6 +253,32 @@ class KappaTuneCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             _hand_over(
                 getattr(optimizer, "optimizer", optimizer), [p for p in self._model.parameters() if id(p) in chosen]
             )
+
+
+# Options of rank() that say how it works, not what comes out.
+_WITHOUT_EFFECT = ("progress", "device", "backend", "memory_budget", "cache")
+_CALLBACKS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[KappaTuneCallback]] = weakref.WeakKeyDictionary()
+
+
+def describe(selection: Selection) -> str:
+    """A selection in a line."""
+    low, high = selection.kappa_range
+    settings = selection.settings
+    budget = f"{settings['budget']}={settings['value']}: " if "budget" in settings else ""
+    return f"{budget}{len(selection):,} matrices of {len(selection.names):,} parameters, kappa {low:.4g} to {high:.4g}"
+
+
+def _as_json(value: Any) -> Any:
+    """The value as JSON gives it back; what JSON cannot hold by its name."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return getattr(value, "__name__", str(value))
 
 
 class _Loaded:
@@ -224,47 +295,8 @@ class _Loaded:
         return _Loaded, ()
 
 
-def _mark(model: nn.Module | None, selection: Selection) -> str | None:
-    """Tells the weights of one checkpoint from those of another, by what the selection trains; None without a model."""
-    if model is None:
-        return None
-    try:
-        targets = match(selection, model)
-    except OptionError:
-        return None
-    found = hashlib.sha256()
-    for target in targets:
-        found.update(target.parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def _ranked(model: nn.Module, options: Mapping[str, Any]) -> Ranking:
-    sharded = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
-    if sharded is not None:
-        raise OptionError(
-            f"{sharded!r} is sharded, and sharded models cannot be ranked yet: rank the checkpoint, and give the "
-            "selection to optimizer_factory()"
-        )
-    return rank(model, **options)
-
-
 def _same(one: nn.Module, other: nn.Module) -> bool:
     return any(module is other for module in one.modules()) or any(module is one for module in other.modules())
-
-
-def _drift(before: Ranking, now: Ranking, selection: Selection | None) -> dict[str, dict[str, float]]:
-    """The relative change of kappa of what is trained and of what is not."""
-    chosen = set(selection.keys) if selection is not None else set()
-    start = {entry.key: entry.kappa for entry in before}
-    changes: dict[str, list[float]] = {"trained": [], "frozen": []}
-    for entry in now:
-        first = start.get(entry.key, math.nan)
-        if math.isfinite(first) and math.isfinite(entry.kappa):
-            changes["trained" if entry.key in chosen else "frozen"].append(abs(entry.kappa / first - 1))
-    return {
-        kind: {"median": statistics.median(found), "largest": max(found)} if found else {"median": 0.0, "largest": 0.0}
-        for kind, found in changes.items()
-    }
 
 
 def _hand_over(optimizer: Any, parameters: list[nn.Parameter]) -> None:

@@ -62,9 +62,9 @@ def open_source(
         NotImplementedError: a parameter is sharded.
     """
     if not isinstance(source, (str, os.PathLike)):
-        return _opened(_read(source, quiet, headers_only=filters.without_values), filters, places_of)
+        return _opened(_read(source, quiet, filters), filters, places_of)
     with reading(source):
-        found = _opened(_read(source, quiet, headers_only=filters.without_values), filters, places_of)
+        found = _opened(_read(source, quiet, filters), filters, places_of)
         return replace(found, matrices=tuple(replace(m, load=_Guarded(m)) for m in found.matrices))
 
 
@@ -177,9 +177,9 @@ def _pieces(stored: Stored, place: Place | None, around: Surroundings, split: bo
     return Cut((Part(place.label, place.index, (rows, columns)),))  # the model fuses what is stored on its own
 
 
-def _read(source: object, quiet: bool, headers_only: bool) -> Inventory:
+def _read(source: object, quiet: bool, filters: Filters) -> Inventory:
     if isinstance(source, torch.nn.Module):
-        return read_module(source)
+        return read_module(source, filters.adapters)
     if isinstance(source, Mapping):
         return read_mapping(source)
     if isinstance(source, (str, os.PathLike)):
@@ -190,7 +190,7 @@ def _read(source: object, quiet: bool, headers_only: bool) -> Inventory:
         path = Path(os.fsdecode(source))
         wanted = hub_id(source) if isinstance(source, str) and not os.path.lexists(path) else None
         if wanted is not None:
-            return _limited((headers_of(wanted) if headers_only else None) or _from_hub(wanted, quiet))
+            return _limited((headers_of(wanted) if filters.without_values else None) or _from_hub(wanted, quiet))
         return _limited(read_gguf(path) if is_gguf(path) else read_checkpoint(path))
     raise OptionError(
         f"source is of type {type(source).__name__}, which is no model: give an nn.Module, a mapping of names to "

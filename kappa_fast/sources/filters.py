@@ -29,6 +29,7 @@ class Filters:
         routers: rank the routers of mixtures of experts.
         fused: "split" for the parts of fused projections, "stored" for the tensors as they are.
         min_dim, max_dim: matrices with a smaller side below, or a larger side above, are skipped.
+        adapters: "merged" takes weights with what adapters of PEFT add to them, "base" without.
         without_values: take parameters on the meta device too, for a plan that never looks at a value.
 
     Raises:
@@ -42,6 +43,7 @@ class Filters:
     fused: Literal["split", "stored"] = "split"
     min_dim: int = 16
     max_dim: int | None = None
+    adapters: Literal["base", "merged"] = "base"
     without_values: bool = False
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class Filters:
                 raise OptionError(f"{option}={getattr(self, option)!r}: give True or False")
         if self.fused not in ("split", "stored"):
             raise OptionError(f"fused={self.fused!r}: give 'split' or 'stored'")
+        if self.adapters not in ("base", "merged"):
+            raise OptionError(f"adapters={self.adapters!r}: give 'base' or 'merged'")
         _check_size("min_dim", self.min_dim)
         if self.max_dim is not None:
             _check_size("max_dim", self.max_dim)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .adapters import merged
 from .base import Home, Inventory, Role, Stored
 from .called import weight_in_forward
 from .classes import looks_up
@@ -20,10 +21,11 @@ from .quantized import modules, weights_of
 from .tensors import fingerprint, identity, is_lazy, model_types_in, own_names, sharded, store
 
 
-def read_module(model: torch.nn.Module) -> Inventory:
+def read_module(model: torch.nn.Module, adapters: str = "base") -> Inventory:
     """The parameters of a model, tied ones once with all their names; the quantized weights of its modules.
 
-    A weight that a module computes from others is there as the module computes it.
+    A weight that a module computes from others is there as the module computes it; with ``adapters="merged"`` one that
+    PEFT has put adapters beside as both together compute it.
 
     Raises:
         NotImplementedError: a parameter is sharded (DTensor, FSDP, ZeRO-3).
@@ -52,6 +54,8 @@ def read_module(model: torch.nn.Module) -> Inventory:
     stored = [item for _, item in sorted(found, key=lambda pair: order[pair[0]])]  # in the order of the model
     configured = modules.config_in(getattr(model, "config", None))
     tensors = weights_of(stored, lambda item: modules.config_of(item.parent, configured))
+    if adapters == "merged":
+        tensors = merged(model, tensors, {own[names[0]][0]: held[names[0]].tensor for names in groups.values()})
     weights = {own[names[0]] for names in groups.values() if held[names[0]].is_weight}
     counted = [
         t

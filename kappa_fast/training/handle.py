@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..errors import OptionError
 from ..integrations.names import Target, holds_codes, match
 from ..selection import Selection
+from ..sources.adapters import adapted_in
 from .masks import Frozen
 
 
@@ -38,6 +39,7 @@ class Handle:
     def begin(self, *, around_steps: bool) -> None:
         """Set the flags and install the guards; ``around_steps``: also those around every optimizer's step."""
         _APPLIED[self._model] = weakref.ref(self)
+        vars(self._model)[_KEPT_IN] = _Follower(self)  # as long as the model lives, restore() finds what is done to it
         chosen = {target.name for target in self.targets}
         for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(name in chosen)
@@ -75,6 +77,26 @@ class Handle:
                 )
             guard.watch(parameter)
 
+    @property
+    def model(self) -> nn.Module:
+        """What the selection was applied to."""
+        return self._model
+
+    @property
+    def trainable(self) -> tuple[int, int]:
+        """How many weights train, and how many the model has; codes of quantized models count as they are stored."""
+        return sum(target.numel for target in self.targets), sum(p.numel() for p in self._model.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """What PEFT's models print under this name; of a parameter that is selected in part only that part counts."""
+        print(self.describe())
+
+    def describe(self) -> str:
+        """The line that ``print_trainable_parameters`` prints."""
+        some, every = self.trainable
+        share = 100 * some / max(1, every)
+        return f"trainable params: {some:,} || all params: {every:,} || trainable%: {share:.4f}"
+
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter that the model has under this name now."""
         return _parameter(self._model, name)
@@ -82,6 +104,8 @@ class Handle:
     def restore(self) -> None:
         """Every requires_grad as it was before, no guard left. A second call does nothing."""
         _remove(self._removers)
+        if _applied_to(self._model) is self:
+            vars(self._model).pop(_KEPT_IN, None)
         for guard in self._guards.values():
             guard.release()
         self._removers, self._before = [], {}
@@ -117,6 +141,7 @@ class Handle:
         self.restore()
 
 
+_KEPT_IN = "_kappa_fast_handle"  # an attribute of the model
 # Weak in both directions: a handle knows its model, and must not keep it for ever.
 _APPLIED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 
@@ -177,13 +202,53 @@ class _Guard:
             self._remover = None
 
 
+def refuse_occupied(model: nn.Module) -> None:
+    """Raises OptionError for a model that no selection can be applied to: it has one, or adapters of PEFT."""
+    if held_on(model):
+        raise OptionError(
+            "a selection is applied to this model already, and two would freeze each other's weights: "
+            "kappa_fast.restore(model) undoes it, wherever its handle, optimizer or trainer is (wrap() and "
+            "KappaTuneCallback apply their selection themselves)"
+        )
+    adapted = adapted_in(model)
+    if adapted is not None:
+        raise OptionError(
+            f"{adapted!r} has adapters of PEFT: a selection would freeze them and train the weights beside them, which "
+            "save_pretrained() of such a model does not write. Train adapters on what is selected: rank and select on "
+            "the model without adapters, then peft.get_peft_model(model, lora_config(selection)), with lora_config of "
+            "kappa_fast.integrations.peft; or merge them first: model = model.merge_and_unload()"
+        )
+
+
+def held_on(model: nn.Module) -> list[Handle]:
+    """What is applied to the model, to a part of it, or to a model that it is a part of."""
+    found = []
+    mine = {id(parameter) for parameter in model.parameters()}
+    for reference in list(_APPLIED.values()):
+        handle = reference()
+        if handle is not None and any(id(parameter) in mine for parameter in handle.model.parameters()):
+            found.append(handle)
+    return found
+
+
+def restore(model: nn.Module) -> None:
+    """Undo whatever ``apply()``, ``wrap()`` or a callback did to this model, wherever the handle is.
+
+    Every requires_grad is as it was before, and no guard is left. Optimizers that ``wrap()`` made are of no use
+    afterwards. A model that nothing is applied to stays as it is.
+
+    Raises:
+        OptionError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"restore() takes the model, not a {type(model).__name__}")
+    for handle in held_on(model):
+        handle.restore()
+
+
 def apply(selection: Selection, model: nn.Module, *, around_steps: bool = True) -> Handle:
     """See ``Selection.apply``. ``around_steps``: False for an optimizer that keeps frozen weights itself."""
-    if any(_applied_to(module) is not None for module in model.modules()):
-        raise OptionError(
-            "a selection is applied to this model already, and two would freeze each other's weights: restore() it "
-            "first (wrap() applies its selection itself)"
-        )
+    refuse_occupied(model)
     targets = match(selection, model)
     _check(model, targets)
     handle = Handle(model, selection, targets)

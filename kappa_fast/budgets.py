@@ -1,0 +1,30 @@
+"""The budgets that select() takes, and what may be given for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+
+def is_number(value: object) -> bool:
+    """A finite number."""
+    return not isinstance(value, bool) and isinstance(value, Real) and value == value and abs(value) != math.inf
+
+
+def is_count(value: object) -> bool:
+    """An int from 1 on, of whatever class."""
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
+
+
+# What is expected, in words, and a check.
+BUDGETS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "num_tensors": ("a count, an int from 1 on", is_count),
+    "top_p": ("a fraction in (0, 1]", lambda value: is_number(value) and 0 < value <= 1),
+    "max_kappa": ("a condition number, from 1 on and finite", lambda value: is_number(value) and value >= 1),
+    "max_params": (
+        "a count of weights (int from 1 on) or a fraction of all parameters (float in (0, 1])",
+        lambda value: is_count(value) or (isinstance(value, float) and 0 < value <= 1),
+    ),
+}

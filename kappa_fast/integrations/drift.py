@@ -1,0 +1,223 @@
+"""How kappa moves while transformers' Trainer trains: rankings every so many steps, and their figures in its log."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import statistics
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..entries import TensorKappa
+from ..errors import OptionError, missing_extra
+from ..pipeline import check_options, rank
+from ..ranking import Ranking
+from ..sources import Filters
+from ..sources.adapters import adapted_in
+from ..training.masks import is_sharded
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import CallbackHandler
+except ImportError as missing:
+    raise missing_extra("transformers", "transformers", "kappa_fast.integrations.transformers") from missing
+
+log = logging.getLogger("kappa_fast")
+
+KINDS = ("trained", "frozen")
+
+
+class KappaDriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Ranks the model before training and every so many steps, and writes how kappa moves into the Trainer's log.
+
+    It trains and freezes nothing, so it goes with any training: of all weights, with LoRA and other adapters of PEFT
+    (whose effect is measured, ``adapters="merged"``), or of a selection that something else applied.
+
+        Trainer(..., callbacks=[KappaDriftCallback(rerank_every=500)])
+
+    ``state.log_history``, and so Weights & Biases, TensorBoard and the like, get ``kappa_trained`` and ``kappa_frozen``
+    (medians over the matrices), and after the first ranking ``kappa_trained_change``, ``kappa_trained_change_largest``
+    and the same for frozen ones: the median and the largest relative change since the beginning (0.1 is 10%).
+
+    Args:
+        rerank_every: steps after which the model is ranked again.
+        rank_options: for ``rank``, such as include, rtol or device.
+        keep_rankings: keep every ranking in ``rankings``.
+
+    Attributes:
+        ranking: the first ranking; None before.
+        rankings: by step, all rankings, where they are kept.
+        history: a dict for each ranking after the first: step, and for "trained" and "frozen" matrices the median and
+            the largest relative change of kappa since the beginning.
+
+    Raises:
+        OptionError: an option cannot work.  on_init_end: there is no model yet, or it is sharded.
+    """
+
+    def __init__(
+        self,
+        *,
+        rerank_every: int,
+        rank_options: Mapping[str, Any] | None = None,
+        keep_rankings: bool = False,
+    ) -> None:
+        self._prepare(rerank_every, rank_options, keep_rankings)
+
+    def _prepare(self, every: int | None, options: Mapping[str, Any] | None, keep: bool) -> None:
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise OptionError(f"rerank_every={every!r}: give a number of steps from 1 on, or None")
+        check_rank_options(options or {})
+        self._every, self._keep = every, keep
+        self._options = {"progress": False, **(options or {})}
+        self._model: nn.Module | None = None
+        self._start: dict[str, float] = {}  # kappa by key, when training began
+        self._begun = False
+        self.ranking: Ranking | None = None
+        self.rankings: dict[int, Ranking] = {}
+        self.history: list[dict[str, Any]] = []
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        """Rank for the first time."""
+        if model is None:
+            raise OptionError("the Trainer has no model yet: give it the model, not model_init")
+        self._model = model
+        self._rank_first(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        """Write what kappa is at the beginning into the log."""
+        self._log_first(args, state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Every so many steps, rank again."""
+        if self._is_due(state):
+            self._rank_again(args, state, control)
+
+    def _is_due(self, state: Any) -> bool:
+        return self._every is not None and state.global_step % self._every == 0 and self._model is not None
+
+    def _trained(self, entries: Iterable[TensorKappa]) -> Collection[str]:
+        """The keys of matrices that train, or that have adapters that do."""
+        assert self._model is not None
+        owners = {_plain(name.rpartition(".")[0]) for name, p in self._model.named_parameters() if p.requires_grad}
+        return {entry.key for entry in entries if _plain(entry.name.rpartition(".")[0]) in owners}
+
+    def _rank_first(self, model: nn.Module) -> None:
+        self.ranking = ranked(model, self._options)
+        self._start = {entry.key: entry.kappa for entry in self.ranking}
+        if self._keep:
+            self.rankings[0] = self.ranking
+
+    def _log_first(self, args: Any, state: Any, control: Any) -> None:
+        if self.ranking is not None and self._every is not None and not self._begun and not state.global_step:
+            write_log(args, state, control, _medians(self.ranking, self._trained(self.ranking)))
+        self._begun = True
+
+    def _rank_again(self, args: Any, state: Any, control: Any) -> Ranking:
+        assert self._model is not None
+        now = ranked(self._model, self._options)
+        trained = self._trained(now)
+        drift = {"step": state.global_step, **_drift(self._start, now, trained)}
+        self.history.append(drift)
+        if self._keep:
+            self.rankings[state.global_step] = now
+        log.info("kappa after %(step)d steps: trained %(trained)s, frozen %(frozen)s", drift)
+        figures = _medians(now, trained)
+        for kind in KINDS:
+            figures |= {f"kappa_{kind}_change": drift[kind]["median"]}
+            figures |= {f"kappa_{kind}_change_largest": drift[kind]["largest"]}
+        write_log(args, state, control, figures)
+        return now
+
+
+def check_rank_options(options: Mapping[str, Any]) -> None:
+    """Raises OptionError where these cannot be options of rank(), so that nobody learns it after the work."""
+    known = [name for name in inspect.signature(rank).parameters if name not in ("source", "process_group")]
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is not None:
+        raise OptionError(f"rank_options has {unknown!r}, which is no option of rank(): there are {', '.join(known)}")
+    check_options(
+        options.get("top"),
+        options.get("top_per_group", False),
+        options.get("rtol", 1e-2),
+        options.get("certify", False),
+    )
+    names = ("include", "exclude", "embeddings", "routers", "fused", "min_dim", "max_dim")
+    Filters(**{name: options[name] for name in names if name in options})
+
+
+def ranked(model: nn.Module, options: Mapping[str, Any]) -> Ranking:
+    """rank() of a model on its way through the Trainer; of one with adapters what both together compute.
+
+    Raises:
+        OptionError: it is sharded.
+    """
+    sharded = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
+    if sharded is not None:
+        raise OptionError(
+            f"{sharded!r} is sharded, and sharded models cannot be ranked yet: rank the checkpoint, and give the "
+            "selection to optimizer_factory()"
+        )
+    merged = {"adapters": "merged"} if adapted_in(model) is not None else {}
+    return rank(model, **{**merged, **options})
+
+
+def write_log(args: Any, state: Any, control: Any, figures: Mapping[str, float]) -> None:
+    """Figures as Trainer.log writes them: into log_history, and to every callback that reports."""
+    finite = {key: value for key, value in figures.items() if math.isfinite(value)}
+    if not finite:
+        return
+    if state.epoch is not None:
+        finite["epoch"] = state.epoch
+    state.log_history.append({**finite, "step": state.global_step})
+    handler = _handler()
+    if handler is not None:
+        due = control.should_log  # on_log takes it for done
+        handler.on_log(args, state, control, finite)
+        control.should_log = due
+
+
+def _handler() -> Any:
+    """The CallbackHandler that is calling; the Trainer gives callbacks neither it nor itself."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, CallbackHandler):
+            return found
+        frame = frame.f_back
+    return None
+
+
+def _plain(name: str) -> str:
+    """Of a module; what PEFT puts inside of a layer belongs to the layer."""
+    from .names import plain_name
+
+    words = plain_name(f"{name}.weight").split(".")[:-1]
+    inner = next(
+        (i for i, word in enumerate(words) if word.startswith(("lora_", "base_layer", "modules_to_save"))), None
+    )
+    return ".".join(words[:inner])
+
+
+def _medians(ranking: Ranking, trained: Collection[str]) -> dict[str, float]:
+    kappas: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for entry in ranking:
+        if math.isfinite(entry.kappa):
+            kappas["trained" if entry.key in trained else "frozen"].append(entry.kappa)
+    return {f"kappa_{kind}": statistics.median(found) for kind, found in kappas.items() if found}
+
+
+def _drift(start: Mapping[str, float], now: Ranking, trained: Collection[str]) -> dict[str, dict[str, float]]:
+    """The relative change of kappa of what is trained and of what is not."""
+    changes: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for entry in now:
+        first = start.get(entry.key, math.nan)
+        if math.isfinite(first) and math.isfinite(entry.kappa):
+            changes["trained" if entry.key in trained else "frozen"].append(abs(entry.kappa / first - 1))
+    return {
+        kind: {"median": statistics.median(found), "largest": max(found)} if found else {"median": 0.0, "largest": 0.0}
+        for kind, found in changes.items()
+    }

@@ -1,0 +1,186 @@
+"""Adapters of PEFT in a model: where they are, whether they have been trained, and the weights that they make.
+
+The classes of PEFT are known by what they all have, so that it need not be imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..entries import Index
+from ..errors import SourceError
+from .base import Stored
+from .tensors import identity
+
+NO_MERGE = "the adapters of {} cannot be merged into it: adapters='base' ranks it without them"
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A weight and the layer of PEFT around it that changes it; ``copied`` if the layer uses another one instead."""
+
+    layer: Any
+    weight: torch.Tensor
+    copied: torch.Tensor | None = None
+
+
+def adapted_in(model: torch.nn.Module) -> str | None:
+    """The name of the first module that PEFT has put around the model or one of its layers, None if there is none."""
+    for name, module in model.named_modules():
+        around = any(k.__name__ == "PeftModel" and k.__module__.startswith("peft.") for k in type(module).__mro__)
+        if around or _is_layer(module) or _is_saved(module):
+            return name or type(module).__name__
+    return None
+
+
+def has_trained_adapters(model: torch.nn.Module) -> bool:
+    """Whether adapters that are in use change a weight beside which they lie. At most one layer is tried."""
+    found = list(_adapted(model))
+    lora = [a.layer for a in found if a.copied is None and hasattr(a.layer, "lora_B")]
+    if any(_moved(layer) for layer in lora) or any(
+        a.copied is not None and not torch.equal(a.copied, a.weight) for a in found
+    ):
+        return True
+    others = [a for a in found if a.copied is None and not any(a.layer is layer for layer in lora)]
+    if not others:
+        return False
+    one = min(others, key=lambda a: a.weight.numel())
+    with torch.no_grad():
+        made = _merge(one)
+    return made is None or not torch.equal(made, one.weight)
+
+
+def merged(model: torch.nn.Module, tensors: Sequence[Stored], held: Mapping[str, torch.Tensor]) -> list[Stored]:
+    """The tensors with the adapters in use added to those that have some, as merge_and_unload() would store them.
+
+    Args:
+        held: by the names of ``tensors``, the parameter that each of them is.
+    """
+    layers = {identity(adapted.weight): adapted for adapted in _adapted(model)}
+    made = []
+    for stored in tensors:
+        weight = held.get(stored.name)
+        found = None if weight is None else layers.get(identity(weight))
+        made.append(stored if found is None else _made(stored, found))
+    return made
+
+
+def _made(stored: Stored, adapted: Adapted) -> Stored:
+    kind = type(adapted.layer).__name__
+    if adapted.copied is not None:
+        return replace(stored, take=partial(_take_copied, adapted.copied), evidence=f"the copy that {kind} uses")
+    if stored.quantization is not None:
+        plain = hasattr(adapted.layer, "lora_B") and not getattr(adapted.layer, "lora_variant", None)
+        if not plain or not hasattr(adapted.layer, "get_delta_weight"):
+            return replace(stored, problem=NO_MERGE.format(kind))
+        take: Callable[..., torch.Tensor] = partial(_take_added, stored, adapted)
+    elif not callable(getattr(adapted.layer, "merge", None)):
+        return replace(stored, problem=NO_MERGE.format(kind))
+    else:
+        take = partial(_take_merged, stored, adapted)
+    size = 0 if stored.dtype is None else 4 * math.prod(stored.shape) * stored.dtype.itemsize
+    evidence = f"with the adapters of {kind}"
+    return replace(stored, take=take, stamp=None, overhead=stored.overhead + size, evidence=evidence)
+
+
+def _take_copied(copied: torch.Tensor, index: Index, device: torch.device | None = None) -> torch.Tensor:
+    return copied.detach()[index]
+
+
+def _take_added(stored: Stored, adapted: Adapted, index: Index, device: torch.device | None = None) -> torch.Tensor:
+    """Beside codes: the dequantized weight, and what LoRA adds to it."""
+    weight = stored.take(index, device)
+    with torch.no_grad():
+        for adapter in _in_use(adapted.layer):
+            weight = weight + adapted.layer.get_delta_weight(adapter)[index].to(weight.device, weight.dtype)
+    return weight
+
+
+def _take_merged(stored: Stored, adapted: Adapted, index: Index, device: torch.device | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        made = _merge(adapted)
+    if made is None:
+        raise SourceError(f"{stored.name!r}: {NO_MERGE.format(type(adapted.layer).__name__)}")
+    return made.detach()[index]
+
+
+def _adapted(model: torch.nn.Module) -> Iterator[Adapted]:
+    """The outermost layer around each weight that adapters in use change."""
+    inner: set[int] = set()
+    for module in model.modules():
+        if _is_saved(module) and module._active_adapter and not getattr(module, "_disable_adapters", False):
+            yield from _replaced(module)
+        if not _is_layer(module) or id(module) in inner or not hasattr(module, "base_layer"):
+            continue
+        chain = list(_chain(module))
+        inner |= {id(layer) for layer in chain}
+        base: Any = chain[-1].base_layer
+        seen: set[str] = set()
+        for layer in chain:
+            leaf = getattr(layer, "parameter_name", "weight")
+            weight = getattr(base, leaf, None)
+            if isinstance(weight, torch.Tensor) and leaf not in seen and _in_use(layer):
+                seen.add(leaf)
+                yield Adapted(layer, weight)
+
+
+def _replaced(module: Any) -> Iterator[Adapted]:
+    active = module._active_adapter
+    name = active if isinstance(active, str) else active[0]
+    if name in module.modules_to_save:
+        copies = dict(module.modules_to_save[name].named_parameters())
+        for leaf, weight in module.original_module.named_parameters():
+            if leaf in copies:
+                yield Adapted(module, weight, copies[leaf])
+
+
+def _chain(layer: Any) -> Iterator[Any]:
+    while _is_layer(layer) and hasattr(layer, "base_layer"):
+        yield layer
+        layer = layer.base_layer
+
+
+def _is_layer(module: Any) -> bool:
+    return bool(getattr(module, "adapter_layer_names", ())) and hasattr(module, "_active_adapter")
+
+
+def _is_saved(module: Any) -> bool:
+    return hasattr(module, "original_module") and hasattr(module, "modules_to_save")
+
+
+def _in_use(layer: Any) -> list[str]:
+    """Its adapters that its output has and its base weight has not."""
+    if layer.disable_adapters:
+        return []
+    known = {name for words in layer.adapter_layer_names for name in _names(getattr(layer, words, None))}
+    return [name for name in layer.active_adapters if name in known and name not in layer.merged_adapters]
+
+
+def _names(holder: Any) -> Iterator[str]:
+    yield from getattr(holder, "keys", tuple)()
+
+
+def _moved(layer: Any) -> bool:
+    """Whether the second factor of a LoRA in use is not zero, as it is at the beginning."""
+    factors = (getattr(layer, words, {}) for words in ("lora_B", "lora_embedding_B"))
+    weights = [getattr(f[n], "weight", f[n]) for f in factors for n in _in_use(layer) if n in f]
+    return any(bool(weight.detach().count_nonzero()) for weight in weights)
+
+
+def _merge(adapted: Adapted) -> torch.Tensor | None:
+    """The weight after a copy of the layer has merged its adapters into it; None where it cannot."""
+    try:
+        layer = copy.deepcopy(adapted.layer)
+        layer.merge(safe_merge=False)
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        return None
+    base: Any = layer.get_base_layer()
+    found: torch.Tensor = getattr(base, getattr(adapted.layer, "parameter_name", "weight"))
+    return found
