@@ -44,6 +44,16 @@ def test_a_checkpoint_with_a_prefix_has_the_entries_of_the_model(family, prefix,
     assert set(ranking.select(top_p=1.0, unit="parameter").to_names().split()) <= names
 
 
+def test_a_model_whose_own_prefix_is_not_model_is_found_inside_of_one(tmp_path):
+    model = build("bert")
+    names = set(dict(model.named_parameters()))
+    save_file({f"model.{n}": p.detach().clone() for n, p in model.named_parameters()}, tmp_path / "model.safetensors")
+    with_config(model, tmp_path)
+    ranking = kappa_fast.rank(tmp_path, progress=False)
+    assert {e.name for e in ranking} <= names
+    assert set(ranking.select(top_p=1.0).to_names().split()) <= names
+
+
 @pytest.mark.parametrize("prefix", [*WRAPPED, *HELD])
 def test_without_a_config_selections_still_find_the_model(prefix, tmp_path):
     model = build("llama")

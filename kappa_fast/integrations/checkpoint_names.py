@@ -105,7 +105,10 @@ def _has_usual_prefix(names: Sequence[str], config: Mapping[str, Any]) -> bool:
     if not layers or not config["architectures"]:
         return True
     kind = str(config["model_type"]).replace("-", "_")
-    of_base = [name for name in layers if _BASE.match(name) or name.partition(".")[0] in kind]
+    words = [name.split(".")[:2] for name in layers]
+    if any(len(second) > 2 and second in kind for _, second in words):  # the base model lies in something else
+        return False
+    of_base = [name for name, (first, _) in zip(layers, words, strict=True) if _BASE.match(name) or first in kind]
     if _BARE.search(str(config["architectures"][0])):
         return not of_base
     return len(of_base) == len(layers)
