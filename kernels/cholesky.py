@@ -33,6 +33,7 @@ from .problems import (
     target_of,
     to_device,
 )
+from .steps import Steps
 
 BLOCK = tl.constexpr(64)  # columns per step
 SUPER = tl.constexpr(256)  # columns between two updates of everything behind them
@@ -269,75 +270,6 @@ def _trailing_kernel(table, tiles, packed, info, panel, SIDE: tl.constexpr, PROD
         store_square(base, leading, row, column, n, leading.to(tl.int32), tile, SIDE)
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Which tiles of a wave each step works on: always the first so many of one list that is made once.
-
-    order (w,) int64: matrices, the largest first, for diagonal tiles.  below, behind: int64 each, 2^32 matrix + 2^16
-    row + column of a tile, in the order in which steps have done with them, last ones first: below diagonal tiles
-    (columns unused) and behind super-panels.  diagonals, belows, behinds: how many of each take part in a step.
-    """
-
-    order: Tensor
-    below: Tensor
-    behind: Tensor
-    diagonals: list[int]
-    belows: list[int]
-    behinds: list[int]
-    side: int
-
-    @classmethod
-    def of(cls, problems: Problems, side: int) -> Steps:
-        """For tiles of ``side`` behind super-panels."""
-        n, device = problems.n, problems.device
-        blocks = -(-n // BLOCK.value)
-        largest = int(blocks.max()) if len(blocks) else 0
-        if largest > 0xFFFF:
-            raise ValueError(f"a matrix of {int(n.max())} columns is too large")
-        sizes = torch.bincount(blocks, minlength=largest + 1)  # how many matrices have so many blocks
-        at_least = [*sizes.flip(0).cumsum(0).flip(0).tolist(), 0]  # or more
-        owner, row = _runs(blocks)
-        row = blocks[owner] - 1 - row  # tile rows of every matrix from its last one up
-        keep = (row > 0).nonzero().flatten()
-        keep = keep[torch.argsort(row[keep], descending=True, stable=True)]
-        below = (owner[keep] << 32) + (row[keep] << 16)
-        # Row r is below the diagonal tiles of the steps before r.
-        belows = [sum(at_least[r + 1] for r in range(step + 1, largest)) for step in range(largest)]
-        behind, behinds = _behind(n, side)
-        return cls(
-            to_device(torch.argsort(n, descending=True, stable=True), device),
-            to_device(below, device),
-            to_device(behind, device),
-            [at_least[step + 1] for step in range(largest)],
-            belows,
-            behinds,
-            side,
-        )
-
-
-def _runs(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Of runs of these lengths, for every element: which run, and where within."""
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
-    starts, total = starts_of(lengths)
-    return owner, torch.arange(total, device="cpu") - starts[owner]
-
-
-def _behind(n: Tensor, side: int) -> tuple[Tensor, list[int]]:
-    """Tiles of the lower triangles by the last super-panel they lie behind, and how many lie behind each."""
-    per_panel = SUPER.value // side
-    across = -(-n // side)
-    owner, column = _runs(across)
-    rows = across[owner] - column  # of this column of tiles
-    chosen = (column >= per_panel).nonzero().flatten()
-    panel = column[chosen] // per_panel - 1
-    order = torch.argsort(panel, descending=True, stable=True)
-    chosen, panel = chosen[order], panel[order]
-    line, down = _runs(rows[chosen])
-    tiles = (owner[chosen][line] << 32) + ((column[chosen][line] + down) << 16) + column[chosen][line]
-    counts = torch.bincount(panel, weights=rows[chosen].to(torch.float64)).flip(0).cumsum(0).flip(0)
-    return tiles, [int(count) for count in counts.tolist()]
-
-
 def diagonal_starts(problems: Problems) -> tuple[Tensor, int]:
     """Where the diagonal tiles of every matrix begin in an array that holds them all, (w,) int64; and its length."""
     tiles = -(-problems.n // BLOCK.value)
@@ -368,7 +300,7 @@ def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None, ste
     )
     target = target_of(device)
     products = products_of(target, packed.dtype)
-    steps = steps or Steps.of(problems, side_of(target, products))
+    steps = steps or Steps.of(problems, BLOCK.value, SUPER.value, side_of(target, products))
     common = (result.packed, result.inverses, result.starts, result.info)
     per_panel = SUPER.value // BLOCK.value
     for step, (diagonals, belows) in enumerate(zip(steps.diagonals, steps.belows, strict=True)):

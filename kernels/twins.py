@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .apply import Blocks
-from .cholesky import BLOCK, Factored, Steps, diagonal_starts
+from .cholesky import BLOCK, Factored, diagonal_starts
 from .panel import Rows
 from .problems import COLUMNS, FIRST_COLUMN, PITCH, ROWS, SLICE, Problems, Tensor, binades
 from .quantize import DIGIT_BITS, MAX_SLICES, TOP_EXPONENT, Slices
 from .ritz import Tridiagonal
+from .steps import Steps
 from .triangular import Members
 
 
