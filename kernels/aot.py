@@ -85,7 +85,7 @@ def compile_one(instance: Instance, target: str, *, loops: bool = True) -> Repor
     """Compile in this process. loops: read the loops also of kernels that are held to nothing, which takes a while."""
     names = instance.kernel.arg_names
     signature = {name: instance.types.get(name, "constexpr") for name in names}
-    constants = {(names.index(key),): value for key, value in instance.constants.items()}
+    constants = {(k,): instance.constants.get(name) for k, name in enumerate(names) if name not in instance.types}
     # Arrays that torch allocates start on 256 bytes, and a slice takes a multiple of 128; no other size is specialized.
     hinted = [name for name, type in instance.types.items() if type.startswith("*") or name == "slice_bytes"]
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in hinted}

@@ -15,8 +15,20 @@ from functools import cache
 import torch
 
 from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
-from .problems import FIELDS, INNER_COLUMNS, INNER_NONE, SLICE, Problems, Storage, Tensor, binades
+from .problems import (
+    FIELDS,
+    INNER_COLUMNS,
+    INNER_NONE,
+    SLICE,
+    Problems,
+    Storage,
+    Tensor,
+    binades,
+    target_of,
+)
 from .quantize import DIGIT_BITS
+from .splits import triangular_tiles
+from .steps import Steps
 
 EXACT = 1e-11  # relative error of float64 results; wrong ones are off by 1e-8 (a float32 somewhere) or all of it
 SINGLE = 1e-4  # of results of float32 factors; TF32 taken once would be off by 1e-3
@@ -156,7 +168,7 @@ def _check_shifted(problems: Problems, grams: list[Tensor]) -> None:
     chosen = range(len(grams))
     for sign, shifts in ((1, [0.5, 0.25, 0.125]), (-1, [4e3, 1e3, 1e3])):
         found = kept.factored(chosen, shifts, sign)
-        if int(found.info.abs().max()):
+        if int(found.factors.info.abs().max()):
             raise CanaryError(f"cholesky broke down on {device} for a shifted matrix that is definite")
         factors = [torch.tril(view).cpu() for view in problems.gram_views(packed)]
         moved = [sign * (g - t * torch.eye(len(g), dtype=torch.float64)) for g, t in zip(grams, shifts, strict=True)]
@@ -165,11 +177,53 @@ def _check_shifted(problems: Problems, grams: list[Tensor]) -> None:
         small = float((squares.sqrt() / sizes).max())
         if not small <= EXACT:
             raise CanaryError(f"residuals of good factors are {small:.1e} on {device}, where {EXACT:.0e} is allowed")
-        for view in problems.gram_views(packed):
-            view.sub_(torch.tril(view) / 2)  # of L / 2 three quarters of the matrix are left
-        squares, _ = found.residuals()
-        left = torch.stack([0.75 * torch.linalg.matrix_norm(m) for m in moved])
-        _compare("residuals of halved factors", device, squares.sqrt(), left)
+        rests = zip(moved, factors, strict=True)
+        left = torch.stack([torch.linalg.matrix_norm(m - lower @ lower.T) for m, lower in rests])
+        allowed = squares.sqrt().cpu() + EXACT * sizes.cpu()
+        if not bool((left <= allowed).all()):
+            raise CanaryError(f"factors leave {left.tolist()} on {device}, where residuals say {allowed.tolist()}")
+        apart = float(found.deviations(squares, sizes).max())
+        if not apart <= 1:
+            raise CanaryError(f"deviations of good factors are {apart:.1e} on {device}, where 1 is allowed")
+    for view in problems.gram_views(packed):
+        view.sub_(torch.tril(view) * 1e-6)
+    apart = float(found.deviations(squares, sizes).min())
+    if not apart > 1:
+        raise CanaryError(f"deviations of wrong factors are {apart:.1e} on {device}, where more than 1 is wanted")
+    _check_residuals(problems, grams)
+
+
+def _check_residuals(problems: Problems, grams: list[Tensor]) -> None:
+    """What is measured where something is left: of columns finished with half the inverse a quarter, and of twice the
+    identity what its root is off by, 2.7e-16 or, where products are rounded before sums, 4.4e-16."""
+    device = problems.device
+    squares, first = _first_step(problems, grams)
+    wanted = [2 * float(torch.linalg.matrix_norm(torch.tril(g)[64:, :64]) / 4) ** 2 for g in grams]
+    counts = triangular_tiles(problems.n, cholesky.BLOCK.value)
+    found = torch.stack([squares[k : k + c].sum() for k, c in zip(first, counts.tolist(), strict=True)])
+    _compare("residuals of columns", device, found, torch.tensor(wanted, dtype=torch.float64))
+    squares, first = _first_step(problems, [2 * torch.eye(len(g), dtype=torch.float64) for g in grams])
+    for k, n in zip(first, problems.n.tolist(), strict=True):
+        off = float((squares[k] / min(n, 64)).sqrt())
+        if not 2.7e-16 <= off <= 4.5e-16:
+            raise CanaryError(f"residuals of roots are {off:.1e} on {device}, where 2.7e-16 to 4.4e-16 are right")
+
+
+def _first_step(problems: Problems, grams: list[Tensor]) -> tuple[Tensor, list[int]]:
+    """Squares by tiles after the first step with its inverses halved, zero where nothing was done; and their starts."""
+    device, target = problems.device, target_of(problems.device)
+    side = cholesky.side_of(target, cholesky.products_of(target, torch.float64))
+    steps = Steps.of(problems, cholesky.BLOCK.value, cholesky.SUPER.value, side)
+    tiles = problems.tiles(triangular_tiles(problems.n, cholesky.BLOCK.value))
+    starts, total = cholesky.diagonal_starts(problems)
+    squares, inverses = (torch.zeros(k, dtype=torch.float64, device=device) for k in (tiles.total, total))
+    info = torch.zeros(len(grams), dtype=torch.int32, device=device)
+    factored = cholesky.Factored(_packed(problems, grams), inverses, starts, info)
+    residuals = cholesky.Residuals(squares, squares.clone(), tiles.first)
+    cholesky.factor_diagonals(problems, factored, steps, 0, residuals)
+    inverses.div_(2)
+    cholesky.finish_columns(problems, factored, steps, 0, residuals)
+    return squares.cpu(), tiles.first.tolist()
 
 
 def _check_blocks(device: torch.device) -> None:

@@ -8,6 +8,9 @@ would move more bytes than its arithmetic takes. Every step is one launch for al
     trailing   after each super-panel, the rest of the triangle: G - L L^T with 256 columns at a time
 
 A pivot that is not positive ends the factorization of its matrix and of no other. docs/kernels.md has the floor.
+
+For proofs the first two also measure what a tile leaves, M - L L^T: they hold M less all the columns before, so the 64
+of the tile itself are what is missing. docs/numerics.md, section 6, has the bound on the rounding of that.
 """
 
 from __future__ import annotations
@@ -20,24 +23,19 @@ import triton.language as tl
 
 from .launch import launch
 from .problems import (
-    COLUMNS,
-    GRAM,
-    LEADING,
-    ROW_PAD,
     Expected,
     Instance,
     Problems,
     Tensor,
-    field,
     starts_of,
     target_of,
     to_device,
 )
+from .squares import gram_place, load_square, minus_product, store_square
 from .steps import Steps
 
 BLOCK = tl.constexpr(64)  # columns per step
 SUPER = tl.constexpr(256)  # columns between two updates of everything behind them
-DEPTH = tl.constexpr(32)  # columns per product on the matrix units
 WARPS = 8  # with 4 the tiles alone take all registers
 # Where Triton 3.7.1 has float64 matrix instructions. Elsewhere a dot crashes the compiler (sm_100, gfx942) or spills
 # kilobytes for plain multiply-adds (sm_89, sm_120), and products are sums of outer products.
@@ -69,82 +67,28 @@ class Factored:
     info: Tensor
 
 
-@triton.jit
-def gram_place(table, matrix, packed):
-    """Of an n x n matrix: where it begins, the distance between its rows, and n."""
-    base = packed + field(table, matrix, GRAM, ROW_PAD)
-    return base, field(table, matrix, LEADING, ROW_PAD), field(table, matrix, COLUMNS).to(tl.int32)
+@dataclass(frozen=True)
+class Residuals:
+    """What factors leave of what was factored, by tiles of BLOCK columns of the lower triangles, row by row.
 
-
-@triton.jit
-def load_square(base, leading, row, column, n, SIDE: tl.constexpr):
-    """Entries of an n x n matrix from (row, column) on, zero outside: [SIDE, SIDE]."""
-    side = tl.arange(0, SIDE)
-    step = leading.to(tl.int32)
-    # The padding of the rows is read along, since a mask that ends on a multiple of 16 leaves loads wide.
-    inside = (side < n - row)[:, None] & (side < step - column)[None, :]
-    tile = tl.load(base + row * leading + column + side[:, None] * step + side[None, :], mask=inside, other=0.0)
-    return tl.where((side < n - column)[None, :], tile, 0.0)
-
-
-@triton.jit
-def store_square(base, leading, row, column, n, columns, tile, SIDE: tl.constexpr):
-    """The counterpart of load_square, to columns below ``columns``: n, or the padding as well."""
-    side = tl.arange(0, SIDE)
-    inside = (side < n - row)[:, None] & (side < columns - column)[None, :]
-    place = side[:, None] * leading.to(tl.int32) + side[None, :]
-    tl.store(base + row * leading + column + place, tile, mask=inside)
-
-
-@triton.jit
-def minus_product(
-    total,
-    left,
-    left_step,
-    left_rows,
-    right,
-    right_step,
-    right_rows,
-    start,
-    stop,
-    width,
-    above,
-    LOWER: tl.constexpr,
-    SIDE: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-):
-    """Total - X[:, start..stop] Y[:, start..stop]^T, [SIDE, SIDE]; the range is a multiple of DEPTH.
-
-    X and Y lie at ``left`` and ``right`` with so many rows, a step apart. LOWER: Y counts at and below its diagonal, X
-    at and below ``above`` diagonals further right, and no row is read from ``width`` on.
+    squares, sizes: (tiles,) float64, sums over a tile of M - L L^T, entries off the diagonal of M twice, and of L;
+    infinite where no tile was finished.  first: (w,) int32, where the tiles of every matrix begin.
     """
-    side = tl.arange(0, SIDE)
-    left += side * left_step
-    right += side * right_step
-    left_inside, right_inside = side < left_rows, side < right_rows
-    if PRODUCTS != "none":
-        depth = tl.arange(0, DEPTH)
-        product = tl.zeros((SIDE, SIDE), total.dtype)
-        for k in range(start, stop, DEPTH):
-            of_x, of_y = left_inside[:, None], right_inside[:, None]
-            if LOWER:
-                of_x, of_y = of_x & (k + depth < width)[None, :], of_y & (k + depth < width)[None, :]
-            x = tl.load(left[:, None] + (k + depth)[None, :], mask=of_x, other=0.0)
-            y = tl.load(right[:, None] + (k + depth)[None, :], mask=of_y, other=0.0)
-            if LOWER:  # not by the masks of the loads, which would be narrow then
-                x = tl.where((k + depth)[None, :] <= (side + above)[:, None], x, 0.0)
-                y = tl.where((k + depth)[None, :] <= side[:, None], y, 0.0)
-            product = tl.dot(x, tl.trans(y), product, input_precision=PRODUCTS, out_dtype=total.dtype)
-        total -= product
-    else:
-        for k in range(start, stop):
-            of_x, of_y = left_inside, right_inside
-            if LOWER:
-                of_x, of_y = of_x & (k <= side + above) & (k < width), of_y & (k <= side) & (k < width)
-            x = tl.load(left + k, mask=of_x, other=0.0)
-            y = tl.load(right + k, mask=of_y, other=0.0)
-            total -= x[:, None] * y[None, :]
-    return total
+
+    squares: Tensor
+    sizes: Tensor
+    first: Tensor
+
+
+def residual_roundings(n: int, target: str) -> int:
+    """How many roundings any term of an entry of the residual goes through at most, see minus_product.
+
+    With a dot a product of SUPER columns from zero, one subtraction for every super-panel, and the columns of its own
+    diagonal tile; without one all columns, one after the other.
+    """
+    if products_of(target, torch.float64) == "none":
+        return n + 2
+    return SUPER.value + -(-n // SUPER.value) + BLOCK.value + 2
 
 
 @triton.jit
@@ -173,8 +117,28 @@ def _over(x, y):
         return x / y
 
 
+@triton.jit
+def _keep(squares, sizes, place, rest, factor):
+    """Sums over the tile at ``place`` among all tiles: of squares of the residual as given, and of those of L."""
+    tl.store(squares + place, tl.sum(tl.sum(rest, axis=1), axis=0))
+    tl.store(sizes + place, tl.sum(tl.sum(factor * factor, axis=1), axis=0))
+
+
 @triton.jit(do_not_specialize=["step"])
-def _diagonal_kernel(table, order, packed, inverses, starts, info, step, PRODUCTS: tl.constexpr):
+def _diagonal_kernel(
+    table,
+    order,
+    packed,
+    inverses,
+    starts,
+    info,
+    step,
+    squares,
+    sizes,
+    first,
+    PRODUCTS: tl.constexpr,
+    MEASURE: tl.constexpr,
+):
     matrix = tl.load(order + tl.program_id(0))
     if tl.load(info + matrix) == 0:
         base, leading, n = gram_place(table, matrix, packed)
@@ -201,6 +165,12 @@ def _diagonal_kernel(table, order, packed, inverses, starts, info, step, PRODUCT
         store_square(base, leading, column, column, n, leading.to(tl.int32), factor, BLOCK)
         if failed < BLOCK:
             tl.store(info + matrix, column + failed + 1)
+        elif MEASURE:
+            # What is left of the tile is its residual: every column of the factor has been subtracted.
+            place = tl.load(first + matrix) + step * (step + 1) // 2 + step
+            rest = tl.where(i[:, None] > i[None, :], 2.0, 1.0) * tile * tile
+            rest = tl.where(i[:, None] >= i[None, :], rest, 0.0)
+            _keep(squares, sizes, place, rest, tl.where((i < n - column)[:, None], factor, 0.0))
         # The inverse by forward substitution on the identity, a row at a time.
         inverse = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(tile.dtype)
         for j in range(0, BLOCK):
@@ -214,7 +184,20 @@ def _diagonal_kernel(table, order, packed, inverses, starts, info, step, PRODUCT
 
 
 @triton.jit(do_not_specialize=["step"])
-def _column_kernel(table, tiles, packed, inverses, starts, info, step, PRODUCTS: tl.constexpr):
+def _column_kernel(
+    table,
+    tiles,
+    packed,
+    inverses,
+    starts,
+    info,
+    step,
+    squares,
+    sizes,
+    first,
+    PRODUCTS: tl.constexpr,
+    MEASURE: tl.constexpr,
+):
     """B <- B D^-T for the rows B below a diagonal tile D.
 
     By the inverse alone it is off by the condition of D; one correction makes it as good as substitution. What is
@@ -245,8 +228,27 @@ def _column_kernel(table, tiles, packed, inverses, starts, info, step, PRODUCTS:
         solved -= minus_product(
             zero, here, step_down, n - row, inverse, BLOCK, BLOCK, 0, BLOCK, 0, 0, False, BLOCK, PRODUCTS
         )
-        tl.debug_barrier()
-        store_square(base, leading, row, column, n, leading.to(tl.int32), solved, BLOCK)
+        _put(base, leading, row, column, n, solved)
+        if MEASURE:
+            rest = minus_product(
+                tile,
+                here,
+                step_down,
+                n - row,
+                diagonal,
+                step_down,
+                BLOCK,
+                0,
+                BLOCK,
+                BLOCK,
+                BLOCK,
+                True,
+                BLOCK,
+                PRODUCTS,
+            )
+            block = row // BLOCK
+            place = tl.load(first + matrix) + block * (block + 1) // 2 + step
+            _keep(squares, sizes, place, 2.0 * rest * rest, solved)
 
 
 @triton.jit
@@ -282,11 +284,18 @@ def side_of(target: str, products: str) -> int:
     return 128 if products == "tf32x3" and target in ("sm_90", "sm_100") else 64
 
 
-def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None, steps: Steps | None = None) -> Factored:
+def cholesky(
+    problems: Problems,
+    packed: Tensor,
+    info: Tensor | None = None,
+    steps: Steps | None = None,
+    residuals: Residuals | None = None,
+) -> Factored:
     """Factor the lower triangles in ``packed`` (see Problems.gram_views) in place, in their dtype.
 
     ``info``, (w,) int32, leaves out the matrices where it is not 0, and becomes the result's. ``steps`` of the same
-    problems serve again. Costs n^3 / 3 operations and, per matrix, about n^3 / (3 SUPER) numbers read and written.
+    problems serve again. ``residuals`` are filled in for the tiles that are finished, for float64 and 64 n^2 more
+    operations. Costs n^3 / 3 operations and, per matrix, about n^3 / (3 SUPER) numbers read and written.
     2 ceil(n / 64) + ceil(n / 256) launches for the largest n, however many matrices there are. No synchronization:
     read ``info`` when it is needed.
     """
@@ -301,30 +310,10 @@ def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None, ste
     target = target_of(device)
     products = products_of(target, packed.dtype)
     steps = steps or Steps.of(problems, BLOCK.value, SUPER.value, side_of(target, products))
-    common = (result.packed, result.inverses, result.starts, result.info)
     per_panel = SUPER.value // BLOCK.value
-    for step, (diagonals, belows) in enumerate(zip(steps.diagonals, steps.belows, strict=True)):
-        launch(
-            _diagonal_kernel,
-            (diagonals,),
-            problems.table,
-            steps.order,
-            *common,
-            step,
-            PRODUCTS=products,
-            num_warps=WARPS,
-        )
-        if belows:
-            launch(
-                _column_kernel,
-                (belows,),
-                problems.table,
-                steps.below,
-                *common,
-                step,
-                PRODUCTS=products,
-                num_warps=WARPS,
-            )
+    for step in range(len(steps.diagonals)):
+        factor_diagonals(problems, result, steps, step, residuals)
+        finish_columns(problems, result, steps, step, residuals)
         panel = step // per_panel
         if (step + 1) % per_panel == 0 and panel < len(steps.behinds):
             launch(
@@ -342,6 +331,45 @@ def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None, ste
     return result
 
 
+def factor_diagonals(
+    problems: Problems, result: Factored, steps: Steps, step: int, residuals: Residuals | None = None
+) -> None:
+    """The diagonal tiles of one step and their inverses, see cholesky(). One launch."""
+    launch(
+        _diagonal_kernel,
+        (steps.diagonals[step],),
+        problems.table,
+        steps.order,
+        *_places(result, step, residuals),
+        **_options(result, residuals),
+    )
+
+
+def finish_columns(
+    problems: Problems, result: Factored, steps: Steps, step: int, residuals: Residuals | None = None
+) -> None:
+    """The tiles below the diagonal ones of one step, see cholesky(). One launch, or none where there are no tiles."""
+    if steps.belows[step]:
+        launch(
+            _column_kernel,
+            (steps.belows[step],),
+            problems.table,
+            steps.below,
+            *_places(result, step, residuals),
+            **_options(result, residuals),
+        )
+
+
+def _places(result: Factored, step: int, residuals: Residuals | None) -> tuple[Tensor | int | None, ...]:
+    where = (None, None, None) if residuals is None else (residuals.squares, residuals.sizes, residuals.first)
+    return (result.packed, result.inverses, result.starts, result.info, step, *where)
+
+
+def _options(result: Factored, residuals: Residuals | None) -> dict[str, object]:
+    products = products_of(target_of(result.packed.device), result.packed.dtype)
+    return {"PRODUCTS": products, "MEASURE": residuals is not None, "num_warps": WARPS}
+
+
 def instances(target: str) -> list[Instance]:
     """Everything that ``cholesky`` can ask the compiler for."""
     found = []
@@ -350,14 +378,18 @@ def instances(target: str) -> list[Instance]:
         common = {"table": "*i64", "packed": name, "info": "*i32"}
         inverse = {"inverses": name, "starts": "*i64", "step": "i32"}
         unit = {"ieee": "float64", "tf32x3": "tf32"}.get(products) if name == "*fp64" or products == "tf32x3" else None
-        constants = {"PRODUCTS": products}
-        behind = {"SIDE": side_of(target, products), **constants}
+        behind = {"SIDE": side_of(target, products), "PRODUCTS": products}
         # What lies between loops may spill: on sm_80, sm_89 and sm_120 34 registers of a float32 column.
         held = Expected(width=16, ahead=True, stack=96) if unit else None
         column = Expected(width=16, ahead=True, stack=96 if unit == "float64" else 160) if unit else None
-        found += [
-            Instance(_diagonal_kernel, {**common, **inverse, "order": "*i64"}, constants, WARPS, 3, unit, held),
-            Instance(_column_kernel, {**common, **inverse, "tiles": "*i64"}, constants, WARPS, 3, unit, column),
-            Instance(_trailing_kernel, {**common, "tiles": "*i64", "panel": "i32"}, behind, WARPS, 3, unit, held),
-        ]
+        for measure in (False, True) if dtype == torch.float64 else (False,):
+            types, constants = {**common, **inverse}, {"PRODUCTS": products, "MEASURE": measure}
+            types |= {"squares": "*fp64", "sizes": "*fp64", "first": "*i32"} if measure else {}
+            found += [
+                Instance(_diagonal_kernel, {**types, "order": "*i64"}, constants, WARPS, 3, unit, held),
+                Instance(_column_kernel, {**types, "tiles": "*i64"}, constants, WARPS, 3, unit, column),
+            ]
+        found.append(
+            Instance(_trailing_kernel, {**common, "tiles": "*i64", "panel": "i32"}, behind, WARPS, 3, unit, held)
+        )
     return found

@@ -131,7 +131,8 @@ def _proofs(problems: Problems, packed: Tensor) -> None:
     kept = shifted.Mirrored.of(problems, packed)
     kept.traces()
     chosen = range(len(problems.n))
-    kept.factored(chosen, [0.0 for _ in chosen], 1).residuals()
+    factors = kept.factored(chosen, [0.0 for _ in chosen], 1)
+    factors.deviations(*factors.residuals())
 
 
 def _empty(*shape: int) -> Tensor:

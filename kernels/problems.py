@@ -213,8 +213,8 @@ class Expected:
 class Instance:
     """One compilation that a launcher can ask for, see aot.py.
 
-    types: of the arguments that are no constants, as Triton writes them.  unit: the kind of matrix instruction that
-    must be found in the result, if any.  expected: None where nobody has looked at the loop yet.
+    types: of the arguments that are no constants, as Triton writes them; what is in neither is None.  unit: the kind of
+    matrix instruction that must be found in the result, if any.  expected: None where nobody has looked at the loop.
     """
 
     kernel: Any

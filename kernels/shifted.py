@@ -1,12 +1,15 @@
 """Cholesky factors of shifted Gram matrices for proofs, and how far their products are from what was factored.
 
-A proof factors sign (G - t I) for several t, and the residual needs G again after each. The lower triangle, where the
-factor will be, is therefore mirrored above the diagonal once: G costs no second copy, only its diagonal tiles do.
+A proof factors sign (G - t I) for several t, and G is needed again after each. The lower triangle, where the factor
+will be, is therefore mirrored above the diagonal once: G costs no second copy, only its diagonal tiles do.
 
-    mirror     G's lower tiles, transposed, above the diagonal; its diagonal tiles aside
-    shift      sign (G - t I) into the lower triangle
-    cholesky   as in cholesky.py, of the matrices that are still open
-    residual   ||M - L L^T||_F^2 and ||L||_F^2 by tiles, summed in an order that depends on the size alone
+    mirror     G's lower tiles, transposed, above the diagonal; its diagonal tiles and its diagonal aside
+    shift      M = sign (G - t I) into the lower triangle
+    cholesky   as in cholesky.py, of the matrices that are still open, with ||M - L L^T||_F^2 and ||L||_F^2 by tiles
+    check      x^T M x against ||L^T x||^2 for 16 Gaussian x, by other kernels
+
+The residual takes the updates of the factorization for the sums that they are written as. The check does not: it finds
+gross errors in any of these kernels, though no small ones.
 """
 
 from __future__ import annotations
@@ -20,20 +23,24 @@ import triton.language as tl
 
 from .cholesky import (
     BLOCK,
+    SUPER,
     WARPS,
+    Factored,
+    Residuals,
     cholesky,
     diagonal_starts,
-    gram_place,
-    load_square,
-    minus_product,
     products_of,
-    store_square,
+    residual_roundings,
+    side_of,
 )
 from .launch import launch
+from .panel import Rows, inner
 from .problems import (
+    FIRST_COLUMN,
     Instance,
     Problems,
     Tensor,
+    field,
     locate,
     starts_of,
     target_of,
@@ -42,10 +49,16 @@ from .problems import (
 )
 from .quantize import sum_runs
 from .splits import triangular_tiles
+from .squares import gram_place, load_square, store_square
+from .start import gaussian_blocks
+from .steps import Steps
+from .triangular import Members, lower_product, transposed_product
+
+U = 2.0**-53
 
 
 @triton.jit
-def _mirror_kernel(table, owner, first, packed, kept, starts):
+def _mirror_kernel(table, owner, first, packed, kept, starts, diagonals):
     matrix, item = locate(owner, first)
     base, leading, n = gram_place(table, matrix, packed)
     r, c = triangular(item)
@@ -56,6 +69,8 @@ def _mirror_kernel(table, owner, first, packed, kept, starts):
         full = tl.where(i[:, None] >= i[None, :], tile, tl.trans(tile))
         target = kept + tl.multiple_of(tl.load(starts + matrix), BLOCK) + column.to(tl.int64) * BLOCK
         tl.store(target + i[:, None] * BLOCK + i[None, :], full)
+        entries = tl.sum(tl.where(i[:, None] == i[None, :], tile, 0.0), axis=1)
+        tl.store(diagonals + field(table, matrix, FIRST_COLUMN) + column + i, entries, mask=i < n - column)
     else:
         store_square(base, leading, column, row, n, leading.to(tl.int32), tl.trans(tile), BLOCK)
 
@@ -83,169 +98,141 @@ def _shift_kernel(table, owner, first, packed, kept, starts, shifts, signs):
     store_square(base, leading, r * BLOCK, c * BLOCK, n, n, tile, BLOCK)
 
 
-@triton.jit
-def _residual_kernel(
-    table, owner, first, packed, kept, starts, info, shifts, signs, squares, sizes, PRODUCTS: tl.constexpr
-):
-    """Per tile, entries off the diagonal counted twice; infinite where the factorization broke down."""
-    matrix, item = locate(owner, first)
-    square = tl.full((), float("inf"), tl.float64)
-    size = tl.full((), float("inf"), tl.float64)
-    if tl.load(info + matrix) == 0:
-        base, leading, n = gram_place(table, matrix, packed)
-        r, c = triangular(item)
-        row, column = r * BLOCK, c * BLOCK
-        i = tl.arange(0, BLOCK)
-        place = kept + tl.multiple_of(tl.load(starts + matrix), BLOCK)
-        rest = _shifted_tile(base, leading, place, r, c, n, tl.load(shifts + matrix), tl.load(signs + matrix))
-        left, right, step = base + row * leading, base + column * leading, leading.to(tl.int32)
-        zero = tl.zeros((BLOCK, BLOCK), tl.float64)
-        for start in range(0, column, BLOCK):  # each partial sum from zero: roundings grow with BLOCK + n / BLOCK
-            rest += minus_product(
-                zero,
-                left,
-                step,
-                n - row,
-                right,
-                step,
-                n - column,
-                start,
-                start + BLOCK,
-                0,
-                0,
-                False,
-                BLOCK,
-                PRODUCTS,
-            )
-        lower = i[:, None] >= i[None, :]
-        left, right, width = left + column, right + column, step - column
-        rest += minus_product(
-            zero, left, step, n - row, right, step, n - column, 0, BLOCK, width, row - column, True, BLOCK, PRODUCTS
-        )
-        factor = load_square(base, leading, row, column, n, BLOCK)
-        factor = tl.where(lower | (r != c), factor, 0.0)
-        once = (i[:, None] == i[None, :]) & (r == c)
-        rest = tl.where(lower | (r != c), rest, 0.0)
-        square = tl.sum(tl.sum(tl.where(once, 1.0, 2.0) * rest * rest, axis=1), axis=0)
-        size = tl.sum(tl.sum(factor * factor, axis=1), axis=0)
-    tl.store(squares + tl.program_id(0), square)
-    tl.store(sizes + tl.program_id(0), size)
+@dataclass(frozen=True)
+class Probes:
+    """Gaussian blocks, and what the Gram matrices of a wave make of them.
+
+    x: (rows, 16), packed.  lengths, forms: x^T x and x^T G x for every column, (w, 16) float64.
+    """
+
+    rows: Rows
+    x: Tensor
+    lengths: Tensor
+    forms: Tensor
+
+    @classmethod
+    def of(cls, problems: Problems, packed: Tensor, diagonals: Tensor) -> Probes:
+        """For lower triangles in ``packed`` and their diagonals, (columns,): six launches."""
+        rows = Rows.of(problems.n.tolist(), problems.device)
+        x = gaussian_blocks(rows, problems.n.tolist())  # always the same: chance decides on errors, not on weights
+        none = torch.empty(0, device=problems.device)
+        below = lower_product(problems, Factored(packed, none, none, none), Members.of(problems), x)
+        forms = _columns(inner(rows, x, 2 * below - diagonals[:, None] * x))
+        return cls(rows, x, _columns(inner(rows, x, x)), forms)
 
 
-def residual_roundings(n: int) -> int:
-    """How many roundings an entry of the residual goes through: BLOCK products from zero, then the partial sums."""
-    return BLOCK.value + -(-n // BLOCK.value) + 4
+def _columns(products: Tensor) -> Tensor:
+    """Of X^T Y for every matrix the products of columns with the same number."""
+    return products.diagonal(dim1=1, dim2=2)
 
 
 @dataclass(frozen=True)
 class Mirrored:
     """The Gram matrices of a wave, kept above the diagonal of ``packed``; the lower triangles are scratch.
 
-    kept: their diagonal tiles, BLOCK columns each, starting at ``starts``.
+    kept: their diagonal tiles, BLOCK columns each, starting at ``starts``.  diagonals: (columns,).
     """
 
     problems: Problems
     packed: Tensor
     kept: Tensor
     starts: Tensor
+    diagonals: Tensor
+    probes: Probes
+    steps: Steps
 
     @classmethod
     def of(cls, problems: Problems, packed: Tensor) -> Mirrored:
-        """Takes ``packed`` over (lower triangles, see Problems.gram_views): one launch."""
+        """Takes ``packed`` over (lower triangles, see Problems.gram_views): seven launches."""
+        device = problems.device
         starts, total = diagonal_starts(problems)
-        kept = torch.empty(total, dtype=torch.float64, device=problems.device)
+        kept = torch.empty(total, dtype=torch.float64, device=device)
+        diagonals = torch.empty(problems.columns, dtype=torch.float64, device=device)
         tiles = problems.tiles(triangular_tiles(problems.n, BLOCK.value))
-        launch(
-            _mirror_kernel,
-            (tiles.total,),
-            problems.table,
-            tiles.owner,
-            tiles.first,
-            packed,
-            kept,
-            starts,
-            num_warps=WARPS,
-        )
-        return cls(problems, packed, kept, starts)
+        places = (problems.table, tiles.owner, tiles.first, packed, kept, starts, diagonals)
+        launch(_mirror_kernel, (tiles.total,), *places, num_warps=WARPS)
+        target = target_of(device)
+        steps = Steps.of(problems, BLOCK.value, SUPER.value, side_of(target, products_of(target, torch.float64)))
+        return cls(problems, packed, kept, starts, diagonals, Probes.of(problems, packed, diagonals), steps)
 
     def traces(self) -> Tensor:
         """The trace of every Gram matrix, (w,) float64: a sum of terms of one sign."""
-        lines = self.kept.view(-1, BLOCK.value, BLOCK.value).diagonal(dim1=1, dim2=2)
-        lines = lines.contiguous().view(-1)  # reshape() alone leaves the stride where there is one tile
-        tiles = -(-self.problems.n // BLOCK.value)
-        starts, _ = starts_of(tiles * BLOCK.value)
-        counts = to_device(tiles * BLOCK.value, lines.device, torch.int32)
-        return sum_runs(to_device(starts, lines.device, torch.int32), counts, lines)
+        n, device = self.problems.n, self.problems.device
+        starts, _ = starts_of(n)
+        return sum_runs(to_device(starts, device, torch.int32), to_device(n, device, torch.int32), self.diagonals)
 
     def factored(self, chosen: Sequence[int], shifts: Sequence[float], sign: float) -> Shifted:
         """Cholesky's method of M = sign (G - shift I) for the chosen, in the lower triangles.
 
         Launches as in cholesky() and one more; no synchronization.
         """
-        w, device = len(self.problems.n), self.problems.device
+        problems, w, device = self.problems, len(self.problems.n), self.problems.device
         shift = torch.zeros(w, dtype=torch.float64, device="cpu")
         shift[list(chosen)] = torch.tensor(list(shifts), dtype=torch.float64, device="cpu")
         signs = torch.full_like(shift, float(sign))
         closed = torch.ones_like(shift, dtype=torch.int32)
         closed[list(chosen)] = 0
-        tiles = self.problems.tiles(triangular_tiles(self.problems.n, BLOCK.value), chosen)
-        places = (self.problems.table, tiles.owner, tiles.first, self.packed, self.kept, self.starts)
+        tiles = problems.tiles(triangular_tiles(problems.n, BLOCK.value), chosen)
+        places = (problems.table, tiles.owner, tiles.first, self.packed, self.kept, self.starts)
         moved = to_device(shift, device), to_device(signs, device)
         launch(_shift_kernel, (tiles.total,), *places, *moved, num_warps=WARPS)
-        info = cholesky(self.problems, self.packed, to_device(closed, device)).info
-        return Shifted(self, tuple(chosen), *moved, info)
+        squares = torch.full((tiles.total,), torch.inf, dtype=torch.float64, device=device)
+        residuals = Residuals(squares, squares.clone(), tiles.first)
+        factors = cholesky(problems, self.packed, to_device(closed, device), self.steps, residuals)
+        return Shifted(self, tuple(chosen), *moved, factors, residuals)
 
 
 @dataclass(frozen=True)
 class Shifted:
     """Factors of the chosen matrices of a wave, each of M = sign (G - shift I); good until the next are made.
 
-    shifts, signs: float64, one of each for every matrix of the wave. info: int32, as cholesky() leaves it.
+    shifts, signs: float64, one of each for every matrix of the wave.
     """
 
     whole: Mirrored
     chosen: tuple[int, ...]
     shifts: Tensor
     signs: Tensor
-    info: Tensor
+    factors: Factored
+    by_tile: Residuals
 
     def residuals(self) -> tuple[Tensor, Tensor]:
         """||M - L L^T||_F^2 and ||L||_F^2 as computed, (chosen,) float64; infinite where the method broke down.
 
-        An entry of the residual is subject to ``residual_roundings``. Three launches; no synchronization.
+        An entry of the residual is subject to ``residual_roundings``. Two launches; no synchronization.
+        """
+        chosen, device = list(self.chosen), self.whole.problems.device
+        counts = triangular_tiles(self.whole.problems.n, BLOCK.value)
+        first, lengths = self.by_tile.first[chosen], to_device(counts[chosen], device, torch.int32)
+        return sum_runs(first, lengths, self.by_tile.squares), sum_runs(first, lengths, self.by_tile.sizes)
+
+    def deviations(self, squares: Tensor, sizes: Tensor) -> Tensor:
+        """How far x^T M x and ||L^T x||^2 are apart, as a part of what residuals and rounding allow: (chosen,) float64.
+
+        At most 1 unless some kernel did not compute what it says, nan where the method broke down. An error E of
+        2-norm 100 times what is allowed stays below 1 for all 16 columns with probability 1e-12 at most
+        (docs/numerics.md, section 6). ``squares``, ``sizes`` as residuals() gave them. Three launches.
         """
         whole, problems, chosen = self.whole, self.whole.problems, list(self.chosen)
-        counts = triangular_tiles(problems.n, BLOCK.value)
-        tiles = problems.tiles(counts, chosen)
-        places = (problems.table, tiles.owner, tiles.first, whole.packed, whole.kept, whole.starts)
-        squares = torch.empty(tiles.total, dtype=torch.float64, device=problems.device)
-        sizes = torch.empty_like(squares)
-        products = products_of(target_of(problems.device), torch.float64)
-        launch(
-            _residual_kernel,
-            (tiles.total,),
-            *places,
-            self.info,
-            self.shifts,
-            self.signs,
-            squares,
-            sizes,
-            PRODUCTS=products,
-            num_warps=WARPS,
-        )
-        first, lengths = tiles.first[chosen], to_device(counts[chosen], problems.device, torch.int32)
-        return sum_runs(first, lengths, squares), sum_runs(first, lengths, sizes)
+        probes, target = whole.probes, target_of(problems.device)
+        starts, rows = starts_of(problems.n)
+        members = Members.of(problems, chosen, starts[chosen], rows)
+        image = transposed_product(problems, self.factors, members, probes.x, torch.zeros_like(probes.x))
+        found = _columns(inner(probes.rows, image, image))[chosen]
+        lengths, shifts, signs = probes.lengths[chosen], self.shifts[chosen, None], self.signs[chosen, None]
+        wanted = signs * (probes.forms[chosen] - shifts * lengths)
+        # Of the residual; of products of n terms and sums of n of them, on both sides.
+        roundings = [2 * U * (residual_roundings(n, target) + 2 * n + 8) for n in problems.n[chosen].tolist()]
+        relative = to_device(torch.tensor(roundings, dtype=torch.float64, device="cpu"), problems.device)
+        total = whole.traces()[chosen] + self.shifts[chosen].abs() + sizes
+        allowed = lengths * (squares.sqrt() + relative * total)[:, None]
+        return ((found - wanted).abs() / allowed).amax(dim=1)
 
 
 def instances(target: str) -> list[Instance]:
-    """Everything that ``Mirrored`` can ask the compiler for, beside cholesky.py and the sums of quantize.py."""
+    """Everything that ``Mirrored`` can ask the compiler for, beside what it takes of other files."""
     places = {"table": "*i64", "owner": "*i32", "first": "*i32", "packed": "*fp64", "kept": "*fp64", "starts": "*i64"}
-    shifted = {**places, "shifts": "*fp64", "signs": "*fp64"}
-    products = products_of(target, torch.float64)
-    unit = "float64" if products == "ieee" else None
-    sums = {"info": "*i32", "squares": "*fp64", "sizes": "*fp64"}
     return [
-        Instance(_mirror_kernel, places, {}, WARPS),
-        Instance(_shift_kernel, shifted, {}, WARPS),
-        Instance(_residual_kernel, {**shifted, **sums}, {"PRODUCTS": products}, WARPS, unit=unit),
+        Instance(_mirror_kernel, {**places, "diagonals": "*fp64"}, {}, WARPS),
+        Instance(_shift_kernel, {**places, "shifts": "*fp64", "signs": "*fp64"}, {}, WARPS),
     ]

@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 
 from .apply import _widen
-from .cholesky import BLOCK, WITH_DOT, Factored, gram_place
+from .cholesky import BLOCK, WITH_DOT, Factored
 from .launch import launch
 from .problems import INTERPRETED, Expected, Instance, Problems, Tensor, starts_of, target_of, to_device
+from .squares import gram_place
 
 WIDTH = tl.constexpr(16)  # columns of a block
 DEPTH = tl.constexpr(32)  # of the factor per product on the matrix units

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .apply import Blocks
-from .cholesky import BLOCK, Factored, diagonal_starts
+from .cholesky import BLOCK, Factored, Residuals, diagonal_starts
 from .panel import Rows
 from .problems import COLUMNS, FIRST_COLUMN, PITCH, ROWS, SLICE, Problems, Tensor, binades
 from .quantize import DIGIT_BITS, MAX_SLICES, TOP_EXPONENT, Slices
@@ -87,16 +87,29 @@ def _lower_triangles(problems: Problems, members: Sequence[int], dense: Sequence
     return out
 
 
-def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None, steps: Steps | None = None) -> Factored:
-    """See cholesky.cholesky; ``steps`` are not needed."""
+def cholesky(
+    problems: Problems,
+    packed: Tensor,
+    info: Tensor | None = None,
+    steps: Steps | None = None,
+    residuals: Residuals | None = None,
+) -> Factored:
+    """See cholesky.cholesky; ``steps`` are not needed, and residuals are those of whole products."""
     starts, total = diagonal_starts(problems)
     inverses = torch.empty(total, dtype=packed.dtype, device=packed.device)
     failed = torch.zeros(len(problems.n), dtype=torch.int32, device=packed.device) if info is None else info
     for i, view in enumerate(problems.gram_views(packed)):
         if failed[i]:
             continue
-        factor, state = torch.linalg.cholesky_ex(torch.tril(view) + torch.tril(view, -1).T)
+        whole = torch.tril(view) + torch.tril(view, -1).T
+        factor, state = torch.linalg.cholesky_ex(whole)
         failed[i] = state
+        if residuals is not None and not state:
+            start, tiles = int(residuals.first[i]), _tiles(factor)
+            residuals.sizes[start : start + len(tiles)] = torch.stack([tile.square().sum() for tile in tiles])
+            rest = whole - factor @ factor.T
+            tiles = _tiles(torch.tril(rest).square() + torch.tril(rest, -1).square())
+            residuals.squares[start : start + len(tiles)] = torch.stack([tile.sum() for tile in tiles])
         view.copy_(torch.tril(factor) + torch.triu(view, 1))
         for k, first in enumerate(range(0, len(factor), BLOCK.value)):
             tile = torch.eye(BLOCK.value, dtype=packed.dtype, device=packed.device)
@@ -106,6 +119,12 @@ def cholesky(problems: Problems, packed: Tensor, info: Tensor | None = None, ste
             inverse = torch.linalg.solve_triangular(tile, torch.eye(BLOCK.value).to(tile), upper=False)
             inverses[place : place + BLOCK.value**2] = inverse.flatten()
     return Factored(packed, inverses, starts, failed)
+
+
+def _tiles(matrix: Tensor) -> list[Tensor]:
+    """Those of BLOCK columns in the lower triangle, row by row."""
+    lines = matrix.split(BLOCK.value)
+    return [tile for k, line in enumerate(lines) for tile in line.split(BLOCK.value, dim=1)[: k + 1]]
 
 
 def lower_product(

@@ -229,34 +229,89 @@ def test_slices_that_hold_too_little_are_found(monkeypatch):
         check_storage(CPU, SIXTEEN)
 
 
+SMALL = ((150, 130), (90, 40), (33, 17))
+
+
+@pytest.fixture
+def proofs():
+    """The check of what proofs rest on, with one column of tiles less."""
+    matrices = [canary._numbers(m, n, n).float() for m, n in SMALL]
+    grams = [a.double().T @ a.double() + torch.eye(a.shape[1], dtype=torch.float64) for a in matrices]
+    problems = Problems.of(matrices)
+    return lambda: canary._check_shifted(problems, grams)
+
+
 @pytest.mark.slow
+def test_what_proofs_rest_on_passes_on_a_sound_device(proofs):
+    proofs()
+
+
 @pytest.mark.parametrize(
-    ("place", "what"), [(0, "^residuals of halved factors is off"), (1, "^sizes of factors is off")]
+    ("which", "factor", "what"),
+    [
+        pytest.param(0, 1 + 1e6, "^residuals of good factors are", marks=pytest.mark.slow),
+        pytest.param(1, 1 - 1e-8, "^sizes of factors is off", marks=pytest.mark.slow),
+    ],
 )
-def test_a_proof_that_would_rest_on_a_wrong_residual_is_found(place, what, monkeypatch):
+def test_a_proof_that_would_rest_on_wrong_sums_is_found(which, factor, what, proofs, monkeypatch):
     original = shifted.Shifted.residuals
 
     def residuals(self):
         found = list(original(self))
-        found[place] *= 1 - 1e-8
+        found[which] *= factor**2
         return tuple(found)
 
     monkeypatch.setattr(shifted.Shifted, "residuals", residuals)
     with pytest.raises(CanaryError, match=what):
-        check_device(CPU)
+        proofs()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "what"),
+    [
+        pytest.param("factor_diagonals", "^residuals of roots are", marks=pytest.mark.slow),
+        ("finish_columns", "^residuals of columns is off"),
+    ],
+)
+def test_a_tile_that_measures_too_little_is_found(kernel, what, proofs, monkeypatch):
+    original = getattr(cholesky, kernel)
+
+    def launcher(problems, result, steps, step, residuals=None):
+        before = None if residuals is None else residuals.squares.clone()
+        original(problems, result, steps, step, residuals)
+        if residuals is not None:  # half of what this launch has found
+            residuals.squares.copy_(torch.where(residuals.squares == before, before, residuals.squares / 4))
+
+    monkeypatch.setattr(cholesky, kernel, launcher)
+    with pytest.raises(CanaryError, match=what):
+        proofs()
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (2.0, "^deviations of good factors are"),
+        pytest.param(0.5, "^deviations of wrong factors are", marks=pytest.mark.slow),
+    ],
+)
+def test_a_check_of_factors_that_does_not_look_is_found(value, what, proofs, monkeypatch):
+    monkeypatch.setattr(shifted.Shifted, "deviations", lambda self, squares, sizes: torch.full_like(sizes, value))
+    with pytest.raises(CanaryError, match=what):
+        proofs()
 
 
 @pytest.mark.slow
-def test_a_residual_that_is_not_small_where_it_should_be_is_found(monkeypatch):
-    original = shifted.Shifted.residuals
+def test_factors_that_are_finished_wrong_and_say_nothing_are_found(proofs, monkeypatch):
+    original = cholesky.finish_columns
 
-    def residuals(self):
-        squares, sizes = original(self)
-        return squares + (1e-10 * sizes) ** 2, sizes
+    def launcher(problems, result, steps, step, residuals=None):
+        original(problems, result, steps, step, residuals)
+        if residuals is not None and step == 0:
+            result.packed[66 * 144] *= 1 + 1e-6
 
-    monkeypatch.setattr(shifted.Shifted, "residuals", residuals)
-    with pytest.raises(CanaryError, match=r"^residuals of good factors are"):
-        check_device(CPU)
+    monkeypatch.setattr(cholesky, "finish_columns", launcher)
+    with pytest.raises(CanaryError, match=r"^factors leave"):
+        proofs()
 
 
 @pytest.mark.slow

@@ -229,7 +229,8 @@ class ExactProducts(Protocol):
     def residuals(self, chosen: Sequence[int], shifts: Sequence[float], sign: int) -> list[tuple[float, float]]:
         """||M - L L^T||_F and ||L||_F^2 for M = sign (G - shift I), for places ``chosen`` in ``which``, L its factor.
 
-        Infinite where the factorization broke down. Entries of the residual go through ``residual_roundings(n)``.
+        Infinite where the factorization broke down, or was found not to be one. Entries of the residual go through
+        ``residual_roundings(place)``, those of the diagonal of M through one more.
         """
 
     def residual_roundings(self, place: int) -> int:

@@ -97,7 +97,7 @@ class TritonBackend:
         if rungs[0].kind not in KINDS:
             return self._torch.workspace(shape, dtype)
         resolving = int((1 + CLIMBING) * self.need(shape, rungs[0]))
-        return max(resolving, 8 * n * (n + 144) + 4 * (m + 128) * n) if proofs else resolving
+        return max(resolving, 8 * n * (n + 180) + 4 * (m + 128) * n) if proofs else resolving
 
     def need(self, shape: tuple[int, int], rung: Rung) -> int:
         """The factor with the inverses of its diagonal tiles; beside it first slices, later blocks of 16 columns: bases

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from .base import Operand, Tensor
 
+log = logging.getLogger("kappa_fast")
 COUNTS = (3, 4)  # by level: 21 and 28 bits of every column
 
 
@@ -39,10 +41,27 @@ class SliceProducts:
         self.traces: Sequence[float] = traces
 
     def residuals(self, chosen: Sequence[int], shifts: Sequence[float], sign: int) -> list[tuple[float, float]]:
-        found = self._read(torch.stack(self._mirrored.factored(chosen, shifts, sign).residuals(), dim=1))
-        return [(math.sqrt(square) if square >= 0 else math.inf, size) for square, size in found]
+        factors = self._mirrored.factored(chosen, shifts, sign)
+        squares, sizes = factors.residuals()
+        found = self._read(torch.stack([squares, sizes, factors.deviations(squares, sizes)], dim=1))
+        wrong = [deviation for square, _, deviation in found if math.isfinite(square) and not deviation <= 1]
+        if wrong:
+            where = self._mirrored.problems.device
+            log.warning(
+                "%d factors on %s are not factors of their matrices by up to %.1e times what rounding allows: kernels "
+                "compute something else than they should, so nothing is proven from these",
+                len(wrong),
+                where,
+                max(wrong),
+            )
+        return [
+            (math.sqrt(square), size) if square >= 0 and deviation <= 1 else (math.inf, math.inf)
+            for square, size, deviation in found
+        ]
 
     def residual_roundings(self, place: int) -> int:
-        from kappa_fast.kernels.shifted import residual_roundings
+        from kappa_fast.kernels.cholesky import residual_roundings
+        from kappa_fast.kernels.problems import target_of
 
-        return residual_roundings(int(self._mirrored.problems.n[place]))
+        problems = self._mirrored.problems
+        return residual_roundings(int(problems.n[place]), target_of(problems.device))
