@@ -45,6 +45,15 @@ def flushes() -> bool:
     return least * 0.5 == 0.0 or math.ldexp(1.0, -1074) * 2.0**52 == 0.0
 
 
+def is_exact() -> bool:
+    """Whether arithmetic in this thread is as ``undisturbed`` has made it: somebody may have changed it since."""
+    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    exact = all(product.fp32_precision in EXACT for product in products) and not torch.is_autocast_enabled("cpu")
+    half = 2.0**-53  # of the spacing behind 1: rounding to nearest, ties to even
+    rounds = 1.0 + half == 1.0 and 1.0 + 1.5 * half > 1.0 and -1.0 - half == -1.0
+    return exact and rounds and not flushes()
+
+
 @contextlib.contextmanager
 def _with_subnormals() -> Iterator[None]:
     # A processor keeps the mode for each thread, and a new thread starts with that of its parent. torch cannot be asked

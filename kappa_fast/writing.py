@@ -12,6 +12,8 @@ from .errors import RankingFileError
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
+ATTEMPTS = 5
+
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file all at once: whoever reads it sees the old one or the new one, never half.
@@ -65,6 +67,15 @@ def make_folders(folder: Path, mode: int = 0o777) -> None:
     Raises:
         OSError: one cannot be made.
     """
+    for attempt in range(ATTEMPTS):
+        try:
+            return _make_folders(folder, mode)
+        except FileNotFoundError:  # somebody removes them meanwhile
+            if attempt == ATTEMPTS - 1:
+                raise
+
+
+def _make_folders(folder: Path, mode: int) -> None:
     missing = []
     while not os.path.isdir(folder):
         missing.append(folder)

@@ -201,7 +201,7 @@ FAILURES = [
     OSError(errno.EROFS, "Read-only file system"),
     PermissionError(errno.EACCES, "Permission denied"),
 ]
-PLACES: list[tuple[object, str]] = [(os, "replace"), (os, "write"), (os, "rename"), (Path, "mkdir"), (os, "fsync")]
+PLACES: list[tuple[object, str]] = [(os, "replace"), (os, "write"), (os, "rename"), (os, "mkdir"), (os, "fsync")]
 
 
 def failing(failure: OSError, *, after: int = 0) -> Callable[..., object]:

@@ -24,6 +24,7 @@ from ..execution import Executor, Work
 from ..sources.base import FileState, Matrix, Stamp
 from ..spectrum.ladder import NUMERICS
 from ..texts import warn
+from ..undisturbed import is_exact
 from . import files
 from .fingerprints import fingerprint, is_fingerprint
 from .journal import Journal, leftovers
@@ -61,7 +62,10 @@ def cache_directory(cache: CacheOption) -> Path | None:
     if not isinstance(where, (str, os.PathLike)) or not os.fspath(where):
         raise OptionError(f"cache={cache!r}: give True, False, None or the path of a directory")
     path = Path(os.path.abspath(os.fsdecode(where)))
-    if path.exists() and not path.is_dir():
+    if "\0" in str(path):
+        raise OptionError(f"cache={cache!r}: no path has such a character; give the path of a directory")
+    # What cannot even be looked at is told with a warning when it is used.
+    if os.path.exists(path) and not os.path.isdir(path):
         raise OptionError(f"cache={cache!r}: {path} is no directory; give the path of one, it is made if need be")
     return path
 
@@ -81,7 +85,13 @@ class ResultCache:
         self._hits: set[int] = set()
         self._damaged: dict[Path, str] = {}
         self._failure: Exception | None = None
+        self._usable = True  # whether what is there is taken for the user's own
         self._warned = False
+        try:
+            if (reason := files.refused(self._home)) is not None:
+                self._failure, self._usable = OSError(reason), False
+        except OSError as error:
+            self._failure, self._usable = error, False
         now = time.time_ns()
         self._stamps = {i: m.stamp for i, m in enumerate(matrices) if m.stamp is not None and is_settled(m.stamp, now)}
 
@@ -137,6 +147,8 @@ class ResultCache:
 
     def _keep(self, position: int, text: str, question: Question[R], found: R) -> R:
         """Store a result. What is returned takes earlier ones into account, as the next run will."""
+        if not is_exact():  # another thread has changed a mode meanwhile: what came of it is not for other runs
+            return found
         new = question.record(found)
         old = self._records.get(text)
         record = new if old is None else old.merged(new)
@@ -173,7 +185,8 @@ class ResultCache:
         try:
             return memo.get(stamp)
         except files.DamagedError as error:
-            self._damaged[memo.path] = str(error)
+            with self._lock:
+                self._damaged[memo.path] = str(error)
             return None
 
     def _by_content(self, text: str) -> Record | None:
@@ -183,7 +196,7 @@ class ResultCache:
                 return self._records.get(text)
         path = self._result_path(text)
         with self._noting_damage(path):
-            found = _read_result(path, text)
+            found = _read_result(path, text) if self._usable else None
             with self._lock:
                 if found is not None and text not in self._looked_up:
                     known = self._records.get(text)
@@ -197,8 +210,9 @@ class ResultCache:
         if memo is None:
             path = self._home / "sources" / name_of(state)
             memo = Memo(path, state)
-            with self._noting_damage(path):
-                memo = Memo.read(path, state)
+            if self._usable:
+                with self._noting_damage(path):
+                    memo = Memo.read(path, state)
             self._memos[state] = memo
         return memo
 
@@ -212,7 +226,7 @@ class ResultCache:
 
     def replay(self) -> None:
         """Settle what runs have left that were killed."""
-        for tag, lines, remove in leftovers(self._home / "journals"):
+        for tag, lines, remove in leftovers(self._home / "journals") if self._usable else ():
             whole = [line for line in lines[1:] if _is_result(line)] if lines and lines[0] == _header() else []
             log.info("%d results of an interrupted run are taken over", len(whole))
             try:
@@ -273,7 +287,7 @@ class ResultCache:
         elif self._failure is None:
             try:
                 self._write_memos(str(os.getpid()), durable=False)  # all of it can be found out again
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 self._failure = error
 
     def warn(self) -> None:
@@ -334,7 +348,7 @@ def _read_result(path: Path, text: str) -> Record | None:
         return None
     try:
         return decode(body)
-    except ValueError as error:
+    except Exception as error:  # whatever stands there, with a good checksum
         raise files.DamagedError(str(error)) from error
 
 
@@ -343,7 +357,13 @@ def _plain(stamp: Stamp) -> list[Any]:
 
 
 def _stamp(raw: Any) -> Stamp:
-    return Stamp(tuple(FileState(*state) for state in raw[0]), raw[1])
+    states = tuple(FileState(*state) for state in raw[0])
+    numbers = [number for state in states for number in list(vars(state).values())[1:]]
+    if not states or not all(isinstance(state.path, str) for state in states) or not isinstance(raw[1], str):
+        raise ValueError("no stamp")
+    if not all(isinstance(number, int) and abs(number) < 1 << 64 for number in numbers):
+        raise ValueError("no state of a file")
+    return Stamp(states, raw[1])
 
 
 def _is_result(line: Any) -> bool:
@@ -353,5 +373,5 @@ def _is_result(line: Any) -> bool:
         if stamp is not None:
             _stamp(stamp)
         return is_fingerprint(text)
-    except (ValueError, TypeError, LookupError):
+    except Exception:  # whatever stands there, with a good checksum
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -10,6 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from ..writing import ATTEMPTS, create, make_folders, sync_folder
 from .fingerprints import checksum
 
 _BEFORE, _BETWEEN, _AFTER = b'{"checksum": "', b'", "body": ', b"}\n"
@@ -83,12 +85,7 @@ def write(path: Path, body: Any, tag: str, *, durable: bool = False) -> None:
     """
     draft = temporary(path, tag)
     try:
-        try:
-            file = open(draft, "wb")  # noqa: SIM115 - it is closed below
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(draft, "wb")  # noqa: SIM115
-        with file:
+        with open(_begun(draft), "wb") as file:
             file.write(seal(body))
             file.flush()
             if durable:
@@ -108,16 +105,42 @@ def write(path: Path, body: Any, tag: str, *, durable: bool = False) -> None:
         raise
 
 
+def _begun(draft: Path) -> int:
+    """A handle of the draft. What a killed run has left there, or somebody has planted, is removed, not written to."""
+    folder = draft.parent
+    if folder.is_symlink() or folder.parent.is_symlink():
+        raise OSError(errno.ELOOP, f"{folder} is reached by a link, which is not followed")
+    for _ in range(ATTEMPTS):
+        try:
+            return create(draft, 0o666)
+        except FileNotFoundError:  # at first, or since somebody removes the cache meanwhile
+            make_folders(folder, 0o700)
+        except FileExistsError:
+            draft.unlink(missing_ok=True)
+    return create(draft, 0o666)
+
+
+def refused(folder: Path) -> str | None:
+    """Why what lies in a folder of the cache is not taken for the user's own, None if it is, or there is no folder.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    try:
+        found = os.lstat(folder)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{folder} is no folder"
+    if not hasattr(os, "geteuid"):  # Windows
+        return None
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"{folder} belongs to another user"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others can write to {folder}: run chmod go-w on it, or remove it"
+    return None
+
+
 def temporary(path: Path, tag: str) -> Path:
     """What ``path`` is written as at first."""
     return path.with_name(f".{path.name}.{tag}.tmp")
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):  # not on Windows, and not on every file system
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .files import DamagedError, seal, sync_folder, unseal
+from ..writing import make_folders, sync_folder
+from .files import DamagedError, seal, unseal
 
 fcntl: ModuleType | None
 try:
@@ -29,6 +31,7 @@ except ImportError:  # Windows
 
 INTERVAL = 0.5  # seconds between two fsyncs
 ENDING, DRAFT = ".jsonl", ".new"
+LIMIT = 1 << 28  # bytes; a larger one is passed over: no run has 500,000 results that are not settled
 STALE = 7 * 86400  # seconds; where nobody can tell whether a journal is in use
 
 
@@ -52,7 +55,9 @@ class Journal:
         self._path = folder / (self.tag + ENDING)
         self._settle, self._lines = settle, list[Any]()
         self._lock, self._stop = threading.Lock(), threading.Event()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder, 0o700)
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, f"{folder} is a link, which is not followed")
         draft = folder / (self.tag + DRAFT)  # held before it has the name by which others find it
         self._handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o666)
         try:
@@ -132,7 +137,8 @@ def leftovers(folder: Path) -> Iterator[tuple[str, list[Any], Callable[[], None]
         with contextlib.suppress(OSError):
             handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
             with open(handle, "rb") as file:
-                if _is_held(handle):
+                found = os.fstat(handle)
+                if _is_held(handle) or not stat.S_ISREG(found.st_mode) or found.st_size > LIMIT:
                     continue
                 if name.endswith(DRAFT):
                     if time.time() - os.fstat(handle).st_mtime > 60:  # killed before the first line

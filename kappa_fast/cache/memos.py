@@ -67,7 +67,7 @@ class Memo:
                 self._decoded[what] = decode(known[1])
             if not is_fingerprint(known[0]):
                 raise ValueError("no fingerprint")
-        except (ValueError, TypeError, LookupError) as error:
+        except Exception as error:  # whatever stands there, with a good checksum
             del self._matrices[what]
             self.changed = True
             raise files.DamagedError(str(error)) from error
@@ -76,10 +76,11 @@ class Memo:
     def put(self, stamp: Stamp, fingerprint: str, record: Record) -> None:
         """Remember a matrix."""
         what = _key(stamp)
-        if self._decoded.get(what) is record and self._matrices[what][0] == fingerprint:
+        if what in self._matrices and self._decoded.get(what) is record and self._matrices[what][0] == fingerprint:
             return
         known = (fingerprint, encode(record))
-        if what not in self._matrices or tuple(self._matrices[what]) != known:
+        before = self._matrices.get(what)
+        if not isinstance(before, (list, tuple)) or tuple(before) != known:
             self._matrices[what], self._decoded[what], self.changed = known, record, True
 
     def write(self, tag: str, *, durable: bool) -> None:

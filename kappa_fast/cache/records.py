@@ -149,11 +149,10 @@ def decode(document: Any) -> Record:
     raw = document.get("probe")
     if raw is not None and not isinstance(raw, dict):
         raise ValueError("no probe")
-    return Record(
-        _answer(document.get("plain")),
-        _answer(document.get("proven")),
-        None if raw is None else Probe(_float(raw, "lower"), _float(raw, "cutoff")),
-    )
+    probe = None if raw is None else Probe(_float(raw, "lower"), _float(raw, "cutoff"))
+    if probe is not None and (not probe.lower >= 1 or math.isnan(probe.cutoff)):
+        raise ValueError("a bound that is none")
+    return Record(_answer(document.get("plain")), _answer(document.get("proven")), probe)
 
 
 _FLOATS = tuple(item.name for item in fields(Resolution) if item.name not in ("status", "method", "certified"))
@@ -171,9 +170,20 @@ def _answer(raw: Any) -> Answer | None:
     if status not in _STATUSES or not isinstance(method, str) or not isinstance(certified, bool):
         raise ValueError("no status, method or certified")
     found = Resolution(status=status, method=method, certified=certified, **numbers)
-    if status == "ok" and not (1 <= found.lower <= found.upper and math.isfinite(found.kappa)):
+    if not _says_what_can_be(found):
         raise ValueError("an interval that is none")
-    return Answer(found, _float(raw, "rtol"))
+    rtol = _float(raw, "rtol")
+    if not rtol >= 0:
+        raise ValueError("an rtol that is none")
+    return Answer(found, rtol)
+
+
+def _says_what_can_be(found: Resolution) -> bool:
+    if found.status == "ok":
+        return 1 <= found.lower <= found.kappa <= found.upper and math.isfinite(found.kappa)
+    if found.status == "rank_deficient":
+        return found.kappa == found.upper == math.inf and found.lower >= 1
+    return found.status == "non_finite" and math.isnan(found.kappa)
 
 
 def _float(raw: dict[str, Any], name: str) -> float:
@@ -181,5 +191,8 @@ def _float(raw: dict[str, Any], name: str) -> float:
     if type(value) is float:  # nearly always
         return value
     if value in ("nan", "inf", "-inf") or (isinstance(value, int) and not isinstance(value, bool)):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            pass
     raise ValueError(f"{name!r} is no number")
