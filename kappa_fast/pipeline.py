@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from . import stops
 from ._version import __version__
 from .backends import Backend
 from .budget import BudgetedTop, TopGroup
@@ -125,6 +126,7 @@ def rank(
     started = time.perf_counter()
     with undisturbed():
         opened = open_source(source, filters, places_of, quiet=not shown(progress))
+        stops.check()
         _warn_absent(opened)
         if adapters is None and isinstance(source, torch.nn.Module):
             _warn_adapters(source)
@@ -224,6 +226,7 @@ class _Run:
 
         with contextlib.closing(self._results(positions, work, Wanted(goal))) as results:
             for position, found in results:
+                stops.check()
                 self.entries[position] = self._entry(self.source.matrices[position], found, goal)
                 tracker.advance(1, self._operations([position]))
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import Annotated
 
 import typer
 
+from .. import stops
 from .._version import __version__
 from . import compare, demo, export, plan, rank, report
+from .outcome import INTERRUPTED, TERMINATED
 
 # Plain text instead of typer's boxes: it survives logs and narrow terminals, and is there at once.
 app = typer.Typer(
@@ -47,4 +51,14 @@ app.command("report")(report.report)
 
 def main() -> None:
     """Run the command line on ``sys.argv``; ends the process with the exit code."""
-    app()
+    code: int | str | None
+    with stops.listening():
+        try:
+            app()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+    # Whatever became of the exception, and whatever was still done: it was told to end.
+    sys.exit(TERMINATED if stops.received(signal.SIGTERM) else code)

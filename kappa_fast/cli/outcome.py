@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 
 import typer
 
+from .. import stops
 from ..errors import Interrupted, KappaError, OptionError
 from ..texts import cleaned
 
@@ -31,18 +31,20 @@ def outcome(debug: bool) -> Iterator[None]:
     Raises:
         typer.Exit: with 1 after an error, 2 after an OptionError, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    with warnings.catch_warnings(), _logged(debug), _terminable() as terminated:
+    with warnings.catch_warnings(), _logged(debug), stops.listening():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _show_warning
         try:
-            yield
-            sys.stdout.flush()  # here, where a failure still has an exit code
+            with stops.working():
+                yield
+                sys.stdout.flush()  # here, where a failure still has an exit code
         except typer.Exit:
             raise
         except BrokenPipeError:
             _discard_output()  # `| head` has seen enough, and the work is done
         except KeyboardInterrupt as stop:
             said = str(stop) if isinstance(stop, Interrupted) else "interrupted"
+            terminated = stops.received(signal.SIGTERM)
             typer.echo("terminated" + said.removeprefix("interrupted") if terminated else said, err=True)
             raise typer.Exit(TERMINATED if terminated else INTERRUPTED) from None
         except Exception as error:
@@ -76,26 +78,6 @@ def _in_one_line(error: Exception) -> str:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     typer.echo(f"warning: {cleaned(' '.join(str(message).split()))}", err=True)
-
-
-@contextmanager
-def _terminable() -> Iterator[list[int]]:
-    """SIGTERM stops the body as Ctrl-C does; the list then holds it. A second one ends the process at once."""
-    received: list[int] = []
-
-    def stop(number: int, _: object) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # where signals do not arrive
-        yield received
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Cleaned(logging.Formatter):
