@@ -256,3 +256,17 @@ def test_nan_among_the_codes_is_reported_as_such():
     codes.view(torch.uint8)[3, 3] = 0x7F
     (entry,) = kappa_fast.rank({"a.weight": codes, "a.weight_scale_inv": scale})
     assert entry.status == "non_finite"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_one_line_of_scales_beside_a_square_weight_is_for_rows_unless_the_codes_show_columns(dtype):
+    weight = torch.randn(48, 48, generator=torch.Generator().manual_seed(0))
+    codes, scale = quantized(weight, (1, 48), dtype)
+    (entry,) = kappa_fast.rank({"a.weight": codes, "a.weight_scale": scale.reshape(1, 48)}, progress=False)
+    sigma = np.linalg.svd(dequantized(codes, scale.numpy(), (1, 48)).astype(np.float64), compute_uv=False)
+    assert entry.lower <= sigma[0] / sigma[-1] <= entry.upper
+    codes, scale = quantized(weight, (48, 1), dtype)
+    state = {"a.weight": codes, "a.weight_scale": scale, "b.weight": weight}
+    with pytest.raises(SourceError, match=r"every column of 'a\.weight' reaches .* leave the weight out with exclude="):
+        kappa_fast.rank(state, progress=False)
+    assert [e.name for e in kappa_fast.rank(state, exclude="a.weight", progress=False)] == ["b.weight"]

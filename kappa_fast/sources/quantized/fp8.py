@@ -57,12 +57,14 @@ class FP8:
         microscaled = scale.dtype in (torch.uint8, torch.float8_e8m0fnu) and block == (1, MX_BLOCK)
         if microscaled and method_of(candidate.config) == "" and fills_tiles(scale.shape):
             raise in_unknown_order(candidate, "compressed-tensors")
+        turned = rows > 1 and scale.shape == (1, rows) and codes.shape == (rows, rows)  # square, so that both would fit
+        doubtful = candidate.plain_name if turned else ""
         return Recipe(
             quantization=f"fp8 {kind}, {describe_blocks(codes.shape, block)}",
             shape=codes.shape,
             dtype=torch.float32,
             inputs={"codes": codes, "scale": scale},
-            dequantize=partial(_dequantize, counts=(rows, columns), block=block),
+            dequantize=partial(_dequantize, counts=(rows, columns), block=block, doubtful=doubtful),
             peak=1,
         )
 
@@ -145,8 +147,27 @@ def _configured(candidate: Candidate, axis: int) -> int | None:
     return whole_number(scheme, "group_size") if axis == 1 else None
 
 
-def _dequantize(inputs: Mapping[str, torch.Tensor], *, counts: tuple[int, int], block: tuple[int, int]) -> torch.Tensor:
+def _check_rows(values: torch.Tensor, name: str, largest: float) -> None:
+    """Refuse scales of columns where those of rows are expected: each line is scaled until its largest code is full.
+
+    Raises:
+        SourceError: every column has a code of that size, and not every row.
+    """
+    full = values.abs() == largest
+    if bool(full.any(0).all()) and not bool(full.any(1).all()):
+        raise SourceError(
+            f"every column of {name!r} reaches {largest:g} and not every row, so that its one line of scales is for "
+            "columns, where files have one for each row: load the model dequantized and rank that, or leave the weight "
+            f"out with exclude={name!r}"
+        )
+
+
+def _dequantize(
+    inputs: Mapping[str, torch.Tensor], *, counts: tuple[int, int], block: tuple[int, int], doubtful: str
+) -> torch.Tensor:
     values = inputs["codes"].to(torch.float32)
+    if doubtful:
+        _check_rows(values, doubtful, torch.finfo(inputs["codes"].dtype).max)
     return times_blocks(values, scale_values(inputs["scale"]).reshape(counts), block)
 
 
