@@ -55,7 +55,7 @@ def contradicted_budget(
         return None
     budget, unit = settings["budget"], settings.get("unit", "matrix")
     value: Any = settings.get("value")
-    if budget not in budgets:
+    if not isinstance(budget, str) or budget not in budgets:
         return f"'budget' is {str(budget)[:60]!r}, none of {', '.join(budgets)}"
     expected, is_valid = budgets[budget]
     if isinstance(value, str) or not is_valid(value):

@@ -72,6 +72,7 @@ def test_a_score_that_is_not_kappa_in_a_ranking_by_kappa_is_refused(tmp_path):
     [
         (dict(budget="x\ny: z", value=1), True, "'budget' is 'x.*', none of num_tensors"),
         (dict(budget=["num_tensors"], value=1), True, "'budget' is"),
+        (dict(budget={"num_tensors": 1}, value=1), True, "'budget' is"),
         (dict(budget="num_tensors", value="1"), True, "'value' is '1', not a count"),
         (dict(budget="num_tensors", value=-1), True, "'value' is '-1', not a count"),
         (dict(budget="top_p", value=2.0), True, "'value' is '2.0', not a fraction"),
