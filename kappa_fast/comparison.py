@@ -206,10 +206,9 @@ class Comparison:
         weights = [sum(first[k].numel for k in both), sum(first[k].numel for k in only_before)]
         weights.append(sum(second[k].numel for k in only_after))
         known = all(entry.numel for entry in (*first.values(), *second.values()))
-        settings = chosen[0].settings
         extra = (", per_group" if per_group else "") + (f", unit={unit}" if unit != "matrix" else "")
         return Overlap(
-            budget=f"{settings['budget']}={settings['value']}{extra}",
+            budget=", ".join(f"{name}={value}" for name, value in chosen[0].budgets.items()) + extra,
             before=len(first),
             after=len(second),
             both=both,
@@ -224,6 +223,11 @@ class Comparison:
         moved = f"{found['up']} certainly up, {found['down']} certainly down, {found['within']} within their intervals"
         lone = f"{len(self.only_before)} and {len(self.only_after)} in one only"
         return f"Comparison({len(self)} matrices in both: {moved}, {found['identical']} identical; {lone})"
+
+    def _repr_html_(self) -> str:
+        from .report.notebook import html_of_comparison
+
+        return html_of_comparison(self)
 
     def __str__(self) -> str:
         return self.to_text()

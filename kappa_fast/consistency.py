@@ -51,6 +51,11 @@ def contradicted_budget(
     strange = next((e for e in entries if e.status in ("bounded", "non_finite")), None)
     if strange is not None:
         return f"{strange.key!r} is {strange.status}, which no budget selects"
+    several = settings.get("budgets")
+    if isinstance(several, Mapping) and "budget" not in settings:
+        found = ({**settings, "budget": name, "value": value} for name, value in several.items())
+        wrong = (contradicted_budget(list(entries), one, certain, budgets) for one in found)
+        return next((words for words in wrong if words is not None), None)
     if "budget" not in settings:
         return None
     budget, unit = settings["budget"], settings.get("unit", "matrix")

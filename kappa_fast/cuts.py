@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from .units import Unit
 
@@ -54,12 +54,14 @@ class Pool:
 class Cut:
     """What a budget takes from a pool.
 
-    ``needed`` is 0 if the ranking is resolved far enough to tell, else the number of units that must be.
+    ``needed`` is 0 if the ranking is resolved far enough to tell, else the number of units that must be. ``unfit``
+    holds the units that would have come next, or in between, and did not fit a number of weights.
     """
 
     chosen: tuple[Unit, ...]
     certain: bool
     needed: int = 0
+    unfit: tuple[Unit, ...] = ()
 
 
 def fraction_count(size: int, fraction: float) -> int:
@@ -87,22 +89,73 @@ def cut_by_kappa(pool: Pool, value: float) -> Cut:
     return Cut(chosen, above and all(unit.upper <= value for unit in chosen))
 
 
-def cut_by_params(pool: Pool, budget: int) -> Cut:
-    """The longest prefix, in score order, of units of full rank that have at most ``budget`` weights together."""
+def cut_by_params(pool: Pool, budget: int, fill: bool = False) -> Cut:
+    """The longest prefix, in score order, of units of full rank that have at most ``budget`` weights together.
+
+    fill: a unit that does not fit is passed over, and smaller ones after it are still taken.
+    """
     known = [unit for unit in pool.regular if unit.score <= pool.horizon]
     chosen: list[Unit] = []
+    unfit: list[Unit] = []
     left = budget
     for unit in known:
         if unit.numel > left:
-            break
+            unfit.append(unit)
+            if not fill:
+                break
+            continue
         chosen.append(unit)
         left -= unit.numel
-    if len(chosen) == len(known):
+    if fill or len(chosen) == len(known):
         further = _how_many_fit([*pool.regular[len(known) :], *pool.bounded], left)
         if further and pool.bounded:
-            return Cut((), False, needed=len(known) + further)
+            every = len(pool.ranked) + len(pool.bounded)
+            return Cut((), False, needed=every if fill else len(known) + further)
     rest = pool.without(chosen)
-    return Cut(tuple(chosen), _separated(chosen, rest) and _stop_is_certain(rest, left))
+    certain = _filling_is_certain(known, budget) if fill else _separated(chosen, rest) and _stop_is_certain(rest, left)
+    return Cut(tuple(chosen), certain, unfit=tuple(unfit))
+
+
+def cut_by_all(pool: Pool, cuts: Sequence[Callable[[Pool], Cut]], max_kappa: float | None) -> Cut:
+    """The units that each of several budgets takes on its own.
+
+    max_kappa: the value of the budget of that name, if it is among them.
+    """
+    found = [cut(pool) for cut in cuts]
+    if len(found) == 1 or all(cut.needed for cut in found):
+        return min(found, key=lambda cut: cut.needed)
+    # What a resolved budget takes is ahead of all that is only bounded, so that the others need not know of these.
+    resolved = replace(pool, bounded=())
+    found = [
+        replace(cut(resolved), certain=False) if done.needed else done for cut, done in zip(cuts, found, strict=True)
+    ]
+    keys = set.intersection(*({unit.key for unit in cut.chosen} for cut in found))
+    chosen = tuple(unit for unit in pool.ranked if unit.key in keys)
+    below = max_kappa is None or all(unit.upper <= max_kappa for unit in chosen)
+    rest = pool.without(chosen)
+    # One that is certain, and less than all others: what is ahead of everything else fits them as well.
+    least = any(cut.certain and {unit.key for unit in cut.chosen} == keys for cut in found)
+    decided = below and least and _separated(chosen, rest)
+    unfit = tuple(unit for cut in found for unit in cut.unfit)
+    return Cut(chosen, decided or all(cut.certain for cut in found), unfit=unfit)
+
+
+def _filling_is_certain(known: Sequence[Unit], budget: int) -> bool:
+    """Units that could change places take all or nothing together: then their order does not matter."""
+    left = budget
+    reach: tuple[float, str] = (-math.inf, "")
+    run: list[Unit] = []
+    for unit in [*sorted(known, key=_first_place), None]:
+        if unit is None or not run or _first_place(unit) > reach:
+            sizes = [other.numel for other in run]
+            if run and sum(sizes) > left >= min(sizes) and len(run) > 1:
+                return False
+            left -= sum(sizes) if sum(sizes) <= left else 0
+            run = []
+        if unit is not None:
+            run.append(unit)
+            reach = max(reach, _last_place(unit))
+    return True
 
 
 def _how_many_fit(units: Sequence[Unit], budget: int) -> int:

@@ -14,6 +14,7 @@ from .entries import Skipped, Status, TensorKappa
 from .errors import OptionError, RankingFileError, missing_extra
 from .selecting import select
 from .selection import Selection
+from .summary import By, Summary, summarize
 from .units import UnitName
 
 if TYPE_CHECKING:
@@ -120,6 +121,11 @@ class Ranking(Sequence[TensorKappa]):
     def __str__(self) -> str:
         return self.to_text(limit=40)
 
+    def _repr_html_(self) -> str:
+        from .report.notebook import html_of_ranking
+
+        return html_of_ranking(self)
+
     def select(
         self,
         *,
@@ -129,8 +135,13 @@ class Ranking(Sequence[TensorKappa]):
         max_params: float | None = None,
         per_group: bool = False,
         unit: UnitName = "matrix",
+        fill: bool = False,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
     ) -> Selection:
-        """The matrices to train: the lowest scores within exactly one budget.
+        """The matrices to train: the lowest scores within one budget, or within each of several.
+
+        With several budgets a unit is selected if each of them alone would select it.
 
         Args:
             num_tensors: how many units; all of them if there are fewer.
@@ -143,13 +154,17 @@ class Ranking(Sequence[TensorKappa]):
             unit: what is taken or left as a whole: "matrix" (an entry), "expert" (all matrices of one expert; those
                 outside of experts on their own) or "parameter" (the stored tensor). The kappa and the score of a unit
                 are the geometric means over its matrices.
+            fill: with max_params, a unit that does not fit is passed over, and smaller ones after it are still taken.
+            include, exclude: regular expressions (re.search) on keys, names and aliases: what else the ranking holds is
+                no candidate. Shares stay shares of all parameters of the model (max_params), and of the candidates
+                (top_p).
 
         Rank-deficient units come last and only num_tensors and top_p reach them. Units with a nan or inf in
         their weights are never selected. A unit with a matrix that was not resolved (``top``) is not selected either:
         where it could belong to the selection, the error says which ``top`` is needed.
 
         Raises:
-            OptionError: not exactly one budget, a value out of range, nothing fits the budget, or the ranking was not
+            OptionError: no budget, a value out of range, nothing fits the budget, or the ranking was not
                 resolved far enough.
 
         Warns:
@@ -158,13 +173,43 @@ class Ranking(Sequence[TensorKappa]):
         return select(
             self.entries,
             self.metadata,
-            num_tensors=num_tensors,
-            top_p=top_p,
-            max_kappa=max_kappa,
-            max_params=max_params,
+            budgets=dict(num_tensors=num_tensors, top_p=top_p, max_kappa=max_kappa, max_params=max_params),
             per_group=per_group,
             unit=unit,
+            fill=fill,
+            include=include,
+            exclude=exclude,
         )
+
+    def filter(
+        self,
+        *,
+        layers: int | Iterable[int] | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        groups: str | Sequence[str] | None = None,
+    ) -> Ranking:
+        """A ranking of a part of the matrices, with the metadata of this one: shares stay those of the whole model.
+
+        Args:
+            layers: a number or several, such as range(8).
+            include, exclude: regular expressions (re.search) on keys, names and aliases.
+            groups: groups (``entry.group``) as they are, or regular expressions that are found in them.
+
+        Raises:
+            OptionError: a pattern is no regular expression, or layers are no numbers.
+        """
+        from .filtering import filtered
+
+        return filtered(self, layers, include, exclude, groups)
+
+    def summary(self, by: By = "group", *, selection: Selection | None = None) -> Summary:
+        """The ranking by group or by layer: count, median, lowest and highest kappa, weights, what is selected.
+
+        Raises:
+            OptionError: ``by`` is neither "group" nor "layer".
+        """
+        return summarize(self.entries, by, selection)
 
     def compare(self, other: Ranking) -> Comparison:
         """How ``other`` differs from this ranking: before and after training, in one dtype and in another.

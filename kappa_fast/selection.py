@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import serialize
-from .budgets import BUDGETS
+from .budgets import BUDGETS, is_count
 from .consistency import contradicted_budget
 from .entries import TensorKappa
 from .errors import OptionError, RankingFileError
@@ -36,7 +36,8 @@ class Selection:
             the cut is its value; for max_params it must also be certain which matrix was the first that did not fit.
             Scores other than kappa have no interval: then True only if the kappas are exactly known or nothing was
             left over. False for a ranking that was interrupted.
-        settings: the budget, its value, per_group, unit, and the source of the ranking.
+        settings: the budget and its value, or several budgets; per_group, unit, fill, include and exclude as they were
+            given; how many parameters the model has, what did not fit, and the source of the ranking.
         include: patterns of parameters that are trained besides; they name parameters of the model, ranked or not.
         exclude: patterns of parameters that are not trained; they win over the entries and over ``include``.
     """
@@ -70,6 +71,36 @@ class Selection:
         return sum(entry.numel for entry in self.entries)
 
     @property
+    def share(self) -> float:
+        """The selected weights over all parameters of the model; nan where one of the two is unknown."""
+        every: Any = self.settings.get("num_parameters")
+        known = is_count(every) and all(entry.numel for entry in self.entries)
+        return self.num_params / int(every) if known else math.nan
+
+    @property
+    def budgets(self) -> Mapping[str, int | float]:
+        """The budgets that it was selected by, by their names; empty if it was made in another way."""
+        if "budget" in self.settings:
+            return {str(self.settings["budget"]): self.settings.get("value", math.nan)}
+        found: Any = self.settings.get("budgets")
+        return dict(found) if isinstance(found, Mapping) else {}
+
+    def describe(self) -> str:
+        """What trains, in the words of PEFT's ``print_trainable_parameters()``; what patterns name is not counted."""
+        every: Any = self.settings.get("num_parameters")
+        some = f"trainable params: {self.num_params:,}"
+        return f"{some} || all params: {every:,} || trainable%: {100 * self.share:.4f}" if self.share >= 0 else some
+
+    def unfit(self) -> str:
+        """What came next and did not fit a number of weights, in words; "" if nothing."""
+        found: Any = self.settings.get("unfit")
+        if not isinstance(found, Mapping):
+            return ""
+        count, rest = found.get("count", 1), "" if self.settings.get("fill") else " (fill=True goes on to smaller ones)"
+        more = f" and {count - 1:,} more" if isinstance(count, int) and count > 1 else ""
+        return f"{found.get('first')} with {found.get('numel'):,} weights{more} did not fit{rest}"
+
+    @property
     def kappa_range(self) -> tuple[float, float]:
         """The smallest and the largest kappa of the selection, (nan, nan) if it is empty."""
         kappas = [entry.kappa for entry in self.entries]
@@ -84,7 +115,7 @@ class Selection:
         Raises:
             OptionError: a pattern is no regular expression.
         """
-        _compile(patterns)
+        compiled(patterns)
         return replace(self, include=self.include + patterns)
 
     def excluding(self, *patterns: str) -> Selection:
@@ -96,8 +127,8 @@ class Selection:
         Raises:
             OptionError: a pattern is no regular expression.
         """
-        compiled = _compile(patterns)
-        kept = tuple(entry for entry in self.entries if not any(_matches(pattern, entry) for pattern in compiled))
+        unwanted = compiled(patterns)
+        kept = tuple(entry for entry in self.entries if not any(matches(pattern, entry) for pattern in unwanted))
         return replace(self, entries=kept, exclude=self.exclude + patterns)
 
     def apply(self, model: nn.Module) -> Handle:
@@ -165,6 +196,47 @@ class Selection:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def __getitem__(self, index: int | str | slice) -> TensorKappa | tuple[TensorKappa, ...]:
+        """The entry at a position or with a key, or a tuple of entries for a slice.
+
+        Raises:
+            IndexError: no such position.  KeyError: no entry with this key is selected.
+        """
+        if not isinstance(index, str):
+            return self.entries[index]
+        found = next((entry for entry in self.entries if entry.key == index), None)
+        if found is None:
+            raise KeyError(f"no entry {index!r} in this selection; selection.keys lists those that there are")
+        return found
+
+    def __contains__(self, item: object) -> bool:
+        """Whether an entry is selected, or one with this key, of the parameter with this name, or with this alias."""
+        if not isinstance(item, str):
+            return item in self.entries
+        return any(item in (entry.key, entry.name, *entry.aliases) for entry in self.entries)
+
+    def __or__(self, other: Selection) -> Selection:
+        """What is in one of two selections from the same ranking, or in both.
+
+        Raises:
+            OptionError: they are of different rankings, or their patterns cannot be combined.
+        """
+        from .combining import union
+
+        return union(self, other) if isinstance(other, Selection) else NotImplemented
+
+    def __and__(self, other: Selection) -> Selection:
+        """What is in both of two selections from the same ranking. Raises as for ``|``."""
+        from .combining import intersection
+
+        return intersection(self, other) if isinstance(other, Selection) else NotImplemented
+
+    def __sub__(self, other: Selection) -> Selection:
+        """What is in this and not in another selection from the same ranking. Raises as for ``|``."""
+        from .combining import difference
+
+        return difference(self, other) if isinstance(other, Selection) else NotImplemented
+
     def __iter__(self) -> Iterator[TensorKappa]:
         return iter(self.entries)
 
@@ -177,14 +249,20 @@ class Selection:
         fields = (self.entries, self.boundary_certain, serialize.thaw(self.settings), self.include, self.exclude)
         return Selection, fields
 
+    def _repr_html_(self) -> str:
+        from .report.notebook import html_of_selection
+
+        return html_of_selection(self)
+
     def __repr__(self) -> str:
         weights = f"{self.num_params:,} weights" if all(entry.numel for entry in self.entries) else "sizes unknown"
+        weights += f" ({100 * self.share:.4f}% of the model)" if self.share >= 0 else ""
         parts = [f"{len(self)} matrices of {len(self.names)} parameters", weights]
         if self.entries:
             low, high = self.kappa_range
             parts.append(f"kappa {low:.4g} to {high:.4g}")
-        if "budget" in self.settings:
-            parts.append(f"{self.settings['budget']}={self.settings.get('value')}")
+        parts += [f"{name}={value}" for name, value in self.budgets.items()]
+        parts += [self.unfit()] if self.unfit() else []
         parts += [f"including {', '.join(self.include)}"] if self.include else []
         parts += [f"excluding {', '.join(self.exclude)}"] if self.exclude else []
         parts.append("boundary certain" if self.boundary_certain else "boundary uncertain")
@@ -248,7 +326,8 @@ class Selection:
         }
 
 
-def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:
+def compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    """Raises OptionError for a pattern that is no regular expression."""
     compiled = []
     for pattern in patterns:
         try:
@@ -258,5 +337,6 @@ def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:
     return compiled
 
 
-def _matches(pattern: re.Pattern[str], entry: TensorKappa) -> bool:
+def matches(pattern: re.Pattern[str], entry: TensorKappa) -> bool:
+    """Whether the pattern is found in the key, the name or an alias."""
     return any(pattern.search(name) for name in (entry.key, entry.name, *entry.aliases))

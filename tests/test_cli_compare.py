@@ -110,7 +110,6 @@ def test_other_files_are_refused_by_what_they_are(files):
         (["--max-params", "half"], "--max-params half: give a count"),
         (["--per-group"], "--per-group and --unit say how a budget selects"),
         (["--unit", "expert"], "--per-group and --unit say how a budget selects"),
-        (["--top-p", "0.5", "--num-tensors", "2"], "the first ranking: select() takes exactly one of"),
         (["--json", "."], "give the name of a file to write the comparison to"),
         (["--json", "/dev/null"], "give the name of a file to write the comparison to"),
     ],

@@ -60,7 +60,6 @@ def test_a_file_is_written_and_named(ranking, tmp_path):
     ("arguments", "code", "text"),
     [
         (["--format", "names"], 2, "a ranking needs a budget"),
-        (["--format", "names", "--top-p", "0.3", "--num-tensors", "2"], 2, "exactly one of"),
         (
             ["--format", "names", "--num-tensors", "1", "--unit", "expert", "--max-params", "x"],
             2,

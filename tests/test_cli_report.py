@@ -64,7 +64,6 @@ def test_the_reference_implementations_file_is_read(tmp_path):
     ("options", "code", "text"),
     [
         (["--num-tensors", "9"], 2, "reaches beyond what was resolved"),
-        (["--top-p", "0.3", "--num-tensors", "2"], 2, "exactly one of"),
         (["--max-params", "x"], 2, "--max-params x: give a count"),
         (["--per-group"], 2, "--per-group and --unit go with a budget"),
         (["--plot", "x.pdf"], 2, "end the name in .png or .svg"),

@@ -82,7 +82,17 @@ def test_a_selection_beyond_what_was_resolved_says_which_top_it_needs():
     resolved_entries(),
     st.integers(1, 12),
     st.floats(0.0, 1.0),
-    st.sampled_from([{"num_tensors": 3}, {"top_p": 0.5}, {"max_kappa": 4.0}, {"max_params": 60}, {"max_params": 0.3}]),
+    st.sampled_from(
+        [
+            *({"num_tensors": 3}, {"top_p": 0.5}, {"max_kappa": 4.0}, {"max_params": 60}, {"max_params": 0.3}),
+            *(
+                {"max_params": 60, "fill": True},
+                {"max_params": 60, "max_kappa": 4.0},
+                {"num_tensors": 3, "max_kappa": 9.0},
+            ),
+            {"top_p": 0.5, "max_params": 0.3, "max_kappa": 100.0, "fill": True},
+        ]
+    ),
 )
 def test_a_partly_resolved_ranking_selects_what_the_whole_one_does_or_names_a_top_that_does(
     entries, top, slack, budget

@@ -263,9 +263,9 @@ _CALLBACKS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[KappaTuneCallback]]
 def describe(selection: Selection) -> str:
     """A selection in a line."""
     low, high = selection.kappa_range
-    settings = selection.settings
-    budget = f"{settings['budget']}={settings['value']}: " if "budget" in settings else ""
-    return f"{budget}{len(selection):,} matrices of {len(selection.names):,} parameters, kappa {low:.4g} to {high:.4g}"
+    budget = ", ".join(f"{name}={value}" for name, value in selection.budgets.items())
+    found = f"{len(selection):,} matrices of {len(selection.names):,} parameters, kappa {low:.4g} to {high:.4g}"
+    return ": ".join(filter(None, (budget, found))) + (f" ({selection.unfit()})" if selection.unfit() else "")
 
 
 def _as_json(value: Any) -> Any:

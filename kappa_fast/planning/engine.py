@@ -123,6 +123,11 @@ class Plan:
             f"Plan({self.count} matrices, {self.numel:,} weights, {self.operations:.3g} operations, {self.waves} waves)"
         )
 
+    def _repr_html_(self) -> str:
+        from ..report.notebook import html_of_plan
+
+        return html_of_plan(self)
+
     def __str__(self) -> str:
         return self.to_text()
 

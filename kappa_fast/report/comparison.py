@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ..texts import printable
-from .table import check_limit, format_interval, format_number, shorten, to_plain_text
+from .names import shorten_names
+from .table import check_limit, format_interval, format_number, to_plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -42,17 +43,18 @@ class ComparisonTable:
         from rich.table import Table
         from rich.text import Text
 
-        rows = list(self._rows())
+        rows = list(self.rows())
         if rows:
             room = max(_LEAST, options.max_width - _OTHERS)
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
             table.add_column(Text("tensor", "bold"), no_wrap=True, max_width=room)
             for header in ("before", "after", "ratio", "at least"):
                 table.add_column(Text(header, "bold"), justify="right", no_wrap=True)
-            for change in rows:
-                table.add_row(Text(shorten(printable(change.key), room)), *map(Text, _cells(change)))
+            names = shorten_names([change.key for change in rows], room)
+            for name, change in zip(names, rows, strict=True):
+                table.add_row(*map(Text, (name, *cells_of_change(change))))
             yield table
-        yield from map(Text, self._lines(len(rows)))
+        yield from map(Text, self.lines(len(rows)))
 
     def to_text(self, width: int = 100) -> str:
         """The same as text without colors.
@@ -62,7 +64,8 @@ class ComparisonTable:
         """
         return to_plain_text(self, width)
 
-    def _rows(self) -> Iterator[Change]:
+    def rows(self) -> Iterator[Change]:
+        """The changes that the table shows."""
         for direction in _DIRECTIONS:
             yield from self._visible(direction)[: self.limit]
 
@@ -71,7 +74,8 @@ class ComparisonTable:
         moved = self.comparison.moved(direction)
         return [change for change in moved if change.at_least > 1 or change.size >= _VISIBLE]
 
-    def _lines(self, shown: int) -> Iterator[str]:
+    def lines(self, shown: int) -> Iterator[str]:
+        """What stands below ``shown`` rows."""
         c = self.comparison
         counts = c.counts
         moved = sum(len(self._visible(direction)) for direction in _DIRECTIONS)
@@ -117,7 +121,8 @@ def _few(items: Sequence[T], limit: int | None) -> Sequence[T]:
     return items if limit is None else items[:limit]
 
 
-def _cells(change: Change) -> Sequence[str]:
+def cells_of_change(change: Change) -> Sequence[str]:
+    """All that follows the name."""
     a, b = change.before, change.after
     shown = [format_interval(e) if e.status == "ok" and math.isfinite(e.upper) else _point(e.kappa) for e in (a, b)]
     return (*shown, _factor(change.ratio), "-" if change.at_least == 1 else _factor(change.at_least))

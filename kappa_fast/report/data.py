@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
+from ..serialize import thaw
 from ..sources.names import in_model_order
 from .colors import viridis
 from .grid import color_range, make_grid
@@ -118,10 +119,13 @@ def _selection(ranking: Ranking, selection: Selection) -> dict[str, Any]:
 def _code(selection: Selection) -> str:
     """The call that made the selection; "" where its settings do not tell."""
     settings = selection.settings
-    if "budget" not in settings or "value" not in settings:
+    if not selection.budgets:
         return ""
-    arguments = [f"{settings['budget']}={settings['value']!r}"]
+    arguments = [f"{name}={value!r}" for name, value in selection.budgets.items()]
     arguments += ["per_group=True"] if settings.get("per_group") else []
+    arguments += ["fill=True"] if settings.get("fill") else []
+    given = {name: thaw(settings[name]) for name in ("include", "exclude") if name in settings}
+    arguments += [f"{name}={patterns!r}" for name, patterns in given.items()]
     arguments += [f"unit={settings['unit']!r}"] if settings.get("unit", "matrix") != "matrix" else []
     calls = [f"ranking.select({', '.join(arguments)})"]
     for name, patterns in (("including", selection.include), ("excluding", selection.exclude)):

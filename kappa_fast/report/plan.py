@@ -40,20 +40,20 @@ class PlanTable:
         from rich.table import Table
         from rich.text import Text
 
-        shown = self.plan.groups[: self.limit]
+        shown = list(self.rows())
         if shown:
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
             table.add_column(Text("to be ranked", "bold"), overflow="fold")
             for header in ("shape", "dtype", "number", "weights", "Gop", "share"):
                 table.add_column(Text(header, "bold"), justify="right", no_wrap=True)
-            for cells in map(self._row, shown):
+            for cells in shown:
                 table.add_row(*map(Text, cells))
             yield table
-        yield from map(Text, self._counts(len(shown)))
+        yield from map(Text, self.counts())
         facts = Table.grid(padding=(0, 2, 0, 0))
         facts.add_column(no_wrap=True)
         facts.add_column(overflow="fold")
-        for what, text in self._lines():
+        for what, text in self.lines():
             facts.add_row(Text(what, "bold"), Text(text))
         yield facts
 
@@ -64,6 +64,10 @@ class PlanTable:
             OptionError: less than 60 columns.
         """
         return to_plain_text(self, width)
+
+    def rows(self) -> Iterator[Sequence[str]]:
+        """The cells of the table."""
+        yield from map(self._row, self.plan.groups[: self.limit])
 
     def _row(self, group: PlannedGroup) -> Sequence[str]:
         return (
@@ -76,15 +80,17 @@ class PlanTable:
             f"{100 * group.operations / (self.plan.operations or 1):.0f}%",
         )
 
-    def _counts(self, shown: int) -> Iterator[str]:
-        plan = self.plan
+    def counts(self) -> Iterator[str]:
+        """What stands below the table."""
+        plan, shown = self.plan, len(self.plan.groups[: self.limit])
         if len(plan.groups) > shown:
             rest = plan.groups[shown:]
             yield f"... {len(rest)} more kinds, {sum(g.count for g in rest):,} matrices"
         yield f"{plan.count:,} matrices to be ranked, {len(plan.skipped):,} parameters skipped"
         yield from skipped_lines(plan.skipped)
 
-    def _lines(self) -> Iterator[Line]:
+    def lines(self) -> Iterator[Line]:
+        """What it would take."""
         plan = self.plan
         share = f" ({100 * plan.numel / plan.num_parameters:.0f}%)" if plan.num_parameters else ""
         yield "weights", f"{format_amount(plan.numel)} of {format_amount(plan.num_parameters)}{share}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ..entries import TensorKappa
 from ..errors import OptionError
 from ..texts import printable
+from .names import shorten_names
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, ConsoleRenderable, JustifyMethod, RenderableType, RichCast
@@ -25,7 +26,7 @@ _MIN_TAIL = 8
 _MIN_WIDTH = 60
 _MAX_FORMAT = 8
 _RIGHT = ("#", "score", "kappa", "sens.")
-_DISPENSABLE = ("method", "sens.", "dtype")
+_DISPENSABLE = ("method", "sens.", "dtype", "proven")  # in the order in which they make room for names
 _STYLES = {"ok": "", "rank_deficient": "yellow", "bounded": "dim", "non_finite": "red"}
 
 
@@ -53,7 +54,7 @@ class RankingTable:
         from rich.text import Text
 
         shown = self.ranking.entries[: self.limit]
-        columns, gap, room = _fit(self._columns(shown), options.max_width)
+        columns, gap, room = _fit(self.columns(shown), options.max_width)
         table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
         for header in columns:
             justify: JustifyMethod = "right" if header in _RIGHT else "left"
@@ -64,7 +65,7 @@ class RankingTable:
             table.add_row(*map(Text, cells), style=_STYLES[entry.status])
         if shown:
             yield table
-        yield from map(Text, self._summary(len(shown)))
+        yield from map(Text, self.lines(len(shown)))
         if formats := self._formats():
             yield Text(shorten(formats, options.max_width), no_wrap=True, overflow="crop")
 
@@ -76,7 +77,8 @@ class RankingTable:
         """
         return to_plain_text(self, width)
 
-    def _columns(self, shown: Sequence[TensorKappa]) -> dict[str, list[str]]:
+    def columns(self, shown: Sequence[TensorKappa]) -> dict[str, list[str]]:
+        """The cells of these entries by the header of their column, in full length."""
         columns = {
             "#": [str(i) for i in range(1, len(shown) + 1)],
             "tensor": [printable(entry.key) for entry in shown],
@@ -99,7 +101,8 @@ class RankingTable:
         listed = "; ".join(f"{count} {printable(name)}" for name, count in found.most_common())
         return f"* dequantized: {listed}" if listed else ""
 
-    def _summary(self, shown: int) -> Iterable[str]:
+    def lines(self, shown: int) -> Iterable[str]:
+        """What stands below ``shown`` rows."""
         ranking = self.ranking
         if len(ranking) > shown:
             yield f"... {len(ranking) - shown} more"
@@ -148,7 +151,10 @@ def _short_dtype(entry: TensorKappa) -> str:
 
 
 def _fit(columns: dict[str, list[str]], width: int) -> tuple[dict[str, list[str]], int, int]:
-    """The columns that fit into ``width``, the gap between them (2 where all fits, else 1), and the room for keys."""
+    """The columns that fit into ``width``, the gap between them (2 where all fits, else 1), and the room for keys.
+
+    Columns give way to names, and names are shortened where that is not enough.
+    """
     kept = dict(columns)
     longest = max(map(len, ("tensor", *columns["tensor"])))
 
@@ -158,10 +164,10 @@ def _fit(columns: dict[str, list[str]], width: int) -> tuple[dict[str, list[str]
 
     gap = 2 if room(2) >= longest else 1
     for header in _DISPENSABLE:
-        if room(gap) < min(longest, _MIN_NAME):
+        if room(gap) < longest:
             del kept[header]
     left = max(room(gap), _MIN_NAME)
-    kept["tensor"] = [shorten(key, left) for key in columns["tensor"]]
+    kept["tensor"] = shorten_names(columns["tensor"], left)
     return kept, gap, left
 
 
