@@ -34,7 +34,7 @@ MOST_PATTERNS = 1024  # of them in one list; names without wildcards do not coun
 
 # Of the header of a GGUF file.
 MOST_PAIRS = 1 << 16  # keys and values; 100 seen
-MOST_STRINGS = 1 << 23  # in all arrays together; 800,000 seen
+MOST_STRINGS = 1 << 22  # in all arrays together; 800,000 seen
 
 
 def check_limit(where: str | Path, field: str, found: int, limit: int) -> None:

@@ -12,6 +12,8 @@ import struct
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from ..limits import MOST_PAIRS, MOST_STRINGS, MOST_TENSORS
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
@@ -71,6 +73,8 @@ def read_header(stream: BinaryIO, size: int) -> Header:
     alignment = ALIGNMENT
     texts: dict[str, str] = {}
     counts: dict[str, int] = {}
+    _limit("the number of keys", pairs, MOST_PAIRS)
+    _limit("the number of tensors", tensors, MOST_TENSORS)
     reader.expect(pairs, 8 + 4 + 1)
     for _ in range(pairs):
         key, kind = reader.text(), reader.number("I")
@@ -101,11 +105,17 @@ def read_header(stream: BinaryIO, size: int) -> Header:
     )
 
 
+def _limit(field: str, found: int, limit: int) -> None:
+    if found > limit:
+        raise ValueError(f"{field} is {found:,}, and more than {limit:,} are taken for damage or an attack")
+
+
 class _Reader:
     """Little-endian numbers and strings, one after the other."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self._size, self.position = stream, size, 0
+        self._texts = 0  # passed over
 
     def expect(self, count: int, least: int) -> None:
         """Refuse a count of items of at least so many bytes that the rest of the file cannot hold."""
@@ -135,13 +145,28 @@ class _Reader:
         self._stream.seek(count, io.SEEK_CUR)
         self.position += count
 
+    def skip_texts(self, count: int) -> None:
+        """A vocabulary: hundreds of thousands of words, so nothing is done here that need not be."""
+        self._texts += count
+        _limit("the number of texts in arrays", self._texts, MOST_STRINGS)
+        self.expect(count, 8)
+        read, unpack, position = self._stream.read, struct.Struct("<Q").unpack, self.position
+        for _ in range(count):
+            (length,) = unpack(read(8).ljust(8, b"\xff"))  # beyond the end: a length that nothing has
+            position += 8 + length
+            if position > self._size:
+                raise ValueError("it ends within its header")
+            if length < LONGEST_NAME:
+                read(length)
+            else:
+                self._stream.seek(length, io.SEEK_CUR)
+        self.position = position
+
     def skip_value(self, kind: int) -> None:
         if kind == _ARRAY:
             inner, count = self.number("I"), self.number("Q")
             if inner == _STRING:
-                self.expect(count, 8)
-                for _ in range(count):
-                    self.skip(self.number("Q"))
+                self.skip_texts(count)
                 return
             self.skip(count * self._size_of(inner))
         elif kind == _STRING:
