@@ -9,7 +9,7 @@ from typing import Any, get_args
 from .entries import TensorKappa
 from .units import UnitName
 
-Budgets = Mapping[str, tuple[str, Callable[[Any], bool]]]  # what select() takes: in words, and a check
+Budgets = Mapping[str, tuple[str, Callable[[Any], bool]]]  # by name: what there may be, in words, and a check
 
 
 def contradiction(entry: TensorKappa) -> str | None:
@@ -79,4 +79,60 @@ def contradicted_budget(
         return f"it holds {len(listed)} matrices, more than num_tensors={value}"
     if budget == "max_params" and isinstance(value, int) and sum(e.numel for e in listed) > value:
         return f"it holds {sum(e.numel for e in listed)} weights, more than max_params={value}"
+    return None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and all(map(check, value))
+
+
+def _object_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Mapping) and all(map(check, value.values()))
+
+
+# What rank() writes, as far as something reads it again: the kind of value in words, and a check.
+_TEXT = ("a text or null", lambda value: value is None or _is_text(value))
+_TEXTS = ("a list of texts", _list_of(_is_text))
+_OBJECT = ("an object", lambda value: isinstance(value, Mapping))
+_COUNTS = ("an object with counts", _object_of(_is_count))
+_NUMBER = ("a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool))
+_SOURCE: Budgets = {
+    **dict.fromkeys(("kind", "path", "id", "revision", "class", "model_type", "format", "fingerprint"), _TEXT),
+    **dict.fromkeys(("files", "read_directly"), _TEXTS),
+    "quantization": _COUNTS,
+    "layouts": ("an object with texts", _object_of(_is_text)),
+    "evidence": _OBJECT,
+    "computed": ("an object with lists of texts", _object_of(_list_of(_is_text))),
+}
+_METADATA: Budgets = {
+    **dict.fromkeys(("versions", "settings", "source"), _OBJECT),
+    **dict.fromkeys(("work", "cache"), _COUNTS),
+    "backend": _TEXT,
+    "device": _TEXTS,
+    "threads": ("a count", _is_count),
+    "num_parameters": ("a count", _is_count),
+    "seconds": _NUMBER,
+    "partial": ("true or false", lambda value: isinstance(value, bool)),
+}
+
+
+def wrong_metadata(metadata: Mapping[str, Any]) -> str | None:
+    """What of the metadata of a ranking, or of the settings of a selection, is none; None if nothing is.
+
+    What kappa_fast does not know is the writer's own affair.
+    """
+    source = metadata.get("source")
+    for place, values, known in (("", metadata, _METADATA), ("source.", source, _SOURCE)):
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            expected, is_valid = known.get(name, ("", lambda _: True))
+            if not is_valid(value):
+                return f"'{place}{name}' is {str(value)[:60]!r}, not {expected}"
     return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from . import serialize
-from .consistency import contradicted_score
+from .consistency import contradicted_score, wrong_metadata
 from .entries import Skipped, Status, TensorKappa
 from .errors import OptionError, RankingFileError, missing_extra
 from .selecting import select
@@ -252,6 +252,8 @@ class Ranking(Sequence[TensorKappa]):
         entries = serialize.decode_entries(document.get("entries"), file)
         skipped = serialize.decode_skipped(document.get("skipped"), file)
         metadata = serialize.get_object(document, "metadata", file)
+        if (strange := wrong_metadata(metadata)) is not None:
+            raise RankingFileError(f"{file}: {strange}; write it again with to_json()")
         if (wrong := contradicted_score(entries, metadata.get("settings"))) is not None:
             raise RankingFileError(
                 f"{file} contradicts itself: it is ranked by kappa, and the score of {wrong.key!r} is {wrong.score!r} "

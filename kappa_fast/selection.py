@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import serialize
 from .budgets import BUDGETS, is_count
-from .consistency import contradicted_budget
+from .consistency import contradicted_budget, wrong_metadata
 from .entries import TensorKappa
 from .errors import OptionError, RankingFileError
 from .patterns import Pattern, PatternError
@@ -300,6 +300,8 @@ class Selection:
             )
         except OptionError as error:
             raise RankingFileError(f"{file}: {error}") from error
+        if (strange := wrong_metadata(selection.settings)) is not None:
+            raise RankingFileError(f"{file}: {strange}; write it again with to_json()")
         certain = selection.boundary_certain
         wrong = contradicted_budget(selection.entries, selection.settings, certain, BUDGETS)
         if wrong is not None:

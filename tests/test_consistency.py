@@ -90,6 +90,33 @@ def test_a_selection_that_its_budget_contradicts_is_refused(settings, certain, m
         Selection.from_json(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("source", "x", "'source' is 'x', not an object"),
+        ("source", {"computed": {"a": "b"}}, "'source.computed' is .*, not an object with lists of texts"),
+        ("source", {"path": ["x"]}, "'source.path' is .*, not a text or null"),
+        ("source", {"read_directly": [1]}, "'source.read_directly' is .*, not a list of texts"),
+        ("source", {"quantization": {"fp8": "x"}}, "'source.quantization' is .*, not an object with counts"),
+        ("settings", [1], "'settings' is .*, not an object"),
+        ("num_parameters", "many", "'num_parameters' is 'many', not a count"),
+        ("partial", 1, "'partial' is '1', not true or false"),
+        ("seconds", "x", "'seconds' is 'x', not a number"),
+    ],
+)
+def test_metadata_of_another_kind_than_rank_writes_is_refused(name, value, message, tmp_path):
+    Ranking(ENTRIES, (), {"own": [1], "source": {"own": 2, "path": None}}).to_json(tmp_path / "r.json")
+    assert Ranking.from_json(tmp_path / "r.json").metadata["own"] == (1,)
+    path = rewritten(tmp_path / "r.json", lambda raw: raw["metadata"].update({name: value}))
+    with pytest.raises(RankingFileError, match=message):
+        Ranking.from_json(path)
+    if name == "source":
+        Selection((ENTRIES[0],), True, {"source": {"kind": "file"}}).to_json(tmp_path / "s.json")
+        path = rewritten(tmp_path / "s.json", lambda raw: raw["settings"].update({name: value}))
+        with pytest.raises(RankingFileError, match=message):
+            Selection.from_json(path)
+
+
 @pytest.mark.parametrize("entry", ENTRIES[2:])
 def test_a_selection_of_what_no_budget_selects_is_refused(entry, tmp_path):
     Selection((entry,), True, {}).to_json(tmp_path / "s.json")
