@@ -224,13 +224,22 @@ class Ranking(Sequence[TensorKappa]):
 
         return compare(self, other)
 
-    def to_json(self, path: str | os.PathLike[str]) -> None:
+    def to_json(self, path: str | os.PathLike[str], *, relative: bool = False) -> None:
         """Write the ranking to a file, replacing it all at once.
+
+        The file says where the weights were, as ``rank()`` was told: an absolute path may name people and machines.
+
+        Args:
+            path: where to write it.
+            relative: write the path of the source as it is from the folder of the file, for files that are shared.
 
         Raises:
             RankingFileError: the file cannot be written.
         """
-        serialize.write_document(path, self._document())
+        document = self._document()
+        if relative:
+            serialize.make_relative(document["metadata"], path)
+        serialize.write_document(path, document)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Ranking:

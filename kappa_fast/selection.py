@@ -268,13 +268,21 @@ class Selection:
         parts.append("boundary certain" if self.boundary_certain else "boundary uncertain")
         return printable(f"Selection({'; '.join(parts)})")
 
-    def to_json(self, path: str | os.PathLike[str]) -> None:
+    def to_json(self, path: str | os.PathLike[str], *, relative: bool = False) -> None:
         """Write the selection to a file, replacing it all at once.
+
+        Args:
+            path: where to write it.
+            relative: write the path of the ranked weights as it is from the folder of the file, for files that are
+                shared; an absolute one may name people and machines.
 
         Raises:
             RankingFileError: the file cannot be written.
         """
-        serialize.write_document(path, self._document())
+        document = self._document()
+        if relative:
+            serialize.make_relative(document["settings"], path)
+        serialize.write_document(path, document)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Selection:

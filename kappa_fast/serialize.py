@@ -242,6 +242,20 @@ def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) ->
     write_text(path, f"{{\n{body}\n}}\n")
 
 
+def make_relative(metadata: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Change the path of the source in plain metadata to the way there from the folder of a file; ids stay."""
+    source = metadata.get("source")
+    if isinstance(source, dict) and isinstance(source.get("path"), str):
+        folder = os.path.dirname(os.path.abspath(path))
+        if "id" in source:  # of the hub, whose cache is somewhere in a home
+            source["path"] = source["id"]
+        else:
+            try:
+                source["path"] = Path(os.path.relpath(source["path"], folder)).as_posix()
+            except ValueError:  # on another drive of Windows
+                source["path"] = os.path.basename(source["path"])
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text all at once, see ``writing.write_bytes``.
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from .errors import OptionError
+from .memory import headroom
 
 T = TypeVar("T")
 
@@ -48,6 +49,8 @@ def parse_bytes(value: int | str | None) -> int | None:
 def default_budget(device: torch.device) -> int:
     """Bytes that a wave may take: most of what is free on an accelerator; on a CPU up to a quarter of it.
 
+    On a CPU no more counts as free than the control groups and limits of the process leave it.
+
     On an accelerator what torch's allocator holds without using it is free as well; and while it is near enough, what
     an earlier run was given is given again, so that a second run cuts the same waves as the first.
     """
@@ -63,6 +66,8 @@ def default_budget(device: torch.device) -> int:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (ValueError, OSError):  # macOS does not tell
         free = LARGEST_DEFAULT
+    left = headroom()
+    free = free if left is None else min(free, left)
     return min(free // 4, max(LARGEST_DEFAULT, SHARE * torch.get_num_threads()))
 
 

@@ -331,3 +331,25 @@ def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path, monkeypatch):
         with pytest.raises(RankingFileError, match=r"cannot write .*: it is a device or a pipe; give the name"):
             Ranking([]).to_json(path)
     assert sorted(tmp_path.iterdir()) == [link, pipe]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ({"path": "HERE/models/m.safetensors"}, "../models/m.safetensors"),
+        ({"path": "HERE/hub/models--org--name/snapshots/0", "id": "org/name"}, "org/name"),
+        ({"kind": "mapping"}, None),
+    ],
+)
+def test_a_file_to_be_shared_says_nothing_of_where_it_was_written(source, expected, tmp_path):
+    (tmp_path / "shared").mkdir()
+    known = {key: value.replace("HERE", str(tmp_path)) for key, value in source.items()}
+    ranking = Ranking([make_entry("a")], (), {"source": known})
+    selection = Selection(ranking.entries, True, {"source": known})
+    for written, where in ((ranking, "metadata"), (selection, "settings")):
+        written.to_json(tmp_path / "shared" / "f.json", relative=True)
+        text = (tmp_path / "shared" / "f.json").read_text()
+        assert str(tmp_path) not in text
+        assert json.loads(text)[where]["source"].get("path") == expected
+        written.to_json(tmp_path / "shared" / "f.json")
+        assert json.loads((tmp_path / "shared" / "f.json").read_text())[where]["source"] == known

@@ -57,6 +57,9 @@ def rank(
         str | None, typer.Option(metavar="DIR", help="Where to keep them instead of the user's cache directory.")
     ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the ranking to this file.")] = None,
+    relative: Annotated[
+        bool, typer.Option("--relative", help="In the --json FILE, write the path of the weights relative to it.")
+    ] = False,
     limit: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 40,
     all_rows: Annotated[bool, typer.Option("--all", help="All rows of the table, whatever --limit says.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log.")] = False,
@@ -67,6 +70,8 @@ def rank(
     same command goes on from there.
     """
     with outcome(debug):
+        if relative and json is None:
+            raise OptionError("--relative is about the --json FILE: give one")
         count = None if top is None else count_or_share(top, "--top")
         if json is not None:
             check_writable(json)
@@ -94,9 +99,9 @@ def rank(
                 progress=progress,
             )
         except Interrupted as stop:
-            raise _kept(stop, json) from stop
+            raise _kept(stop, json, relative) from stop
         if json is not None:
-            ranking.to_json(json)
+            ranking.to_json(json, relative=relative)
         _print(ranking, None if all_rows else limit)
         for line in summary(ranking, rtol):
             typer.echo(printable(line))
@@ -154,7 +159,7 @@ def check_writable(path: Path, what: str = "ranking") -> None:
         ) from error
 
 
-def _kept(stop: Interrupted, json: Path | None) -> Interrupted:
+def _kept(stop: Interrupted, json: Path | None, relative: bool) -> Interrupted:
     """The same interruption, with what became of the partial ranking."""
     done = str(stop).partition(" (")[0]
     again = "; the same command goes on from there" if stop.resumable else ""
@@ -162,7 +167,7 @@ def _kept(stop: Interrupted, json: Path | None) -> Interrupted:
         return Interrupted(done + (again or "; --json FILE would have kept them"), stop.partial)
     if not len(stop.partial):
         return Interrupted(f"{done}; {json} was not written", stop.partial)
-    stop.partial.to_json(json)
+    stop.partial.to_json(json, relative=relative)
     return Interrupted(f"{done} and written to {json}, marked as partial{again}", stop.partial)
 
 
