@@ -101,12 +101,19 @@ def test_every_make_target_in_it_exists(readme, root):
         "CONTRIBUTING.md",
         "docs/caching.md",
         "docs/checkpoints.md",
+        "docs/security.md",
     ],
 )
 def test_every_local_link_leads_to_a_file(document, root):
     file = root / document
     links = re.findall(r"\]\((?!https?:)([^)#]+)", file.read_text())
     assert [link for link in links if not (file.parent / link).exists()] == []
+
+
+def test_every_test_that_the_page_on_security_names_exists(root):
+    named = set(re.findall(r"\b(?:test_\w+|mutants)\.py", (root / "docs" / "security.md").read_text()))
+    assert len(named) >= 10
+    assert [name for name in sorted(named) if not (root / "tests" / name).exists()] == []
 
 
 def test_every_file_that_the_design_names_exists(root):
