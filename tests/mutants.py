@@ -394,7 +394,7 @@ def not_of(entry: kappa_fast.TensorKappa, values: np.ndarray) -> str | None:
     largest = np.abs(values).max(initial=0.0)
     if largest == 0:
         return None if entry.status == "rank_deficient" else f"{entry.key!r} is zero and {entry.status}"
-    sigma = np.linalg.svd(values / 2.0 ** math.frexp(largest)[1], compute_uv=False)
+    sigma = np.linalg.svd(np.ldexp(values, -math.frexp(largest)[1]), compute_uv=False)
     kappa = sigma[0] / sigma[-1] if sigma[-1] > 0 else math.inf
     slack = 1e-9 + kappa * 1e-14  # what LAPACK itself may be off by
     if entry.status == "rank_deficient":
