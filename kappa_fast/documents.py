@@ -33,7 +33,7 @@ def read_document(path: Path, limit: int, most_values: int = MOST_VALUES) -> Any
     return parsed(content, path, most_values)
 
 
-def parsed(content: bytes, path: Path, most_values: int = MOST_VALUES) -> Any:
+def parsed(content: bytes, path: str | Path, most_values: int = MOST_VALUES) -> Any:
     """What JSON says that came from there.
 
     Raises:

@@ -5,6 +5,7 @@ From the disk they come into the cache of the operating system, which takes no m
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -134,7 +135,8 @@ def read_ahead(
                 chosen = matrices(wave)
                 coming.append((wave, sum(matrix.nbytes for matrix in chosen)))
                 total += coming[-1][1]
-                pool.submit(prefetch, [matrix.prefetch for matrix in chosen if matrix.prefetch is not None])
+                with contextlib.suppress(RuntimeError):  # the system starts no thread: nothing is read ahead
+                    pool.submit(prefetch, [matrix.prefetch for matrix in chosen if matrix.prefetch is not None])
             if not coming:
                 return
             wave, size = coming.popleft()

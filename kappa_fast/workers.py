@@ -16,6 +16,8 @@ from typing import TypeVar
 
 import torch
 
+from .errors import ComputeError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -30,6 +32,14 @@ def usual_threads() -> int:
     """The number of threads that torch uses in this thread, never what another run has just said for its workers."""
     with _beginning:
         return torch.get_num_threads()
+
+
+def no_thread(error: RuntimeError) -> ComputeError:
+    """What to say where the system starts no thread."""
+    return ComputeError(
+        f"the system starts no thread ({error}): raise the limits of the process (ulimit -u, ulimit -v), or ask for "
+        "fewer threads with torch.set_num_threads()"
+    )
 
 
 def stopping() -> bool:
@@ -70,6 +80,8 @@ def each_on_one_thread(task: Callable[[T], R], items: Sequence[T]) -> Generator[
             try:
                 futures = {pool.submit(task, item): item for item in items}
                 begun.wait()
+            except RuntimeError as error:
+                raise no_thread(error) from error
             finally:
                 begun.abort()
                 torch.set_num_threads(threads)

@@ -20,6 +20,11 @@ from pathlib import Path
 
 import torch
 
+from ..documents import read_document
+from ..errors import RankingFileError
+from ..limits import LARGEST_CONFIG
+from ..writing import make_folders, write_bytes
+
 log = logging.getLogger("kappa_fast")
 
 T = 1e12
@@ -119,15 +124,14 @@ def _kept(name: str, start: Rates, measure: Callable[[], Rates], directory: Path
     if name in known:
         return known[name]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folders(directory, 0o700)
         if not os.access(directory, os.W_OK):
             return start
         found = measure()
         known = {**_read(path), name: found}
-        written = path.with_suffix(f".{os.getpid()}")
-        written.write_text(json.dumps({key: asdict(value) for key, value in known.items()}, indent=1))
-        os.replace(written, path)
-    except (OSError, RuntimeError) as error:
+        document = {key: asdict(value) for key, value in known.items()}
+        write_bytes(path, json.dumps(document, indent=1).encode())
+    except (OSError, RuntimeError, RankingFileError) as error:
         log.info("rates of %s are taken as published (%s)", name, error)
         return start
     return found
@@ -136,7 +140,7 @@ def _kept(name: str, start: Rates, measure: Callable[[], Rates], directory: Path
 def _read(path: Path) -> dict[str, Rates]:
     """What a file holds; nothing where it is missing, or is not what this version writes."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        found = {str(key): Rates(**value) for key, value in json.loads(path.read_text()).items()}
+        found = {str(key): Rates(**value) for key, value in read_document(path, LARGEST_CONFIG).items()}
         if all(math.isfinite(x) and x > 0 for rates in found.values() for x in asdict(rates).values()):
             return found
     return {}

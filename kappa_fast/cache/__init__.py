@@ -245,7 +245,7 @@ class ResultCache:
         if self._journal is None and self._failure is None:
             try:
                 self._journal = Journal(self._home / "journals", _header(), self._settle)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # the latter where the system starts no thread
                 self._failure = error
         return self._journal
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -148,9 +149,11 @@ def check_writable(path: Path, what: str = "ranking") -> None:
         OptionError: it is no name of a file.  RankingFileError: nothing can be written there.
     """
     target = Path(os.path.realpath(path))
-    if path.name == "-" or (target.exists() and not target.is_file()):
+    if path.name == "-" or (os.path.exists(target) and not os.path.isfile(target)):
         raise OptionError(f"--json {path}: give the name of a file to write the {what} to")
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(target)  # a name may be too long for any file
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:

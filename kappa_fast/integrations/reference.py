@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ..documents import read_document
 from ..errors import OptionError, missing_extra
+from ..limits import LARGEST_CONFIG
 from ..optimizer import wrap_with
 from ..selection import Selection
 from ..serialize import write_text
@@ -115,12 +117,12 @@ def analyze(model: nn.Module, max_dim_size_to_analyze: int | None = None) -> dic
 def _stored(condition_file: str, model: nn.Module) -> dict[str, float] | None:
     """What the file says, None if there is none or it is damaged."""
     path = Path(condition_file)
-    if not path.exists():
-        return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_document(path, LARGEST_CONFIG)
         numbers = {str(name): float(value) for name, value in raw.items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError) as error:
         log.warning("%s cannot be read (%s): the model is analyzed again", condition_file, error)
         return None
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}

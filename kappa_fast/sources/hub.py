@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ..documents import read_document
 from ..errors import KappaError, SourceError, SourceNotFoundError, missing_extra
 from ..limits import LARGEST_INDEX, MOST_VALUES_OF_INDEX
-from ..texts import warn
+from ..texts import warn, without_secrets
 from .checkpoint import INDEX, PICKLED, SINGLE, check_files
 from .quantized.config import FILES as QUANTIZATION_FILES
 from .shards import is_index
@@ -77,7 +77,7 @@ def snapshot(wanted: HubId, quiet: bool = False) -> Path:
         raise
     except Exception as error:  # of huggingface_hub, of the HTTP client that it happens to use, of the disk
         if usable is None:
-            raise explained(wanted, cached.lacking, error) from error
+            raise explained(wanted, cached.lacking, error) from without_secret(error)
         warn(
             f"{wanted} is ranked as it is in the cache ({usable}): its files have neither an index nor numbers, so "
             "only the hub can say whether one is missing, and it did not answer",
@@ -221,6 +221,16 @@ def explained(wanted: HubId, lacking: SourceError | None, error: Exception) -> S
     if lacking is not None:
         return SourceError(f"{wanted} is not complete in the cache ({lacking}), and {away}")
     return SourceNotFoundError(f"{wanted} is neither a path nor in the cache of the hub, and {away}")
+
+
+def without_secret(error: Exception) -> Exception | None:
+    """The error as a cause; None if its text has a password or a token in it, which a traceback would show."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if without_secrets(str(seen)) != str(seen):
+            return None
+        seen = seen.__cause__ or seen.__context__
+    return error
 
 
 class _Quiet:

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from ..errors import SourceError
+from ..texts import without_secrets
 from .base import Inventory
 from .checkpoint import read_checkpoint, stays_inside
 from .files import DataFile
-from .hub import HubId, explained, library, listed_shards, look_in_cache, small_files, wanted_files
+from .hub import HubId, explained, library, listed_shards, look_in_cache, small_files, wanted_files, without_secret
 from .shards import is_index
 
 FIRST = 100_000  # bytes of a file that are asked for at once: most headers are shorter
@@ -65,7 +66,7 @@ def headers_of(wanted: HubId) -> Inventory | None:
     except Exception as error:  # of huggingface_hub, of the HTTP client that it happens to use, of the disk
         if usable is not None:
             return None  # it may be complete: ranked, it would be used with a warning
-        raise explained(wanted, cached.lacking, error) from error
+        raise explained(wanted, cached.lacking, error) from without_secret(error)
 
 
 class _Remote:
@@ -225,7 +226,7 @@ class _RemoteFile(DataFile):
         try:
             content = self._fetch(offset, len(view))
         except Exception as error:  # of the HTTP client
-            raise OSError(f"the hub did not give it: {error}") from error
+            raise OSError(f"the hub did not give it: {without_secrets(str(error))}") from without_secret(error)
         if len(content) != len(view):
             raise OSError(f"the hub gave {len(content)} bytes of {len(view)}")
         view[:] = content

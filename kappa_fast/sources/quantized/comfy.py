@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...documents import parsed
 from ...errors import SourceError
 from ..base import Stored
 from .recipe import Candidate, Recipe, refuse
@@ -96,10 +97,12 @@ def joined(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 def _object(where: str, text: bytes) -> Mapping[str, Any]:
     try:
-        found = json.loads(text)
+        found = parsed(text, where)
         if not isinstance(found, Mapping):
             raise TypeError("no JSON object")
-    except (ValueError, TypeError, RecursionError) as error:
+    except SourceError:
+        raise
+    except (ValueError, TypeError) as error:
         raise SourceError(
             f"{where} should say how weights were quantized, and is damaged ({error}): download the file again"
         ) from error

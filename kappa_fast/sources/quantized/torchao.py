@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...documents import parsed
 from ...entries import Index
 from ...errors import SourceError, missing_extra
 from .. import codes
@@ -106,11 +106,13 @@ class Torchao:
 
 def _description(name: str, said: str) -> Mapping[str, Any]:
     try:
-        description = json.loads(said)
+        description = parsed(said.encode("utf-8", "surrogatepass"), name)
         kind, parts = description["_type"], description["_tensor_data_names"]
         if not isinstance(kind, str) or not isinstance(parts, list) or not isinstance(description["_data"], dict):
             raise TypeError("no description of a tensor")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except SourceError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise _unreadable(name, error) from error
     return description
 
