@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from .comparison import Comparison
     from .report.table import RankingTable
+    from .series import Series
 
 # Entries that are known come first, so that the first k of a ranking with top=k are exactly those k.
 _STATUS_ORDER: dict[Status, int] = {"ok": 0, "rank_deficient": 1, "bounded": 2, "non_finite": 3}
@@ -220,9 +221,24 @@ class Ranking(Sequence[TensorKappa]):
         Raises:
             OptionError: ``other`` is no Ranking, or the two have no matrix in common.
         """
-        from .comparison import compare
+        from .comparing import compare
 
         return compare(self, other)
+
+    def series(self, *others: Ranking, labels: Sequence[str] | None = None) -> Series:
+        """Kappa over this ranking and the others, such as those of the checkpoints of a run, in their order.
+
+        Matrices are paired as by ``compare``, each ranking with the latest before it that has the matrix.
+
+        Args:
+            labels: a name for each ranking, this one's first; by default "1", "2", ...
+
+        Raises:
+            OptionError: there are no others, the labels are not as many, or no two rankings share a matrix.
+        """
+        from .series import series
+
+        return series([self, *others], labels)
 
     def to_json(self, path: str | os.PathLike[str], *, relative: bool = False) -> None:
         """Write the ranking to a file, replacing it all at once.
@@ -283,7 +299,10 @@ class Ranking(Sequence[TensorKappa]):
         }
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """One row per entry in order, ``key`` and then every field of TensorKappa as columns.
+        """One row per entry in order: ``key``, then the fields of TensorKappa as values that files of tables can hold.
+
+        ``shape`` is ``rows`` and ``columns``, ``index`` and ``aliases`` are texts ("3, 0:64"; separated by spaces), and
+        ``layer`` is a nullable integer. So the frame goes into parquet, feather, CSV, Excel and databases.
 
         Raises:
             MissingExtraError: pandas is not installed.
@@ -292,9 +311,9 @@ class Ranking(Sequence[TensorKappa]):
             import pandas
         except ImportError as error:
             raise missing_extra("pandas", "dataframe", "Ranking.to_dataframe()") from error
-        names = [item.name for item in fields(TensorKappa)]
-        rows = [[entry.key, *(getattr(entry, name) for name in names)] for entry in self.entries]
-        return pandas.DataFrame(rows, columns=["key", *names])
+        from .report.frames import frame_of
+
+        return frame_of(self.entries, pandas)
 
     def to_html(self, path: str | os.PathLike[str], *, selection: Selection | None = None) -> None:
         """Write a page that shows the ranking: one HTML file that needs no network, replaced all at once.
@@ -316,20 +335,29 @@ class Ranking(Sequence[TensorKappa]):
 
         write_page(self, path, selection)
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Write the heat map of layers and types of matrices as a picture, PNG or SVG as the name of the file ends.
+    def plot(
+        self, path: str | os.PathLike[str] | None = None, *, ax: Any = None, selection: Selection | None = None
+    ) -> Any:
+        """The heat map of layers and types of matrices as a matplotlib Figure, which is returned.
 
-        Several matrices of one type in one layer (experts) show as their geometric mean. The same ranking gives the
-        same bytes with the same version of matplotlib. Neither its backend nor its settings are touched.
+        Several matrices of one type in one layer (experts) show as their geometric mean. Where no matrix has the number
+        of a layer in its name, the lowest are shown as bars. Neither the backend of matplotlib nor its settings are
+        touched.
+
+        Args:
+            path: a file to write it to, PNG, SVG or PDF as its name ends; the same ranking gives the same bytes with
+                the same version of matplotlib.
+            ax: axes to draw into, instead of a figure of its own size.
+            selection: cells say what of them is selected: "25/128" where it is a part.
 
         Raises:
-            OptionError: the name ends in neither .png nor .svg, or no matrix has the number of a layer in its name.
+            OptionError: the name ends in another way, or no matrix has a finite kappa.
             MissingExtraError: matplotlib is not installed.
             RankingFileError: the file cannot be written.
         """
-        from .report.plot import write_plot
+        from .report.plot import plot
 
-        write_plot(self, path)
+        return plot(self, path, ax, selection)
 
     def table(self, limit: int | None = None) -> RankingTable:
         """The first ``limit`` entries (None: all) as something ``rich`` prints, fitted to the width it prints at.

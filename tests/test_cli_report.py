@@ -66,7 +66,7 @@ def test_the_reference_implementations_file_is_read(tmp_path):
         (["--num-tensors", "9"], 2, "reaches beyond what was resolved"),
         (["--max-params", "x"], 2, "--max-params x: give a count"),
         (["--per-group"], 2, "--per-group and --unit go with a budget"),
-        (["--plot", "x.pdf"], 2, "end the name in .png or .svg"),
+        (["--plot", "x.gif"], 2, "end the name in .png, .svg or .pdf"),
         (["-o", "nowhere/x.html"], 1, "cannot write nowhere/x.html: No such file or directory"),
         (["-o", "r.json"], 2, "r.json would be written over r.json"),
         (["-o", "x.svg", "--plot", "x.svg"], 2, "x.svg would be written over r.json or over the page"),

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 import kappa_fast
 from kappa_fast import Ranking, Skipped
 from kappa_fast.cli.demo import find_weights
-from kappa_fast.comparison import Change, _same_size, spearman
+from kappa_fast.comparing import _same_size, spearman
+from kappa_fast.comparison import Change
 from kappa_fast.pairing import pair
 
 

@@ -141,10 +141,12 @@ def test_repr_is_one_short_line():
 
 def test_a_dataframe_has_a_row_per_entry_and_a_column_per_field():
     frame = Ranking(MIXED).to_dataframe()
-    assert list(frame.columns) == ["key", *(item.name for item in fields(TensorKappa))]
+    names = [item.name for item in fields(TensorKappa)]
+    at = names.index("shape")
+    assert list(frame.columns) == ["key", *names[:at], "rows", "columns", *names[at + 1 :]]
     assert list(frame["key"]) == ["k1", "k2", "d1", "b2", "b1", "n1", "n2"]
     assert frame["kappa"][0] == 10.0
-    assert frame["shape"][0] == (32, 16)
+    assert (frame["rows"][0], frame["columns"][0]) == (32, 16)
     assert list(Ranking([]).to_dataframe().columns) == list(frame.columns)
 
 

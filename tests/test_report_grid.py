@@ -114,9 +114,12 @@ def test_what_is_too_much_for_a_picture_is_beside_it(monkeypatch):
     }
 
 
-def test_the_scale_spans_the_finite_kappas():
-    assert color_range(Ranking([*MOE, named("layers.0.x", math.inf), named("layers.1.x", 1e9, bounded)])) == (1, 1024)
-    assert color_range([named("layers.0.x", math.inf)]) == (1, 10)
+def test_the_scale_spans_what_the_cells_show():
+    cells = make_grid([*MOE, named("layers.0.x", math.inf), named("layers.1.x", 1e9, bounded)]).cells
+    shown = [cell.kappa for cell in cells if cell.kappa == cell.kappa]
+    assert color_range(cells) == (min(shown), max(shown))  # of what is shown, not of what is behind a cell
+    assert max(shown) < max(entry.kappa for entry in MOE)
+    assert color_range(make_grid([named("layers.0.x", math.inf)]).cells) == (1, 10)
 
 
 def test_the_colors_are_those_of_viridis_and_rise_in_luminance():

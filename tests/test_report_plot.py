@@ -146,14 +146,46 @@ def test_the_format_follows_the_name_of_the_file(tmp_path):
     PLAIN.plot(str(tmp_path / "x.svg"))
     assert (tmp_path / "x.PNG").read_bytes() == render_plot(PLAIN, "png")
     assert (tmp_path / "x.svg").read_bytes() == render_plot(PLAIN, "svg")
-    for name in ("x.pdf", "x", "png"):
-        with pytest.raises(OptionError, match=rf"cannot plot to .*{name}: end the name in \.png or \.svg"):
+    PLAIN.plot(tmp_path / "x.pdf")
+    assert (tmp_path / "x.pdf").read_bytes() == render_plot(PLAIN, "pdf")
+    assert render_plot(PLAIN, "pdf").startswith(b"%PDF")
+    for name in ("x.gif", "x", "png"):
+        with pytest.raises(OptionError, match=rf"cannot plot to .*{name}: end the name in \.png, \.svg or \.pdf"):
             PLAIN.plot(tmp_path / name)
 
 
-def test_a_ranking_without_layers_is_refused(tmp_path):
-    with pytest.raises(OptionError, match="nothing to plot: no ranked matrix has the number of a layer in its name"):
-        Ranking([make_entry("lm_head.weight")]).plot(tmp_path / "x.png")
+def test_a_ranking_without_layers_is_drawn_as_bars():
+    whole = Ranking([make_entry("lm_head.weight", 3.0), make_entry("embed.weight", 9.0), make_entry("x", math.inf)])
+    texts = svg_texts(render_plot(whole, "svg"))
+    assert {"lm_head.weight", "embed.weight", "kappa"} <= set(texts)
+    with pytest.raises(OptionError, match="nothing to plot: no ranked matrix has a finite kappa"):
+        render_plot(Ranking([make_entry("x", math.inf)]), "svg")
+
+
+def test_the_figure_is_returned_and_can_be_drawn_into_axes():
+    from matplotlib.figure import Figure
+
+    assert isinstance(PLAIN.plot(), Figure)
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    assert PLAIN.plot(ax=left) is figure
+    assert Ranking([make_entry("lm_head.weight", 3.0)]).plot(ax=right) is figure
+    assert len(left.patches) == len(PLAIN)
+    assert len(figure.axes) == 3  # with the color bar
+
+
+def test_cells_say_how_much_of_them_a_selection_takes():
+    experts = [
+        make_entry(f"layers.{layer}.experts.{e}.w", 2.0 + e + layer, layer=layer, group="layers.*.experts.*.w")
+        for layer in range(2)
+        for e in range(8)
+    ]
+    whole = Ranking(experts)
+    texts = svg_texts(render_plot(whole, "svg", whole.select(max_kappa=9.0)))
+    assert "7/8" in texts
+    figure = whole.plot(selection=whole.select(max_kappa=9.0))
+    assert sum(patch.get_linewidth() > 1 for patch in figure.axes[0].patches) == 2
+    assert not any("/" in text for text in svg_texts(render_plot(whole, "svg")))
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):

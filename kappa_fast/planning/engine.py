@@ -151,15 +151,19 @@ class Plan:
         Raises:
             RankingFileError: the file cannot be written.
         """
-        serialize.write_document(path, self._document())
+        serialize.write_document(path, self.document())
 
-    def _document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
+        """The plan as plain JSON."""
+        from ..report.page import title_of
+
         totals = ("count", "numel", "operations", "nbytes", "seconds")
         told = [f.name for f in fields(self) if f.name not in ("groups", "skipped", "settings", "source")]
         return {
             "format": PLAN_FORMAT,
             "version": serialize.VERSION,
             "kappa_fast": __version__,
+            "name": title_of({"source": self.source}),
             **{name: _plain(getattr(self, name)) for name in (*totals, *told)},
             "settings": _plain(dict(self.settings)),
             "source": _plain(dict(self.source)),

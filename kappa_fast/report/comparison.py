@@ -125,10 +125,11 @@ def cells_of_change(change: Change) -> Sequence[str]:
     """All that follows the name."""
     a, b = change.before, change.after
     shown = [format_interval(e) if e.status == "ok" and math.isfinite(e.upper) else _point(e.kappa) for e in (a, b)]
-    return (*shown, _factor(change.ratio), "-" if change.at_least == 1 else _factor(change.at_least))
+    return (*shown, format_factor(change.ratio), "-" if change.at_least == 1 else format_factor(change.at_least))
 
 
-def _factor(value: float) -> str:
+def format_factor(value: float) -> str:
+    """A ratio: "1.52x", "-" where it is not known."""
     return "-" if math.isnan(value) else "inf" if math.isinf(value) else f"{format_number(value, 3)}x"
 
 

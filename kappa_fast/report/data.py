@@ -67,7 +67,7 @@ def page_data(ranking: Ranking, selection: Selection | None) -> dict[str, Any]:
         "parameters": _count_of_parameters(ranking.metadata),
         "partial": bool(ranking.metadata.get("partial")),
         "colors": viridis(),
-        "range": list(color_range(entries)),
+        "range": list(color_range(grid.cells)),
     }
 
 
@@ -113,6 +113,7 @@ def _selection(ranking: Ranking, selection: Selection) -> dict[str, Any]:
         "chosen": sorted(positions[key] for key in selection.keys),
         "certain": selection.boundary_certain,
         "code": _code(selection),
+        "unfit": selection.unfit(),
     }
 
 

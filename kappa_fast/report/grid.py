@@ -131,9 +131,9 @@ def has_finite_kappa(entry: TensorKappa) -> bool:
     return entry.status == "ok" and 0 < entry.kappa < math.inf
 
 
-def color_range(entries: Iterable[TensorKappa]) -> tuple[float, float]:
-    """The smallest and the largest finite kappa, (1, 10) if there is none."""
-    kappas = [entry.kappa for entry in entries if has_finite_kappa(entry)]
+def color_range(cells: Iterable[Cell]) -> tuple[float, float]:
+    """The smallest and the largest kappa that a map of these cells shows, (1, 10) if there is none."""
+    kappas = [cell.kappa for cell in cells if not math.isnan(cell.kappa)]
     return (min(kappas), max(kappas)) if kappas else (1.0, 10.0)
 
 

@@ -7,8 +7,9 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from ..texts import printable
-from .comparison import ComparisonTable, cells_of_change
+from .comparison import ComparisonTable, cells_of_change, format_factor
 from .plan import PlanTable
+from .series import SeriesTable, cell_of
 from .summary import cells_of
 from .table import RankingTable, format_interval, format_number
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..planning import Plan
     from ..ranking import Ranking
     from ..selection import Selection
+    from ..series import Series
     from ..summary import Summary
 
 ROWS = 20  # of a table; notebooks keep what they show
@@ -46,6 +48,13 @@ def html_of_comparison(comparison: Comparison) -> str:
     changes = list(table.rows())
     rows = [(change.key, *cells_of_change(change)) for change in changes]
     return _html(("tensor", "before", "after", "ratio", "at least"), rows, table.lines(len(changes)))
+
+
+def html_of_series(series: Series) -> str:
+    """The matrices that moved most."""
+    rows = series.moved()[:ROWS]
+    cells = [(t.key, *map(cell_of, t.kappas), format_factor(t.ratio)) for t in rows]
+    return _html(("tensor", *series.labels, "ratio"), cells, SeriesTable(series, ROWS).lines(len(rows)))
 
 
 def html_of_plan(plan: Plan) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..selection import Selection
 
 # In the order in which they build on each other; together they are one function.
-_SCRIPTS = ("data", "format", "cut", "tip", "heatmap", "curve", "histogram", "table", "skipped", "main")
+_SCRIPTS = ("data", "format", "cut", "tip", "heatmap", "curve", "histogram", "table", "summary", "skipped", "main")
 _STATUSES = {
     "rank_deficient": "rank deficient",
     "bounded": "only bounded from below",
@@ -78,6 +78,23 @@ def render_page(ranking: Ranking, selection: Selection | None = None) -> str:
         script_hash=_hash(script),
         data=data,
     )
+
+
+def write_static(path: str | os.PathLike[str], picture: bytes | None, **words: Any) -> None:
+    """A page of words and one table, without a script, with a picture (SVG) in it; replaced all at once.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+        RankingFileError: the file cannot be written.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise missing_extra("jinja2", "report", "to_html()") from error
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    encoded = "" if picture is None else base64.b64encode(picture).decode()
+    page = environment.from_string(_template("comparison.html"))
+    serialize.write_text(path, page.render(picture=encoded, version=__version__, **words))
 
 
 @cache

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,17 @@ from ..entries import Status
 from ..errors import OptionError, missing_extra
 from ..texts import printable
 from ..writing import write_bytes
-from .grid import Cell, Grid, color_range, make_grid
+from .grid import Cell, Grid, color_range, has_finite_kappa, make_grid
+from .names import shorten_names
 from .page import title_of
 from .table import format_number, shorten
 
 if TYPE_CHECKING:
     from ..ranking import Ranking
+    from ..selection import Selection
 
-_FORMATS = (".png", ".svg")
+_FORMATS = (".png", ".svg", ".pdf")
+_MOST_BARS = 40
 _DPI = 144
 _MAX_NUMBERS = 4000  # cells with their kappa written into them; more take minutes and help nobody
 _HATCHES: dict[Status, tuple[str, str]] = {
@@ -34,73 +38,147 @@ _CHARACTER = 0.062
 _TURN = 38  # degrees
 
 
-def write_plot(ranking: Ranking, path: str | os.PathLike[str]) -> None:
-    """Write ``render_plot`` to a file, replacing it all at once.
+def plot(
+    ranking: Ranking,
+    path: str | os.PathLike[str] | None = None,
+    ax: Any = None,
+    selection: Selection | None = None,
+) -> Any:
+    """The figure, drawn into ``ax`` where one is given, and written to ``path`` where one is given, all at once.
 
     Raises:
-        OptionError: the name ends in neither .png nor .svg, or no matrix has the number of a layer in its name.
+        OptionError: the name ends in none of .png, .svg and .pdf, or there is nothing to plot.
         MissingExtraError: matplotlib is not installed.
         RankingFileError: the file cannot be written.
     """
-    suffix = PurePath(path).suffix.lower()
-    if suffix not in _FORMATS:
-        raise OptionError(f"cannot plot to {path}: end the name in .png or .svg")
-    write_bytes(path, render_plot(ranking, suffix[1:]))
+    kind = None if path is None else kind_of(path)
+    with plain_style("Ranking.plot()"):
+        figure = _figure(ranking, ax, selection)
+        if path is not None and kind is not None:
+            write_bytes(path, saved(figure, kind))
+    return figure
 
 
-def render_plot(ranking: Ranking, kind: str) -> bytes:
-    """The heat map as the bytes of a "png" or an "svg". The same ranking and matplotlib give the same bytes.
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """The format that a name ends in: "png", "svg" or "pdf".
 
     Raises:
-        OptionError: no matrix has the number of a layer in its name.
-        MissingExtraError: matplotlib is not installed.
+        OptionError: it ends in none of these.
+    """
+    suffix = PurePath(path).suffix.lower()
+    if suffix not in _FORMATS:
+        raise OptionError(f"cannot plot to {path}: end the name in .png, .svg or .pdf")
+    return suffix[1:]
+
+
+@contextmanager
+def plain_style(what: str) -> Iterator[None]:
+    """The settings that matplotlib comes with instead of the user's, for as long as this takes; never its backend.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed; ``what`` needs it.
     """
     try:
         import matplotlib
-        from matplotlib.figure import Figure
     except ImportError as error:
-        raise missing_extra("matplotlib", "report", "Ranking.plot()") from error
-    grid = make_grid(ranking.entries)
-    if not grid.cells:
-        raise OptionError("there is nothing to plot: no ranked matrix has the number of a layer in its name")
-    # matplotlib's own settings instead of the user's, for as long as this takes; never its backend.
+        raise missing_extra("matplotlib", "report", what) from error
     settings = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
     # Names hold dollars and underscores that mean nothing; ids must not be random.
     settings |= {"text.parse_math": False, "svg.hashsalt": "kappa_fast", "font.size": 8.0}
     with matplotlib.rc_context(settings):
-        figure = Figure(facecolor="white")
-        _draw(figure, ranking, grid)
-        page = io.BytesIO()
-        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(page, format=kind, dpi=_DPI, metadata=metadata)
+        yield
+
+
+def saved(figure: Any, kind: str) -> bytes:
+    """The figure as a file, without the time and the program: the same figure gives the same bytes."""
+    page = io.BytesIO()
+    metadata: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}}.get(kind, {"CreationDate": None})
+    figure.savefig(page, format=kind, dpi=_DPI, metadata=metadata)
     return page.getvalue()
 
 
-def _draw(figure: Any, ranking: Ranking, grid: Grid) -> None:
+def render_plot(ranking: Ranking, kind: str, selection: Selection | None = None) -> bytes:
+    """The picture as the bytes of a "png", "svg" or "pdf". The same ranking and matplotlib give the same bytes.
+
+    Raises:
+        OptionError: there is nothing to plot.
+        MissingExtraError: matplotlib is not installed.
+    """
+    with plain_style("Ranking.plot()"):
+        return saved(_figure(ranking, None, selection), kind)
+
+
+def _figure(ranking: Ranking, ax: Any, selection: Selection | None) -> Any:
+    from matplotlib.figure import Figure
+
+    grid = make_grid(ranking.entries)
+    figure = Figure(facecolor="white") if ax is None else ax.figure
+    if grid.cells:
+        _draw(figure, ranking, grid, ax, set(selection.keys) if selection is not None else None)
+    else:
+        _draw_bars(figure, ranking, ax, set(selection.keys) if selection is not None else set())
+    return figure
+
+
+def _draw_bars(figure: Any, ranking: Ranking, ax: Any, chosen: Collection[str]) -> None:
+    """The lowest matrices as bars, for models whose matrices have no layer."""
+    shown = [entry for entry in ranking if has_finite_kappa(entry)][:_MOST_BARS]
+    if not shown:
+        raise OptionError("there is nothing to plot: no ranked matrix has a finite kappa")
+    names = [_plain(name) for name in shorten_names([entry.key for entry in shown], 48)]
+    if ax is None:
+        left, height = 0.3 + _CHARACTER * max(map(len, names)), 0.75 + 0.2 * len(shown)
+        figure.set_size_inches(left + 4.2, height)
+        ax = figure.add_axes((left / (left + 4.2), 0.4 / height, 4.0 / (left + 4.2), (height - 0.75) / height))
+    colors = ["#21918c" if entry.key in chosen or not chosen else "0.75" for entry in shown]
+    ax.barh(range(len(shown)), [entry.kappa for entry in shown], color=colors)
+    ax.set_yticks(range(len(shown)), names)
+    ax.set_ylim(len(shown) - 0.5, -0.5)
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value, 3)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("kappa")
+    more = f", the lowest {len(shown):,} of {len(ranking):,}" if len(shown) < len(ranking) else ""
+    ax.set_title(f"kappa of {shorten(_plain(title_of(ranking.metadata)), 40)}{more}", loc="left")
+
+
+def _draw(figure: Any, ranking: Ranking, grid: Grid, ax: Any, chosen: Collection[str] | None) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
 
-    labels = [_column_label(column.label, column.depth) for column in grid.columns]
+    labels = column_labels(grid)
     turned = max(map(len, labels)) * _CHARACTER > _CELL_WIDTH
     header = _CHARACTER * max(map(len, labels)) * math.sin(math.radians(_TURN)) + 0.25 if turned else 0.3
     overhang = _CHARACTER * len(labels[-1]) * math.cos(math.radians(_TURN)) - _CELL_WIDTH / 2 if turned else 0.1
     shown = [status for status in _HATCHES if any(cell.status == status for cell in grid.cells)]
     notes = _notes(ranking, grid)
+    notes += ["red frames: selected, with how many of how many where it is a part"] if chosen is not None else []
     body = (_CELL_WIDTH * len(grid.columns), _CELL_HEIGHT * len(grid.layers))
     width = max(_LAYER_NAMES + body[0] + max(overhang, 0.2) + _MARGIN, 5.0)
     footer = _SCALE + 0.2 * len(shown) + 0.17 * len(notes) + _MARGIN
     height = 0.35 + header + body[1] + footer
+    low, high = color_range(grid.cells)
+    norm = LogNorm(low, high if high > low else low * 1.01)
+    texts = [_cell_text(cell, ranking, chosen) for cell in grid.cells]
+    taken = [_taken(cell, ranking, chosen) > 0 for cell in grid.cells]
+    title = f"kappa of {shorten(_plain(title_of(ranking.metadata)), 60)}"
+    if ax is not None:  # somebody else's figure: no size, no places of its own
+        _draw_cells(ax, grid, colormaps["viridis"], norm, texts, taken)
+        _draw_names(ax, grid, labels, turned)
+        ax.set_title(title, loc="left")
+        _draw_ticks(figure.colorbar(ScalarMappable(norm, "viridis"), ax=ax), low, high)
+        return
     figure.set_size_inches(width, height)
     axes = figure.add_axes((_LAYER_NAMES / width, footer / height, body[0] / width, body[1] / height))
-    low, high = color_range(ranking.entries)
-    norm = LogNorm(low, high if high > low else low * 1.01)
-    _draw_cells(axes, grid, colormaps["viridis"], norm)
+    _draw_cells(axes, grid, colormaps["viridis"], norm, texts, taken)
     _draw_names(axes, grid, labels, turned)
     figure.text(
         _MARGIN / width,
         1 - 0.12 / height,
-        f"kappa of {shorten(_plain(title_of(ranking.metadata)), 60)}",
+        title,
         va="top",
         fontsize=11,
     )
@@ -111,10 +189,10 @@ def _draw(figure: Any, ranking: Ranking, grid: Grid) -> None:
     _draw_legend(figure, shown, notes, (width, height))
 
 
-def _draw_cells(axes: Any, grid: Grid, colors: Any, norm: Any) -> None:
+def _draw_cells(axes: Any, grid: Grid, colors: Any, norm: Any, texts: Sequence[str], taken: Sequence[bool]) -> None:
     from matplotlib.patches import Rectangle
 
-    for cell in grid.cells:
+    for cell, text, framed in zip(grid.cells, texts, taken, strict=True):
         known = not math.isnan(cell.kappa)
         face = colors(norm(cell.kappa)) if known else (0.94, 0.94, 0.94, 1.0)
         dark = known and _luminance(face) <= 0.179
@@ -122,12 +200,14 @@ def _draw_cells(axes: Any, grid: Grid, colors: Any, norm: Any) -> None:
         spot = (cell.column + 0.03, cell.row + 0.05)
         edge = (1.0, 1.0, 1.0, 0.6) if dark else (0.0, 0.0, 0.0, 0.35)
         axes.add_patch(Rectangle(spot, 0.94, 0.9, facecolor=face, hatch=hatch, edgecolor=edge, linewidth=0))
+        if framed:
+            axes.add_patch(Rectangle(spot, 0.94, 0.9, facecolor="none", edgecolor="#d62728", linewidth=1.4))
         if len(grid.cells) > _MAX_NUMBERS:
             continue
         plate = {"facecolor": face, "edgecolor": "none", "pad": 0.6} if hatch else None
         where = (cell.column + 0.5, cell.row + 0.5)
         ink = "white" if dark else "black"
-        axes.text(*where, _cell_text(cell), ha="center", va="center", fontsize=7, color=ink, bbox=plate)
+        axes.text(*where, text, ha="center", va="center", fontsize=7, color=ink, bbox=plate)
     axes.set_xlim(0, len(grid.columns))
     axes.set_ylim(len(grid.layers), 0)
 
@@ -185,6 +265,11 @@ def _notes(ranking: Ranking, grid: Grid) -> list[str]:
     return notes
 
 
+def column_labels(grid: Grid) -> list[str]:
+    """A short name for each type of matrix, with how many of it a layer has."""
+    return [_column_label(column.label, column.depth) for column in grid.columns]
+
+
 def _column_label(label: str, depth: int) -> str:
     return _plain(label) + (f" (x{depth})" if depth > 1 else "")
 
@@ -194,7 +279,17 @@ def _plain(text: str) -> str:
     return printable(text).encode("ascii", "backslashreplace").decode("ascii")
 
 
-def _cell_text(cell: Cell) -> str:
+def _cell_text(cell: Cell, ranking: Ranking, chosen: Collection[str] | None) -> str:
+    """The kappa of the cell; where a selection has some of its matrices, how many: "25/128"."""
+    taken = _taken(cell, ranking, chosen)
+    return f"{taken:,}/{len(cell.members):,}" if 0 < taken < len(cell.members) else _kappa_text(cell)
+
+
+def _taken(cell: Cell, ranking: Ranking, chosen: Collection[str] | None) -> int:
+    return 0 if chosen is None else sum(ranking.entries[i].key in chosen for i in cell.members)
+
+
+def _kappa_text(cell: Cell) -> str:
     if not math.isnan(cell.kappa):
         return _short(cell.kappa)
     return {"rank_deficient": "inf", "bounded": "bounded", "non_finite": "nan"}.get(cell.status, "?")

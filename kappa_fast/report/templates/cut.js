@@ -86,11 +86,12 @@ function cutByParameters(share) {
     if (further.some((i) => numelOf(i) <= left)) return refused(BEYOND);
   }
   const rest = without(chosen);
-  return outcome(chosen, rest, stopIsCertain(rest, left));
+  const found = outcome(chosen, rest, stopIsCertain(rest, left));
+  return { ...found, unfit: taken < known.length ? known[taken] : undefined };
 }
 
 function givenCut() {
-  return { chosen: raw.selection.chosen, isCertain: raw.selection.certain, problem: "" };
+  return { chosen: raw.selection.chosen, isCertain: raw.selection.certain, problem: "", words: raw.selection.unfit };
 }
 
 const kappasOfRegular = regular.map((i) => ranking.kappa[i]).filter((kappa) => kappa >= 1 && kappa < Infinity);
@@ -151,6 +152,14 @@ function showCut(found, code) {
   for (const listener of cut.listeners) listener();
 }
 
+// What ended the selection, or was passed over.
+function unfitWords(found) {
+  if (found.words) return `${printable(found.words)}.`;
+  if (found.unfit === undefined) return "";
+  const numel = numelOf(found.unfit).toLocaleString("en");
+  return `${printable(ranking.key[found.unfit])} with ${numel} weights did not fit (fill=True goes on to smaller ones).`;
+}
+
 function resultWords(found) {
   if (!found.chosen.length) return "This takes nothing.";
   const parts = [`${found.chosen.length.toLocaleString("en")} of ${plural(count, "matrix", "matrices")}`];
@@ -165,7 +174,7 @@ function resultWords(found) {
   const certainty = found.isCertain
     ? "The cut is certain: exact values would take the same."
     : "The cut is uncertain: exact values might take others.";
-  return `Takes ${parts.join(", ")}. ${certainty}`;
+  return [`Takes ${parts.join(", ")}.`, unfitWords(found), certainty].filter((words) => words).join(" ");
 }
 
 function updateCut(movesSlider) {

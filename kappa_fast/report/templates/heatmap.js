@@ -54,8 +54,6 @@ function groupLines(found) {
 
 function groupCell(found) {
   const cell = element("button", { type: "button", class: "cell", tabindex: "-1", "aria-expanded": "false" });
-  cell.append(Number.isNaN(found.kappa) ? STATUS_WORDS[found.status] : formatShort(found.kappa));
-  cell.append(` \u00d7${found.members.length}`);
   if (!Number.isNaN(found.kappa)) paint(cell, found.kappa);
   if (isBroken(found.status)) cell.classList.add(Number.isNaN(found.kappa) ? found.status : "mixed");
   return cell;
@@ -130,7 +128,10 @@ function markGroups() {
     if (found.members.length === 1) continue;
     const taken = found.members.filter((i) => cut.chosen[i]).length;
     found.cell.classList.toggle("chosen", taken === found.members.length);
-    found.cell.classList.toggle("some", taken > 0 && taken < found.members.length);
+    const some = taken > 0 && taken < found.members.length;
+    found.cell.classList.toggle("some", some);
+    const kappa = Number.isNaN(found.kappa) ? STATUS_WORDS[found.status] : formatShort(found.kappa);
+    found.cell.textContent = some ? `${taken}/${found.members.length}` : `${kappa} \u00d7${found.members.length}`;
     found.cell.setAttribute("aria-label", groupLines(found).join(", "));
   }
 }
@@ -212,7 +213,7 @@ function besideList() {
 function mapHelp(hasGroups) {
   if (!mapCells.length) return "No matrix of this ranking has the number of a layer in its name.";
   const colors = "The color is kappa on a logarithmic scale; point at a cell, or go there by arrow keys, for the rest.";
-  const groups = "A cell of several matrices, such as experts, shows their geometric mean: open it for each.";
+  const groups = "A cell of several matrices, such as experts, shows their geometric mean, or how many of them the budget takes: open it for each.";
   return hasGroups ? `${colors} ${groups}` : colors;
 }
 

@@ -22,6 +22,7 @@ startMap(reveal);
 startCurve();
 startHistogram();
 startTable();
+startSummary();
 startSkipped();
 startCut();
 startTheme();

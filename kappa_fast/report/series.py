@@ -1,0 +1,90 @@
+"""The text of a series: a line for each matrix, a column for each ranking."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..texts import printable
+from .comparison import format_factor
+from .names import cut_middle, shorten_names
+from .table import check_limit, format_number, to_plain_text
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+    from ..series import Series, Track
+
+_LEAST = 24  # columns for names
+_LABEL = 16
+
+
+@dataclass(frozen=True)
+class SeriesTable:
+    """The ``limit`` matrices that moved most (None: all), printed by a ``rich.console.Console`` or ``to_text``.
+
+    Where the page is too narrow for all rankings, those in the middle are left out.
+
+    Raises:
+        OptionError: ``limit`` is no count.
+    """
+
+    series: Series
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_limit(self.limit)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.table import Table
+        from rich.text import Text
+
+        rows = self.series.moved()[: self.limit]
+        shown = list(range(len(self.series.labels)))
+        columns = self._columns(rows, shown)
+        while len(shown) > 2 and self._room(columns, options.max_width) < _LEAST:
+            del shown[len(shown) // 2]
+            columns = self._columns(rows, shown)
+        room = max(_LEAST, self._room(columns, options.max_width))
+        if rows:
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+            table.add_column(Text("tensor", "bold"), no_wrap=True)
+            for header, _ in columns:
+                table.add_column(Text(header, "bold"), justify="right", no_wrap=True)
+            names = shorten_names([track.key for track in rows], room)
+            for name, *cells in zip(names, *(cells for _, cells in columns), strict=True):
+                table.add_row(*map(Text, (name, *cells)))
+            yield table
+        yield from map(Text, self.lines(len(rows), len(shown)))
+
+    def to_text(self, width: int = 100) -> str:
+        """The same as text without colors.
+
+        Raises:
+            OptionError: less than 60 columns.
+        """
+        return to_plain_text(self, width)
+
+    def lines(self, shown: int, columns: int | None = None) -> Iterator[str]:
+        """What stands below ``shown`` rows and so many columns."""
+        if len(self.series) > shown:
+            yield f"... {len(self.series) - shown:,} more"
+        number = len(self.series.labels)
+        hidden = number - (number if columns is None else columns)
+        rest = f", {hidden} of them not shown: the page is too narrow" if hidden else ""
+        yield f"{len(self.series):,} matrices over {number} rankings{rest}"
+
+    def _columns(self, rows: Sequence[Track], shown: Sequence[int]) -> list[tuple[str, list[str]]]:
+        labels = [cut_middle(printable(self.series.labels[i]), _LABEL) for i in shown]
+        values = [[cell_of(track.kappas[i]) for track in rows] for i in shown]
+        return [*zip(labels, values, strict=True), ("ratio", [format_factor(track.ratio) for track in rows])]
+
+    def _room(self, columns: Sequence[tuple[str, list[str]]], width: int) -> int:
+        return width - sum(max(map(len, (header, *cells))) + 2 for header, cells in columns)
+
+
+def cell_of(kappa: float) -> str:
+    """A number, or a dash where it is not known."""
+    return "-" if math.isnan(kappa) else format_number(kappa)
