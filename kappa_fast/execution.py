@@ -15,6 +15,7 @@ import torch
 
 from .backends import Backend, get_backend
 from .errors import BackendError, ComputeError, KappaError
+from .memory import physical
 from .sources.base import Matrix, Source
 from .staging import Staged, one_ahead, read_ahead
 from .undisturbed import undisturbed_thread
@@ -180,6 +181,8 @@ class Executor:
         with self._counting:
             self._waves_done += 1
         try:
+            if len(wave) == 1 and place.type == "cpu" and not self._in_memory:
+                _check_fits(matrices[0])
             with undisturbed_thread():
                 weights = staged.ready() if staged and staged.weights else [m.load(place) for m in matrices]
                 return work(wave, backend, weights)
@@ -243,6 +246,20 @@ class Executor:
             self._backends[device] = get_backend(self._name, device)
             self._tried.append(self._backends[device])
         return self._backends[device]
+
+
+def _check_fits(matrix: Matrix) -> None:
+    """Raise ComputeError for a matrix of a file that the machine cannot hold: the system might end the process instead.
+
+    A file may have holes, and take no room on the disk.
+    """
+    whole = physical()
+    if whole is not None and matrix.nbytes + matrix.overhead > whole:
+        raise ComputeError(
+            f"{matrix.key!r} of shape {tuple(matrix.shape)}, {matrix.dtype}, takes {matrix.nbytes:,} bytes, more than "
+            f"the {whole:,} that this process may have: use another machine, or leave it out with "
+            f"exclude={matrix.name!r}"
+        )
 
 
 def is_lost(device: torch.device) -> bool:

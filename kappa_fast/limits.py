@@ -21,6 +21,7 @@ MOST_VALUES_OF_RANKING = 1 << 26
 DEEPEST = 60  # lists and objects inside of each other, in metadata
 
 MOST_TENSORS = 1 << 20  # of a model; 281,000 seen
+MOST_SHARDS = 10_000  # that an index lists; 200 seen
 LONGEST_NAME = 1024  # characters of a tensor's name; 150 seen
 MOST_DIGITS = 6  # of a number that counts layers or experts
 MOST_DIMENSIONS = 64  # of a tensor; torch itself takes no more

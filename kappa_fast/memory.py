@@ -26,18 +26,38 @@ def headroom() -> int | None:
     return max(0, min(found)) if found else None
 
 
+def physical() -> int | None:
+    """Bytes of memory that the machine has, or that a control group admits; None if the system does not tell."""
+    try:
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+    return min([whole, *_limits_of_groups()]) if whole > 0 else None
+
+
 def _of_groups() -> Iterator[int]:
-    for names, limit, used, given_back in _VERSIONS:
-        path = _path_of(limit == "memory.max")
+    for group, limit, used, given_back in _groups():
+        most, now = _number(group / limit), _number(group / used)
+        if most is not None and now is not None:
+            yield most - now + _in_table(group / "memory.stat", given_back)
+
+
+def _limits_of_groups() -> Iterator[int]:
+    found = (_number(group / limit) for group, limit, _, _ in _groups())
+    return (most for most in found if most is not None)
+
+
+def _groups() -> Iterator[tuple[Path, str, str, str]]:
+    """The groups of this process up to the root, and the names of their files."""
+    for names, *files in _VERSIONS:
+        path = _path_of(files[0] == "memory.max")
         for home in (MOUNTED / name for name in names):
             if path is None or not home.is_dir():
                 continue
             # A group that is not below what is mounted here is the one that is: so it is in a container.
             group = home / path if (home / path).is_dir() else home
             while True:
-                most, now = _number(group / limit), _number(group / used)
-                if most is not None and now is not None:
-                    yield most - now + _in_table(group / "memory.stat", given_back)
+                yield group, files[0], files[1], files[2]
                 if group == home:
                     break
                 group = group.parent

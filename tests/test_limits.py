@@ -116,6 +116,14 @@ def test_tensors_beyond_any_real_model_are_refused_with_the_field(limit, value, 
         open_source(folder, Filters())
 
 
+def test_an_index_has_a_limit_of_shards(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MOST_SHARDS", 2)
+    document = {"weight_map": {f"l.{i}.w": f"s{i}.safetensors" for i in range(3)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(document))
+    with pytest.raises(SourceError, match="the number of shards is 3, and more than 2"):
+        open_source(folder, Filters())
+
+
 def test_the_header_of_safetensors_has_a_limit_of_values(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "MOST_VALUES_OF_HEADER", 10)
     with pytest.raises(SourceError, match="the number of values is"):

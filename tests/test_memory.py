@@ -1,5 +1,6 @@
 """The default budget keeps within what control groups and limits of the process leave."""
 
+import json
 import resource
 import sys
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 import kappa_fast
-from kappa_fast import memory, waves
+from kappa_fast import execution, memory, waves
+from kappa_fast.errors import ComputeError
 
 MIB = 1 << 20
 
@@ -79,6 +81,26 @@ def test_the_default_budget_is_a_quarter_of_what_is_left(groups):
     assert len(kappa_fast.rank(source, progress=False)) == 4
     second(groups, "a", 100, 100)  # nothing is left: matrix by matrix
     assert len(kappa_fast.rank(source, progress=False)) == 4
+
+
+def test_what_a_machine_may_have_is_the_least_of_its_memory_and_the_groups(groups, monkeypatch):
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10_000}[name])
+    assert memory.physical() == 4096 * 10_000
+    groups("proc/cgroup", "0::/a\n")
+    second(groups, "a", 10 * MIB, 0)
+    assert memory.physical() == 10 * MIB
+
+
+def test_a_matrix_of_a_file_that_no_memory_holds_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """The file is a hole: it takes no room on the disk."""
+    header = json.dumps({"l.0.w": {"dtype": "F32", "shape": [3000, 3000], "data_offsets": [0, 36_000_000]}}).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 36_000_000)
+    monkeypatch.setattr(execution, "physical", lambda: 20 * MIB)
+    with pytest.raises(ComputeError, match=r"'l\.0\.w' of shape \(3000, 3000\).* takes 36,000,000 bytes"):
+        kappa_fast.rank(tmp_path, progress=False)
+    assert len(kappa_fast.rank({"a": torch.randn(20, 20)}, progress=False)) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/statm")

@@ -13,7 +13,14 @@ import torch
 
 from ..documents import parsed, read_document
 from ..errors import SourceError, SourceNotFoundError
-from ..limits import LARGEST_CONFIG, LARGEST_INDEX, MOST_VALUES_OF_HEADER, MOST_VALUES_OF_INDEX
+from ..limits import (
+    LARGEST_CONFIG,
+    LARGEST_INDEX,
+    MOST_SHARDS,
+    MOST_VALUES_OF_HEADER,
+    MOST_VALUES_OF_INDEX,
+    check_limit,
+)
 from ..texts import warn
 from .base import Inventory, Stored
 from .boundary import reading
@@ -263,6 +270,7 @@ def _read_index(index: Path) -> dict[str, Path]:
     if not items:
         raise SourceError(f"{index} lists no tensors: download it again")
     shards = {shard: index.parent / shard for _, shard in items}
+    check_limit(index, "the number of shards", len(shards), MOST_SHARDS)
     for shard, file in shards.items():
         if file.name.endswith(PICKLED):
             raise _not_safetensors(file)
