@@ -9,8 +9,13 @@ from typing import Any
 
 
 def is_number(value: object) -> bool:
-    """A finite number."""
-    return not isinstance(value, bool) and isinstance(value, Real) and value == value and abs(value) != math.inf
+    """A number that is finite as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def is_count(value: object) -> bool:

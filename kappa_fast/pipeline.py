@@ -313,7 +313,7 @@ def usable_device(device: torch.device | str | None) -> torch.device | None:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as error:
         raise OptionError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if chosen.type in ("meta", "mps"):
         raise OptionError(f"device={device!r} has no float64 arithmetic: use 'cpu' or a CUDA device")

@@ -41,7 +41,7 @@ def parse_bytes(value: int | str | None) -> int | None:
             size = float(number) * (1024 ** " KMGT".index(unit) if binary and unit else _UNITS[unit])
     elif isinstance(value, int) and not isinstance(value, bool):
         size = value
-    if size is None or size < 1:
+    if size is None or not 1 <= size < 1 << 63:
         raise OptionError(f"memory_budget={value!r} is no size in bytes; give a positive int or a text such as '2GB'")
     return int(size)
 

@@ -1,5 +1,6 @@
 """Systems that start no thread, give no memory, or whose hub has a password in its address."""
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -101,3 +102,21 @@ def test_a_cause_with_a_password_in_it_is_left_out():
             raise SourceError(f"no model ({inner})") from without_secret(error)
     except SourceError:
         assert "s3cret" not in traceback.format_exc()
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), "9" * 5000, "1e400", float("nan"), float("inf"), "\0", [], {}, object()]
+)
+def test_no_value_of_an_option_ends_in_another_exception(value):
+    source = {"l.0.w": torch.randn(20, 20)}
+    ranking = kappa_fast.rank(source, progress=False)
+    options = ["top", "rtol", "certify", "score", "include", "exclude", "min_dim", "max_dim", "device", "memory_budget"]
+    calls = [lambda option=option: kappa_fast.rank(source, **{"progress": False, option: value}) for option in options]
+    budgets = ["num_tensors", "top_p", "max_kappa", "max_params"]
+    calls += [lambda budget=budget: ranking.select(**{budget: value}) for budget in budgets]
+    calls += [lambda: ranking.to_text(value), lambda: kappa_fast.rank(value, progress=False)]
+    if not isinstance(value, int):
+        calls.append(lambda: ranking.to_text(None, value))
+    for call in calls:
+        with contextlib.suppress(kappa_fast.KappaError):
+            call()

@@ -127,7 +127,7 @@ def to_plain_text(page: RichCast | ConsoleRenderable, width: int) -> str:
     """
     from rich.console import Console
 
-    if width < _MIN_WIDTH:
+    if not isinstance(width, int) or width < _MIN_WIDTH:
         raise OptionError(f"width={width!r}: the table needs at least {_MIN_WIDTH} columns")
     text = io.StringIO()
     console = Console(file=text, width=width, color_system=None, force_terminal=False, force_jupyter=False)
