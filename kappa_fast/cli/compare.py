@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError, RankingFileError
+from ..texts import cleaned
 from .budget import Unit
 from .outcome import FAILURE, count_or_share, outcome
 from .rank import check_writable
@@ -72,7 +73,7 @@ def compare(
         if json is not None:
             typer.echo(f"written to {json}")
         for caveat in found.caveats:
-            typer.echo(f"warning: {caveat}", err=True)
+            typer.echo(f"warning: {cleaned(caveat)}", err=True)
         if exceeding:
             worst = exceeding[0]
             typer.echo(
