@@ -49,6 +49,17 @@ class ComputeError(KappaError, RuntimeError):
     """A matrix could not be processed (out of memory for a single matrix, a library routine that failed)."""
 
 
+class ProcessGroupError(KappaError, RuntimeError):
+    """Another rank of the process group has failed, hangs, or is about to do something else; ``rank`` is its number.
+
+    The number is that within the group that rank() was given.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
 class MissingExtraError(KappaError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

@@ -9,7 +9,8 @@ import platform
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ from .backends import Backend
 from .budget import BudgetedTop, TopGroup
 from .cache import Bound, CacheOption, ResultCache, Wanted, cache_directory, opened_cache
 from .cache.records import Question
+from .distributed.ranks import Ranks, joined
 from .entries import TensorKappa
 from .errors import Interrupted, OptionError
 from .execution import Executor, Work, operations
@@ -35,6 +37,9 @@ from .texts import warn
 from .undisturbed import undisturbed
 from .waves import parse_bytes
 from .workers import stopping
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Score = Literal["kappa"] | Callable[[TensorKappa], float]
 Patterns = str | Sequence[str] | None
@@ -62,7 +67,7 @@ def rank(
     memory_budget: int | str | None = None,
     cache: CacheOption = None,
     progress: ProgressOption = None,
-    process_group: None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Ranking:
     """Rank the weight matrices of a model by their condition number sigma_max / sigma_min, lowest first.
 
@@ -89,7 +94,8 @@ def rank(
         cache: where results are kept and looked up by the content of the weights: a directory, or True for that of the
             user (or of the environment variable KAPPA_FAST_CACHE). An interrupted run goes on from there.
         progress: None for a bar on a terminal, True, False, or a callable that takes a Progress.
-        process_group: reserved; only None for now.
+        process_group: of torch.distributed, all of whose ranks make this call: each works on a share of the matrices,
+            and all return the same Ranking. Without it nothing is asked of other processes.
 
     Returns:
         A Ranking. The model is not changed in any way, also when an error is raised.
@@ -98,60 +104,79 @@ def rank(
         OptionError: an argument cannot work.  SourceError: the source cannot be read.  BackendError: no such backend.
         ComputeError: a single matrix does not fit into memory, or a library routine failed on it.
         Interrupted: Ctrl-C; its ``partial`` is the Ranking of what was done.
-        NotImplementedError: a parameter is sharded (DTensor, ZeRO), or process_group was given.
+        ProcessGroupError: another rank has failed, hangs, or has other weights, settings or versions.
+        NotImplementedError: a parameter is sharded (DTensor, ZeRO).
 
     Warns:
         UserWarning: weights of the model have no values to read; intervals could not be proven; the cache is damaged,
             or cannot be written to; adapters of PEFT have learned something that is left out.
     """
-    check_options(top, top_per_group, rtol, certify)
-    _check(score, process_group)
-    directory = cache_directory(cache)
-    filters = Filters(include, exclude, embeddings, routers, fused, min_dim, max_dim, adapters or "base")
-    settings: dict[str, Any] = {
-        "top": top,
-        "top_per_group": top_per_group,
-        "rtol": rtol,
-        "certify": certify,
-        "score": score if isinstance(score, str) else getattr(score, "__name__", "callable"),
-        "include": include if isinstance(include, str) else filters.include,
-        "exclude": exclude if isinstance(exclude, str) else filters.exclude,
-        "embeddings": embeddings,
-        "routers": routers,
-        "fused": fused,
-        "adapters": filters.adapters,
-        "min_dim": min_dim,
-        "max_dim": max_dim,
-    }
-    started = time.perf_counter()
-    with undisturbed():
-        opened = open_source(source, filters, places_of, quiet=not shown(progress))
-        stops.check()
-        _warn_absent(opened)
-        if adapters is None and isinstance(source, torch.nn.Module):
-            _warn_adapters(source)
-        executor = Executor(
-            opened, backend, usable_device(device), parse_bytes(memory_budget), proofs=certify is not False
-        )
-        budgeted = None if top is None else BudgetedTop.of(opened.matrices, top, top_per_group)
-        goal = Goal(rtol, certify is True)
-        with opened_cache(directory, opened.matrices) as store:
-            run = _Run(opened, executor, store, progress, score)
-            try:
-                with run.tracking() as tracker:
-                    executor.notify = tracker.note
-                    if budgeted is None or callable(score):  # bounds of kappa say nothing of another score
-                        run.resolve_all(goal, tracker)
-                    else:
-                        run.resolve_top(budgeted, goal, tracker)
-                    if budgeted is not None and certify == "selection":
-                        run.prove(budgeted.winners(run.entries), goal, tracker)
-            except KeyboardInterrupt as stop:
-                done = f"interrupted: {len(run.entries)} of {len(opened.matrices)} matrices are done (see .partial)"
-                partial = run.ranking(settings, started, partial=True)
-                raise Interrupted(done, partial, resumable=store is not None and store.keeps) from stop
-    _warn_unproven(run.entries.values(), certify)
-    return run.ranking(settings, started, partial=False)
+    with joined(process_group) as ranks:
+        check_options(top, top_per_group, rtol, certify)
+        _check(score)
+        directory = cache_directory(cache)
+        if ranks is not None and not ranks.first and not callable(progress):
+            progress = False  # that of rank 0 shows the work of all
+        filters = Filters(include, exclude, embeddings, routers, fused, min_dim, max_dim, adapters or "base")
+        settings: dict[str, Any] = {
+            "top": top,
+            "top_per_group": top_per_group,
+            "rtol": rtol,
+            "certify": certify,
+            "score": score if isinstance(score, str) else getattr(score, "__name__", "callable"),
+            "include": include if isinstance(include, str) else filters.include,
+            "exclude": exclude if isinstance(exclude, str) else filters.exclude,
+            "embeddings": embeddings,
+            "routers": routers,
+            "fused": fused,
+            "adapters": filters.adapters,
+            "min_dim": min_dim,
+            "max_dim": max_dim,
+        }
+        started = time.perf_counter()
+        with undisturbed():
+            opened = open_source(source, filters, places_of, quiet=not shown(progress))
+            stops.check()
+            _warn_absent(opened)
+            if adapters is None and isinstance(source, torch.nn.Module):
+                _warn_adapters(source)
+            executor = Executor(
+                opened, backend, usable_device(device), parse_bytes(memory_budget), proofs=certify is not False
+            )
+            budgeted = None if top is None else BudgetedTop.of(opened.matrices, top, top_per_group)
+            goal = Goal(rtol, certify is True)
+            if ranks is not None:
+                ranks.agree(opened, _what_must_agree(settings, executor, directory))
+                ranks.after_the_first()
+            with opened_cache(directory, opened.matrices) as store:
+                if ranks is not None:
+                    ranks.opened()
+                run = _Run(opened, executor, store, progress, score, ranks)
+                try:
+                    with run.tracking() as tracker:
+                        executor.notify = tracker.note
+                        if budgeted is None or callable(score):  # bounds of kappa say nothing of another score
+                            run.resolve_all(goal, tracker)
+                        else:
+                            run.resolve_top(budgeted, goal, tracker)
+                        if budgeted is not None and certify == "selection":
+                            run.prove(budgeted.winners(run.entries), goal, tracker)
+                    if ranks is not None:
+                        ranks.finished(store)
+                except KeyboardInterrupt as stop:
+                    done = f"interrupted: {len(run.entries)} of {len(opened.matrices)} matrices are done (see .partial)"
+                    partial = run.ranking(settings, started, partial=True)
+                    raise Interrupted(done, partial, resumable=store is not None and store.keeps) from stop
+        ranking = run.ranking(settings, started, partial=False)
+    _warn_unproven(ranking, certify)
+    return ranking
+
+
+def _what_must_agree(settings: Mapping[str, Any], executor: Executor, cache: Path | None) -> dict[str, Any]:
+    """What decides the bits of a result, or the order of the steps."""
+    kinds = sorted({device.partition(":")[0] for device in executor.devices})
+    used = {"backend": executor.backend_name, "device": kinds, "threads": torch.get_num_threads()}
+    return {**_plain(settings), **used, "cache": cache is not None}
 
 
 class _Run:
@@ -164,8 +189,10 @@ class _Run:
         store: ResultCache | None,
         progress: ProgressOption,
         score: Score,
+        ranks: Ranks | None = None,
     ) -> None:
         self.source, self.executor, self.store, self.entries = source, executor, store, dict[int, TensorKappa]()
+        self._ranks = ranks
         self._progress, self._score = progress, score
         # Exact decompositions are made on the CPU, whatever the device.
         self._room = Room(executor.budget_on(torch.device("cpu")), stopping)
@@ -218,13 +245,15 @@ class _Run:
         }
         if self.store is not None:
             metadata["cache"] = self.store.metadata(self.entries)
+        if self._ranks is not None and not partial:
+            metadata = self._ranks.metadata(metadata)
         return Ranking(self.entries.values(), self.source.skipped, metadata)
 
     def _resolve(self, positions: Sequence[int], goal: Goal, tracker: Tracker) -> None:
         def work(_: Sequence[int], backend: Backend, weights: list[torch.Tensor]) -> list[Resolution]:
             return resolve(backend, weights, goal, self._room)
 
-        with contextlib.closing(self._results(positions, work, Wanted(goal))) as results:
+        with contextlib.closing(self._results(positions, work, Wanted(goal), goal.certify)) as results:
             for position, found in results:
                 stops.check()
                 self.entries[position] = self._entry(self.source.matrices[position], found, goal)
@@ -234,15 +263,23 @@ class _Run:
         def work(_: Sequence[int], backend: Backend, weights: list[torch.Tensor]) -> list[float]:
             return lower_bounds(backend, weights, cutoff)
 
-        with contextlib.closing(self._results(positions, work, Bound(cutoff))) as found:
+        with contextlib.closing(self._results(positions, work, Bound(cutoff), False)) as found:
             return dict(found)
 
     def _results(
-        self, positions: Sequence[int], work: Work[R], question: Question[R]
+        self, positions: Sequence[int], work: Work[R], question: Question[R], certify: bool
     ) -> Generator[tuple[int, R], None, None]:
-        if self.store is None:
-            return self.executor.results(positions, work)
-        return self.store.results(self.executor, positions, work, question)
+        def own(positions: Sequence[int]) -> Generator[tuple[int, R], None, None]:
+            if self.store is None:
+                return self.executor.results(positions, work)
+            return self.store.results(self.executor, positions, work, question)
+
+        if self._ranks is None:
+            return own(positions)
+        from .planning.calibration import relative_cost  # planning knows the options of rank(), and so this file
+
+        costs = {i: relative_cost(self.source.matrices[i].shape, certify) for i in positions}
+        return self._ranks.results(positions, costs, own, question, self.store)
 
     def _bound(self, positions: Sequence[int], bounds: Mapping[int, float], tracker: Tracker) -> None:
         nan = math.nan
@@ -299,11 +336,9 @@ def check_options(top: object, top_per_group: object, rtol: object, certify: obj
         raise OptionError("certify='selection' proves what decides who is in the top: give top= as well")
 
 
-def _check(score: object, process_group: object) -> None:
+def _check(score: object) -> None:
     if not callable(score) and not (isinstance(score, str) and score == "kappa"):
         raise OptionError(f"score={score!r}: give 'kappa' or a callable that takes a TensorKappa")
-    if process_group is not None:
-        raise NotImplementedError("process_group= is not part of this version: rank on one process, share the JSON")
 
 
 def usable_device(device: torch.device | str | None) -> torch.device | None:
@@ -327,7 +362,7 @@ def _scored(score: Callable[[TensorKappa], float], entry: TensorKappa) -> float:
     return float(value)
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, (tuple, list)) else value for key, value in settings.items()}
 
 

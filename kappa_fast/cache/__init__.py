@@ -21,14 +21,14 @@ from .._version import __version__
 from ..backends.base import Backend
 from ..errors import OptionError
 from ..execution import Executor, Work
-from ..sources.base import FileState, Matrix, Stamp
+from ..sources.base import FileState, Matrix
 from ..spectrum.ladder import NUMERICS
 from ..texts import warn
 from ..undisturbed import is_exact
 from . import files
 from .fingerprints import fingerprint, is_fingerprint
 from .journal import Journal, leftovers
-from .memos import Memo, is_settled, name_of
+from .memos import Memo, decode_stamp, encode_stamp, is_settled, name_of
 from .records import Bound, Question, Record, Wanted, decode, encode
 
 __all__ = ["Bound", "CacheOption", "ResultCache", "Wanted", "cache_directory", "opened_cache"]
@@ -109,19 +109,50 @@ class ResultCache:
         self, executor: Executor, positions: Sequence[int], work: Work[R], question: Question[R]
     ) -> Generator[tuple[int, R], None, None]:
         """As ``executor.results``; what is known is not computed, and what is computed will be known."""
-        rest = []
-        for position in positions:
-            found = self._remembered(position, question)
-            if found is None:
-                rest.append(position)
-            else:
-                self._hits.add(position)
-                yield position, found
+        known = set()
+        for position, found in self.remembered(positions, question):
+            known.add(position)
+            yield position, found
+        rest = [position for position in positions if position not in known]
         if rest:
             with contextlib.closing(executor.results(rest, partial(self._on_wave, work, question))) as computed:
                 for pair in computed:
                     self._warn_if_nothing_is_kept()  # here, since in a thread of the executor it might end the work
                     yield pair
+
+    def remembered(self, positions: Sequence[int], question: Question[R]) -> Iterator[tuple[int, R]]:
+        """What is known without reading weights."""
+        for position in positions:
+            found = self._remembered(position, question)
+            if found is not None:
+                self._hits.add(position)
+                yield position, found
+
+    def told(self, position: int) -> list[Any] | None:
+        """What this run knows of a matrix, as plain JSON for another rank; None if nothing."""
+        with self._lock:
+            text = self._prints.get(position)
+            if text is None or text not in self._records:
+                return None
+            return [text, encode(self._records[text]), position in self._hits]
+
+    def learn(self, position: int, told: Sequence[Any], *, keep: bool) -> None:
+        """What ``told`` says on another rank, so that this one decides as if it had found that itself.
+
+        keep: whether this cache is to remember it of the file; what was computed lies in that rank's cache already.
+        """
+        text, raw, hit = told
+        with self._lock:
+            known, new = self._records.get(text), decode(raw)
+            self._prints[position] = text
+            self._records[text] = new if known is None else known.merged(new)
+            (self._hits.add if hit else self._hits.discard)(position)
+            if not keep:
+                self._stamps.pop(position, None)
+
+    def leave_memos(self) -> None:
+        """Another rank remembers all of it: of two that write a memo at once, the later one might win with less."""
+        self._stamps.clear()
 
     def _on_wave(
         self,
@@ -156,7 +187,7 @@ class ResultCache:
         journal = self._begun_journal()
         if journal is not None:
             stamp = self._stamps.get(position)
-            journal.append([text, encode(record), None if stamp is None else _plain(stamp)])
+            journal.append([text, encode(record), None if stamp is None else encode_stamp(stamp)])
         answer = question.answer(record)
         return found if answer is None else answer
 
@@ -267,7 +298,7 @@ class ResultCache:
     def _settle_stamps(self, lines: Sequence[Any], tag: str) -> None:
         for text, raw, stamp in lines:
             if stamp is not None:
-                known = _stamp(stamp)
+                known = decode_stamp(stamp)
                 self._memo(known.files[0]).put(known, text, decode(raw))
         self._write_memos(tag, durable=True)
 
@@ -352,26 +383,12 @@ def _read_result(path: Path, text: str) -> Record | None:
         raise files.DamagedError(str(error)) from error
 
 
-def _plain(stamp: Stamp) -> list[Any]:
-    return [[list(vars(state).values()) for state in stamp.files], stamp.what]
-
-
-def _stamp(raw: Any) -> Stamp:
-    states = tuple(FileState(*state) for state in raw[0])
-    numbers = [number for state in states for number in list(vars(state).values())[1:]]
-    if not states or not all(isinstance(state.path, str) for state in states) or not isinstance(raw[1], str):
-        raise ValueError("no stamp")
-    if not all(isinstance(number, int) and abs(number) < 1 << 64 for number in numbers):
-        raise ValueError("no state of a file")
-    return Stamp(states, raw[1])
-
-
 def _is_result(line: Any) -> bool:
     try:
         text, raw, stamp = line
         decode(raw)
         if stamp is not None:
-            _stamp(stamp)
+            decode_stamp(stamp)
         return is_fingerprint(text)
     except Exception:  # whatever stands there, with a good checksum
         return False

@@ -110,6 +110,22 @@ def is_settled(stamp: Stamp, now_ns: int) -> bool:
     return all(max(state.mtime_ns, state.ctime_ns) < now_ns - RACY_NS for state in stamp.files)
 
 
+def encode_stamp(stamp: Stamp) -> list[Any]:
+    """Plain JSON."""
+    return [[list(vars(state).values()) for state in stamp.files], stamp.what]
+
+
+def decode_stamp(raw: Any) -> Stamp:
+    """What ``encode_stamp`` wrote; ValueError, TypeError or IndexError where it is no such thing."""
+    states = tuple(FileState(*state) for state in raw[0])
+    numbers = [number for state in states for number in list(vars(state).values())[1:]]
+    if not states or not all(isinstance(state.path, str) for state in states) or not isinstance(raw[1], str):
+        raise ValueError("no stamp")
+    if not all(isinstance(number, int) and abs(number) < 1 << 64 for number in numbers):
+        raise ValueError("no state of a file")
+    return Stamp(states, raw[1])
+
+
 def _key(stamp: Stamp) -> str:
     others = [list(asdict(state).values()) for state in stamp.files[1:]]
     return f"{stamp.what} {others}" if others else stamp.what

@@ -16,6 +16,7 @@ from ..errors import Interrupted, OptionError, RankingFileError
 from ..report.skipped import by_reason
 from ..texts import printable
 from . import options
+from .launched import launched
 from .outcome import count_or_share, outcome
 
 if TYPE_CHECKING:
@@ -63,16 +64,21 @@ def rank(
     ] = False,
     limit: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 40,
     all_rows: Annotated[bool, typer.Option("--all", help="All rows of the table, whatever --limit says.")] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Under torchrun: how long a rank may be silent; by default torch's own."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log.")] = False,
 ) -> None:
     """Rank a checkpoint's matrices by condition number.
 
     Ctrl-C stops; what is done by then goes to the --json FILE, marked as partial, and into the cache: the
-    same command goes on from there.
+    same command goes on from there. Started by torchrun, all ranks share the work, and rank 0 prints.
     """
-    with outcome(debug):
+    with outcome(debug), launched(device, timeout) as launch:
         if relative and json is None:
             raise OptionError("--relative is about the --json FILE: give one")
+        json = json if launch.prints else None
         count = None if top is None else count_or_share(top, "--top")
         if json is not None:
             check_writable(json)
@@ -98,9 +104,12 @@ def rank(
                 memory_budget=memory_budget,
                 cache=(directory or True) if cache else None,
                 progress=progress,
+                process_group=launch.group,
             )
         except Interrupted as stop:
             raise _kept(stop, json, relative) from stop
+        if not launch.prints:
+            return
         if json is not None:
             ranking.to_json(json, relative=relative)
         _print(ranking, None if all_rows else limit)

@@ -325,6 +325,15 @@ def _growth(sample: Sample, ratio: float) -> float:
     return cubic * ratio + (1 - cubic) * ratio ** (2 / 3)
 
 
+def relative_cost(shape: Shape, certify: bool) -> float:
+    """What such a matrix takes, on one thread of whatever processor, in units of what one of 2048 x 1024 takes.
+
+    The rule by which measured times are scaled, and no measurement: the same on every machine.
+    """
+    sample = Sample(Kind("", torch.float32, False, certify), FIRST[0], ())
+    return _growth(sample, operations(shape) / operations(FIRST[0]))
+
+
 def _may_climb(backend: Backend, shape: Shape, dtype: torch.dtype) -> bool:
     """Whether the first rung answers for low condition numbers only."""
     tall = (max(shape), min(shape))

@@ -1,0 +1,85 @@
+"""``kappa-fast rank`` under torchrun: the process group of its ranks, of which only the first prints and writes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import typer
+
+from ..errors import OptionError, ProcessGroupError
+from .outcome import FAILURE, INTERRUPTED
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started: on its own (``group`` is None), or as one rank of several."""
+
+    group: ProcessGroup | None = None
+    prints: bool = True
+
+
+def by_torchrun(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun has started this process beside others.
+
+    Its own variable is asked for, not RANK and WORLD_SIZE alone: a cluster sets those for whatever is called there.
+    """
+    return "TORCHELASTIC_RUN_ID" in environment and environment.get("WORLD_SIZE", "1") != "1"
+
+
+@contextmanager
+def launched(device: str | None, timeout: float | None) -> Iterator[Launch]:
+    """For the body of a command: the process group if torchrun has started it, gloo, or nccl where GPUs compute.
+
+    Args:
+        device: as for rank(). Without a number, or without a device, each rank takes the GPU of its local rank.
+        timeout: of the group in seconds; None for that of torch.
+
+    Raises:
+        OptionError: a timeout without torchrun, or one that is none.
+        typer.Exit: on another rank than the first, in place of an error that the first one prints.
+    """
+    if timeout is not None and not 1 <= timeout < 1e9:
+        raise OptionError(f"--timeout {timeout:g}: give the seconds that a rank may be silent, 1 or more")
+    if not by_torchrun(os.environ):
+        if timeout is not None:
+            raise OptionError("--timeout is about the ranks that torchrun starts: leave it out, or use torchrun")
+        yield Launch()
+        return
+    from datetime import timedelta
+
+    import torch
+    from torch import distributed
+
+    on_gpus = torch.cuda.is_available() and (device is None or device.startswith("cuda"))
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    limit = None if timeout is None else timedelta(seconds=timeout)
+    distributed.init_process_group("nccl" if on_gpus and distributed.is_nccl_available() else "gloo", timeout=limit)
+    try:
+        first = distributed.get_rank() == 0
+        if not first:
+            warnings.showwarning = _nowhere
+        try:
+            yield Launch(distributed.group.WORLD, first)
+        except KeyboardInterrupt:
+            if first:
+                raise
+            raise typer.Exit(INTERRUPTED) from None
+        except ProcessGroupError as error:
+            if first or error.rank == 0:  # that one may not be there any more to say so
+                raise
+            raise typer.Exit(FAILURE) from None
+    finally:
+        distributed.destroy_process_group()
+
+
+def _nowhere(*_: object, **__: object) -> None:
+    """What rank 0 warns of as well."""

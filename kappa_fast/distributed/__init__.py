@@ -1,0 +1,1 @@
+"""Several processes of torch.distributed on one ranking: who works on what, and what happens when one fails."""
