@@ -22,6 +22,7 @@ PUBLIC_NAMES = [
     "RankingFileError",
     "BackendError",
     "ComputeError",
+    "ProcessGroupError",
     "MissingExtraError",
     "Interrupted",
     "__version__",

@@ -343,6 +343,6 @@ def test_what_is_no_model_is_named(source, error, message):
         rank(source)
 
 
-def test_what_comes_later_says_so():
-    with pytest.raises(NotImplementedError, match="process_group= is not part of this version"):
+def test_what_is_no_process_group_is_refused():
+    with pytest.raises(kappa_fast.OptionError, match=r"is no process group of torch\.distributed"):
         rank(weights(1), process_group=object())

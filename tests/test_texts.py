@@ -20,6 +20,7 @@ CLASSES = [
     errors.RankingFileError,
     errors.BackendError,
     errors.ComputeError,
+    errors.ProcessGroupError,
     errors.MissingExtraError,
 ]
 

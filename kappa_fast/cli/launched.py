@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import OptionError, ProcessGroupError
-from .outcome import FAILURE, INTERRUPTED
+from .outcome import FAILURE, INTERRUPTED, WRONG_USE
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,12 +35,13 @@ def by_torchrun(environment: Mapping[str, str]) -> bool:
 
 
 @contextmanager
-def launched(device: str | None, timeout: float | None) -> Iterator[Launch]:
+def launched(device: str | None, timeout: float | None, debug: bool) -> Iterator[Launch]:
     """For the body of a command: the process group if torchrun has started it, gloo, or nccl where GPUs compute.
 
     Args:
         device: as for rank(). Without a number, or without a device, each rank takes the GPU of its local rank.
         timeout: of the group in seconds; None for that of torch.
+        debug: every rank shows its own error, not only the first one those of all.
 
     Raises:
         OptionError: a timeout without torchrun, or one that is none.
@@ -73,10 +74,11 @@ def launched(device: str | None, timeout: float | None) -> Iterator[Launch]:
             if first:
                 raise
             raise typer.Exit(INTERRUPTED) from None
-        except ProcessGroupError as error:
-            if first or error.rank == 0:  # that one may not be there any more to say so
+        except Exception as error:
+            gone = isinstance(error, ProcessGroupError) and error.rank == 0  # and so may not be there to say it
+            if first or gone or debug or isinstance(error, typer.Exit):
                 raise
-            raise typer.Exit(FAILURE) from None
+            raise typer.Exit(WRONG_USE if isinstance(error, OptionError) else FAILURE) from None
     finally:
         distributed.destroy_process_group()
 

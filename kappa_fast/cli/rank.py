@@ -75,7 +75,7 @@ def rank(
     Ctrl-C stops; what is done by then goes to the --json FILE, marked as partial, and into the cache: the
     same command goes on from there. Started by torchrun, all ranks share the work, and rank 0 prints.
     """
-    with outcome(debug), launched(device, timeout) as launch:
+    with outcome(debug), launched(device, timeout, debug) as launch:
         if relative and json is None:
             raise OptionError("--relative is about the --json FILE: give one")
         json = json if launch.prints else None

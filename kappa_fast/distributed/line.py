@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-BEATS = 20  # signs of life within a timeout
-FASTEST, SLOWEST = 0.05, 5.0  # seconds between two of them
+BEATS = 20  # signs of life within a timeout, at least
+SLOWEST = 0.5  # seconds between two of them,
+FEW = 50  # as long as there are no more ranks than this: each reads the signs of all, and one store has them
 GLANCE = 0.05  # seconds between two looks at what another thread has to say
 AGAIN = "start all ranks again: what is in a cache (cache=) is kept, and they go on from there"
 
@@ -49,7 +50,7 @@ class Line:
         self.rank, self.size, self.timeout = rank, size, timeout
         self.sent = self.received = 0  # bytes of what was posted, and of what others have posted
         self._store = store
-        self._interval = min(max(timeout / BEATS, FASTEST), SLOWEST)
+        self._interval = min(timeout / BEATS, SLOWEST * max(1.0, size / FEW))
         self._patience = timeout - 2 * self._interval  # so that it is told within the timeout
         now = time.monotonic()
         self._signs = {other: ("", now) for other in range(size) if other != rank}  # what it was, and since when
@@ -57,6 +58,8 @@ class Line:
         self._moved = self._answered = now
         self._failure: Failure | None = None
         self._ended = False
+        self._posted: list[str] = []
+        self._counters: dict[str, None] = {}
         self._requests: queue.SimpleQueue[tuple[Callable[[Store], Any], Future[Any]]] = queue.SimpleQueue()
         # A daemon: where the store's process is stopped, the call never comes back, and must not keep this one.
         self._thread = threading.Thread(target=self._run, name="kappa_fast_line", daemon=True)
@@ -98,6 +101,7 @@ class Line:
         """Give JSON to all ranks, under a key that is used once. Raises as ``moved``."""
         data = json.dumps(value)
         self.sent += len(data)
+        self._posted.append(key)
         self.ask(lambda store: store.set(key, data))
 
     def find(self, key: str) -> Any:
@@ -122,6 +126,7 @@ class Line:
 
     def count(self, key: str, by: int = 1) -> int:
         """Add to a counter that all ranks share; its value afterwards. Raises as ``moved``."""
+        self._counters[key] = None
         return self.ask(lambda store: store.add(key, by))
 
     def meet(self, key: str) -> None:
@@ -138,15 +143,19 @@ class Line:
     def close(self) -> None:
         """End the line. Whoever may hold the store stays until the others have read what they need. Never raises."""
         failure = self._failure
-        lost = 1 if failure is not None and failure.kind == "lost" else 0
+        if failure is None:  # all have come to the end, and so have read everything
+            self._try(lambda store: [store.delete_key(key) for key in self._posted])
         self._try(lambda store: store.add("left", 1))
         if self.rank == 0 or (failure is not None and failure.rank == self.rank):
+            expected = self.size - (failure is not None and failure.kind == "lost")
             deadline = time.monotonic() + 2 * self._interval + 1.0
-            while time.monotonic() < deadline:
-                here = self._try(lambda store: store.add("left", 0))
-                if here is None or here >= self.size - lost:
+            while (left := self._try(lambda store: store.add("left", 0))) is not None and left < expected:
+                if time.monotonic() > deadline:
                     break
                 time.sleep(0.01)
+            if failure is None and left == self.size:
+                used = [*self._counters, *map(_sign, range(self.size)), "left"]
+                self._try(lambda store: [store.delete_key(key) for key in used])
         self._ended = True
         self._requests.put((lambda store: None, Future()))
         self._thread.join(2 * self._interval)
@@ -166,7 +175,7 @@ class Line:
     def _run(self) -> None:
         store: Store | None = None
         due = 0.0
-        while not self._ended:
+        while not (self._ended or (self._failure is not None and self._failure.kind == "store")):
             try:
                 what, answer = self._requests.get(timeout=max(0.0, due - time.monotonic()))
             except queue.Empty:
