@@ -147,10 +147,13 @@ class Line:
             self._try(lambda store: [store.delete_key(key) for key in self._posted])
         self._try(lambda store: store.add("left", 1))
         if self.rank == 0 or (failure is not None and failure.rank == self.rank):
-            expected = self.size - (failure is not None and failure.kind == "lost")
-            deadline = time.monotonic() + 2 * self._interval + 1.0
-            while (left := self._try(lambda store: store.add("left", 0))) is not None and left < expected:
-                if time.monotonic() > deadline:
+            lost = failure is not None and failure.kind == "lost"
+            now = time.monotonic()
+            # A rank that hangs does not leave, but its line hears why the others did.
+            earliest, latest = now + (2 * self._interval if lost else 0.0), now + 2 * self._interval + 1.0
+            while (left := self._try(lambda store: store.add("left", 0))) is not None:
+                now = time.monotonic()
+                if now > latest or (left >= self.size - lost and now > earliest):
                     break
                 time.sleep(0.01)
             if failure is None and left == self.size:
