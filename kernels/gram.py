@@ -93,6 +93,7 @@ def _slices_kernel(
     HIGH: tl.constexpr,
     SIDE: tl.constexpr,
     DEPTH: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     """Adds all products of two slices of which the higher one lies in LOW..HIGH; LOW = 1 starts from nothing."""
     matrix, item = locate(owner, first)
@@ -145,8 +146,10 @@ def _slices_kernel(
                 a2 = tl.dot(rh, ch, a2, out_dtype=tl.int32)
         left += DEPTH
         right += DEPTH
-    # The smallest weights first. Slices i and j carry the weight 2^(7 (8 - i - j)).
-    if LOW == 1 and HIGH == 1:
+    # The smallest weights first. Slices i and j carry the weight 2^(7 (8 - i - j)), or 2^(8 (4 - i - j)).
+    if BITS == 8:
+        total = a2.to(tl.float64) + a1.to(tl.float64) * 256.0 + a0.to(tl.float64) * 65536.0
+    elif LOW == 1 and HIGH == 1:
         total = a0.to(tl.float64) * 4398046511104.0
     elif LOW == 1:
         total = a2.to(tl.float64) * 268435456.0 + a1.to(tl.float64) * 34359738368.0
@@ -158,8 +161,8 @@ def _slices_kernel(
         total += a1.to(tl.float64) * 16384.0 + a0.to(tl.float64) * 2097152.0
     rows, columns = r * SIDE + side, c * SIDE + side
     first_column = field(table, matrix, FIRST_COLUMN)
-    total *= power_of_two(-column_shift(peaks, first_column + rows, rows < n))[:, None]
-    total *= power_of_two(-column_shift(peaks, first_column + columns, columns < n))[None, :]
+    total *= power_of_two(-column_shift(peaks, first_column + rows, rows < n, BITS))[:, None]
+    total *= power_of_two(-column_shift(peaks, first_column + columns, columns < n, BITS))[None, :]
     store_tile(table, matrix, total, r, c, n, out, parts, part_start, split, LOW > 1, SIDE)
 
 
@@ -219,7 +222,7 @@ def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None
     target = target_of(problems.device)
     for start, high in steps:
         tile = SLICE_TILES[target][high]
-        shares = Splits.of(problems, tile.side)
+        shares = Splits.of(problems, tile.side, slices.bits)
         tiles = problems.tiles(triangular_tiles(problems.n, tile.side) * shares.counts)
         launch(
             _slices_kernel,
@@ -238,6 +241,7 @@ def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None
             HIGH=high,
             SIDE=tile.side,
             DEPTH=tile.depth,
+            BITS=slices.bits,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -245,16 +249,20 @@ def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None
     return out
 
 
-def slice_roundings(problems: Problems, count: int) -> Tensor:
+def slice_roundings(problems: Problems, count: int, bits: int = 7) -> Tensor:
     """The h for which gram_of_slices with ``count`` slices is off by at most gamma(h) |Q|^T |Q|, entry by entry: (w,).
+
+    0 for two digits of 8 bits: entries are integers up to m 2^30, which float64 holds up to 2^23 rows. Else:
 
     Products and sums of integers are exact; additions of different weights round, three for every pair of slices and
     one for every split after the first. What they add is at most P^T P with P = sum_i w_i |Q_i| <= 3.04 |Q|, since the
     digits behind the first that is not zero weigh at most 64 / 127 of one unit of it.
     """
+    if bits == 8 and int(problems.m.max()) <= 2**23:
+        return torch.zeros_like(problems.m)
     target = target_of(problems.device)
     sides = {SLICE_TILES[target][high].side for high in range(2, max(2, count) + 1)}
-    splits = torch.stack([split_counts(problems, side) for side in sides]).amax(dim=0)
+    splits = torch.stack([split_counts(problems, side, bits) for side in sides]).amax(dim=0)
     return torch.ceil(9.3 * (count - 1) * (splits + 2).to(torch.float64)).to(torch.int64)
 
 
@@ -309,10 +317,10 @@ def instances(target: str) -> list[Instance]:
     common = {"table": "*i64", "owner": "*i32", "first": "*i32"}
     shares = {"parts": "*fp64", "splits": "*i32", "part_start": "*i64"}
     found = []
-    for low, high in ((1, 1), (1, 2), (3, 3), (4, 4)):
+    for low, high, bits in ((1, 1, 7), (1, 2, 7), (3, 3, 7), (4, 4, 7), (1, 2, 8)):
         tile = SLICE_TILES[target][high]
         types = {**common, "slices": "*i8", "slice_bytes": "i64", "peaks": "*i32", "out": "*fp64", **shares}
-        constants = {"LOW": low, "HIGH": high, "SIDE": tile.side, "DEPTH": tile.depth}
+        constants = {"LOW": low, "HIGH": high, "SIDE": tile.side, "DEPTH": tile.depth, "BITS": bits}
         # The sums in float64 after the loop may spill, and do with Triton 3.6.
         held = Expected(width=16, ahead=True, stack=1344)
         found.append(Instance(_slices_kernel, types, constants, tile.num_warps, tile.num_stages, "int8", held))

@@ -87,6 +87,7 @@ def _slices(problems: Problems, narrow: Tensor) -> Tensor:
             gram.gram_of_slices(problems, slices, narrow)
         if 2 <= count < quantize.MAX_SLICES:
             quantize.quantize(problems, peaks, count + 1, slices)
+    gram.gram_of_slices(problems, quantize.quantize(problems, peaks, 2, bits=8))
     return packed
 
 

@@ -3,8 +3,11 @@
     Q = Q_1 2^21 + Q_2 2^14 + Q_3 2^7 + Q_4,   digits in [-64, 63], the first in [-64, 64]
 
 The first k digits alone are the best approximation with 7 k bits to within half a unit, so a slice can be added later
-without touching the earlier ones. Slices are stored transposed, (n, pitch) with the contracted dimension contiguous:
-the int8 matrix instructions of Hopper take no other order. docs/kernels.md has the bounds.
+without touching the earlier ones. Where 16 bits are enough, two digits of 8 bits hold them, Q = Q_1 2^8 + Q_2 with
+digits in [-128, 127]; for 16-bit weights D is sparse then, so that ||D||_2^2 <= ||D||_1 ||D||_inf is worth measuring.
+
+Slices are stored transposed, (n, pitch) with the contracted dimension contiguous: the int8 matrix instructions of
+Hopper take no other order. docs/kernels.md has the bounds.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import triton
 import triton.language as tl
 
 from .launch import launch
+from .norms import LineSums
+from .norms import instances as norm_instances
 from .problems import (
     COLUMNS,
     FIRST_COLUMN,
@@ -42,6 +47,9 @@ from .problems import (
 DIGIT_BITS = tl.constexpr(7)
 MAX_SLICES = 4
 TOP_EXPONENT = tl.constexpr(27)  # |Q| <= 2^27
+BYTE_EXPONENT = tl.constexpr(15)  # |Q| < 2^15 for two digits of 8 bits
+# and no larger than 127 * 257, or the first digit were 128: the mantissa bits of (127 * 257 + 1/2) / 2^14.
+BYTE_LIMIT = tl.constexpr(8322816)
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,20 @@ def _peaks_kernel(
 
 
 @triton.jit
-def column_shift(peaks, place, inside):
-    """The p of a column, s = 2^-p: its entries times 2^p lie below 2^TOP_EXPONENT."""
-    biased = tl.load(peaks + place, mask=inside, other=0) >> 23
-    return -biased + (TOP_EXPONENT + 126)
+def column_shift(peaks, place, inside, BITS: tl.constexpr):
+    """The p of a column, s = 2^-p: its entries times 2^p are no larger than Q may be, see the top of this file."""
+    bits = tl.load(peaks + place, mask=inside, other=0)
+    if BITS == 8:
+        return BYTE_EXPONENT + 126 - (bits >> 23) - ((bits & 0x7FFFFF) >= BYTE_LIMIT).to(tl.int32)
+    else:
+        return TOP_EXPONENT + 126 - (bits >> 23)
+
+
+def column_exponents(peaks: Tensor, bits: int) -> Tensor:
+    """-p of every column, see column_shift, in plain torch."""
+    if bits == 8:
+        return (peaks >> 23) + ((peaks & 0x7FFFFF) >= BYTE_LIMIT.value).to(torch.int32) - (BYTE_EXPONENT.value + 126)
+    return (peaks >> 23) - (TOP_EXPONENT.value + 126)
 
 
 @triton.jit
@@ -117,6 +135,11 @@ def _digits_kernel(
     slices,
     residuals,
     slice_bytes: tl.int64,
+    by_row,
+    row_starts,
+    by_column,
+    column_starts,
+    BITS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     BM: tl.constexpr,
@@ -128,22 +151,28 @@ def _digits_kernel(
 ):
     matrix, tile = locate(owner, first)
     whole = stored(table, matrix, ELEMENT, INNER, ALIGNED)
-    _, _, _, _, n = whole
+    _, _, _, m, n = whole
     pitch = field(table, matrix, PITCH, PAD)
     across = tl.cdiv(n, BN)
     column, row = (tile % across) * BN, (tile // across) * BM
     columns = column + tl.arange(0, BN)
-    shift = column_shift(peaks, field(table, matrix, FIRST_COLUMN) + columns, columns < n)  # [BN]
+    shift = column_shift(peaks, field(table, matrix, FIRST_COLUMN) + columns, columns < n, BITS)  # [BN]
     a = as_float(load_tile(whole, row, column, BM, BN, INNER), FLOAT8)
     # In two steps, since 2^shift alone may be beyond float32.
     half = shift >> 1
     x = a * _power(half)[None, :] * _power(shift - half)[None, :]
     # From 2^23 on every float32 is an integer, and adding 0.5 could only harm it.
     q = tl.where(tl.abs(x) >= 8388608.0, x, tl.floor(x + 0.5)).to(tl.int32)  # [BM, BN]
-    d4, q3 = _digit(q)
-    d3, q2 = _digit(q3)
-    d2, d1 = _digit(q2)
-    if HIGH == 1:
+    if BITS == 8:
+        d2 = ((q + 128) & 255) - 128
+        d1 = (q - d2) >> 8
+    else:
+        d4, q3 = _digit(q)
+        d3, q2 = _digit(q3)
+        d2, d1 = _digit(q2)
+    if BITS == 8:
+        kept = q
+    elif HIGH == 1:
         kept = d1 << 21
     elif HIGH == 2:
         kept = q2 << 14
@@ -156,6 +185,13 @@ def _digits_kernel(
     squares = tl.sum(rest * rest, axis=0)  # [BN]
     total = tl.sum(squares * power_of_two(-2 * shift), axis=0) * (1.0 + 1e-9)
     tl.store(residuals + tl.program_id(0), total)
+    if BITS == 8:
+        sizes = tl.abs(rest) * power_of_two(-shift)[None, :]
+        rows = row + tl.arange(0, BM)
+        line = by_row + tl.load(row_starts + matrix) + (tile % across).to(tl.int64) * m + rows
+        tl.store(line, tl.sum(sizes, axis=1), mask=rows < m)
+        line = by_column + tl.load(column_starts + matrix) + (tile // across).to(tl.int64) * n + columns
+        tl.store(line, tl.sum(sizes, axis=0), mask=columns < n)
     target = slices + field(table, matrix, SLICE, PAD) + column.to(tl.int64) * pitch + row
     target += tl.arange(0, BN)[:, None] * pitch.to(tl.int32) + tl.arange(0, BM)[None, :]
     inside = (columns < n)[:, None]  # pitch is a multiple of BM
@@ -207,16 +243,19 @@ def instances(target: str) -> list[Instance]:
         held = Expected(width=16, registers=128) if storage.aligned else None
         found.append(Instance(_peaks_kernel, common, constants, tile.num_warps, expected=held))
         tile = SLICE_TILE
-        types = {**common, "slices": "*i8", "residuals": "*fp64", "slice_bytes": "i64"}
-        for low, high in ((1, 1), (1, 2), (1, 3), (1, 4), (3, 3), (4, 4)):
-            constants = {"LOW": low, "HIGH": high, "BM": tile.rows, "BN": tile.columns, **launch_options(storage)}
+        sevens = {**common, "slices": "*i8", "residuals": "*fp64", "slice_bytes": "i64"}
+        lines = {"by_row": "*fp64", "row_starts": "*i64", "by_column": "*fp64", "column_starts": "*i64"}
+        for low, high, bits in ((1, 1, 7), (1, 2, 7), (1, 3, 7), (1, 4, 7), (3, 3, 7), (4, 4, 7), (1, 2, 8)):
+            types = {**sevens, **lines} if bits == 8 else sevens
+            constants = {"LOW": low, "HIGH": high, "BITS": bits, "BM": tile.rows, "BN": tile.columns}
+            constants |= launch_options(storage)
             # AMD branches around masked loads, which looks like loops. Triton 3.9 spills two registers on sm_80.
             held = (
                 Expected(width=16, registers=168, stack=8, spills=2) if storage.aligned and target != "gfx942" else None
             )
             found.append(Instance(_digits_kernel, types, constants, tile.num_warps, expected=held))
     sums = {"first": "*i32", "counts": "*i32", "parts": "*fp64", "sums": "*fp64"}
-    return [*found, Instance(_sum_kernel, sums, {"BLOCK": 256}, 4)]
+    return [*found, Instance(_sum_kernel, sums, {"BLOCK": 256}, 4), *norm_instances()]
 
 
 def column_peaks(problems: Problems) -> Tensor:
@@ -246,11 +285,16 @@ def column_peaks(problems: Problems) -> Tensor:
 
 @dataclass(frozen=True)
 class Slices:
-    """data: (k, bytes of one slice) int8.  peaks: see column_peaks.  residual: ||D||_F^2 (w,) float64, rounded up."""
+    """data: (k, bytes of one slice) int8.  peaks: see column_peaks.  bits: of a digit, 7 or 8.
+
+    residual: at least ||D||_2^2 (w,) float64, namely ||D||_F^2, or with 8 bits ||D||_1 ||D||_inf if that is smaller,
+    rounded up.
+    """
 
     data: Tensor
     peaks: Tensor
     residual: Tensor
+    bits: int = DIGIT_BITS.value
 
     @property
     def count(self) -> int:
@@ -259,32 +303,43 @@ class Slices:
     def dense(self, problems: Problems) -> list[Tensor]:
         """Q diag(s) of every matrix, (m, n) float64 on the host, put together digit by digit: slow, for checks."""
         data, table = self.data.cpu().to(torch.float64), problems.table.tolist()
-        exponents = (self.peaks.cpu() >> 23) - (TOP_EXPONENT.value + 126)  # -p, see column_shift
+        exponents = column_exponents(self.peaks.cpu(), self.bits)
+        last = 1 if self.bits == 8 else MAX_SLICES - 1  # of the digits that Q has
         found = []
         for row in table:
             m, n, pitch, start, first = (row[f.value] for f in (ROWS, COLUMNS, PITCH, SLICE, FIRST_COLUMN))
             digits = data[:, start : start + n * pitch].view(-1, n, pitch)[..., :m]
-            q = sum(digit * 2.0 ** (DIGIT_BITS.value * (MAX_SLICES - 1 - k)) for k, digit in enumerate(digits))
+            q = sum(digit * 2.0 ** (self.bits * (last - k)) for k, digit in enumerate(digits))
             found.append(torch.ldexp(q, exponents[first : first + n, None]).T)
         return found
 
 
-def quantize(problems: Problems, peaks: Tensor, slices: int, earlier: Slices | None = None) -> Slices:
+def quantize(
+    problems: Problems, peaks: Tensor, slices: int, earlier: Slices | None = None, bits: int = DIGIT_BITS.value
+) -> Slices:
     """The first ``slices`` (1 to 4) digits of every matrix; those that ``earlier`` holds are taken from there.
 
-    Entries must be finite. One launch per storage class and one for the sums; reads every weight once and writes one
-    byte per weight and new slice.
+    bits: 7, or 8 for two slices. Entries must be finite. One launch per storage class and one for the sums, two more
+    for 8 bits; reads every weight once and writes one byte per weight and new slice.
+
+    Raises:
+        ValueError: digits of 8 bits are asked for in another number than two, or beside earlier ones.
     """
+    if bits == 8 and (slices != 2 or earlier is not None):
+        raise ValueError(f"digits of 8 bits come in twos and at once, not {slices}")
     data = torch.empty((slices, problems.slice_bytes), dtype=torch.int8, device=problems.device)
     low = 1
     if earlier is not None:
         data[: earlier.count] = earlier.data
         low = earlier.count + 1
     tile = SLICE_TILE
-    counts = -(-problems.n // tile.columns) * -(-problems.m // tile.rows)
+    across, down = -(-problems.n // tile.columns), -(-problems.m // tile.rows)
+    rows = LineSums.of(problems, problems.m, across) if bits == 8 else None
+    columns = LineSums.of(problems, problems.n, down) if bits == 8 else None
+    lines = [x for sums in (rows, columns) for x in ((sums.parts, sums.starts) if sums else (None, None))]
     residual = torch.zeros(len(problems.m), dtype=torch.float64, device=problems.device)
     for storage, chosen in problems.classes().items():
-        tiles = problems.tiles(counts, chosen)
+        tiles = problems.tiles(across * down, chosen)
         parts = torch.empty(tiles.total, dtype=torch.float64, device=problems.device)
         launch(
             _digits_kernel,
@@ -296,6 +351,8 @@ def quantize(problems: Problems, peaks: Tensor, slices: int, earlier: Slices | N
             data,
             parts,
             problems.slice_bytes,
+            *lines,
+            BITS=bits,
             LOW=low,
             HIGH=slices,
             BM=tile.rows,
@@ -303,8 +360,10 @@ def quantize(problems: Problems, peaks: Tensor, slices: int, earlier: Slices | N
             num_warps=tile.num_warps,
             **launch_options(storage),
         )
-        _add_runs(problems, tiles, counts, chosen, parts, residual)
-    return Slices(data, peaks, residual)
+        _add_runs(problems, tiles, across * down, chosen, parts, residual)
+    if rows and columns:
+        residual = torch.minimum(residual, rows.largest(problems) * columns.largest(problems) * (1 + 1e-9))
+    return Slices(data, peaks, residual, bits)
 
 
 def sum_runs(starts: Tensor, lengths: Tensor, parts: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from .problems import (
 # Two products of digits up to 64 share an accumulator: 2 * 64^2 * rows stays below 2^31 up to 262143 rows. The matrix
 # units saturate without a word, so longer matrices are split.
 INTEGER_ROWS = 131072
+BYTE_ROWS = 32768  # digits of 8 bits are up to 128: 2 * 128^2 * rows
 # Matrices with fewer tiles than this are split along m, so that one of them keeps a chip with 132 units busy.
 FULL_CHIP = 132
 SPLIT_ROWS = 8192  # and no split is shorter than this
@@ -83,8 +84,8 @@ class Splits:
     parts: Tensor  # what splits beyond the first find
 
     @classmethod
-    def of(cls, problems: Problems, side: int) -> Splits:
-        counts = split_counts(problems, side)
+    def of(cls, problems: Problems, side: int, bits: int = 7) -> Splits:
+        counts = split_counts(problems, side, bits)
         sizes = (counts - 1) * problems.n * (-(-problems.n // ROW_PAD.value) * ROW_PAD.value)
         starts, total = starts_of(sizes)
         parts = torch.empty(max(1, total), dtype=torch.float64, device=problems.device)
@@ -92,11 +93,11 @@ class Splits:
         return cls(counts, to_device(counts, device, torch.int32), to_device(starts, device), parts)
 
 
-def split_counts(problems: Problems, side: int) -> Tensor:
-    """Into how many runs of rows the work on each matrix is cut, with tiles of this side."""
+def split_counts(problems: Problems, side: int, bits: int = 7) -> Tensor:
+    """Into how many runs of rows the work on each matrix is cut, with tiles of this side and digits of so many bits."""
     tiles = triangular_tiles(problems.n, side)
     counts = torch.minimum(-(-FULL_CHIP // tiles), problems.m // SPLIT_ROWS).clamp(min=1)
-    return torch.maximum(counts, -(-problems.m // INTEGER_ROWS))
+    return torch.maximum(counts, -(-problems.m // (BYTE_ROWS if bits == 8 else INTEGER_ROWS)))
 
 
 def triangular_tiles(n: Tensor, side: int) -> Tensor:

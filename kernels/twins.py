@@ -20,7 +20,7 @@ from .apply import Blocks
 from .cholesky import BLOCK, Factored, Residuals, diagonal_starts
 from .panel import Rows
 from .problems import COLUMNS, FIRST_COLUMN, PITCH, ROWS, SLICE, Problems, Tensor, binades
-from .quantize import DIGIT_BITS, MAX_SLICES, TOP_EXPONENT, Slices
+from .quantize import DIGIT_BITS, MAX_SLICES, Slices, column_exponents
 from .ritz import Tridiagonal
 from .steps import Steps
 from .triangular import Members
@@ -37,28 +37,37 @@ def column_peaks(problems: Problems) -> Tensor:
     return torch.cat(found)
 
 
-def quantize(problems: Problems, peaks: Tensor, slices: int, earlier: Slices | None = None) -> Slices:
+def quantize(
+    problems: Problems, peaks: Tensor, slices: int, earlier: Slices | None = None, bits: int = DIGIT_BITS.value
+) -> Slices:
     """See quantize.quantize; everything is computed, whatever ``earlier`` holds."""
+    if bits == 8 and (slices != 2 or earlier is not None):
+        raise ValueError(f"digits of 8 bits come in twos and at once, not {slices}")
     data = torch.zeros((slices, problems.slice_bytes), dtype=torch.int8, device=problems.device)
     residual = torch.zeros(len(problems.m), dtype=torch.float64, device=problems.device)
+    last = 1 if bits == 8 else MAX_SLICES - 1  # of the digits that Q has
+    half = 2 ** (bits - 1)
     for i, (a, row) in enumerate(zip(problems.matrices, problems.table.tolist(), strict=True)):
         m, n, pitch, start, first = (row[f.value] for f in (ROWS, COLUMNS, PITCH, SLICE, FIRST_COLUMN))
-        shift = TOP_EXPONENT.value + 126 - (peaks[first : first + n] >> 23)
+        shift = -column_exponents(peaks[first : first + n], bits)
         wide = a.to(torch.float64)
         scaled = torch.ldexp(wide, shift)
         rest = torch.floor(scaled + 0.5).to(torch.int64)
         digits = []
-        for _ in range(MAX_SLICES - 1):
-            digit = ((rest + 64) & 127) - 64
+        for _ in range(last):
+            digit = ((rest + half) & (2 * half - 1)) - half
             digits.append(digit)
-            rest = (rest - digit) >> DIGIT_BITS.value
+            rest = (rest - digit) >> bits
         digits = [rest, *reversed(digits)][:slices]
         kept = torch.zeros_like(scaled)
         for k, digit in enumerate(digits):
             data[k, start : start + n * pitch].view(n, pitch)[:, :m] = digit.T.to(torch.int8)
-            kept += torch.ldexp(digit.to(torch.float64), torch.tensor(DIGIT_BITS.value * (MAX_SLICES - 1 - k)))
-        residual[i] = torch.ldexp(scaled - kept, -shift).square().sum() * (1 + 1e-9)
-    return Slices(data, peaks, residual)
+            kept += torch.ldexp(digit.to(torch.float64), torch.tensor(bits * (last - k)))
+        left = torch.ldexp(scaled - kept, -shift).abs()
+        residual[i] = left.square().sum() * (1 + 1e-9)
+        if bits == 8:
+            residual[i] = residual[i].clamp(max=left.sum(dim=0).max() * left.sum(dim=1).max() * (1 + 1e-9))
+    return Slices(data, peaks, residual, bits)
 
 
 def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None, *, low: int = 1) -> Tensor:

@@ -202,13 +202,15 @@ def test_a_gram_matrix_that_is_wrong_is_found(name, what, factor, monkeypatch):
         check_storage(CPU, SIXTEEN)
 
 
-@pytest.mark.parametrize("factor", [1 - 1e-8, 1 + 1e-7], ids=["less", "more"])
-def test_slices_that_lie_elsewhere_than_they_say_are_found(factor, monkeypatch):
+@pytest.mark.parametrize(
+    ("factor", "digits"), [(1 - 1e-8, 7), (1 - 1e-8, 8), (1 + 1e-7, 7)], ids=["less", "less of bytes", "more"]
+)
+def test_slices_that_lie_elsewhere_than_they_say_are_found(factor, digits, monkeypatch):
     original = quantize.quantize
 
-    def wrong(problems, peaks, slices):
-        found = original(problems, peaks, slices)
-        return quantize.Slices(found.data, found.peaks, found.residual * factor)
+    def wrong(problems, peaks, slices, bits):
+        found = original(problems, peaks, slices, bits=bits)
+        return replace(found, residual=found.residual * factor if bits == digits else found.residual)
 
     monkeypatch.setattr(quantize, "quantize", wrong)
     with pytest.raises(CanaryError, match=r"^quantize calls \S+ \S+ on cpu"):
@@ -219,7 +221,7 @@ def test_slices_that_hold_too_little_are_found(monkeypatch):
     # All but the first slice are left empty, and the residual says so.
     original = quantize.quantize
 
-    def coarse(problems, peaks, slices):
+    def coarse(problems, peaks, slices, bits):
         found, first = original(problems, peaks, slices), original(problems, peaks, 1)
         data = torch.cat([first.data, torch.zeros_like(found.data[1:])])
         return quantize.Slices(data, found.peaks, first.residual)

@@ -1,5 +1,7 @@
 """Under the interpreter, the integer Gram matrix is exact and the float one as good as the library's."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from spectra import gaussian
 
 from kappa_fast.kernels import gram as module
 from kappa_fast.kernels import splits
-from kappa_fast.kernels.gram import Tile, gram_of_slices, gram_of_weights
+from kappa_fast.kernels.gram import Tile, gram_of_slices, gram_of_weights, slice_roundings
 from kappa_fast.kernels.problems import PAD, Problems, target_of
 from kappa_fast.kernels.quantize import Slices, column_peaks, quantize
 from kappa_fast.kernels.splits import triangular_tiles
@@ -63,6 +65,37 @@ def test_the_gram_matrix_of_the_digits_is_exact(slices):
             assert (np.tril(result) == exact).all()
         else:
             assert np.allclose(np.tril(result), exact.astype(np.float64), rtol=2.0**-51, atol=2.0**-51 * exact.max())
+
+
+def test_the_gram_matrix_of_two_bytes_is_exact(monkeypatch):
+    monkeypatch.setattr(splits, "SPLIT_ROWS", 128)
+    monkeypatch.setattr(splits, "FULL_CHIP", 2)
+    problems = Problems.of([*wave(), gaussian(400, 5, 3).float()])
+    slices = quantize(problems, column_peaks(problems), 2, bits=8)
+    packed = gram_of_slices(problems, slices)
+    assert not slice_roundings(problems, 2, 8).any()
+    for q, view in zip(slices.dense(problems), problems.gram_views(packed), strict=True):
+        unit = torch.where(q == 0, math.inf, q.abs()).amin()
+        scale = 2.0 ** (40 - math.frexp(float(unit))[1])  # makes integers of all entries
+        whole = (q * scale).numpy().astype(object)
+        whole = np.vectorize(int)(whole)
+        exact = whole.T @ whole
+        rows, columns = np.tril_indices(len(view))
+        assert all(
+            int(x) == y for x, y in zip((view * scale**2).numpy()[rows, columns], exact[rows, columns], strict=True)
+        )
+
+
+def test_the_longest_columns_of_the_largest_bytes_do_not_saturate(monkeypatch):
+    longest = 65537
+    monkeypatch.setitem(module.SLICE_TILES[HERE], 2, Tile(16, 128, 4, 2))
+    monkeypatch.setattr(splits, "FULL_CHIP", 1)  # split for no other reason
+    problems = Problems.of([torch.empty(longest, 1)])
+    data = torch.zeros(2, problems.slice_bytes, dtype=torch.int8)
+    data[:, :longest] = -128
+    found = Slices(data, torch.tensor([126 << 23], dtype=torch.int32), torch.zeros(1, dtype=torch.float64), 8)
+    assert 2 * longest * 128**2 > 2**31
+    assert float(gram_of_slices(problems, found)[0]) * 2.0**30 == longest * (128 * 257) ** 2
 
 
 @pytest.mark.parametrize("slices", [3, 4])

@@ -216,3 +216,74 @@ def test_a_map_of_tiles_gives_every_matrix_its_own_and_the_longest_first():
     assert tiles.first.tolist() == [4, 0, 1]
     assert tiles.total == 6
     assert to_device(torch.arange(3), torch.device("cpu")).tolist() == [0, 1, 2]
+
+
+def bytes_of(problems):
+    """Q of two digits of 8 bits, put together literally, in units of the weights; and all first digits."""
+    found = quantize(problems, column_peaks(problems), 2, bits=8)
+    values, firsts = [], []
+    for i, (m, n) in enumerate(zip(problems.m.tolist(), problems.n.tolist(), strict=True)):
+        pitch, place, start = (int(problems.table[i, k]) for k in (6, 7, 5))
+        first, second = (found.data[k, place : place + n * pitch].view(n, pitch)[:, :m].T.double() for k in (0, 1))
+        peaks = found.peaks.view(torch.float32)[start : start + n].double()
+        # The largest power of two with which no entry is rounded beyond 127 * 257.
+        p = 15 - torch.frexp(peaks).exponent
+        p = torch.where(torch.floor(torch.ldexp(peaks, p) + 0.5) > 127 * 257, p - 1, p)
+        values.append(torch.ldexp(256 * first + second, -p))
+        firsts.append(first)
+    return found, values, firsts
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_digits_of_eight_bits_are_the_nearest_numbers_and_say_how_far_they_are(dtype):
+    matrices = wave(dtype)
+    problems = Problems.of(matrices)
+    found, values, _ = bytes_of(problems)
+    for a, q, dense, residual in zip(matrices, values, found.dense(problems), found.residual.tolist(), strict=True):
+        left = (a.double() - q).abs()
+        peak = a.float().abs().amax(dim=0).double()
+        assert torch.equal(q, dense)
+        assert bool((left <= 1.01 * peak * 2.0**-15).all())
+        exact = min(float(left.square().sum()), float(left.sum(dim=0).max() * left.sum(dim=1).max()))
+        assert exact <= residual <= exact * (1 + 1e-8)
+        assert float(torch.linalg.matrix_norm(a.double() - q, 2)) ** 2 <= residual * (1 + 1e-12)
+
+
+def test_few_entries_of_bfloat16_are_left_out_and_the_bound_sees_that():
+    matrix = gaussian(700, 300, 3).bfloat16()
+    problems = Problems.of([matrix])
+    found, (q,), _ = bytes_of(problems)
+    left = matrix.double() - q
+    assert int((left != 0).sum()) < 0.05 * left.numel()
+    assert float(found.residual) < 0.2 * float(left.square().sum())
+
+
+def test_digits_of_eight_bits_stay_in_their_range_at_the_largest_entries():
+    # 127 * 257 is the largest number of two digits: what would round beyond it takes a smaller power of two.
+    edges = [32639, 32639.25, 32639.5, 32640, 32767, 32768, 16384, 1]
+    rows = torch.tensor([edges, [-x for x in edges]], dtype=torch.float64)
+    for scale in (1.0, 2.0**-100, 2.0**50):
+        for row in (rows * scale).float().split(1):  # one entry a column
+            problems = Problems.of([row])
+            _, (q,), (first,) = bytes_of(problems)
+            assert float(first.min()) >= -128
+            assert float(first.max()) <= 127
+            assert bool(((row.double() - q).abs() <= 2.0**-14 * row.double().abs()).all())
+
+
+def test_bytes_come_in_twos():
+    problems = Problems.of([gaussian(8, 4).float()])
+    peaks = column_peaks(problems)
+    with pytest.raises(ValueError, match="digits of 8 bits come in twos and at once, not 3"):
+        quantize(problems, peaks, 3, bits=8)
+    with pytest.raises(ValueError, match="digits of 8 bits come in twos and at once"):
+        quantize(problems, peaks, 2, quantize(problems, peaks, 1), bits=8)
+
+
+def test_the_bound_of_a_matrix_does_not_depend_on_its_wave():
+    long, short = gaussian(600, 40, 1).bfloat16(), gaussian(90, 33, 2).bfloat16()
+    found = []
+    for wave_ in ([long], [short, long, short]):
+        problems = Problems.of(wave_)
+        found.append(quantize(problems, column_peaks(problems), 2, bits=8).residual[len(wave_) // 2])
+    assert torch.equal(*found)

@@ -30,8 +30,8 @@ def test_the_digits_are_those_of_the_kernels():
     problems = Problems.of(matrices)
     peaks = quantize.column_peaks(problems)
     assert torch.equal(twins.column_peaks(problems), peaks)
-    for count in (1, 2, 4):
-        found, twin = quantize.quantize(problems, peaks, count), twins.quantize(problems, peaks, count)
+    for count, bits in ((1, 7), (2, 7), (4, 7), (2, 8)):
+        found, twin = (room.quantize(problems, peaks, count, None, bits) for room in (quantize, twins))
         for made, wanted in zip(found.dense(problems), twin.dense(problems), strict=True):
             assert torch.equal(made, wanted)
         assert torch.allclose(found.residual, twin.residual, rtol=1e-12, atol=0)
