@@ -72,13 +72,17 @@ def gram(bench: Bench) -> None:
     bench.attempt("of 16-bit weights", lambda: row(lambda: gram_of_weights(problems), count))
     bench.attempt("column peaks", lambda: row(lambda: column_peaks(problems), count))
 
-    def of_slices(k: int) -> dict[str, float]:
-        slices = quantize(problems, peaks, k)
+    def to_slices(k: int, bits: int) -> dict[str, float]:
+        return row(lambda: quantize(problems, peaks, k, bits=bits), count)
+
+    def of_slices(k: int, bits: int) -> dict[str, float]:
+        slices = quantize(problems, peaks, k, bits=bits)
         return row(lambda: gram_of_slices(problems, slices), count)
 
-    for k in (1, 2, 3):
-        bench.attempt(f"to {k} slices", lambda k=k: row(lambda: quantize(problems, peaks, k), count))  # type: ignore[misc]
-        bench.attempt(f"of {k} slices", partial(of_slices, k))
+    for k, bits in ((1, 7), (2, 7), (3, 7), (2, 8)):
+        name = f"{k} {'bytes' if bits == 8 else 'slices'}"
+        bench.attempt(f"to {name}", partial(to_slices, k, bits))
+        bench.attempt(f"of {name}", partial(of_slices, k, bits))
     a = matrices[0]
     bench.attempt("torch: bf16 product", lambda: row(lambda: a.T @ a, 1))
     high, low = (torch.randint(-64, 64, (n, m), dtype=torch.int8, device=bench.device) for _ in range(2))
@@ -96,6 +100,7 @@ def cholesky(bench: Bench) -> None:
     """Cholesky factors of 64 matrices of order 4096, beside the library's of one and of a batch of eight."""
     from kappa_fast.kernels.cholesky import cholesky as factor
     from kappa_fast.kernels.problems import Problems
+    from kappa_fast.kernels.shifted import Mirrored
 
     n = 96 if bench.smoke else 4096
     count = max(1, min(2 if bench.smoke else 64, bench.free() // (5 * 8 * n * n)))
@@ -111,6 +116,17 @@ def cholesky(bench: Bench) -> None:
 
     bench.attempt("copy of what is factored", lambda: row(lambda: packed.clone(), count))
     bench.attempt("kappa_fast, with that copy", lambda: row(lambda: factor(problems, packed.clone()), count))
+
+    def attempt_of_a_proof() -> dict[str, float]:
+        mirrored = Mirrored.of(problems, packed.clone())
+
+        def once() -> torch.Tensor:
+            factors = mirrored.factored(range(count), [1.0] * count, 1)
+            return factors.deviations(*factors.residuals())
+
+        return row(once, count)
+
+    bench.attempt("for a proof, from shift to check", attempt_of_a_proof)
     narrow = packed.float()
     bench.attempt("in float32, with that copy", lambda: row(lambda: factor(problems, narrow.clone()), count))
     bench.attempt("torch", lambda: row(lambda: torch.linalg.cholesky_ex(gram), 1))

@@ -126,8 +126,8 @@ def _kernels_at(bench: Bench, where: str, weight: torch.Tensor) -> None:
     def gram_of_weights() -> float:
         return _at_most(distance(gram.gram_of_weights(problems)) / norm, 1e-5)
 
-    def gram_of_slices(count: int) -> dict[str, float]:
-        slices = quantize.quantize(problems, quantize.column_peaks(problems), count)
+    def gram_of_slices(count: int, bits: int) -> dict[str, float]:
+        slices = quantize.quantize(problems, quantize.column_peaks(problems), count, bits=bits)
         error, left = distance(gram.gram_of_slices(problems, slices)), float(slices.residual) ** 0.5
         return {"error": _at_most(error / norm, (left * (2 * size + left) + 1e-13 * norm) / norm), "left": left / size}
 
@@ -154,8 +154,9 @@ def _kernels_at(bench: Bench, where: str, weight: torch.Tensor) -> None:
         return found
 
     bench.attempt(f"{where}, Gram matrix of weights", gram_of_weights)
-    for count in (2, 3):
-        bench.attempt(f"{where}, Gram matrix of {count} slices", partial(gram_of_slices, count))
+    for count, bits in ((2, 7), (3, 7), (2, 8)):
+        name = f"{count} {'bytes' if bits == 8 else 'slices'}"
+        bench.attempt(f"{where}, Gram matrix of {name}", partial(gram_of_slices, count, bits))
     for dtype in (torch.float64, torch.float32):
         name = str(dtype).removeprefix("torch.")
         bench.attempt(f"{where}, factor and solves in {name}", partial(factor, dtype))

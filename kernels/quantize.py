@@ -101,9 +101,9 @@ def column_shift(peaks, place, inside, BITS: tl.constexpr):
     """The p of a column, s = 2^-p: its entries times 2^p are no larger than Q may be, see the top of this file."""
     bits = tl.load(peaks + place, mask=inside, other=0)
     if BITS == 8:
-        return BYTE_EXPONENT + 126 - (bits >> 23) - ((bits & 0x7FFFFF) >= BYTE_LIMIT).to(tl.int32)
+        return -(bits >> 23) - ((bits & 0x7FFFFF) >= BYTE_LIMIT).to(tl.int32) + (BYTE_EXPONENT + 126)
     else:
-        return TOP_EXPONENT + 126 - (bits >> 23)
+        return -(bits >> 23) + (TOP_EXPONENT + 126)
 
 
 def column_exponents(peaks: Tensor, bits: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,10 +13,10 @@ from spectra import contains, gaussian, prescribed, singular_values, trained_lik
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 
+from kappa_fast.backends import triton_proofs  # noqa: E402
 from kappa_fast.backends.torch_backend import TorchBackend  # noqa: E402
 from kappa_fast.backends.triton_backend import TritonBackend  # noqa: E402
-from kappa_fast.backends.triton_proofs import SliceProducts  # noqa: E402
-from kappa_fast.spectrum import certify  # noqa: E402
+from kappa_fast.spectrum import certify, ladder  # noqa: E402
 from kappa_fast.spectrum.certify import certified_wave  # noqa: E402
 from kappa_fast.spectrum.ladder import Goal, Resolution, resolve  # noqa: E402
 
@@ -96,20 +97,18 @@ def test_what_the_wave_cannot_prove_is_proved_alone():
     assert [entry.upper for entry in found][6] == alone[6].upper
 
 
-class Distant(SliceProducts):
-    """Slices that hold another matrix than the weights and say how far it is."""
-
-    def __init__(self, operands, which, slices, read):
-        far = [TORCH.prepare([operands[i].tensor.double() * 1.05])[0].tensor for i in which]
-        moved = [type(operands[i])(x.float(), 0, True, 1.0) for i, x in zip(which, far, strict=True)]
-        super().__init__(moved, range(len(which)), slices, read)
-        self.which = tuple(which)
-        extra = [float(torch.linalg.matrix_norm(operands[i].tensor.double())) * 0.05 for i in which]
-        self.distances = [d + e * (1 + 1e-6) for d, e in zip(self.distances, extra, strict=True)]
-
-
 def test_the_distance_of_the_slices_enters_both_ends(monkeypatch):
-    monkeypatch.setattr("kappa_fast.backends.triton_proofs.SliceProducts", Distant)
+    """Slices that hold another matrix than the weights and say how far it is."""
+    original = triton_proofs._near
+
+    def distant(operands, which, limits, kind, read):
+        far = [TORCH.prepare([a.tensor.double() * 1.05])[0].tensor for a in operands]
+        moved = [type(a)(x.float(), 0, True, 1.0) for a, x in zip(operands, far, strict=True)]
+        found, places = original(moved, which, limits, kind, read)
+        extra = torch.stack([torch.linalg.matrix_norm(operands[i].tensor.double()) * 0.05 for i in which])
+        return replace(found, squared=(found.squared.sqrt() + extra * (1 + 1e-6)) ** 2), places
+
+    monkeypatch.setattr(triton_proofs, "_near", distant)
     monkeypatch.setattr(certify, "certified", lambda backend, a, found, rtol: found)
     operands = TRITON.prepare([prescribed("geometric", 60, 4, 1.5, seed=1).matrix.float()])
     (kappa,) = kappas(operands)
@@ -149,9 +148,79 @@ def test_launches_do_not_depend_on_how_many_matrices_are_proved():
     assert launches[0] == launches[1]
 
 
+def test_each_level_takes_those_that_are_near_enough():
+    weights = [gaussian(60, 8, 1).bfloat16(), gaussian(60, 8, 2).float(), gaussian(60, 8, 3).bfloat16()]
+    operands = TRITON.prepare(weights)
+    (found,) = TRITON.exact_products(operands, 0, [math.inf] * 3)
+    assert found.which == (0, 1, 2)
+    assert all(x < 0.5 * found.distances[1] for x in (found.distances[0], found.distances[2]))
+    assert found.roundings == [0, 0, 0]
+    limits = [2 * found.distances[0], 0.5 * found.distances[1], 2 * found.distances[2]]
+    (chosen,) = TRITON.exact_products(operands, 0, limits)
+    assert chosen.which == (0, 2)
+    assert chosen.distances == [found.distances[0], found.distances[2]]
+    assert TRITON.exact_products(operands, 0, [0.0, 0.0, math.nan]) == []
+    (closer,) = TRITON.exact_products(operands, 1, limits)
+    assert closer.which == (0, 1, 2)
+    assert TRITON.exact_products(operands, 3, limits) is None
+
+
+@pytest.fixture
+def products_taken(monkeypatch):
+    """The digits and bits of all products that proofs have made, and not found from the first rung."""
+    kinds, original = [], triton_proofs._near
+
+    def near(operands, which, limits, kind, read):
+        found = original(operands, which, limits, kind, read)
+        kinds.extend([kind] * (0 if found is None else len(found[1])))
+        return found
+
+    monkeypatch.setattr(triton_proofs, "_near", near)
+    return kinds
+
+
+@pytest.mark.usefixtures("no_other_proof")
+def test_proofs_take_the_products_of_the_first_rung_and_no_others(products_taken):
+    operands = TRITON.prepare([gaussian(90, 20, 1).bfloat16(), gaussian(60, 12, 2).bfloat16()])
+    TRITON.factor(operands, [TRITON.rungs((90, 20), torch.bfloat16, proofs=True)[0]] * 2)
+    founds = estimates(operands)
+    (alone,) = certified_wave(TRITON, operands[1:], founds[1:], 1e-2)
+    assert alone.certified
+    assert not products_taken
+    (same,) = certified_wave(TRITON, operands[1:], founds[1:], 1e-2)
+    assert products_taken == [(2, 8)]
+    assert same == alone
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_other_proof")
+def test_the_first_rung_leaves_its_products_to_the_proofs(products_taken, monkeypatch):
+    monkeypatch.setattr(ladder, "EXACT_BELOW", 32)
+    wave = [trained_like(130, 34, 1).bfloat16(), gaussian(40, 90, 2).bfloat16(), gaussian(60, 40, 3).half()]
+    found = resolve(TRITON, wave, Goal(1e-2, certify=True))
+    assert [entry.method for entry in found] == ["bytes2", "bytes2", "weights16"]
+    assert all(entry.certified for entry in found)
+    for entry, a in zip(found, wave, strict=True):
+        values = singular_values(a.double())
+        assert contains(entry.lower, max(values) / min(values), entry.upper)
+    assert products_taken in ([(3, 7)], [(2, 8)])  # of the one in float16
+    alone = [resolve(TRITON, [a], Goal(1e-2, certify=True))[0] for a in wave[:1]]
+    assert alone == found[:1]
+
+
+def test_what_the_first_rung_keeps_is_let_go(monkeypatch):
+    operands = TRITON.prepare([gaussian(60, 40, 3).bfloat16()])
+    rungs = TRITON.rungs((60, 40), torch.bfloat16, proofs=True)
+    TRITON.factor(operands, rungs[:1])
+    assert set(operands[0].cache) == {"exact"}
+    (products,) = TRITON.exact_products(operands, 0, [math.inf])
+    assert products.which == (0,)
+    assert not operands[0].cache
+
+
 def test_infinite_distances_prove_nothing():
     operands = TRITON.prepare([gaussian(20, 6, 1).float()])
     (found,) = estimates(operands)
-    products = TRITON.exact_products(operands, 0)
+    (products,) = TRITON.exact_products(operands, 1, [math.inf])
     products.distances = [math.inf]
     assert certify._from_products(products, [found], 1e-2) == {}

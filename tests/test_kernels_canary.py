@@ -193,7 +193,7 @@ def test_a_column_that_is_not_seen_is_found(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "what", "factor"),
-    [("gram_of_slices", "gram_of_slices, 2 slices", 1 + 1e-8), ("gram_of_weights", "gram_of_weights", 1.001)],
+    [("gram_of_slices", "gram_of_slices, 2 slices of 7 bits", 1 + 1e-8), ("gram_of_weights", "gram_of_weights", 1.001)],
 )
 def test_a_gram_matrix_that_is_wrong_is_found(name, what, factor, monkeypatch):
     original = getattr(gram, name)

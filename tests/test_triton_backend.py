@@ -180,6 +180,25 @@ def test_the_first_rung_follows_the_rates_of_the_device(rates, shape, dtype, nam
     assert [rung.name for rung in backend.rungs(shape, dtype)] == names
 
 
+@pytest.mark.parametrize(
+    ("rates", "shape", "dtype", "first"),
+    [
+        (PUBLISHED[9, 0], TALL, torch.bfloat16, "bytes2"),
+        (PUBLISHED[9, 0], TALL, torch.float8_e4m3fn, "bytes2"),
+        (PUBLISHED[9, 0], TALL, torch.float16, "weights16"),  # 11 bits: too much is left out of 16 for most columns
+        (PUBLISHED[9, 0], TALL, torch.float32, "slices2"),
+        (PUBLISHED[9, 0], NEARLY_SQUARE, torch.bfloat16, "slices3"),
+        (Rates(67e12, 165e12, 989e12, 5e12), TALL, torch.bfloat16, "weights16"),
+    ],
+)
+def test_with_proofs_the_first_gram_matrix_is_one_that_serves_them(rates, shape, dtype, first):
+    backend = TritonBackend(CPU)
+    backend._rates = rates
+    assert backend.rungs(shape, dtype, proofs=True)[0].name == first
+    need = backend.need(shape, backend.rungs(shape, dtype, proofs=True)[0])
+    assert backend.workspace(shape, dtype, proofs=True) >= need + (8 * shape[1] ** 2 if first == "bytes2" else 0)
+
+
 def mixed_wave(backend):
     """Five matrices on four kinds of rungs: float32 factors twice, float64 ones, torch's."""
     weights = [gaussian(50, 33, 1).half(), gaussian(70, 40, 2).float(), gaussian(45, 34, 3).half()]

@@ -73,6 +73,7 @@ class Operand:
     exponent: the true matrix is ``tensor * 2**exponent``.  finite: False if an entry is NaN or infinite.
     peak: largest absolute entry of ``tensor``.  exact: False if scaling pushed entries below what float64 holds.
     turned: whether ``tensor`` is the transpose of the weight.
+    cache: what the backend likes to keep from one operation for a later one.
     """
 
     tensor: Tensor
@@ -81,6 +82,7 @@ class Operand:
     peak: float
     exact: bool = True
     turned: bool = False
+    cache: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -215,7 +217,7 @@ class Ritz(Protocol):
 
 
 class ExactProducts(Protocol):
-    """G = fl(Q^T Q) for matrices Q near the operands, ||A - Q||_F <= distance, kept for proofs (spectrum/certify.py).
+    """G = fl(Q^T Q) for matrices Q near the operands, ||A - Q||_2 <= distance, kept for proofs (spectrum/certify.py).
 
     which: the operands that it covers, by position; everything else has one item for each of these.
     traces: of G, float64.  roundings: h with |G - Q^T Q| <= gamma(h) |Q|^T |Q| entry by entry.
@@ -262,8 +264,11 @@ class Backend(Protocol):
     def side_by_side(self) -> bool:
         """Whether a matrix is best worked on alone, by one thread of many, rather than in a wave."""
 
-    def rungs(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Rung, ...]:
-        """The ladder for matrices of this shape (m, n), m >= n, and storage dtype, cheapest first."""
+    def rungs(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> tuple[Rung, ...]:
+        """The ladder for matrices of this shape (m, n), m >= n, and storage dtype, cheapest first.
+
+        With ``proofs`` by what it costs together with these: ``factor`` may keep products for ``exact_products``.
+        """
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> int:
         """Bytes that such a matrix takes in a wave beside the stored weight, and with ``proofs`` that its proof takes.
@@ -296,10 +301,13 @@ class Backend(Protocol):
     def cholesky(self, grams: Sequence[Tensor]) -> list[bool]:
         """Factor G = L L^T in place (lower triangle, zeros above); False where a pivot was not positive."""
 
-    def exact_products(self, operands: Sequence[Operand], level: int) -> ExactProducts | None:
+    def exact_products(
+        self, operands: Sequence[Operand], level: int, limits: Sequence[float]
+    ) -> Sequence[ExactProducts] | None:
         """Products for proofs, from level 0 on each closer to the weights than the one before; None past the last.
 
-        A backend without any leaves its proofs to ``gram`` and ``cholesky``.
+        They may leave operands out: those which are ``limits`` or further away at this level, for which they prove
+        nothing. A backend without any leaves its proofs to ``gram`` and ``cholesky``.
         """
 
     def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> Factors:

@@ -35,6 +35,7 @@ FILE = "rates.json"
 WORK = {
     "weights16": ("float16", 1, "float32"),
     "slices2": ("int8", 4, "float32"),
+    "bytes2": ("int8", 4, "float32"),
     "slices3": ("int8", 9, "float64"),
     "slices4": ("int8", 16, "float64"),
     "cholesky": ("float64", 1, "float64"),

@@ -50,7 +50,7 @@ class TorchBackend:
     def side_by_side(self) -> bool:
         return self.device.type == "cpu"
 
-    def rungs(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Rung, ...]:
+    def rungs(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> tuple[Rung, ...]:
         m, n = shape
         if m == n:
             return (LU64 if dtype == torch.float64 else LU64_OF_NARROW,)
@@ -82,7 +82,7 @@ class TorchBackend:
     def cholesky(self, grams: Sequence[Tensor]) -> list[bool]:
         return [_cholesky(g) for g in grams]
 
-    def exact_products(self, operands: Sequence[Operand], level: int) -> None:
+    def exact_products(self, operands: Sequence[Operand], level: int, limits: Sequence[float]) -> None:
         return None
 
     def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> Factors:

@@ -20,6 +20,9 @@ from .rates import rates_of
 from .start import block_key
 from .torch_backend import SAFE, SLENDER, TorchBackend, prepare_one
 from .triton_waves import (
+    BYTES,
+    FEW_BITS,
+    KEPT,
     KINDS,
     LANES,
     SLICES,
@@ -72,10 +75,11 @@ class TritonBackend:
         self._rates = rates_of(device)
         self._reads, self._launched = 0, tally.launches
 
-    def rungs(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Rung, ...]:
+    def rungs(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> tuple[Rung, ...]:
         """The cheapest float32 factor where float32 resolves trained matrices, then slices, then what torch has.
 
-        Slices are left out where torch's first rung costs less, by the rates of the device.
+        Slices are left out where torch's first rung costs less, by the rates of the device. With proofs the first Gram
+        matrix is one that serves these too, where there is one.
         """
         m, n = shape
         rest = tuple(replace(r, quick=None) for r in self._torch.rungs(shape, dtype) if r.dtype == torch.float64)
@@ -87,16 +91,21 @@ class TritonBackend:
             narrow.insert(0, WEIGHTS16)
         narrow.sort(key=lambda rung: rates.seconds(shape, rung.kind))  # of equals the first
         wide = [SLICES[3]] if narrow else [SLICES[3], SLICES[4]]
-        found = [*narrow[:1], *wide]
         limit = ALONE * rates.seconds(shape, rest[0].kind)
+        if narrow and proofs and dtype in FEW_BITS and rates.seconds(shape, BYTES.kind) <= limit:
+            narrow = [BYTES]
+        found = [*narrow[:1], *wide]
         return (*(rung for rung in found if rates.seconds(shape, rung.kind) <= limit), *rest)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> int:
         m, n = shape
-        rungs = self.rungs(shape, dtype)
+        rungs = self.rungs(shape, dtype, proofs=proofs)
         if rungs[0].kind not in KINDS:
             return self._torch.workspace(shape, dtype)
-        resolving = int((1 + CLIMBING) * self.need(shape, rungs[0]))
+        first = self.need(shape, rungs[0])
+        resolving = int((1 + CLIMBING) * first)
+        if rungs[0] == BYTES:  # slices are gone before any matrix climbs; the exact Gram matrix stays for its proof
+            resolving = max(first, int(CLIMBING * first) + self.need(shape, WEIGHTS16)) + 8 * n * (n + 16)
         return max(resolving, 8 * n * (n + 180) + 4 * (m + 128) * n) if proofs else resolving
 
     def need(self, shape: tuple[int, int], rung: Rung) -> int:
@@ -105,8 +114,10 @@ class TritonBackend:
         m, n = shape
         if rung.kind not in KINDS:
             return self._torch.workspace(shape, rung.dtype)
-        slices, blocks = KINDS[rung.kind] * (m + 128) * n, 8 * LANES * (40 * n + 3 * m)
-        return rung.dtype.itemsize * n * (n + 144) + max(slices, blocks)
+        count, bits = KINDS[rung.kind]
+        slices, blocks = count * (m + 128) * n, 8 * LANES * (40 * n + 3 * m)
+        sums = (m + 128) * n // 3 if bits == 8 else 0  # of the lines of what digits leave, see kernels/norms.py
+        return rung.dtype.itemsize * n * (n + 144) + max(slices + sums, blocks)
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
         """One launch per storage class and one read for all peaks; what must be scaled goes through torch.
@@ -171,13 +182,12 @@ class TritonBackend:
     def cholesky(self, grams: Sequence[Tensor]) -> list[bool]:
         return self._torch.cholesky(grams)
 
-    def exact_products(self, operands: Sequence[Operand], level: int) -> ExactProducts | None:
-        from kappa_fast.kernels.problems import supported
+    def exact_products(
+        self, operands: Sequence[Operand], level: int, limits: Sequence[float]
+    ) -> list[ExactProducts] | None:
+        from .triton_proofs import exact_products
 
-        from .triton_proofs import COUNTS, SliceProducts
-
-        which = [i for i, a in enumerate(operands) if supported(a.tensor.dtype)]
-        return SliceProducts(operands, which, COUNTS[level], self.read) if which and level < len(COUNTS) else None
+        return exact_products(operands, level, limits, self.read)
 
     def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> Factors:
         """All matrices of one dtype of factors together, whatever their Gram matrices come from; one read for each."""
@@ -190,7 +200,11 @@ class TritonBackend:
                 usable.setdefault(rung.dtype, []).append(i)
         for dtype, chosen in usable.items():
             chosen.sort(key=lambda i: KINDS[rungs[i].kind])
-            wave = factored([operands[i].tensor for i in chosen], [KINDS[rungs[i].kind] for i in chosen], dtype)
+            wave, kept = factored([operands[i].tensor for i in chosen], [KINDS[rungs[i].kind] for i in chosen], dtype)
+            if kept is not None:
+                exact = [i for i in chosen if rungs[i] == BYTES]
+                for place, i in enumerate(exact):
+                    operands[i].cache[KEPT] = kept, place
             for position, (i, failed) in enumerate(zip(chosen, self.read(wave.factored.info), strict=True)):
                 data[i] = None if failed else Place(wave, position)
         return Factors(tuple(rungs), tuple(a.shape[1] for a in operands), tuple(data))

@@ -4,44 +4,82 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .base import Operand, Tensor
+from .base import ExactProducts, Operand, Tensor
+from .triton_waves import KEPT, Exact, exact
 
 log = logging.getLogger("kappa_fast")
-COUNTS = (3, 4)  # by level: 21 and 28 bits of every column
+LEVELS = ((2, 8), (3, 7), (4, 7))  # digits and bits of each: 16, 21 and 28 bits of every column
+Read = Callable[[Tensor], list[Any]]  # Backend.read
+
+
+def exact_products(
+    operands: Sequence[Operand], level: int, limits: Sequence[float], read: Read
+) -> list[ExactProducts] | None:
+    """See Backend.exact_products. Gram matrices that the first rung left with operands are used up."""
+    from kappa_fast.kernels.problems import supported
+
+    if level >= len(LEVELS):
+        return None
+    kept: dict[int, tuple[Exact, dict[int, int]]] = {}
+    rest = []
+    for i, a in enumerate(operands):
+        if level == 0 and KEPT in a.cache:
+            found, place = a.cache.pop(KEPT)
+            kept.setdefault(id(found), (found, {}))[1][i] = place
+        elif supported(a.tensor.dtype):
+            rest.append(i)
+    products: list[ExactProducts] = [SliceProducts(found, places, read) for found, places in kept.values()]
+    fresh = _near(operands, rest, limits, LEVELS[level], read)
+    return [*products, *([SliceProducts(*fresh, read)] if fresh else [])]
+
+
+def _near(
+    operands: Sequence[Operand], which: Sequence[int], limits: Sequence[float], kind: tuple[int, int], read: Read
+) -> tuple[Exact, dict[int, int]] | None:
+    """Gram matrices of those of which so many digits are near enough to the weights, with their places; None if none.
+
+    One read: products are only taken where they may prove something.
+    """
+    from kappa_fast.kernels.problems import Problems
+    from kappa_fast.kernels.quantize import column_peaks, quantize
+
+    count, bits = kind
+    chosen = list(which)
+    while chosen:  # a second time for some of them, if all were too many
+        problems = Problems.of([operands[i].tensor for i in chosen])
+        slices = quantize(problems, column_peaks(problems), count, bits=bits)
+        distances = read(slices.residual.sqrt())
+        near = [i for i, distance in zip(chosen, distances, strict=True) if distance < limits[i]]
+        if near == chosen:
+            return exact(problems, slices), {i: place for place, i in enumerate(chosen)}
+        chosen = near
+        del slices  # before anything else needs the memory
+    return None
 
 
 class SliceProducts:
     """base.ExactProducts from int8 slices; the lower triangles are factored in place, see kernels/shifted.py."""
 
-    def __init__(
-        self, operands: Sequence[Operand], which: Sequence[int], slices: int, read: Callable[[Tensor], list[Any]]
-    ) -> None:
-        """``which`` must hold dtypes that the kernels read. One call of ``read``, which is Backend.read."""
-        from kappa_fast.kernels.gram import gram_of_slices, slice_roundings
-        from kappa_fast.kernels.problems import Problems
-        from kappa_fast.kernels.quantize import column_peaks, quantize
+    def __init__(self, made: Exact, places: Mapping[int, int], read: Read) -> None:
+        """For operands at some places of a wave of Gram matrices, which is taken over. One call of ``read``."""
         from kappa_fast.kernels.shifted import Mirrored
 
-        problems = Problems.of([operands[i].tensor for i in which])
-        digits = quantize(problems, column_peaks(problems), slices)
-        self.which: tuple[int, ...] = tuple(which)
+        self.which: tuple[int, ...] = tuple(places)
+        self._places = tuple(places.values())
         self._read = read
-        self.roundings: Sequence[int] = slice_roundings(problems, slices).tolist()
-        packed = gram_of_slices(problems, digits)
-        squared = digits.residual
-        del digits  # before anything else needs the memory
-        self._mirrored = Mirrored.of(problems, packed)
-        distances, traces = read(torch.stack([squared.sqrt(), self._mirrored.traces()]))
-        self.distances: Sequence[float] = distances
-        self.traces: Sequence[float] = traces
+        self._mirrored = Mirrored.of(made.problems, made.packed)
+        distances, traces = read(torch.stack([made.squared.sqrt(), self._mirrored.traces()]))
+        self.distances: Sequence[float] = [distances[place] for place in self._places]
+        self.traces: Sequence[float] = [traces[place] for place in self._places]
+        self.roundings: Sequence[int] = made.roundings[list(self._places)].tolist()
 
     def residuals(self, chosen: Sequence[int], shifts: Sequence[float], sign: int) -> list[tuple[float, float]]:
-        factors = self._mirrored.factored(chosen, shifts, sign)
+        factors = self._mirrored.factored([self._places[j] for j in chosen], shifts, sign)
         squares, sizes = factors.residuals()
         found = self._read(torch.stack([squares, sizes, factors.deviations(squares, sizes)], dim=1))
         wrong = [deviation for square, _, deviation in found if math.isfinite(square) and not deviation <= 1]
@@ -64,4 +102,4 @@ class SliceProducts:
         from kappa_fast.kernels.problems import target_of
 
         problems = self._mirrored.problems
-        return residual_roundings(int(problems.n[place]), target_of(problems.device))
+        return residual_roundings(int(problems.n[self._places[place]]), target_of(problems.device))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kappa_fast.kernels.cholesky import Factored
     from kappa_fast.kernels.panel import Rows
     from kappa_fast.kernels.problems import Problems
+    from kappa_fast.kernels.quantize import Slices
     from kappa_fast.kernels.ritz import Tridiagonal
     from kappa_fast.kernels.triangular import Members
 
@@ -30,7 +31,13 @@ SLICES = {
     3: Rung("slices3", "slices3", torch.float64, 2),
     4: Rung("slices4", "slices4", torch.float64, 2),
 }
-KINDS = {WEIGHTS16.kind: 0, **{rung.kind: k for k, rung in SLICES.items()}}
+# Two digits of 8 bits: four products like two slices, exact and near enough to the weights for most proofs, so that the
+# Gram matrix is kept for these. That is so for weights of few bits, which lose only what is small in its column.
+BYTES = Rung("bytes2", "bytes2", torch.float32, 2, panel=torch.float64)
+FEW_BITS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+# Digits of a Gram matrix and bits of each; none: from the weights themselves.
+KINDS = {WEIGHTS16.kind: (0, 7), BYTES.kind: (2, 8), **{rung.kind: (k, 7) for k, rung in SLICES.items()}}
+KEPT = "exact"  # in Operand.cache: an Exact and a place in it
 LANES = 16  # columns of a block in the kernels
 
 
@@ -40,6 +47,20 @@ class Wave:
 
     problems: Problems
     factored: Factored
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Gram matrices of a wave from whole numbers: Q^T Q for matrices Q near the weights A.
+
+    packed: float64, see Problems.gram_views.  squared: (w,) float64, at least ||A - Q||_2^2.  roundings: (w,), how many
+    an entry goes through, see kernels/gram.py.
+    """
+
+    problems: Problems
+    packed: Tensor
+    squared: Tensor
+    roundings: Tensor
 
 
 @dataclass(frozen=True)
@@ -113,8 +134,13 @@ def fits(tensor: Tensor, rung: Rung) -> bool:
     return tensor.dtype in (torch.bfloat16, torch.float16) if rung is WEIGHTS16 else supported(tensor.dtype)
 
 
-def factored(tensors: Sequence[Tensor], kinds: Sequence[int], dtype: torch.dtype) -> Wave:
-    """Gram matrices from so many slices each, ascending (0: from the weights themselves), factored in ``dtype``."""
+def factored(
+    tensors: Sequence[Tensor], kinds: Sequence[tuple[int, int]], dtype: torch.dtype
+) -> tuple[Wave, Exact | None]:
+    """Gram matrices from so many digits of so many bits each, ascending (see KINDS), factored in ``dtype``.
+
+    With them those from digits of 8 bits as they were before the factorization, of the matrices that have these.
+    """
     from kappa_fast.kernels.cholesky import cholesky
     from kappa_fast.kernels.gram import gram_of_slices, gram_of_weights
     from kappa_fast.kernels.problems import Problems
@@ -122,16 +148,29 @@ def factored(tensors: Sequence[Tensor], kinds: Sequence[int], dtype: torch.dtype
 
     whole = Problems.of(tensors)
     packed = torch.empty(whole.gram_elements, dtype=dtype, device=whole.device)
+    kept: Exact | None = None
     start = 0
     for kind in sorted(set(kinds)):  # what lies together in ``packed``
+        count, bits = kind
         alike = Problems.of([a for a, k in zip(tensors, kinds, strict=True) if k == kind])
         out = packed[start : start + alike.gram_elements]
-        if kind == 0:
+        if count == 0:
             gram_of_weights(alike, out=out)
+        elif bits == 8:
+            kept = exact(alike, quantize(alike, column_peaks(alike), count, bits=bits))
+            out.copy_(kept.packed)
         else:
-            gram_of_slices(alike, quantize(alike, column_peaks(alike), kind), out)
+            gram_of_slices(alike, quantize(alike, column_peaks(alike), count), out)
         start += alike.gram_elements
-    return Wave(whole, cholesky(whole, packed))
+    return Wave(whole, cholesky(whole, packed)), kept
+
+
+def exact(problems: Problems, slices: Slices) -> Exact:
+    """The Gram matrices of what the slices hold."""
+    from kappa_fast.kernels.gram import gram_of_slices, slice_roundings
+
+    packed = gram_of_slices(problems, slices)
+    return Exact(problems, packed, slices.residual, slice_roundings(problems, slices.count, slices.bits))
 
 
 def blocks_of(problems: Problems, chosen: Sequence[int]) -> Blocks:

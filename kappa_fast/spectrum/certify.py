@@ -9,14 +9,14 @@ sigma_n: from A^T A - t I where float64 leaves room for it, else from a precondi
 sigma_n(A) >= sigma_n(A X) / ||X|| (Rump, BIT 51 (2011) 367): kappa then enters once, not squared.
 
 Where a backend has products of nearby matrices Q for a whole wave, both ends of Q come from these in lockstep, and
-|sigma_i(A) - sigma_i(Q)| <= ||A - Q||_F (Weyl); what they cannot prove is proved one matrix after the other.
+|sigma_i(A) - sigma_i(Q)| <= ||A - Q||_2 (Weyl); what they cannot prove is proved one matrix after the other.
 docs/numerics.md has the derivations.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -132,15 +132,31 @@ def certified_wave(
     results = list(founds)
     rest = [i for i, a in enumerate(operands) if a.exact]
     level = 0
-    while rest and (products := backend.exact_products([operands[i] for i in rest], level)) is not None:
-        for place, proven in _from_products(products, [founds[i] for i in rest], rtol).items():
-            results[rest[place]] = proven
-        rest = [i for i in rest if not results[i].certified]
+    while rest and (proven := _at_level(backend, {i: operands[i] for i in rest}, founds, rtol, level)) is not None:
+        for i, found in proven.items():
+            results[i] = found
+        rest = [i for i in rest if i not in proven]
         level += 1
-        del products  # before the next level needs the memory
     for i in rest:
         results[i] = certified(backend, operands[i], founds[i], rtol)
     return results
+
+
+def _at_level(
+    backend: Backend, operands: Mapping[int, Operand], founds: Sequence[Resolution], rtol: float, level: int
+) -> dict[int, Resolution] | None:
+    """What the products of one level prove of ``operands``, by the same positions; None past the last level."""
+    chosen = [founds[i] for i in operands]
+    limits = [rtol * found.sigma_min / 2 for found in chosen]
+    made = backend.exact_products(list(operands.values()), level, limits)
+    if made is None:
+        return None
+    positions = list(operands)
+    return {
+        positions[place]: proven
+        for products in made
+        for place, proven in _from_products(products, chosen, rtol).items()
+    }
 
 
 def _from_products(products: ExactProducts, founds: Sequence[Resolution], rtol: float) -> dict[int, Resolution]:

@@ -109,7 +109,7 @@ def resolve(
     results: list[Resolution | None] = [_trivial(a) for a in operands]
     open_ = [i for i, found in enumerate(results) if found is None]
     kinds = [(operands[i].shape, weights[i].dtype) for i in open_]
-    rungs = {kind: () if left_to_the_svd(kind[0]) else backend.rungs(*kind) for kind in set(kinds)}
+    rungs = {k: () if left_to_the_svd(k[0]) else backend.rungs(*k, proofs=goal.certify) for k in set(kinds)}
     climbers = [_Climber(i, kind[1], operands[i], rungs[kind]) for i, kind in zip(open_, kinds, strict=True)]
     climbing = [c for c in climbers if c.rungs]
     for climber, digest in zip(climbing, backend.digests([c.operand for c in climbing]), strict=True):
@@ -121,7 +121,7 @@ def resolve(
                 _finish_exactly(climber, goal)
     _measure_sensitivity(backend, [c for c in climbers if c.best is not None and c.best.status == "ok"])
     if goal.certify:
-        _prove(backend, [c for c in climbers if c.triplets is not None], goal.rtol)
+        _prove(backend, climbers, goal.rtol)
     for climber in climbers:
         assert climber.best is not None  # the exact rung always answers
         results[climber.position] = _unscaled(climber.best, climber.operand.exponent)
@@ -130,8 +130,13 @@ def resolve(
 
 def _prove(backend: Backend, climbers: Sequence[_Climber], rtol: float) -> None:
     """Prove what the last rung has not proven already, or not to ``rtol``."""
-    chosen = [(c, c.best) for c in climbers if c.best is not None and c.best.status == "ok"]
-    chosen = [(c, found) for c, found in chosen if not found.certified or found.half_width > rtol]
+    measured = [(c, c.best) for c in climbers if c.triplets is not None and c.best is not None]
+    ok = [(c, found) for c, found in measured if found.status == "ok"]
+    chosen = [(c, found) for c, found in ok if not found.certified or found.half_width > rtol]
+    wanted = {c.position for c, _ in chosen}
+    for climber in climbers:
+        if climber.position not in wanted:
+            climber.operand.cache.clear()  # what would keep memory from the others
     founds = [replace(found, certified=False) for _, found in chosen]
     proven = proofs.certified_wave(backend, [c.operand for c, _ in chosen], founds, rtol)
     for (climber, before), found in zip(chosen, proven, strict=True):
