@@ -107,9 +107,11 @@ def _blocks(problems: Problems) -> None:
     members = triangular.Members.of(problems)
     x = _empty(members.rows, 16)
     rows = panel.Rows.of(problems.n, META)
-    coefficients = panel.inner(rows, _empty(members.rows, 64), x)
-    panel.subtract(rows, _empty(members.rows, 64), coefficients, x)
-    panel.combine(rows, _empty(members.rows, 64), coefficients)
+    for width in (16, 3):  # whose sizes the compiler is told of, and others
+        block = _empty(members.rows, width)
+        coefficients = panel.inner(rows, _empty(members.rows, 64), block)
+        panel.subtract(rows, _empty(members.rows, 64), coefficients, block)
+        panel.combine(rows, _empty(members.rows, 64), coefficients)
     orthogonal.orthonormalized(rows, x, _empty(rows.members))
     start.gaussian_blocks(rows, [0] * rows.members)
     columns = [_empty(rows.members, 16 * (j + 1), 16) for j in range(3)]

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .cholesky import WITH_DOT
 from .launch import launch
-from .problems import Instance, Tensor, on_host, starts_of, target_of, to_device
+from .problems import Expected, Instance, Tensor, on_host, starts_of, target_of, to_device
 
 CHUNK = tl.constexpr(512)  # rows that one program sums
 ROWS = tl.constexpr(64)  # of a tile
@@ -66,7 +66,10 @@ class Rows:
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _inner_kernel(start, stop, owner, first, v, v_stride, k, w, w_stride, b, parts, USE_DOT: tl.constexpr):
+def _inner_kernel(
+    start, stop, owner, first, v, v_stride, k, w, w_stride, b, parts, UNIT: tl.constexpr, USE_DOT: tl.constexpr
+):
+    v_stride, k, w_stride, b = v_stride * UNIT, k * UNIT, w_stride * UNIT, b * UNIT
     chunk = tl.program_id(0)
     column = tl.program_id(1) * GROUP
     member = tl.load(owner + chunk)
@@ -75,14 +78,19 @@ def _inner_kernel(start, stop, owner, first, v, v_stride, k, w, w_stride, b, par
     i, g, j = tl.arange(0, ROWS), tl.arange(0, GROUP), tl.arange(0, LANES)
     total = tl.zeros((GROUP, LANES), tl.float64)
     if USE_DOT:
-        for _ in range(0, CHUNK, ROWS):
-            place = row + i
-            left_inside = (place < end)[:, None] & (g < k - column)[None, :]
-            left = tl.load(v + place[:, None] * v_stride + (column + g)[None, :], mask=left_inside, other=0.0)
-            right_inside = (place < end)[:, None] & (j < b)[None, :]
-            right = tl.load(w + place[:, None] * w_stride + j[None, :], mask=right_inside, other=0.0)
-            total = tl.dot(tl.trans(left), right, total, out_dtype=tl.float64)
-            row += ROWS
+        turned = tl.zeros((LANES, GROUP), tl.float64)  # W^T V: only what is turned is copied in pieces of 8 bytes
+        left_place, right_place = i[:, None] * v_stride + g[None, :], i[:, None] * w_stride + j[None, :]
+        v += row * v_stride + column
+        w += row * w_stride
+        count = (end - row).to(tl.int32)
+        for done in range(0, CHUNK, ROWS):
+            inside = (i < count - done)[:, None]
+            left = tl.load(v + left_place, mask=inside & (g < k - column)[None, :], other=0.0)
+            right = tl.load(w + right_place, mask=inside & (j < b)[None, :], other=0.0)
+            turned = tl.dot(tl.trans(right), left, turned, out_dtype=tl.float64)
+            v += ROWS * v_stride
+            w += ROWS * w_stride
+        total = tl.trans(turned)
     else:
         for _ in range(0, (end - row).to(tl.int32)):
             left = tl.load(v + row * v_stride + column + g, mask=g < k - column, other=0.0)
@@ -112,8 +120,23 @@ def _add_chunks_kernel(first, chunks, parts, k, out, members):
 
 @triton.jit(do_not_specialize=SIZES)
 def _combine_kernel(
-    start, stop, owner, first, v, v_stride, k, c, w, w_stride, b, out, SUBTRACT: tl.constexpr, USE_DOT: tl.constexpr
+    start,
+    stop,
+    owner,
+    first,
+    v,
+    v_stride,
+    k,
+    c,
+    w,
+    w_stride,
+    b,
+    out,
+    SUBTRACT: tl.constexpr,
+    UNIT: tl.constexpr,
+    USE_DOT: tl.constexpr,
 ):
+    v_stride, k, w_stride, b = v_stride * UNIT, k * UNIT, w_stride * UNIT, b * UNIT
     tile = tl.program_id(0)
     member = tl.load(owner + tile)
     row = tl.load(start + member) + (tile - tl.load(first + member)).to(tl.int64) * ROWS
@@ -150,7 +173,7 @@ def inner(rows: Rows, v: Tensor, w: Tensor) -> Tensor:
     groups = -(-k // GROUP.value)
     parts = torch.empty((rows.chunks, k, LANES.value), dtype=torch.float64, device=v.device)
     out = torch.empty((rows.members, k, LANES.value), dtype=torch.float64, device=v.device)
-    use_dot = target_of(v.device) in WITH_DOT
+    unit = _unit(v.stride(0), k, w.stride(0), b)
     launch(
         _inner_kernel,
         (rows.chunks, groups),
@@ -159,13 +182,14 @@ def inner(rows: Rows, v: Tensor, w: Tensor) -> Tensor:
         rows.chunk_owner,
         rows.chunk_first,
         v,
-        v.stride(0),
-        k,
+        v.stride(0) // unit,
+        k // unit,
         w,
-        w.stride(0),
-        b,
+        w.stride(0) // unit,
+        b // unit,
         parts,
-        USE_DOT=use_dot,
+        UNIT=unit,
+        USE_DOT=target_of(v.device) in WITH_DOT,
         num_warps=WARPS,
     )
     launch(
@@ -199,6 +223,7 @@ def _combine(rows: Rows, v: Tensor, coefficients: Tensor, w: Tensor | None) -> T
         raise ValueError(f"coefficients {tuple(coefficients.shape)} do not fit {rows.members} bases of {v.shape[1]}")
     out = torch.empty((rows.total, b), dtype=torch.float64, device=v.device)
     block = out if w is None else w
+    unit = _unit(v.stride(0), k, block.stride(0), b)
     launch(
         _combine_kernel,
         (rows.tiles,),
@@ -207,18 +232,27 @@ def _combine(rows: Rows, v: Tensor, coefficients: Tensor, w: Tensor | None) -> T
         rows.tile_owner,
         rows.tile_first,
         v,
-        v.stride(0),
-        k,
+        v.stride(0) // unit,
+        k // unit,
         coefficients.contiguous(),
         block,
-        block.stride(0),
-        b,
+        block.stride(0) // unit,
+        b // unit,
         out,
         SUBTRACT=w is not None,
+        UNIT=unit,
         USE_DOT=target_of(v.device) in WITH_DOT,
         num_warps=WARPS,
     )
     return out
+
+
+def _unit(*sizes: int) -> int:
+    """What sizes are counted in: 16 where all are multiples of that, so that the compiler knows it and loads 16 bytes.
+
+    Where a block begins the launch sees for itself.
+    """
+    return LANES.value if all(size % LANES.value == 0 for size in sizes) else 1
 
 
 def _check(rows: Rows, *blocks: Tensor) -> None:
@@ -236,12 +270,14 @@ def instances(target: str) -> list[Instance]:
     members = {"start": "*i64", "stop": "*i64", "owner": "*i32", "first": "*i32"}
     sizes = {"v": "*fp64", "v_stride": "i32", "k": "i32", "w": "*fp64", "w_stride": "i32", "b": "i32"}
     adding = {"first": "*i32", "chunks": "i32", "parts": "*fp64", "k": "i32", "out": "*fp64", "members": "i32"}
-    found = [
-        Instance(_inner_kernel, {**members, **sizes, "parts": "*fp64"}, {"USE_DOT": use_dot}, WARPS, unit=unit),
-        Instance(_add_chunks_kernel, adding, {}, WARPS),
-    ]
-    for subtracting in (False, True):
-        constants = {"SUBTRACT": subtracting, "USE_DOT": use_dot}
-        types = {**members, **sizes, "c": "*fp64", "out": "*fp64"}
-        found.append(Instance(_combine_kernel, types, constants, WARPS, unit=unit))
+    found = [Instance(_add_chunks_kernel, adding, {}, WARPS)]
+    for size in (1, LANES.value):
+        turned, held = (Expected(width=w, ahead=True) if use_dot and size > 1 else None for w in (8, 16))
+        constants: dict[str, object] = {"UNIT": size, "USE_DOT": use_dot}
+        types = {**members, **sizes, "parts": "*fp64"}
+        found.append(Instance(_inner_kernel, types, constants, WARPS, unit=unit, expected=turned))
+        for subtracting in (False, True):
+            types = {**members, **sizes, "c": "*fp64", "out": "*fp64"}
+            constants = {"SUBTRACT": subtracting, "UNIT": size, "USE_DOT": use_dot}
+            found.append(Instance(_combine_kernel, types, constants, WARPS, unit=unit, expected=held))
     return found
