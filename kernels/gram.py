@@ -322,7 +322,7 @@ def instances(target: str) -> list[Instance]:
         types = {**common, "slices": "*i8", "slice_bytes": "i64", "peaks": "*i32", "out": "*fp64", **shares}
         constants = {"LOW": low, "HIGH": high, "SIDE": tile.side, "DEPTH": tile.depth, "BITS": bits}
         # The sums in float64 after the loop may spill, and do with Triton 3.6.
-        held = Expected(width=16, ahead=True, stack=1344)
+        held = Expected(width=16, ahead=True, stack=1408)
         found.append(Instance(_slices_kernel, types, constants, tile.num_warps, tile.num_stages, "int8", held))
     for storage in storages():
         if storage.dtype in (torch.bfloat16, torch.float16):

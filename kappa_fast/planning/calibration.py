@@ -137,7 +137,7 @@ def kind_of(backend: Backend, shape: Shape, dtype: torch.dtype, certify: bool) -
     """The kind of such a matrix on this backend."""
     tall = (max(shape), min(shape))
     large = backend.side_by_side and not fits_one_thread(tall)
-    method = "svd" if left_to_the_svd(tall) else backend.rungs(tall, dtype)[0].name
+    method = "svd" if left_to_the_svd(tall) else backend.rungs(tall, dtype, proofs=certify)[0].name
     return Kind(method, dtype, large, certify)
 
 
