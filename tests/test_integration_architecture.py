@@ -77,6 +77,29 @@ def test_what_a_config_inside_of_a_config_chooses_is_not_followed(place, setting
     assert not hasattr(model.config.text_config, "auto_map")
 
 
+def test_what_describes_a_part_of_the_model_stays():
+    said = {"num_quantizers": 3, "audio_tokenizer_config": {"hidden_size": 4, "dtype": "x"}, "tokenizer_class": "Evil"}
+    assert module._without_choices(said) == {"num_quantizers": 3, "audio_tokenizer_config": {"hidden_size": 4}}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_no_default_of_a_model_of_transformers_is_taken_for_a_choice():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    taken = set()
+    for name in CONFIG_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[name]().to_dict()
+        except Exception:  # one that needs another package, or an argument
+            continue
+        taken |= config.keys() - module._without_choices(config).keys()
+    assert taken <= {
+        *("dtype", "torch_dtype", "_name_or_path", "name_or_path", "tokenizer_class", "use_pretrained_backbone"),
+        *("use_timm_backbone", "_attn_implementation", "attn_implementation", "quantization_config"),
+    }
+
+
 def test_a_config_with_code_beside_it_at_the_top_builds_nothing():
     assert architecture(dict(PLAIN, auto_map=CODE)) is None
 
@@ -123,7 +146,6 @@ def test_a_model_that_is_built_for_its_names_reaches_no_network_and_no_process()
     [
         ([], "num_hidden_layers"),
         ([], "num_local_experts"),
-        ([], "num_labels"),
         (["text_config"], "num_hidden_layers"),
         (["text_config", "moe_config"], "n_layers"),
         (["encoder"], "depths"),
@@ -134,6 +156,29 @@ def test_a_count_that_no_model_has_is_an_error_that_names_it(path, setting):
     field = ".".join([*path, setting])
     with pytest.raises(SourceError, match=rf"x\.json: {field} is 1,000,000,000, and more than 100,000"):
         architecture(changed(PLAIN, path, **{setting: value}), "x.json")
+
+
+def test_labels_may_be_many_but_not_without_end():
+    assert architecture(dict(PLAIN, num_labels=200_000)) is not None
+    with pytest.raises(SourceError, match="num_labels is 1,000,000,000, and more than 1,048,576"):
+        architecture(dict(PLAIN, num_labels=10**9))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_no_model_of_transformers_has_a_count_near_the_limits(monkeypatch):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    monkeypatch.setattr(module, "MOST_COUNTED", 20_000)
+    checked = 0
+    for name in CONFIG_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[name]().to_dict()
+        except Exception:  # one that needs another package, or an argument
+            continue
+        module._check_counts(config, name)
+        checked += 1
+    assert checked > 300
 
 
 def test_large_numbers_that_count_nothing_are_fine():

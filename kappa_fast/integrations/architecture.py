@@ -20,23 +20,28 @@ from typing import Any
 import torch
 
 from ..errors import KappaError
-from ..limits import MOST_COUNTED, MOST_MODULES, check_limit
+from ..limits import MOST_COUNTED, MOST_LABELS, MOST_MODULES, check_limit
 
 log = logging.getLogger("kappa_fast")
 
-# At every depth: what names code, where to get it, or which of several implementations to take.
+# At every depth: what names code, where to get it, or which of several implementations to take; and texts that name
+# something else of the repository. What describes a part of the model (num_quantizers, audio_tokenizer_config) stays.
 _CHOSEN = re.compile(
-    r"auto_map|trust_remote_code|custom_\w+|\w*quantiz\w+|\w*compression_config|\w*(?:attn|attention|experts)_implementation"
-    r"\w*|use_kernels?|\w*kernels?_(?:config|repo|mapping)|_?name_or_path|_commit_hash|\w*tokenizer\w*|\w*processor_class"
-    r"|\w*pretrained\w*|use_timm_\w+|(?:torch_)?dtype|device_map|\w*[tp]p_plan"
+    r"auto_map|trust_remote_code|custom_(?:generate|pipelines?|code)|quantization(?:_config)?|compression_config"
+    r"|\w*(?:attn|attention|experts)_implementation\w*|use_kernels?|\w*kernels?_(?:config|repo|mapping)|_?name_or_path"
+    r"|_commit_hash|use_pretrained_\w+|(?:torch_)?dtype|device_map|\w*[tp]p_plan"
 )
+_NAMED = re.compile(r"tokenizer|processor|pretrained|repo|revision|hub|url")
+
 # What counts things that are built, or listed, one by one; and words in names of settings that say something else.
 _COUNTS = re.compile(
-    r"(?:^|_)(?:n|num|number|count)(?:_|$)|layer|block|depth|stage|expert|label|head|branch|codebook|level"
+    r"^n_|(?:^|_)(?:num|number|count)(?:_|$)|layer|block|depth|stage|expert|label|head|branch|codebook|level"
 )
 _MEASURES = re.compile(
-    r"position|ctx|embd?|dim|vocab|token|size|length|frame|sample|param|step|bin|factor|channel|pixel|width|_ids?$"
+    r"position|ctx|embd?|dim|vocab|words|token|size|length|frame|sample|param|step|bin|factor|channel|pixel|width|floor"
+    r"|record|entit|_ids?$"
 )
+_LABELS = re.compile(r"label|class")  # no more than an entry of a table each
 _TABLES = re.compile(r"vocab|token|2id|id2|_map(?:ping)?$")  # whose keys are words of anybody
 
 _FORBIDDEN = (
@@ -114,10 +119,14 @@ def _without_choices(value: Any) -> Any:
     if isinstance(value, Mapping):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
-        return {key: _without_choices(item) for key, item in value.items() if not _CHOSEN.fullmatch(str(key).lower())}
+        return {key: _without_choices(item) for key, item in value.items() if not _is_choice(str(key).lower(), item)}
     if isinstance(value, list):
         return [_without_choices(item) for item in value]
     return value
+
+
+def _is_choice(key: str, value: Any) -> bool:
+    return _CHOSEN.fullmatch(key) is not None or (isinstance(value, str) and _NAMED.search(key) is not None)
 
 
 def _check_counts(config: Mapping[str, Any], where: str) -> None:
@@ -133,7 +142,7 @@ def _check_counts(config: Mapping[str, Any], where: str) -> None:
         elif isinstance(value, int):
             key = path.rpartition(".")[2].lower()
             if _COUNTS.search(key) and not _MEASURES.search(key):
-                check_limit(where, path, value, MOST_COUNTED)
+                check_limit(where, path, value, MOST_LABELS if _LABELS.search(key) else MOST_COUNTED)
 
 
 @contextlib.contextmanager
