@@ -16,7 +16,7 @@ import torch
 
 from ..entries import Index
 from ..errors import SourceError
-from .base import Stored
+from .base import COMPUTED, Stored
 from .tensors import identity
 
 NO_MERGE = "the adapters of {} cannot be merged into it: adapters='base' ranks it without them"
@@ -63,12 +63,19 @@ def merged(model: torch.nn.Module, tensors: Sequence[Stored], held: Mapping[str,
     Args:
         held: by the names of ``tensors``, the parameter that each of them is.
     """
-    layers = {identity(adapted.weight): adapted for adapted in _adapted(model)}
+    found = list(_adapted(model))
+    layers = {identity(adapted.weight): adapted for adapted in found}
+    around = {id(adapted.layer.get_base_layer()): adapted for adapted in found if adapted.copied is None}
     made = []
     for stored in tensors:
         weight = held.get(stored.name)
-        found = None if weight is None else layers.get(identity(weight))
-        made.append(stored if found is None else _made(stored, found))
+        if weight is not None and (adapted := layers.get(identity(weight))) is not None:
+            made.append(_made(stored, adapted))
+        elif stored.evidence.startswith(COMPUTED) and (adapted := around.get(id(stored.parent))) is not None:
+            # The layer adds the adapters to what it computes; merging would add them to what it computes that from.
+            made.append(replace(stored, problem=NO_MERGE.format(type(adapted.layer).__name__)))
+        else:
+            made.append(stored)
     return made
 
 
@@ -125,10 +132,18 @@ def _adapted(model: torch.nn.Module) -> Iterator[Adapted]:
         seen: set[str] = set()
         for layer in chain:
             leaf = getattr(layer, "parameter_name", "weight")
-            weight = getattr(base, leaf, None)
+            weight = _held(base, leaf)
             if isinstance(weight, torch.Tensor) and leaf not in seen and _in_use(layer):
                 seen.add(leaf)
                 yield Adapted(layer, weight)
+
+
+def _held(base: Any, leaf: str) -> object:
+    """The tensor under a name; the first of what it is computed from, since to compute it may move buffers."""
+    computed = getattr(base, "parametrizations", {})
+    if leaf in computed:
+        return next(iter(computed[leaf].parameters()), None)
+    return getattr(base, leaf, None)
 
 
 def _replaced(module: Any) -> Iterator[Adapted]:

@@ -16,6 +16,7 @@ import torch
 from ..entries import Index, Skipped
 from ..errors import SourceError
 
+COMPUTED = "computed by"  # how evidence begins of a weight that a module computes from its parameters
 Role = Literal["adapter", "embedding", "head", "router", "scales", "ingredient"]
 
 

@@ -16,7 +16,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,9 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..entries import Index
 from . import codes
+from .twins import Convert, copied, twin_of
 
 PARAMETRIZATIONS = "parametrizations"
-Convert = Callable[[torch.Tensor], torch.Tensor]
+Answer = TypeVar("Answer")
 RANDOM = "drawn anew at each use, so that it has no single condition number"
 # What older mechanisms add to the name of a weight for the pieces that they keep.
 _PIECE = re.compile(r"(?:_(?:orig|g|v|u|mask|bar|raw))+")
@@ -69,12 +70,12 @@ def effective_weights(module: nn.Module) -> Iterator[Effective]:
         hooked = next((type(m).__name__ for m in steps.modules() if m._forward_hooks or m._forward_pre_hooks), None)
         problem = f"computed by {how}, where {hooked} has hooks of its own: remove them to rank it" if hooked else None
         first = next(tensor for name, tensor in tensors.items() if name.startswith("original"))
-        yield described(leaf, _within(leaf, tensors), how, first, Asked(steps, ""), problem)
+        yield _described(leaf, _within(leaf, tensors), how, first, Asked(steps, ""), problem)
     for leaf, pieces in _pieces(module).items():
         hooks = [hook for hook in module._forward_pre_hooks.values() if _name_of(hook) == leaf]
         how, like = ", ".join(type(hook).__name__ for hook in hooks), vars(module)[leaf]
         if hooks:
-            yield described(leaf, pieces, how, like, Asked(module, leaf), None)
+            yield _described(leaf, pieces, how, like, Asked(module, leaf), None)
         else:
             problem = f"computed from {', '.join(pieces)} in a way that {type(module).__name__} does not tell: make a "
             problem += "plain parameter of it to rank it"
@@ -129,7 +130,7 @@ def _name_of(hook: object) -> str | None:
     return name if isinstance(name, str) and callable(getattr(hook, "compute_weight", None)) else None
 
 
-def described(
+def _described(
     leaf: str, ingredients: tuple[str, ...], how: str, like: torch.Tensor, asked: Asked, problem: str | None
 ) -> Effective:
     """With the shape that it has, found without values where that is possible."""
@@ -156,31 +157,35 @@ class Asked:
         self._module, self._leaf = module, leaf
 
     def __call__(self, index: Index, device: torch.device | None = None) -> torch.Tensor:
-        with _ONE_AT_A_TIME, _generators_kept():
-            values = self._compute(_copied).detach()
+        with alone():
+            values = self._compute(copied).detach()
         return values[index].clone() if index else values
 
     def on_meta(self) -> tuple[torch.Tensor, bool]:
         """The result, and whether random numbers went into it; with values only if it depends on them."""
-        with _ONE_AT_A_TIME, _generators_kept(), _random_operations() as seen:
+        with alone(), _random_operations() as seen:
             try:
                 found = self._compute(lambda tensor: tensor.detach().to("meta"))
             except Exception:
                 if any(t.is_meta for t in (*self._module.parameters(), *self._module.buffers())):
                     raise
-                found = self._compute(_copied).to("meta")
+                found = self._compute(copied).to("meta")
         return found, seen.random
 
     def _compute(self, convert: Convert) -> torch.Tensor:
-        kept, parametrize._cache = parametrize._cache, {}  # of parametrize.cached(), which copies would fill
-        try:
-            with torch.no_grad():
-                result = self._result(_twin(self._module, convert, {}))
-        finally:
-            parametrize._cache = kept
+        result = self._asked(convert, self._result)
         if not isinstance(result, torch.Tensor):
             raise TypeError(f"it gives {type(result).__name__} instead of a tensor")
         return result
+
+    def _asked(self, convert: Convert, ask: Callable[[Any], Answer]) -> Answer:
+        """What is found out from a copy."""
+        kept, parametrize._cache = parametrize._cache, {}  # of parametrize.cached(), which copies would fill
+        try:
+            with torch.no_grad():
+                return ask(twin_of(self._module, convert))
+        finally:
+            parametrize._cache = kept
 
     def _result(self, twin: Any) -> Any:
         if not self._leaf:
@@ -189,55 +194,6 @@ class Asked:
             if _name_of(hook) is not None:
                 copy.copy(hook)(twin, ())
         return getattr(twin, self._leaf)
-
-
-def twin_of(module: nn.Module, convert: Convert) -> Any:
-    """A copy of a module, see ``_twin``."""
-    return _twin(module, convert, {})
-
-
-def _twin(module: nn.Module, convert: Convert, known: dict[int, nn.Module]) -> nn.Module:
-    """A copy in eval mode: parameters are converted, buffers are copies, what else there is may be written to."""
-    if id(module) in known:
-        return known[id(module)]
-    made = known[id(module)] = module.__new__(type(module))
-    vars(made).update({name: _own(value, convert, known) for name, value in vars(module).items()})
-    vars(made).update(
-        training=False,
-        _parameters={n: None if t is None else convert(t) for n, t in module._parameters.items()},
-        _buffers={n: None if t is None else convert(t).clone() for n, t in module._buffers.items()},
-        _modules={n: None if m is None else _twin(m, convert, known) for n, m in module._modules.items()},
-    )
-    return made
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    """What users write may work in place."""
-    return tensor.detach().clone()
-
-
-def _own(value: Any, convert: Convert, known: dict[int, nn.Module], depth: int = 4) -> Any:
-    """A copy of an attribute, and of what containers hold so deep; functions and classes stay as they are.
-
-    So do other modules of the model, unless they compute weights themselves, which may move their buffers.
-    """
-    if isinstance(value, torch.Tensor):
-        return convert(value).clone()
-    if isinstance(value, torch.Generator):
-        return value.clone_state()
-    if type(value) is dict and depth:
-        return {key: _own(inner, convert, known, depth - 1) for key, inner in value.items()}
-    if type(value) in (list, tuple) and depth:
-        return type(value)(_own(inner, convert, known, depth - 1) for inner in value)
-    if isinstance(value, (dict, list, set)):
-        return copy.copy(value)
-    if isinstance(value, nn.Module):
-        return _twin(value, convert, known) if PARAMETRIZATIONS in value._modules else value
-    if type(value).__module__ == "builtins" or not hasattr(value, "__dict__"):
-        return value
-    with contextlib.suppress(Exception):  # an object of any kind, which may not like to be copied
-        return copy.copy(value)
-    return value
 
 
 class _RandomOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -252,6 +208,13 @@ class _RandomOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _random_operations() -> _RandomOperations:
     return _RandomOperations()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One weight is computed at a time, and random number generators go on where they were."""
+    with _ONE_AT_A_TIME, _generators_kept():
+        yield
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .adapters import merged
-from .base import Home, Inventory, Role, Stored
+from .base import COMPUTED, Home, Inventory, Role, Stored
 from .called import weight_in_forward
 from .classes import looks_up
 from .effective import PARAMETRIZATIONS, Effective, effective_weights
@@ -33,7 +33,8 @@ def read_module(model: torch.nn.Module, adapters: str = "base") -> Inventory:
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise NotImplementedError(sharded(name or type(model).__name__, "FSDP"))
-    places, held, computed = _places(model), _held(model), _computed(model)
+    places, held, (computed, unclear) = _places(model), _held(model), _computed(model)
+    computed, shared = _unshared(computed, held)
     parts = {name for item in computed for name in item.parts}
     groups: dict[object, list[str]] = {}
     for name, item in held.items():
@@ -44,6 +45,10 @@ def read_module(model: torch.nn.Module, adapters: str = "base") -> Inventory:
     plain = [
         _stored(own[names[0]], held[names[0]], _above(names, places), not heads.isdisjoint({key, *names}))
         for key, names in groups.items()
+    ]
+    plain = [
+        _noted(t, unclear.get(id(held[names[0]].holder)), shared.get(key))
+        for t, (key, names) in zip(plain, groups.items(), strict=True)
     ]
     found = list(zip((names[0] for names in groups.values()), plain, strict=True))
     for made in computed:
@@ -121,28 +126,37 @@ class _Computed:
     weight: Effective
 
 
-def _computed(model: torch.nn.Module) -> list[_Computed]:
+def _computed(model: torch.nn.Module) -> tuple[list[_Computed], dict[int, str]]:
+    """All of them, and what is to be said of modules whose forward() cannot be followed, by their ids."""
+    unclear: dict[int, str] = {}
     prefixes: dict[int, tuple[torch.nn.Module, list[str]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if f".{PARAMETRIZATIONS}." in f".{prefix}.":  # a part of a part
             continue
         prefixes.setdefault(id(module), (module, []))[1].append(f"{prefix}." if prefix else "")
-    return [
+    found = [
         _Computed(
             tuple(start + weight.leaf for start in starts),
             tuple(start + part for start in starts for part in weight.ingredients),
             weight,
         )
         for module, starts in prefixes.values()
-        for weight in _weights_made_by(module)
+        for weight in _weights_made_by(module, unclear)
     ]
+    return found, unclear
 
 
-def _weights_made_by(module: torch.nn.Module) -> Iterator[Effective]:
-    yield from effective_weights(module)
-    in_forward = weight_in_forward(module)
-    if in_forward is not None:
-        yield in_forward
+def _weights_made_by(module: torch.nn.Module, unclear: dict[int, str]) -> Iterator[Effective]:
+    """``unclear`` gets a line for a module whose forward() cannot be followed, by its id."""
+    before = list(effective_weights(module))
+    for weight in before:
+        in_forward = weight_in_forward(module, weight)
+        yield in_forward if isinstance(in_forward, Effective) else weight
+    found = weight_in_forward(module) if not before else None
+    if isinstance(found, Effective):
+        yield found
+    elif found is not None:
+        unclear[id(module)] = found
 
 
 def _made(
@@ -165,7 +179,7 @@ def _made(
         model_types=places[0].model_types,
         roles=frozenset(roles),
         overhead=4 * math.prod(weight.shape) * weight.dtype.itemsize,
-        evidence=f"computed by {weight.how} of {places[0].owner.__class__.__name__}",
+        evidence=f"{COMPUTED} {weight.how} of {places[0].owner.__class__.__name__}",
     )
     yield parts[0], whole
     seen = {identity(held[name].tensor) for name in aliases}
@@ -174,6 +188,30 @@ def _made(
             seen.add(identity(held[name].tensor))
             part = store((base_name(name),), held[name].tensor, places[0].owner)
             yield name, replace(part, problem=f"one of the parts that {names[0]} is computed from")
+
+
+def _unshared(computed: list[_Computed], held: Mapping[str, _Held]) -> tuple[list[_Computed], dict[object, str]]:
+    """Without weights that a forward() computes from a parameter that other layers have too, and how each is computed.
+
+    Such a parameter is multiplied with as more than one matrix.
+    """
+    users: dict[object, set[str]] = {}
+    for name, item in held.items():
+        users.setdefault(identity(item.tensor), set()).add(name)
+    how = {
+        identity(held[made.parts[0]].tensor): made.weight.how
+        for made in computed
+        if made.parts == made.names and users[identity(held[made.parts[0]].tensor)] != set(made.names)
+    }
+    left = [m for m in computed if m.parts != m.names or identity(held[m.parts[0]].tensor) not in how]
+    return left, {key: f"{COMPUTED} {of}, and shared with layers that use it in another way" for key, of in how.items()}
+
+
+def _noted(stored: Stored, unclear: str | None, shared: str | None) -> Stored:
+    if shared is not None:
+        return replace(stored, problem=shared)
+    evidence = f"parameter of {type(stored.parent).__name__}: {unclear}"
+    return stored if unclear is None or stored.quantization is not None else replace(stored, evidence=evidence)
 
 
 def _shown(held: Mapping[str, _Held]) -> set[str]:
@@ -204,7 +242,7 @@ def homes_of(model: torch.nn.Module) -> dict[str, Home]:
     """By name: of parameters, tied ones under all of their names, of weights that modules compute, and of buffers."""
     places, heads = _places(model), set(_output_heads(model))
     named = {name: identity(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    named |= {name: name for weight in _computed(model) for name in weight.names}
+    named |= {name: name for weight in _computed(model)[0] for name in weight.names}
     found = {}
     for name, _ in model.named_buffers(remove_duplicate=False):
         found[name] = replace(_above([name], places)[0], is_buffer=name.rpartition(".")[2] != "weight")

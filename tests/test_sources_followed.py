@@ -1,0 +1,370 @@
+"""Layers that make their weight in unusual ways: what they multiply with is found, or the weight is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+import types
+import warnings
+from collections import defaultdict, namedtuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations, prune
+
+import kappa_fast
+
+SEEN: list[str] = []
+Pair = namedtuple("Pair", "count log")
+GRID = torch.linspace(1, 2, 9).view(3, 3)
+
+
+def exact(weight: torch.Tensor) -> float:
+    sigma = torch.linalg.svdvals(weight.detach().double().flatten(1))
+    return float(sigma[0] / sigma[-1])
+
+
+def kept(columns: int = 24, rows: int = 40) -> torch.Tensor:
+    return (torch.arange(rows)[:, None] + torch.arange(columns)) % 3 != 0
+
+
+class Masked(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(24, 40)
+        self.register_buffer("kept", kept())
+
+    def made(self):
+        return self.weight * self.kept
+
+
+class Sequences(Masked):
+    def forward(self, x):
+        batch, _, width = x.shape
+        return functional.linear(x.reshape(batch, -1, width), self.made())
+
+
+class AsksForValues(Masked):
+    def forward(self, x):
+        return functional.linear(x, self.made() if bool(self.kept.any()) else self.weight)
+
+
+class ByIndex(Masked):
+    def forward(self, x):
+        weight = self.weight.clone()
+        weight[~self.kept] = 0
+        return functional.linear(x, weight)
+
+
+class Multiplied(Masked):
+    def forward(self, x):
+        return x @ self.made().T + self.bias
+
+
+class Einsum(Masked):
+    def forward(self, x):
+        return torch.einsum("...i,oi->...o", x, self.made())
+
+
+class OtherSide(Masked):
+    def forward(self, x):
+        return (self.made() @ x.T).T
+
+
+class BesideAChild(Masked):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(24, 40)
+
+    def forward(self, x):
+        return self.inner(x) + functional.linear(x, self.made())
+
+
+class InPlace(Masked):
+    def forward(self, x):
+        self.weight.data.mul_(self.kept)
+        return functional.linear(x, self.weight)
+
+
+class Swapped(Masked):
+    def forward(self, x):
+        weight = self.weight
+        self.weight = nn.Parameter(self.made())
+        result = super().forward(x)
+        self.weight = weight
+        return result
+
+
+class Warns(Masked):
+    def forward(self, x):
+        warnings.warn("old", DeprecationWarning, stacklevel=2)
+        return functional.linear(x, self.made())
+
+
+class OfBuffer(Masked):
+    def __init__(self) -> None:
+        super().__init__()
+        weight = self.weight.data
+        del self.weight
+        self.register_buffer("weight", weight)
+
+    def forward(self, x):
+        return functional.linear(x, self.made())
+
+
+class WithArguments(Masked):
+    def __new__(cls, kind: str):
+        return super().__new__(cls)
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+
+    def forward(self, x):
+        return functional.linear(x, self.made())
+
+
+class NoLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(40, 24))
+        self.register_buffer("kept", kept())
+
+    def forward(self, x):
+        return functional.linear(x, self.kernel * self.kept)
+
+
+class NoConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(20, 16, 3, 3))
+
+    def forward(self, x):
+        return functional.conv2d(x, self.weight * GRID.to(self.weight), padding=1)
+
+
+class Transposed(nn.ConvTranspose2d):
+    def forward(self, x):
+        return functional.conv_transpose2d(x, self.weight * GRID.to(self.weight), stride=self.stride)
+
+
+class Points(nn.Conv2d):
+    def forward(self, x):
+        return functional.linear(x.flatten(1), self.weight.flatten(1) * kept(16, 20).to(self.weight))
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return functional.linear(x.bfloat16(), self.weight.bfloat16())
+
+
+class LoRA(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(24, 40)
+        self.a, self.b = nn.Parameter(torch.randn(4, 24)), nn.Parameter(torch.randn(40, 4))
+
+    def forward(self, x):
+        return functional.linear(x, self.weight + self.b @ self.a)
+
+
+class Doubly(nn.Linear):
+    def forward(self, x):
+        return functional.linear(x, self.weight * kept().to(self.weight))
+
+
+def replaced() -> nn.Linear:
+    layer = nn.Linear(24, 40)
+    layer.register_buffer("kept", kept())
+    layer.forward = types.MethodType(lambda self, x: functional.linear(x, self.weight * self.kept), layer)
+    return layer
+
+
+def while_rounding() -> nn.Module:
+    import torch.ao.nn.qat as qat
+    from torch.ao import quantization
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = qat.Linear(24, 40, qconfig=quantization.get_default_qat_qconfig("fbgemm"))
+        layer(torch.randn(3, 24))
+        layer.apply(quantization.disable_observer)
+    return layer
+
+
+def masked(layer):
+    return layer.weight * layer.kept
+
+
+FOLLOWED = {
+    **{kind.__name__: (kind, masked) for kind in (Sequences, AsksForValues, ByIndex, Multiplied, Einsum, OtherSide)},
+    **{kind.__name__: (kind, masked) for kind in (BesideAChild, InPlace, Swapped, Warns, OfBuffer)},
+    "WithArguments": (lambda: WithArguments("a"), masked),
+    "NoLinear": (NoLinear, lambda m: m.kernel * m.kept),
+    "NoConvolution": (NoConvolution, lambda m: m.weight * GRID),
+    "Transposed": (lambda: Transposed(20, 16, 3, stride=2), lambda m: m.weight * GRID),
+    "Points": (lambda: Points(16, 20, 1), lambda m: m.weight.flatten(1) * kept(16, 20)),
+    "halved in float32": (lambda: Halved(24, 40), lambda m: m.weight.bfloat16()),
+    "halved in bfloat16": (lambda: Halved(24, 40).bfloat16(), lambda m: m.weight),
+    "LoRA": (LoRA, lambda m: m.weight + m.b @ m.a),
+    "replaced": (replaced, masked),
+    "parametrized": (lambda: parametrizations.weight_norm(Doubly(24, 40)), lambda m: m.weight * kept()),
+    "pruned": (lambda: prune.random_unstructured(Doubly(24, 40), "weight", 0.3), lambda m: m.weight * kept()),
+    "while rounding": (while_rounding, lambda m: m.weight_fake_quant(m.weight)),
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_what_the_input_is_multiplied_with_is_found(case):
+    torch.manual_seed(0)
+    make, effective = FOLLOWED[case]
+    model = nn.Sequential(make()).eval()
+    with torch.no_grad():
+        truth = exact(effective(model[0]))
+    entry = next(e for e in kappa_fast.rank(model, progress=False) if e.name in ("0.weight", "0.kernel"))
+    assert entry.lower * (1 - 1e-5) <= truth <= entry.upper * (1 + 1e-5)
+
+
+class TwoMatrices(Masked):
+    def forward(self, x):
+        return functional.linear(x, self.made()).sin() + functional.linear(x, self.weight)
+
+
+class OfInput(nn.Linear):
+    def forward(self, x):
+        return functional.linear(x, self.weight * (1 + x[0]))
+
+
+class Steered(Masked):
+    def forward(self, x):
+        return functional.linear(x, self.made() if float(x.sum()) > 0 else self.weight)
+
+
+class OfTask(Masked):
+    def forward(self, x, task):
+        return functional.linear(x, self.made() * task)
+
+
+class ChosenByTask(Masked):
+    def forward(self, x, task):
+        return functional.linear(x, self.weight * [self.kept, ~self.kept][task])
+
+
+class OfPython(nn.Linear):
+    def forward(self, x):
+        return functional.linear(x, self.weight * torch.tensor([random.random() for _ in range(24)]))
+
+
+class OfNumpy(nn.Linear):
+    def forward(self, x):
+        return functional.linear(x, self.weight * torch.from_numpy(np.random.rand(24)).to(self.weight))
+
+
+class InPieces(nn.Linear):
+    def forward(self, x):
+        return functional.linear(x, (2 * self.weight)[:30])
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (TwoMatrices, "several matrices"),
+        (lambda: OfInput(24, 40), "from each input"),
+        (Steered, "from each input"),
+        (OfTask, "from each input"),
+        (ChosenByTask, "from each input"),
+        (lambda: OfPython(24, 40), "random numbers"),
+        (lambda: OfNumpy(24, 40), "random numbers"),
+        (lambda: InPieces(24, 40), r"multiplies with \(30, 24\) instead of \(40, 24\)"),
+    ],
+)
+def test_what_is_no_single_matrix_is_refused_by_name(layer, reason):
+    states = random.getstate(), np.random.get_state()[2]
+    (skipped,) = kappa_fast.rank(nn.Sequential(layer(), nn.Linear(24, 40)), progress=False).skipped
+    assert skipped.name == "0.weight"
+    assert re.search(reason, skipped.reason)
+    assert (random.getstate(), np.random.get_state()[2]) == states
+
+
+def test_a_forward_that_cannot_be_followed_says_so():
+    layer = nn.Linear(24, 40)
+    layer.forward = lambda x: functional.linear(x, layer.weight * 2)
+    ranking = kappa_fast.rank(nn.Sequential(layer), progress=False)
+    assert ranking[0].lower <= exact(layer.weight) <= ranking[0].upper
+    (evidence,) = ranking.metadata["source"]["evidence"]
+    assert "forward() of Linear cannot be followed" in evidence
+
+
+class Keeps(Masked):
+    """Writes to everything that it can reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stats = types.SimpleNamespace(log=[], count=torch.zeros(1))
+        self.history, self.pair, self.deep = defaultdict(list), Pair(torch.zeros(1), []), [[[[[[[[]]]]]]]]
+        self.helpers = [nn.BatchNorm1d(24)]
+        self.calls, self.method = 0, self.called
+        self.act = nn.ReLU()
+        self.act.register_forward_hook(lambda *_: SEEN.append("hook"))
+
+    def called(self):
+        self.calls += 1
+        return self.made()
+
+    def forward(self, x):
+        self.stats.log.append(1)
+        self.stats.count.add_(1)
+        self.history["x"].append(x)
+        self.pair.count.add_(1)
+        self.pair.log.append(1)
+        self.deep[0][0][0][0][0][0][0].append(1)
+        self.helpers[0](torch.cat([x, x]))
+        torch.rand(1)
+        return functional.linear(self.act(x), self.method())
+
+
+def test_nothing_that_a_layer_can_reach_is_changed():
+    torch.manual_seed(0)
+    model = nn.Sequential(Keeps())
+    layer, state = model[0], [random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist()]
+    (entry,) = kappa_fast.rank(model, progress=False)
+    assert entry.lower <= exact(masked(layer)) <= entry.upper
+    assert [random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist()] == state
+    assert not layer.stats.log
+    assert not layer.history
+    assert not layer.pair.log
+    assert layer.deep == [[[[[[[[]]]]]]]]
+    assert layer.calls == layer.stats.count == layer.pair.count == layer.helpers[0].num_batches_tracked == 0
+    assert not SEEN
+
+
+def test_a_parameter_that_layers_multiply_with_in_two_ways_is_refused_once():
+    model = nn.ModuleDict({"a": Multiplied(), "b": nn.Linear(24, 40), "c": nn.Linear(24, 40)})
+    model["b"].weight = model["a"].weight
+    ranking = kappa_fast.rank(model, progress=False)
+    assert [e.name for e in ranking] == ["c.weight"]
+    (skipped,) = ranking.skipped
+    assert "shared with layers that use it in another way" in skipped.reason
+    assert ranking.metadata["num_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("layer", [Multiplied, lambda: parametrizations.spectral_norm(nn.Linear(24, 40))])
+def test_adapters_beside_a_computed_weight_are_not_merged_and_nothing_moves(layer):
+    peft = pytest.importorskip("peft")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = layer()
+
+        def forward(self, x):
+            return self.q(x)
+
+    model = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False)).train()
+    before = copy.deepcopy(model.state_dict())
+    (entry,) = kappa_fast.rank(model, progress=False, adapters="base")
+    assert entry.name.endswith("q.weight")
+    merged = kappa_fast.rank(model, progress=False, adapters="merged")
+    assert "cannot be merged" in next(s.reason for s in merged.skipped if s.name.endswith("q.weight"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
