@@ -28,6 +28,8 @@ _TORCHAO = (
     *("scale", "zero_point", "scale_and_zero", "per_tensor_scale", "act_pre_scale"),
     *("act_quant_scale", "act_quant_zero_point", "act_per_tensor_scale"),
 )
+# quanto puts the parts of a weight below it, and those of codes of less than a byte one level further down.
+_QUANTO = re.compile(r"^(?P<weight>(?:.*\.)?weight)\._data(?:\._data)?$")
 _APPENDED = (
     "_scale_inv",
     "_scale",
@@ -83,10 +85,17 @@ def may_be_codes(dtype: torch.dtype | None) -> bool:
     return dtype is not None and not dtype.is_complex and (not dtype.is_floating_point or dtype.itemsize == 1)
 
 
+def is_of_quanto(name: str) -> bool:
+    """True for what optimum-quanto calls the codes of a weight."""
+    return _QUANTO.match(name) is not None
+
+
 def companions(name: str, names: Collection[str]) -> list[str]:
     """Those of ``names`` that hold scales, zero points and the like of the codes called ``name``."""
     if found := _QDATA.match(name):
         return [c for part in _TORCHAO if (c := f"{found['owner']}_{found['weight']}_{part}") in names]
+    if found := _QUANTO.match(name):
+        return [c for part in ("scale", "shift") if (c := f"{found['weight']}._{part}") in names]
     stem = _ENDING.sub("", name)
     for ending, beside in (("W_q", _OF_HQQ), ("bitmask", _OF_BITMASKS)):
         if stem + ending == name:
@@ -114,6 +123,8 @@ def role_of(name: str, companion: str) -> str:
     """
     if found := _QDATA.match(name):
         return companion.removeprefix(f"{found['owner']}_{found['weight']}_")
+    if found := _QUANTO.match(name):
+        return companion.removeprefix(f"{found['weight']}._")
     rest = companion.removeprefix(name) if companion.startswith(name) else companion.removeprefix(_ENDING.sub("", name))
     return rest.lstrip("._").removeprefix("weight_")
 
@@ -122,6 +133,8 @@ def plain_name(name: str) -> str:
     """What the weight is called whose codes are called ``name``: the name it has in the model before quantization."""
     if found := _QDATA.match(name):
         return f"{found['owner']}{found['weight']}"
+    if found := _QUANTO.match(name):
+        return found["weight"]
     ending = _ENDING.search(name)
     if ending is None:
         return name

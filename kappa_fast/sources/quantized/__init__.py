@@ -24,6 +24,7 @@ from .hqq import HQQ
 from .mlx import MLX
 from .mxfp4 import MXFP4
 from .packed import PackedInts
+from .quanto import Quanto
 from .recipe import Candidate, Family, Recipe, compose
 from .sparse import Sparse
 from .torchao import Torchao
@@ -36,7 +37,12 @@ LONE_FP8 = "float8 without a scale, where other weights of the model have one: i
 
 # The first that recognizes codes takes them.
 FAMILIES: tuple[Family, ...] = (
-    *(Comfy(), Bitsandbytes(), Torchao()),  # whose codes have names or dtypes that others would take for theirs
+    *(
+        Comfy(),
+        Bitsandbytes(),
+        Torchao(),
+        Quanto(),
+    ),  # whose codes have names or dtypes that others would take for theirs
     *(FP8(), MXFP4(), NVFP4(), PackedInts(), CompressedInts(), MLX()),
     *(HQQ(), Sparse()),
 )

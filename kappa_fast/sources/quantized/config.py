@@ -18,7 +18,19 @@ FILES = (AUTO_GPTQ, "quant_config.json", "hf_quant_config.json")
 # Methods of which some format at least is read; what others have made of a weight nobody here can know.
 METHODS = frozenset(
     {
-        *("", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark", "mxfp4", "mlx", "hqq", "torchao"),
+        *(
+            "quanto",
+            "",
+            "fp8",
+            "fbgemm_fp8",
+            "compressed-tensors",
+            "modelopt",
+            "quark",
+            "mxfp4",
+            "mlx",
+            "hqq",
+            "torchao",
+        ),
         *("gptq", "awq", "auto-round", "intel/auto-round", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
     }
 )
