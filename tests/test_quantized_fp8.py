@@ -270,3 +270,38 @@ def test_one_line_of_scales_beside_a_square_weight_is_for_rows_unless_the_codes_
     with pytest.raises(SourceError, match=r"every column of 'a\.weight' reaches .* leave the weight out with exclude="):
         kappa_fast.rank(state, progress=False)
     assert [e.name for e in kappa_fast.rank(state, exclude="a.weight", progress=False)] == ["b.weight"]
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize(
+    ("name", "shape", "fits"),
+    [
+        ("a.weight_scale", (1, 48), "row"),
+        ("a.weight_scale", (48,), "row"),
+        ("a.weight_scale_inv", (1, 48), "column"),
+        ("a.scale_weight", (1, 48), "column"),
+        ("experts.down_proj_scale", (1, 48), "row"),
+        ("experts.down_proj_scale", (1, 1, 48), "column"),
+    ],
+)
+def test_a_line_of_scales_is_refused_where_the_codes_show_the_other_lines(name, shape, fits, dead):
+    weight = torch.randn(48, 48, generator=torch.Generator().manual_seed(0))
+    if dead:  # as padding is
+        weight[5], weight[:, 7] = 0, 0
+    owner = name.removesuffix("_inv").removesuffix("_scale").replace("scale_weight", "weight")
+    for shown in ("row", "column"):
+        codes, scale = quantized(weight, (1, 48) if shown == "row" else (48, 1))
+        codes = codes.float().nan_to_num(0).to(codes.dtype)  # what nothing was divided by
+        stack = codes[None] if owner.startswith("experts") else codes
+        state = {owner: stack, name: scale.reshape(shape), "b.weight": weight + torch.eye(48)}
+        if shown != fits:
+            with pytest.raises(
+                SourceError, match=f"every {shown} of .* for {shown}s, where its shape and name say {fits}"
+            ):
+                kappa_fast.rank(state, progress=False)
+            assert [e.name for e in kappa_fast.rank(state, exclude=owner, progress=False)] == ["b.weight"]
+        elif not dead:
+            entry = next(e for e in kappa_fast.rank(state, progress=False) if e.name == owner)
+            block = (1, 48) if shown == "row" else (48, 1)
+            sigma = np.linalg.svd(dequantized(codes, scale.numpy(), block).astype(np.float64), compute_uv=False)
+            assert entry.lower <= sigma[0] / sigma[-1] <= entry.upper

@@ -57,8 +57,9 @@ class FP8:
         microscaled = scale.dtype in (torch.uint8, torch.float8_e8m0fnu) and block == (1, MX_BLOCK)
         if microscaled and method_of(candidate.config) == "" and fills_tiles(scale.shape):
             raise in_unknown_order(candidate, "compressed-tensors")
-        turned = rows > 1 and scale.shape == (1, rows) and codes.shape == (rows, rows)  # square, so that both would fit
-        doubtful = candidate.plain_name if turned else ""
+        # One line of scales beside a square matrix would fit its rows and its columns.
+        line = max(rows, columns) if min(rows, columns) == 1 and scale.shape[-1:] != (1,) else 0
+        doubtful = candidate.plain_name if codes.shape[-2:] == (line, line) else ""
         return Recipe(
             quantization=f"fp8 {kind}, {describe_blocks(codes.shape, block)}",
             shape=codes.shape,
@@ -147,18 +148,20 @@ def _configured(candidate: Candidate, axis: int) -> int | None:
     return whole_number(scheme, "group_size") if axis == 1 else None
 
 
-def _check_rows(values: torch.Tensor, name: str, largest: float) -> None:
-    """Refuse scales of columns where those of rows are expected: each line is scaled until its largest code is full.
+def _check_line(values: torch.Tensor, name: str, largest: float, is_for_rows: bool) -> None:
+    """Refuse scales that are for the other lines: each line is scaled until its largest code is full, if not all zero.
 
     Raises:
-        SourceError: every column has a code of that size, and not every row.
+        SourceError: every line of the other kind has a code of that size, and not every line of this kind.
     """
     full = values.abs() == largest
-    if bool(full.any(0).all()) and not bool(full.any(1).all()):
+    reached = [bool((full.any(axis) | ~values.any(axis)).all()) for axis in (1, 0)]  # rows, columns
+    this, other = ("row", "column") if is_for_rows else ("column", "row")
+    if reached[is_for_rows] and not reached[not is_for_rows] and bool(full.any()):
         raise SourceError(
-            f"every column of {name!r} reaches {largest:g} and not every row, so that its one line of scales is for "
-            "columns, where files have one for each row: load the model dequantized and rank that, or leave the weight "
-            f"out with exclude={name!r}"
+            f"every {other} of {name!r} reaches {largest:g} and not every {this}, so that its one line of scales is "
+            f"for {other}s, where its shape and name say {this}s: load the model dequantized and rank that, or leave the "
+            f"weight out with exclude={name!r}"
         )
 
 
@@ -167,7 +170,7 @@ def _dequantize(
 ) -> torch.Tensor:
     values = inputs["codes"].to(torch.float32)
     if doubtful:
-        _check_rows(values, doubtful, torch.finfo(inputs["codes"].dtype).max)
+        _check_line(values, doubtful, torch.finfo(inputs["codes"].dtype).max, counts[0] > 1)
     return times_blocks(values, scale_values(inputs["scale"]).reshape(counts), block)
 
 
