@@ -214,6 +214,7 @@ def test_routers_are_told_from_gates():
 def test_a_gate_is_a_router_where_its_block_has_experts(name):
     beside = {name, "layers.1.mlp.experts.0.up_proj.weight"}
     assert is_router(name, beside)
+    assert is_router(name, {name, "layers.1.mlp.local_experts.0.w1.weight"})
     assert not is_router(name, {name, "layers.2.mlp.experts.0.up_proj.weight", "layers.1.mlp.up.weight"})
 
 

@@ -34,7 +34,7 @@ UNREAD = {
     "qqq": {"B": BYTES.view(torch.int32), "s_channel": FLOATS, "s_group": FLOATS},
     "bitnet": {"weight": BYTES, "weight_scale": FLOATS, "rotation": FLOATS},
     "sinq": {"W_q": BYTES, "scale_rows": FLOATS, "shift": FLOATS},
-    "quanto": {"weight._data": BYTES.char(), "weight._scale": FLOATS, "weight._shift": FLOATS},
+    "quanto": {"weight._data._data": BYTES, "weight._scale": FLOATS, "weight._shift": FLOATS},
 }
 
 
@@ -118,8 +118,17 @@ FILTERS = (
     "rope.sin",
     "pos_encoder.pe",
     "x.alibi",
+    "attn.k_scale",
 )
-ADAPTERS = ("x.hada_w1_a", "x.lokr_w2", "unet.to_q.lora.down.weight", "x.lora_down.weight", "lora_te_x.lora_up.weight")
+ADAPTERS = (
+    "processor.to_q_lora.down.weight",
+    "lycoris_x.diff",
+    "x.hada_w1_a",
+    "x.lokr_w2",
+    "unet.to_q.lora.down.weight",
+    "x.lora_down.weight",
+    "lora_te_x.lora_up.weight",
+)
 
 
 @pytest.mark.parametrize("name", [*FILTERS, *ADAPTERS])
@@ -170,6 +179,7 @@ def test_what_lies_above_codes_that_are_not_read_is_a_weight_only_by_its_name(na
 
 COPIED = ("shadow.a.weight", "ema_weights.a.weight", "swa.a.weight", "hessian_diag.a.weight", "imatrix.a.weight")
 COPIED += ("task_vector.a.weight", "fisher_diag.a.weight", "masks.a.weight")
+COPIED += ("adam_m.a.weight", "exp_avg_sq_col.a.weight")
 COPIED += ("model_ema.aweight", "model_ema.modelbweight", "model_ema.bweight")  # dots taken out, as buffers are called
 
 

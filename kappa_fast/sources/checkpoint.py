@@ -100,7 +100,10 @@ def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) 
             items = shard.tensors(expected)
         for item in items:
             if item.name in tensors:
-                raise SourceError(f"{item.name!r} is in both {homes[item.name]} and {file}: remove the stale file")
+                raise SourceError(
+                    f"{item.name!r} is in both {homes[item.name]} and {file}: remove the stale file; or, if each of "
+                    "several processes has saved its part of it, join the parts first"
+                )
             tensors[item.name], homes[item.name] = item, file
         headers.append(shard.header)
     for name, file in (expected or {}).items():
@@ -330,6 +333,12 @@ def _no_weights(directory: Path) -> SourceError:
     inner = sorted(p.parent.name for p in directory.glob("*/*.safetensors"))
     if inner:
         return SourceError(f"{directory} holds no .safetensors file itself, but {inner[0]} does: give that directory")
+    almost = sorted(p.name for p in directory.iterdir() if ".gguf" in p.name.lower())
+    if almost:
+        return SourceError(
+            f"{directory} holds {almost[0]}, which does not end with .gguf: give it such a name, or join the parts "
+            "of a file that was cut (cat) under such a name"
+        )
     return SourceError(f"{directory} holds no .safetensors file: give the directory of a model")
 
 
@@ -339,5 +348,10 @@ def _not_safetensors(path: Path) -> SourceError:
         command = f"python -c {shlex.quote(CONVERT)} {shlex.quote(str(path))} {shlex.quote(str(target))}"
         return SourceError(
             f"{path} is pickled, which can run code when it is read; it is refused. Convert it: {command}"
+        )
+    if ".gguf" in path.name.lower():
+        return SourceError(
+            f"{path} does not end with .gguf: give it such a name, or join the parts of a file that was cut (cat) "
+            "under such a name"
         )
     return SourceError(f"{path} is no .safetensors file: give one, or the directory of a model")

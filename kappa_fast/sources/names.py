@@ -24,7 +24,8 @@ LEADING = ("module.",)
 # What PEFT puts around or beside the weights, and the first words of what its methods add to them.
 _PEFT = re.compile(r"^base_model\.|\.base_layer\.|\.modules_to_save\.|\.original_module\.|(?:^|\.)lora_")
 _ADAPTER = re.compile(
-    r"(?:^|\.)(?:lora_|lora\.(?:up|down|[abAB])(?:\.|$)|hada_w[12]_|lokr_w[12](?:_|$)|modules_to_save(?:\.|$))"
+    r"(?:^|\.)(?:lora_|lycoris_|(?:\w+_)?lora\.(?:up|down|[abAB])(?:\.|$)|hada_w[12]_|lokr_w[12](?:_|$)"
+    r"|modules_to_save(?:\.|$))"
 )
 _ADAPTER_IN_PEFT = re.compile(
     r"^prompt_encoder\.|(?:^|\.)(?:adamss|adaption|beft|boft|bone|c3a|deft|delora|fourierft|frod|glora|gralora|hada|hira"
@@ -65,6 +66,7 @@ _BUFFER = re.compile(
     r"(?:^|\.)(?:attn|attention|self_attn)\.(?:bias|masked_bias)$|(?:^|[._])(?:inv_freq|(?:attn|causal|attention)_mask)$"
     r"|(?:^|[._])(?:(?:diagonal|key|query)_decay|slope_rate|final_logits_bias|e_score_correction_bias)$"
     r"|(?:^|\.)(?:cos|sin|pe|alibi|fb|window|mel_filters?|mel_basis|filter_?banks?|(?:forward|inverse)_basis)$"
+    r"|(?:^|[._])(?:[qkv]|kv|input|output|act|smooth)_scales?$"
     r"|(?:^|[._])(?:position_ids|(?:cos|sin)_cached?|freqs_cis|running_(?:mean|var)|num_batches_tracked)$"
 )
 
@@ -140,7 +142,9 @@ def is_router(name: str, names: Collection[str]) -> bool:
     if gate is None:
         return False
     owner = gate["block"].rstrip(".").rpartition(".")[2]
-    return _MOE.search(owner) is not None or any(other.startswith(gate["block"] + "expert") for other in names)
+    return _MOE.search(owner) is not None or any(
+        other.startswith((gate["block"] + "expert", gate["block"] + "local_expert")) for other in names
+    )
 
 
 def is_read_directly(name: str, names: Collection[str], model_types: Collection[str]) -> bool:

@@ -24,7 +24,7 @@ _PARAMETRIZED = ".parametrizations."
 _BENEATH = re.compile(r"^(?P<owner>.*\.weight|weight)\.[^.]+")
 # What optimizers keep for every parameter, in the names of files and as they put it around those of parameters.
 _OPTIMIZER = re.compile(
-    r"(?:^|\.)(?:optim(?:izer)?(?:_states?)?|exp_avgs?|exp_avg_sqs?|max_exp_avg_sqs?|momentum_buffers?|square_avg"
+    r"(?:^|\.)(?:optim(?:izer)?(?:_states?)?|exp_avgs?|exp_avg_sqs?(?:_row|_col)?|max_exp_avg_sqs?|adam_[mv]|momentum_buffers?|square_avg"
     r"|acc_delta|prev_step_size)(?:\.|$)"
 )
 _FLAT = re.compile(r"(?:^|\.)_?flat_param(?:_\d+)?$")
