@@ -160,8 +160,8 @@ def _check_line(values: torch.Tensor, name: str, largest: float, is_for_rows: bo
     if reached[is_for_rows] and not reached[not is_for_rows] and bool(full.any()):
         raise SourceError(
             f"every {other} of {name!r} reaches {largest:g} and not every {this}, so that its one line of scales is "
-            f"for {other}s, where its shape and name say {this}s: load the model dequantized and rank that, or leave the "
-            f"weight out with exclude={name!r}"
+            f"for {other}s, where its shape and name say {this}s: load the model dequantized and rank that, or leave "
+            f"the weight out with exclude={name!r}"
         )
 
 

@@ -1,8 +1,8 @@
 """Weights of optimum-quanto in eight bits: qint8 and the three qfloat8, with a scale for each row.
 
 ``QModuleMixin`` saves them as ``weight._data`` and ``weight._scale``; axis 0 is the one that it quantizes along. The
-weight is scale x code in the dtype of the scale (``QBytesDequantizer``). The dtype of the codes says which of the formats
-it is, as ``quanto_qmap.json`` beside the file does. Codes of four and two bits are ``weight._data._data`` with
+weight is scale x code in the dtype of the scale (``QBytesDequantizer``). The dtype of the codes says which of the
+formats it is, as ``quanto_qmap.json`` beside the file does. Codes of four and two bits are ``weight._data._data`` with
 ``weight._shift``.
 """
 
