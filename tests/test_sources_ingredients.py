@@ -61,6 +61,7 @@ def test_a_model_of_an_unknown_method_has_no_weights_but_those_with_names_of_par
 BESIDE = ("weight_mask_ema", "importance", "fisher", "exp_avg", "hessian", "weight_absmax", "lora_a", "smooth_scale")
 BELOW = ("weight.exp_avg", "weight.m", "weight.v", "weight.in_sum2", "weight.lora_a", "weight.grad")
 OPTIMIZER = ("exp_avg.layers.0.weight", "optimizer.state.layers.0.weight", "state.3.exp_avg_sq", "0.momentum_buffer")
+OPTIMIZER += ("adam_m.a.weight", "exp_avg_sq_col.a.weight")
 
 
 @pytest.mark.parametrize("name", [*(f"a.{leaf}" for leaf in (*BESIDE, *BELOW)), *OPTIMIZER])
@@ -179,7 +180,6 @@ def test_what_lies_above_codes_that_are_not_read_is_a_weight_only_by_its_name(na
 
 COPIED = ("shadow.a.weight", "ema_weights.a.weight", "swa.a.weight", "hessian_diag.a.weight", "imatrix.a.weight")
 COPIED += ("task_vector.a.weight", "fisher_diag.a.weight", "masks.a.weight")
-COPIED += ("adam_m.a.weight", "exp_avg_sq_col.a.weight")
 COPIED += ("model_ema.aweight", "model_ema.modelbweight", "model_ema.bweight")  # dots taken out, as buffers are called
 
 
