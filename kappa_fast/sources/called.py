@@ -279,7 +279,8 @@ def _quiet() -> Iterator[None]:
 
 def _states() -> list[object]:
     """Of the generators that torch does not see."""
-    return [random.getstate(), str(np.random.get_state(legacy=False))]
+    state: Any = np.random.get_state()
+    return [random.getstate(), state[1].tobytes(), *state[2:]]
 
 
 def _inputs(layer: Any, weight: torch.Tensor) -> Iterator[tuple[int, ...]]:
