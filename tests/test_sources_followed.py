@@ -155,6 +155,21 @@ class Points(nn.Conv2d):
         return functional.linear(x.flatten(1), self.weight.flatten(1) * kept(16, 20).to(self.weight))
 
 
+class Unfolded(nn.Conv2d):
+    def forward(self, x):
+        columns = functional.unfold(x, self.kernel_size)
+        return torch.einsum("bcl,oc->bol", columns, (self.weight * GRID.to(self.weight)).flatten(1))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 20, 24))
+
+    def forward(self, x):
+        return torch.einsum("bi,eoi->beo", x, self.weight * kept(24, 20).to(self.weight))
+
+
 class Halved(nn.Linear):
     def forward(self, x):
         return functional.linear(x.bfloat16(), self.weight.bfloat16())
@@ -205,6 +220,7 @@ FOLLOWED = {
     "NoConvolution": (NoConvolution, lambda m: m.weight * GRID),
     "Transposed": (lambda: Transposed(20, 16, 3, stride=2), lambda m: m.weight * GRID),
     "Points": (lambda: Points(16, 20, 1), lambda m: m.weight.flatten(1) * kept(16, 20)),
+    "Unfolded": (lambda: Unfolded(16, 20, 3), lambda m: m.weight * GRID),
     "halved in float32": (lambda: Halved(24, 40), lambda m: m.weight.bfloat16()),
     "halved in bfloat16": (lambda: Halved(24, 40).bfloat16(), lambda m: m.weight),
     "LoRA": (LoRA, lambda m: m.weight + m.b @ m.a),
@@ -276,6 +292,7 @@ class InPieces(nn.Linear):
         (ChosenByTask, "from each input"),
         (lambda: OfPython(24, 40), "random numbers"),
         (lambda: OfNumpy(24, 40), "random numbers"),
+        (Stack, r"multiplies with \(1, 60, 24\) instead of \(3, 20, 24\)"),
         (lambda: InPieces(24, 40), r"multiplies with \(30, 24\) instead of \(40, 24\)"),
     ],
 )
@@ -337,6 +354,14 @@ def test_nothing_that_a_layer_can_reach_is_changed():
     assert layer.deep == [[[[[[[[]]]]]]]]
     assert layer.calls == layer.stats.count == layer.pair.count == layer.helpers[0].num_batches_tracked == 0
     assert not SEEN
+
+
+def test_modes_of_the_caller_see_nothing_of_it():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        kappa_fast.rank(nn.Sequential(Multiplied()), progress=False)
+    assert counter.get_total_flops() == 0
 
 
 def test_a_parameter_that_layers_multiply_with_in_two_ways_is_refused_once():

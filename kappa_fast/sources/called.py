@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..entries import Index
 from .base import COMPUTED, Stored
@@ -222,14 +223,16 @@ def seen_in(twin: Any, weight: torch.Tensor) -> _Seen | None:
     for shape in _inputs(twin, weight):
         given = weight.new_ones(shape)
         before = _states()
-        with Products(weight, (given, *more.values())) as products, _quiet():
+        # Modes of the caller, such as a counter of operations, see nothing of it.
+        with _disable_current_modes(), Products(weight, (given, *more.values())) as products, _quiet():
             twin.forward(given, **more)
         if products.operands:
-            return _judged(products, weight, before != _states())
+            flat = isinstance(twin, _ConvNd)
+            return _judged(products, weight, before != _states(), flat)
     return None
 
 
-def _judged(products: Products, weight: torch.Tensor, drawn: bool) -> _Seen:
+def _judged(products: Products, weight: torch.Tensor, drawn: bool, flat: bool) -> _Seen:
     others = [o for o in products.operands if not o.as_it_stands]
     made_of = Made.NOTHING
     for operand in others:
@@ -244,14 +247,17 @@ def _judged(products: Products, weight: torch.Tensor, drawn: bool) -> _Seen:
         return _Seen(problem="it draws random numbers of Python or NumPy, which may go into it")
     if len({o.tensor.untyped_storage()._cdata for o in others}) > 1 or len(others) < len(products.operands):
         return _Seen(problem="it multiplies with several matrices made of it, which have no condition number together")
-    found = _shaped(others[0].tensor, weight)
+    found = _shaped(others[0].tensor, weight, flat)
     if found is None:
         return _Seen(problem=f"it multiplies with {tuple(others[0].tensor.shape)} instead of {tuple(weight.shape)}")
     return _Seen(found)
 
 
-def _shaped(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
-    """An operand in the shape of the weight, as far as the two differ in dimensions of 1 or lie the other way round."""
+def _shaped(operand: torch.Tensor, weight: torch.Tensor, flat: bool) -> torch.Tensor | None:
+    """An operand in the shape of the weight, as far as the two differ in dimensions of 1 or lie the other way round.
+
+    flat: it is a convolution, which is ranked as one row for each output, in whatever order its columns are.
+    """
     if operand.shape == weight.shape:
         return operand
     full, other = [s for s in weight.shape if s != 1], [s for s in operand.shape if s != 1]
@@ -259,6 +265,8 @@ def _shaped(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
         return operand.reshape(weight.shape)
     if len(full) == 2 and other == full[::-1]:
         return operand.squeeze().t().reshape(weight.shape)
+    if flat and other == [weight.shape[0], weight.numel() // weight.shape[0]]:
+        return operand.reshape(weight.shape)
     return None
 
 
@@ -298,3 +306,5 @@ def _inputs(layer: Any, weight: torch.Tensor) -> Iterator[tuple[int, ...]]:
     least = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
     for more in (0, 8):
         yield (1, channels, *(size + more for size in least))
+    if not isinstance(layer, _ConvNd):  # a stack of matrices
+        yield from ((1, size) for size in dict.fromkeys((weight.shape[-1], weight.shape[-2])))
