@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -177,6 +177,9 @@ class Comparison:
         max_params: float | None = None,
         per_group: bool = False,
         unit: UnitName = "matrix",
+        fill: bool = False,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
     ) -> Overlap:
         """What the same budget selects from both; the options are those of ``Ranking.select``.
 
@@ -184,7 +187,8 @@ class Comparison:
             OptionError: as select() does; the message says for which of the two.
         """
         options: dict[str, Any] = dict(num_tensors=num_tensors, top_p=top_p, max_kappa=max_kappa)
-        options |= dict(max_params=max_params, per_group=per_group, unit=unit)
+        options |= dict(max_params=max_params, per_group=per_group, unit=unit, fill=fill)
+        options |= dict(include=include, exclude=exclude)
         chosen = [_select(r, options, which) for r, which in ((self._before, "first"), (self._after, "second"))]
         first, second = ({entry.key: entry for entry in selection} for selection in chosen)
         partner = {change.after.key: change.before.key for change in self.changes}

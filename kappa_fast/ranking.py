@@ -102,7 +102,7 @@ class Ranking(Sequence[TensorKappa]):
         return item in self._positions if isinstance(item, str) else item in self.entries
 
     def __eq__(self, other: object) -> bool:
-        return self._document() == other._document() if isinstance(other, Ranking) else NotImplemented
+        return self.document() == other.document() if isinstance(other, Ranking) else NotImplemented
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -252,7 +252,7 @@ class Ranking(Sequence[TensorKappa]):
         Raises:
             RankingFileError: the file cannot be written.
         """
-        document = self._document()
+        document = self.document()
         if relative:
             serialize.make_relative(document["metadata"], path)
         serialize.write_document(path, document)
@@ -289,7 +289,8 @@ class Ranking(Sequence[TensorKappa]):
         except OptionError as error:
             raise RankingFileError(f"{file}: {error}") from error
 
-    def _document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
+        """What ``to_json`` writes, as plain JSON."""
         return {
             "format": serialize.RANKING_FORMAT,
             "version": serialize.VERSION,

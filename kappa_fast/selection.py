@@ -241,7 +241,7 @@ class Selection:
         return iter(self.entries)
 
     def __eq__(self, other: object) -> bool:
-        return self._document() == other._document() if isinstance(other, Selection) else NotImplemented
+        return self.document() == other.document() if isinstance(other, Selection) else NotImplemented
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -279,7 +279,7 @@ class Selection:
         Raises:
             RankingFileError: the file cannot be written.
         """
-        document = self._document()
+        document = self.document()
         if relative:
             serialize.make_relative(document["settings"], path)
         serialize.write_document(path, document)
@@ -324,7 +324,8 @@ class Selection:
                 ) from error
         return selection
 
-    def _document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
+        """What ``to_json`` writes, as plain JSON."""
         return {
             "format": serialize.SELECTION_FORMAT,
             "version": serialize.VERSION,

@@ -238,8 +238,13 @@ def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) ->
     Raises:
         RankingFileError: the file cannot be written there.
     """
+    write_text(path, document_text(document))
+
+
+def document_text(document: Mapping[str, Any]) -> str:
+    """The text of a file of plain JSON."""
     body = ",\n".join(f"  {json.dumps(key)}: {_section(value)}" for key, value in document.items())
-    write_text(path, f"{{\n{body}\n}}\n")
+    return f"{{\n{body}\n}}\n"
 
 
 def make_relative(metadata: dict[str, Any], path: str | os.PathLike[str]) -> None:

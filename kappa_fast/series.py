@@ -116,15 +116,9 @@ class Series:
             import pandas
         except ImportError as error:
             raise missing_extra("pandas", "dataframe", "Series.to_dataframe()") from error
-        columns = ["label", "position", "key", "layer", "group", "kappa", "lower", "upper", "status"]
-        rows = [
-            [label, position, track.key, track.first.layer, track.first.group]
-            + [getattr(entry, name) for name in columns[5:]]
-            for track in self.tracks
-            for position, (label, entry) in enumerate(zip(self.labels, track.entries, strict=True))
-            if entry is not None
-        ]
-        return pandas.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
+        from .report.frames import rows_of_series
+
+        return pandas.DataFrame(list(rows_of_series(self))).astype({"layer": "Int64"})
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the series to a file, replacing it all at once.

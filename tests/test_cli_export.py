@@ -66,7 +66,7 @@ def test_a_file_is_written_and_named(ranking, tmp_path):
             "--max-params x: give a count",
         ),
         (["--format", "llama-factory", "--top-p", "0.3"], 2, "takes ranges of layers only"),
-        (["--format", "esft", "--top-p", "0.3"], 2, "select with unit='expert'"),
+        (["--format", "esft", "--top-p", "0.3"], 2, "select with --unit expert"),
     ],
 )
 def test_wrong_use_is_named(ranking, arguments, code, text):

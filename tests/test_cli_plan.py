@@ -39,7 +39,16 @@ def test_the_options_are_those_of_rank_with_the_same_defaults():
         assert ours[name].default == theirs[name].default, name
     assert ours["path"].annotation == theirs["path"].annotation  # files, directories, ids of the hub
     python = inspect.signature(planning.plan).parameters
-    assert set(python) - {"source"} == set(ours) - {"path", "json", "limit", "all_rows", "debug"}
+    assert set(python) - {"source"} == set(ours) - {
+        "path",
+        "json",
+        "limit",
+        "all_rows",
+        "debug",
+        "quiet",
+        "verbose",
+        "threads",
+    }
     assert set(python) - {"measure", "device_model"} <= set(inspect.signature(kappa_fast.rank).parameters)
 
 
@@ -79,7 +88,7 @@ def test_the_text_has_groups_counts_and_a_time_and_stderr_is_quiet(checkpoint, t
     assert (code, err) == (0, "")
     assert "layers.*.up.weight  48x24  float32       2" in out
     assert "2 matrices to be ranked, 1 parameters skipped" in out
-    assert "skipped: 1 too small: its smaller side is below min_dim=16" in out
+    assert "skipped: 1 too small: its smaller side is below --min-dim 16" in out
     for words in ("computing   about ", "reading     about ", "together    ", "h100        not under "):
         assert words in out
     assert f"written to {tmp_path / 'plan.json'}" in out
@@ -98,8 +107,8 @@ def test_without_measurement_no_time_is_claimed(checkpoint):
     [
         (["--device-model", "abacus"], 2, "device_model='abacus' has no published figures here"),
         (["--top", "most"], 2, "--top most: give a count"),
-        (["--certify", "selection"], 2, "give top= as well"),
-        (["--json", "-"], 2, "--json -: give the name of a file to write the plan to"),
+        (["--certify", "selection"], 2, "give --top as well"),
+        (["--json", "/dev/null"], 2, "--json /dev/null: give the name of a file to write the plan to"),
         (["--json", "/no/such/folder/plan.json"], 1, "cannot be written: No such file"),
     ],
 )

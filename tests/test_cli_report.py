@@ -51,7 +51,7 @@ def test_a_budget_is_shown_and_a_plot_is_written_on_demand(path, tmp_path, optio
     assert (code, out) == (0, f"written to {page}\nwritten to {picture}\n")
     ranking = Ranking.from_json(path)
     assert page.read_text() == render_page(ranking, ranking.select(**budget))
-    assert picture.read_bytes() == render_plot(ranking, "svg")
+    assert picture.read_bytes() == render_plot(ranking, "svg", ranking.select(**budget))
 
 
 def test_the_reference_implementations_file_is_read(tmp_path):

@@ -51,7 +51,7 @@ def test_the_options_table_lists_the_options_of_rank_with_their_defaults(readme)
 
 def test_every_command_line_in_it_uses_options_that_exist(readme, capsys):
     lines = re.findall(r"^    kappa-fast (\w+)(.*)$", readme, re.MULTILINE)
-    assert {command for command, _ in lines} == {"compare", "demo", "export", "plan", "rank", "report"}
+    assert {command for command, _ in lines} == {"compare", "demo", "export", "plan", "rank", "report", "select"}
     for command, rest in lines:
         with pytest.raises(SystemExit):
             app([command, "--help"], prog_name="kappa-fast")
@@ -66,7 +66,7 @@ def test_its_commands_work_one_after_the_other(readme, tmp_path, monkeypatch, ca
     shutil.copy(find_weights(), "model.safetensors")
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^    kappa-fast (.*)$", readme, re.MULTILINE)]
     commands = [command for command in commands if not {"org/name", "demo"} & set(command)]
-    assert [command[0] for command in commands] == ["plan", "rank", "rank", "report", "compare", "export"]
+    assert [command[0] for command in commands] == ["plan", "rank", "rank", "report", "select", "compare", "export"]
     for command in commands:
         given = ["model.safetensors" if word == "checkpoint/" else word for word in command]
         if command[0] == "compare":

@@ -10,16 +10,15 @@ import typer
 
 from .. import stops
 from .._version import __version__
-from . import compare, demo, export, plan, rank, report
+from . import compare, demo, export, plan, rank, report, select
 from .outcome import INTERRUPTED, TERMINATED
 
 # Plain text instead of typer's boxes: it survives logs and narrow terminals, and is there at once.
 app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     no_args_is_help=True,
-    context_settings={"max_content_width": 100},
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
 
 
@@ -37,12 +36,14 @@ def _app(
 ) -> None:
     """Rank the weight matrices of a model by their condition number, lowest first.
 
-    Exit codes: 0, 1 for a failure, 2 for wrong use, 130 after Ctrl-C, 143 after SIGTERM.
+    Exit codes: 0 for success, 1 for a failure, 2 for wrong use, 3 if compare --fail-above was exceeded, 4 if there are
+    NaNs or infinities among the weights, 5 if nothing was left to rank, 130 after Ctrl-C, 143 after SIGTERM.
     """
 
 
 app.command("rank")(rank.rank)
 app.command("demo")(demo.demo)
+app.command("select")(select.select)
 app.command("export")(export.export)
 app.command("plan")(plan.plan)
 app.command("compare")(compare.compare)

@@ -28,6 +28,39 @@ PerGroup = Annotated[bool, typer.Option("--per-group", help="The budget counts w
 UnitOption = Annotated[Unit, typer.Option("--unit", help="What is selected as a whole.")]
 
 
+class By(StrEnum):
+    """What a summary has rows for."""
+
+    GROUP = "group"
+    LAYER = "layer"
+
+
+Fill = Annotated[bool, typer.Option("--fill", help="Pass over what does not fit --max-params, and go on.")]
+SelectInclude = Annotated[
+    list[str] | None, typer.Option("--include", metavar="REGEX", help="Only matrices in whose name this is found.")
+]
+SelectExclude = Annotated[
+    list[str] | None, typer.Option("--exclude", metavar="REGEX", help="No matrices in whose name this is found.")
+]
+Including = Annotated[
+    list[str] | None,
+    typer.Option(metavar="REGEX", help="Train besides: parameters of the model with such names, ranked or not."),
+]
+Excluding = Annotated[
+    list[str] | None, typer.Option(metavar="REGEX", help="Do not train: parameters with such names, selected or not.")
+]
+
+
+def given_options(
+    per_group: bool, unit: Unit, fill: bool, include: list[str] | None, exclude: list[str] | None
+) -> dict[str, Any]:
+    """The other options of ``Ranking.select``, without those that were left as they are."""
+    options: dict[str, Any] = {"per_group": per_group, "unit": unit.value, "fill": fill}
+    options |= {"include": include or None, "exclude": exclude or None}
+    usual = {"per_group": False, "unit": "matrix", "fill": False, "include": None, "exclude": None}
+    return {name: value for name, value in options.items() if value != usual[name]}
+
+
 def given_budget(
     num_tensors: int | None, top_p: float | None, max_kappa: float | None, max_params: str | None
 ) -> dict[str, Any]:

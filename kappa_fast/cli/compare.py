@@ -1,30 +1,33 @@
-"""``kappa-fast compare A.json B.json``: how two rankings differ."""
+"""``kappa-fast compare A.json B.json ...``: how two rankings differ, or kappa over several."""
 
 from __future__ import annotations
 
 import math
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import OptionError, RankingFileError
+from ..errors import OptionError
 from ..texts import cleaned
-from .budget import Unit
-from .outcome import FAILURE, count_or_share, outcome
-from .rank import check_writable
+from .budget import Fill, SelectExclude, SelectInclude, Unit, given_budget, given_options
+from .files import read_ranking
+from .outcome import BROKEN, EXCEEDED, outcome
+from .output import AllRows, Csv, Debug, Json, Output, Quiet, Verbose
 
 if TYPE_CHECKING:
-    from ..ranking import Ranking
+    from ..comparison import Comparison
 
 
 def compare(
-    before: Annotated[Path, typer.Argument(metavar="A.json", help="A ranking.", show_default=False)],
-    after: Annotated[Path, typer.Argument(metavar="B.json", help="Another one of the model.", show_default=False)],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="A.json B.json...", help="Rankings of the model, two or more.", show_default=False),
+    ],
     fail_above: Annotated[
         float | None,
-        typer.Option(metavar="RATIO", help="Exit with 1 if a kappa certainly moved by more than this factor (1.5)."),
+        typer.Option(metavar="RATIO", help="Exit with 3 if a kappa certainly moved by more than this factor (1.5)."),
     ] = None,
     num_tensors: Annotated[int | None, typer.Option(help="Compare selections: this many matrices.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Compare selections: this share of the matrices.")] = None,
@@ -36,63 +39,96 @@ def compare(
     ] = None,
     per_group: Annotated[bool, typer.Option("--per-group", help="The budget counts within each group.")] = False,
     unit: Annotated[Unit, typer.Option(help="What is selected as a whole.")] = Unit.MATRIX,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the comparison to this file.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows in each direction.")] = 10,
-    all_rows: Annotated[bool, typer.Option("--all", help="All rows, whatever --limit says.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log.")] = False,
+    fill: Fill = False,
+    include: SelectInclude = None,
+    exclude: SelectExclude = None,
+    labels: Annotated[
+        list[str] | None, typer.Option("--label", metavar="TEXT", help="A name for each ranking, in order.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw what moved to this file, .png, .svg or .pdf.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page of two rankings to this file.")
+    ] = None,
+    json: Json = None,
+    csv: Csv = None,
+    quiet: Quiet = False,
+    limit: Annotated[int, typer.Option(min=0, help="Rows in each direction; 0 for none.")] = 10,
+    all_rows: AllRows = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
 ) -> None:
-    """How two rankings of a model differ, and which changes are certain.
+    """How two rankings of a model differ, and which changes are certain; or kappa over several, in their order.
 
-    A change is certain if the intervals of kappa do not touch. What makes the comparison unfair is a warning.
+    A change is certain if the intervals of kappa do not touch. What makes the comparison unfair is a warning. With
+    more than two, --fail-above compares the last with the first. Exit code 3: --fail-above was exceeded; 4: there
+    are NaNs or infinities among the weights now that were not there before.
     """
-    with outcome(debug):
+    with outcome(debug, verbose):
+        if len(files) < 2:
+            raise OptionError(f"{files[0]} is one ranking: give two or more")
         if fail_above is not None and not 1 <= fail_above < math.inf:
             raise OptionError(f"--fail-above {fail_above:g}: give a factor from 1 on, such as 1.5")
-        budget: dict[str, Any] = {"num_tensors": num_tensors, "top_p": top_p, "max_kappa": max_kappa}
-        budget = {key: value for key, value in budget.items() if value is not None}
-        if max_params is not None:
-            budget["max_params"] = count_or_share(max_params, "--max-params")
-        if not budget and (per_group or unit is not Unit.MATRIX):
+        budget = given_budget(num_tensors, top_p, max_kappa, max_params)
+        options = given_options(per_group, unit, fill, include, exclude)
+        if not budget and options:
             raise OptionError("--per-group and --unit say how a budget selects: give --max-params 0.1 or another one")
-        if json is not None:
-            check_writable(json, "comparison")
-            if any(file.exists() and json.exists() and json.samefile(file) for file in (before, after)):
-                raise OptionError(f"--json {json} is one of the rankings: give another name")
-        found = _read(before).compare(_read(after))
-        exceeding = [] if fail_above is None else found.exceeding(fail_above)
-        overlap = found.overlap(**budget, per_group=per_group, unit=unit.value) if budget else None
-        if json is not None:
-            found.to_json(json, overlap)
+        if len(files) > 2 and (budget or html is not None):
+            raise OptionError("budgets and --html compare two rankings: give two files")
+        output = Output("comparison", json, csv, quiet=quiet, taken=files)
+        rankings = [read_ranking(file) for file in files]
         rows = None if all_rows else limit
-        if sys.stdout.isatty():
-            from rich.console import Console
+        found = rankings[0].compare(rankings[-1])
+        if len(files) == 2:
+            overlap = found.overlap(**budget, **options) if budget else None
+            output.write_json(lambda file: found.to_json(file, overlap), lambda: found.document(overlap))
+            from ..report.frames import rows_of_comparison
 
-            Console().print(found.table(rows, overlap))
-        else:  # for grep and awk: no name is shortened
-            typer.echo(found.to_text(rows, overlap, width=10_000))
-        if json is not None:
-            typer.echo(f"written to {json}")
+            output.write_csv(rows_of_comparison(found))
+            output.show(found.table(rows, overlap))
+            if plot is not None:
+                found.plot(plot)
+            if html is not None:
+                found.to_html(html)
+        else:
+            course = rankings[0].series(*rankings[1:], labels=labels or _labels(files))
+            output.write_json(course.to_json, course.document)
+            from ..report.frames import rows_of_series
+
+            output.write_csv(rows_of_series(course))
+            output.show(course.table(rows))
+            if plot is not None:
+                course.plot(plot)
+        output.say_where()
+        for path in (plot, html):
+            if path is not None:
+                output.say(f"written to {path}")
         for caveat in found.caveats:
             typer.echo(f"warning: {cleaned(caveat)}", err=True)
-        if exceeding:
-            worst = exceeding[0]
-            typer.echo(
-                f"failed: {len(exceeding)} certainly moved by more than {fail_above:g}, {worst.key!r} by at least "
-                f"{worst.at_least:.4g}",
-                err=True,
-            )
-            raise typer.Exit(FAILURE)
+        if fail_above is not None:
+            _judge(found, fail_above)
 
 
-def _read(path: Path) -> Ranking:
-    """A ranking, with a word about what else the file may be."""
-    from .. import serialize
-    from ..ranking import Ranking
+def _labels(files: Sequence[Path]) -> list[str]:
+    """The names of the files, with those of their directories where they are called alike."""
+    names = [file.stem for file in files]
+    return names if len(set(names)) == len(names) else [str(file) for file in files]
 
-    try:
-        return Ranking.from_json(path)
-    except RankingFileError:
-        raw = serialize.read_json(path)
-        if isinstance(raw, dict) and raw.get("format") == serialize.SELECTION_FORMAT:
-            raise OptionError(f"{path} is a selection: give the ranking that it was selected from") from None
-        raise
+
+def _judge(found: Comparison, fail_above: float) -> None:
+    """What a gate should not let pass has an exit code of its own."""
+    exceeding = found.exceeding(fail_above)
+    if not exceeding:
+        return
+    broken = [change for change in exceeding if change.broke]
+    worst = exceeding[0]
+    if broken:
+        typer.echo(f"failed: NaN or inf in {len(broken)} matrices, {broken[0].key!r} among them", err=True)
+        raise typer.Exit(BROKEN)
+    typer.echo(
+        f"failed: {len(exceeding)} certainly moved by more than {fail_above:g}, {worst.key!r} by at least "
+        f"{worst.at_least:.4g}",
+        err=True,
+    )
+    raise typer.Exit(EXCEEDED)

@@ -9,10 +9,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from .budget import MaxKappa, MaxParams, NumTensors, PerGroup, TopP, Unit, UnitOption, given_budget
+from .budget import (
+    Excluding,
+    Fill,
+    Including,
+    MaxKappa,
+    MaxParams,
+    NumTensors,
+    PerGroup,
+    SelectExclude,
+    SelectInclude,
+    TopP,
+    Unit,
+    UnitOption,
+    given_budget,
+    given_options,
+)
 from .outcome import outcome
+from .output import Debug, Verbose
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..selection import Selection
 
 
@@ -40,28 +58,50 @@ def export(
     max_params: MaxParams = None,
     per_group: PerGroup = False,
     unit: UnitOption = Unit.MATRIX,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write to this file.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log.")] = False,
+    fill: Fill = False,
+    include: SelectInclude = None,
+    exclude: SelectExclude = None,
+    including: Including = None,
+    excluding: Excluding = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to this file.")] = None,
+    verbose: Verbose = 0,
+    debug: Debug = False,
 ) -> None:
     """Write a selection for Axolotl, ms-swift, Spectrum or ESFT, as names or as a regular expression.
 
-    A ranking needs one budget; a selection has had its own.
+    A ranking needs a budget; a selection has had its own. --including needs the model's config.json beside the
+    weights, and transformers.
     """
-    with outcome(debug):
+    with outcome(debug, verbose):
         budget = given_budget(num_tensors, top_p, max_kappa, max_params)
-        selection = _selection(path, budget, {"per_group": per_group, "unit": unit.value})
-        text = selection.export(kind.value, output)
+        selection = _selection(path, budget, given_options(per_group, unit, fill, include, exclude))
+        selection = selection.including(*(including or ())).excluding(*(excluding or ()))
+        text = selection.export(kind.value, output, model=_model(selection) if selection.include else None)
         typer.echo(f"written to {output}" if output is not None else text, nl=output is not None)
 
 
+def _model(selection: Selection) -> nn.Module:
+    """The model that the config.json beside the ranked weights describes, whose parameters patterns name."""
+    from ..integrations.checkpoint_names import described_by
+
+    model = described_by(selection.settings.get("source"))
+    if model is None:
+        raise OptionError(
+            f"--including {selection.include[0]} names parameters of the model, which nothing describes: it takes the "
+            "checkpoint where it was ranked, with its config.json, and transformers"
+        )
+    return model
+
+
 def _selection(path: Path, budget: dict[str, Any], options: dict[str, Any]) -> Selection:
+
     from .. import serialize
     from ..ranking import Ranking
     from ..selection import Selection
 
     raw = serialize.read_json(path)
     if isinstance(raw, dict) and raw.get("format") == serialize.SELECTION_FORMAT:
-        if budget or options != {"per_group": False, "unit": "matrix"}:
+        if budget or options:
             raise OptionError(f"{path} is a selection already: leave the budget out, or give the ranking")
         return Selection.from_json(path)
     if not budget:

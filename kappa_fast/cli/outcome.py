@@ -16,22 +16,26 @@ import typer
 from .. import stops
 from ..errors import Interrupted, KappaError, OptionError
 from ..texts import cleaned
+from .words import as_options
 
 # What transformers imports warns about extensions and enumerations that nothing here uses.
 _CHATTY = ("torchao", "torch.utils._pytree")
 FAILURE, WRONG_USE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+EXCEEDED, BROKEN, NOTHING = 3, 4, 5  # what a gate should not let pass, though the command did what it was told
 
 
 @contextmanager
-def outcome(debug: bool) -> Iterator[None]:
+def outcome(debug: bool, verbose: int = 0) -> Iterator[None]:
     """Run the body of a command; whatever ends it becomes an exit code and at most one line on stderr.
 
-    Warnings become a line each. With ``debug`` the traceback and the log of kappa_fast are shown as well.
+    Warnings become a line each. ``verbose`` shows the log of kappa_fast (2: all of it), ``debug`` all of it and the
+    traceback.
 
     Raises:
         typer.Exit: with 1 after an error, 2 after an OptionError, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    with warnings.catch_warnings(), _logged(debug), stops.listening():
+    level = logging.DEBUG if debug or verbose > 1 else logging.INFO if verbose else None
+    with warnings.catch_warnings(), _logged(level), stops.listening():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _show_warning
         try:
@@ -55,6 +59,14 @@ def outcome(debug: bool) -> Iterator[None]:
             raise typer.Exit(WRONG_USE if isinstance(error, OptionError) else FAILURE) from None
 
 
+def use_threads(number: int | None) -> None:
+    """What ``--threads`` says."""
+    if number is not None:
+        import torch
+
+        torch.set_num_threads(number)
+
+
 def count_or_share(text: str, option: str) -> int | float:
     """What an option says that takes a count ("10") or a share ("0.2").
 
@@ -70,14 +82,14 @@ def count_or_share(text: str, option: str) -> int | float:
 
 
 def _in_one_line(error: Exception) -> str:
-    text = cleaned(" ".join(str(error).split()))
+    text = as_options(cleaned(" ".join(str(error).split())))
     if isinstance(error, (KappaError, NotImplementedError, OSError)) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    typer.echo(f"warning: {cleaned(' '.join(str(message).split()))}", err=True)
+    typer.echo(f"warning: {as_options(cleaned(' '.join(str(message).split())))}", err=True)
 
 
 class _Cleaned(logging.Formatter):
@@ -88,14 +100,14 @@ class _Cleaned(logging.Formatter):
 
 
 @contextmanager
-def _logged(debug: bool) -> Iterator[None]:
+def _logged(level: int | None) -> Iterator[None]:
     log, handler = logging.getLogger("kappa_fast"), logging.StreamHandler()
     handler.setFormatter(_Cleaned())
     others = [logging.getLogger(name) for name in _CHATTY]
     levels = [(logger, logger.level) for logger in (log, *others)]
-    if debug:
+    if level is not None:
         log.addHandler(handler)
-        log.setLevel(logging.DEBUG)
+        log.setLevel(level)
     else:
         for logger in others:
             logger.setLevel(logging.ERROR)
@@ -103,8 +115,8 @@ def _logged(debug: bool) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-        for logger, level in levels:
-            logger.setLevel(level)
+        for logger, before in levels:
+            logger.setLevel(before)
 
 
 def _flush_or_discard_output() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import options
-from .outcome import count_or_share, outcome
-from .rank import check_writable
+from .outcome import count_or_share, outcome, use_threads
+from .output import AllRows, Debug, Json, Limit, Output, Quiet, Threads, Verbose
 
 
 def plan(
@@ -43,20 +41,23 @@ def plan(
         str | None,
         typer.Option(metavar="NAME", help="Also a floor for this GPU, from published figures: h200, h100, a100, ..."),
     ] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan to this file.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 40,
-    all_rows: Annotated[bool, typer.Option("--all", help="All rows of the table, whatever --limit says.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log.")] = False,
+    threads: Threads = None,
+    json: Json = None,
+    quiet: Quiet = False,
+    limit: Limit = 40,
+    all_rows: AllRows = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
 ) -> None:
     """What ranking a checkpoint would take: matrices, operations, memory, time.
 
     Reads headers only, and of a model of the hub that is not here downloads no more than those. The options are
     those of rank; the time is predicted from two seconds of measurement.
     """
-    with outcome(debug):
+    with outcome(debug, verbose):
         count = None if top is None else count_or_share(top, "--top")
-        if json is not None:
-            check_writable(json, "plan")
+        output = Output("plan", json, quiet=quiet)
+        use_threads(threads)
         from ..planning import plan as plan_ranking
 
         found = plan_ranking(
@@ -78,14 +79,6 @@ def plan(
             measure=measure,
             device_model=device_model,
         )
-        if json is not None:
-            found.to_json(json)
-        rows = None if all_rows else limit
-        if sys.stdout.isatty():
-            from rich.console import Console
-
-            Console().print(found.table(rows))
-        else:  # for grep and awk: no name is shortened
-            typer.echo(found.to_text(rows, width=10_000))
-        if json is not None:
-            typer.echo(f"written to {json}")
+        output.write_json(found.to_json, found.document)
+        output.show(found.table(None if all_rows else limit))
+        output.say_where()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import Interrupted, OptionError, RankingFileError
+from ..errors import Interrupted, OptionError
 from ..report.skipped import by_reason
 from ..texts import printable
 from . import options
+from .budget import By
 from .launched import launched
-from .outcome import count_or_share, outcome
+from .outcome import BROKEN, NOTHING, count_or_share, outcome, use_threads
+from .output import AllRows, Csv, Debug, Json, Limit, Output, Quiet, Threads, Verbose, progress_option
 
 if TYPE_CHECKING:
     from ..ranking import Ranking
@@ -58,30 +57,36 @@ def rank(
     cache_dir: Annotated[
         str | None, typer.Option(metavar="DIR", help="Where to keep them instead of the user's cache directory.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the ranking to this file.")] = None,
+    threads: Threads = None,
+    json: Json = None,
+    csv: Csv = None,
     relative: Annotated[
         bool, typer.Option("--relative", help="In the --json FILE, write the path of the weights relative to it.")
     ] = False,
-    limit: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 40,
-    all_rows: Annotated[bool, typer.Option("--all", help="All rows of the table, whatever --limit says.")] = False,
+    by: Annotated[By | None, typer.Option("--summary", help="Show a summary by group or by layer too.")] = None,
+    quiet: Quiet = False,
+    limit: Limit = 40,
+    all_rows: AllRows = False,
     timeout: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="Under torchrun: how long a rank may be silent; by default torch's own."),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log.")] = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
 ) -> None:
     """Rank a checkpoint's matrices by condition number.
 
     Ctrl-C stops; what is done by then goes to the --json FILE, marked as partial, and into the cache: the
-    same command goes on from there. Started by torchrun, all ranks share the work, and rank 0 prints.
+    same command goes on from there. Started by torchrun, all ranks share the work, and rank 0 prints. Exit code
+    4: NaN or inf among the weights; 5: nothing was left to rank.
     """
-    with outcome(debug), launched(device, timeout, debug) as launch:
-        if relative and json is None:
+    with outcome(debug, verbose), launched(device, timeout, debug) as launch:
+        if relative and (json is None or str(json) == "-"):
             raise OptionError("--relative is about the --json FILE: give one")
-        json = json if launch.prints else None
+        json, csv = (json, csv) if launch.prints else (None, None)
         count = None if top is None else count_or_share(top, "--top")
-        if json is not None:
-            check_writable(json)
+        output = Output("ranking", json, csv, quiet=quiet)
+        use_threads(threads)
         directory = None if cache_dir is None else _directory(cache_dir)
         from ..pipeline import rank as rank_weights  # torch takes a second: not before everything else is checked
 
@@ -103,22 +108,35 @@ def rank(
                 backend=backend.value,
                 memory_budget=memory_budget,
                 cache=(directory or True) if cache else None,
-                progress=progress,
+                progress=progress_option(progress, quiet or not launch.prints),
                 process_group=launch.group,
             )
         except Interrupted as stop:
-            raise _kept(stop, json, relative) from stop
+            raise _kept(stop, json if str(json) != "-" else None, relative) from stop
         if not launch.prints:
             return
-        if json is not None:
-            ranking.to_json(json, relative=relative)
-        _print(ranking, None if all_rows else limit)
+        output.write_json(lambda file: ranking.to_json(file, relative=relative), ranking.document)
+        from ..report.frames import rows_of
+
+        output.write_csv(rows_of(ranking))
+        output.show(ranking.table(None if all_rows else limit))
+        if by is not None:
+            output.show(ranking.summary(by.value).table())
         for line in summary(ranking, rtol):
-            typer.echo(printable(line))
-        if json is not None:
-            typer.echo(f"written to {json}")
-        if not len(ranking):
-            typer.echo("warning: no matrix was left to rank, for the reasons above", err=True)
+            output.say(line)
+        output.say_where()
+        _judge(ranking)
+
+
+def _judge(ranking: Ranking) -> None:
+    """What a gate should not let pass has an exit code of its own."""
+    broken = [entry.key for entry in ranking if entry.status == "non_finite"]
+    if broken:
+        typer.echo(f"warning: NaN or inf in {len(broken)} matrices, {printable(broken[0])!r} among them", err=True)
+        raise typer.Exit(BROKEN)
+    if not len(ranking):
+        typer.echo("warning: no matrix was left to rank, for the reasons above", err=True)
+        raise typer.Exit(NOTHING)
 
 
 def _directory(text: str) -> Path:
@@ -151,26 +169,6 @@ def summary(ranking: Ranking, rtol: float) -> list[str]:
     return lines + ([f"skipped: {rest} for other reasons, which the --json FILE lists"] if rest else [])
 
 
-def check_writable(path: Path, what: str = "ranking") -> None:
-    """Find out now, not after an hour of work, that the result cannot be written (it replaces the file at once).
-
-    Raises:
-        OptionError: it is no name of a file.  RankingFileError: nothing can be written there.
-    """
-    target = Path(os.path.realpath(path))
-    if path.name == "-" or (os.path.exists(target) and not os.path.isfile(target)):
-        raise OptionError(f"--json {path}: give the name of a file to write the {what} to")
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.lstat(target)  # a name may be too long for any file
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise RankingFileError(
-            f"--json {path} cannot be written: {error.strerror}; choose another directory"
-        ) from error
-
-
 def _kept(stop: Interrupted, json: Path | None, relative: bool) -> Interrupted:
     """The same interruption, with what became of the partial ranking."""
     done = str(stop).partition(" (")[0]
@@ -181,12 +179,3 @@ def _kept(stop: Interrupted, json: Path | None, relative: bool) -> Interrupted:
         return Interrupted(f"{done}; {json} was not written", stop.partial)
     stop.partial.to_json(json, relative=relative)
     return Interrupted(f"{done} and written to {json}, marked as partial{again}", stop.partial)
-
-
-def _print(ranking: Ranking, limit: int | None) -> None:
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(ranking.table(limit))
-    else:  # for grep and awk: no name is shortened
-        typer.echo(ranking.to_text(limit, width=10_000))

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..errors import OptionError
-from .budget import MaxKappa, MaxParams, NumTensors, PerGroup, TopP, Unit, UnitOption, given_budget
+from .budget import (
+    Fill,
+    MaxKappa,
+    MaxParams,
+    NumTensors,
+    PerGroup,
+    SelectExclude,
+    SelectInclude,
+    TopP,
+    Unit,
+    UnitOption,
+    given_budget,
+    given_options,
+)
 from .outcome import outcome
+from .output import Debug, Quiet, Verbose
 
 
 def report(
@@ -29,7 +43,7 @@ def report(
         ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the heat map to this file too, .png or .svg.")
+        Path | None, typer.Option(metavar="FILE", help="Write the heat map to this file too, .png, .svg or .pdf.")
     ] = None,
     num_tensors: NumTensors = None,
     top_p: TopP = None,
@@ -37,28 +51,33 @@ def report(
     max_params: MaxParams = None,
     per_group: PerGroup = False,
     unit: UnitOption = Unit.MATRIX,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log.")] = False,
+    fill: Fill = False,
+    include: SelectInclude = None,
+    exclude: SelectExclude = None,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
 ) -> None:
     """Write a page with the heat map, the sorted curve and the table of a ranking.
 
     A budget is shown as what would be selected; more of them can be tried in the page.
     """
-    with outcome(debug):
+    with outcome(debug, verbose):
         page = path.with_suffix(".html") if output is None else output
         targets = [target for target in (page, plot) if target is not None]
         _check_targets(path, targets)
         budget = given_budget(num_tensors, top_p, max_kappa, max_params)
-        options: dict[str, Any] = {"per_group": per_group, "unit": unit.value}
-        if not budget and options != {"per_group": False, "unit": "matrix"}:
+        options = given_options(per_group, unit, fill, include, exclude)
+        if not budget and options:
             raise OptionError("--per-group and --unit go with a budget: --max-params 0.1, for example")
         from ..ranking import Ranking
 
         ranking = Ranking.from_json(path)
         selection = ranking.select(**budget, **options) if budget else None
         if plot is not None:  # first, because more can be wrong with it
-            ranking.plot(plot)
+            ranking.plot(plot, selection=selection)
         ranking.to_html(page, selection=selection)
-        for target in targets:
+        for target in () if quiet else targets:
             typer.echo(f"written to {target}")
 
 

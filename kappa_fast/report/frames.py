@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas
 
     from ..comparison import Comparison
+    from ..series import Series
 
 _OWN_COLUMNS = {"shape": ("rows", "columns")}
 
@@ -19,10 +20,18 @@ _OWN_COLUMNS = {"shape": ("rows", "columns")}
 def frame_of(entries: Iterable[TensorKappa], library: Any) -> pandas.DataFrame:
     """What ``Ranking.to_dataframe`` promises; ``library`` is pandas."""
     names = [item.name for item in fields(TensorKappa)]
-    columns = [column for name in names for column in _OWN_COLUMNS.get(name, (name,))]
-    rows = [[entry.key, *(value for name in names for value in _cells(entry, name))] for entry in entries]
-    frame = library.DataFrame(rows, columns=["key", *columns])
+    columns = ["key", *(column for name in names for column in _OWN_COLUMNS.get(name, (name,)))]
+    frame = library.DataFrame(list(rows_of(entries)), columns=columns)
     return frame.astype({"layer": "Int64", "quantization": "string"})
+
+
+def rows_of(entries: Iterable[TensorKappa]) -> Iterator[dict[str, Any]]:
+    """The same rows without pandas: for CSV."""
+    names = [item.name for item in fields(TensorKappa)]
+    columns = ["key", *(column for name in names for column in _OWN_COLUMNS.get(name, (name,)))]
+    for entry in entries:
+        values = [entry.key, *(value for name in names for value in _cells(entry, name))]
+        yield dict(zip(columns, values, strict=True))
 
 
 def _cells(entry: TensorKappa, name: str) -> tuple[Any, ...]:
@@ -48,15 +57,32 @@ def _part_text(part: int | slice) -> str:
 
 def frame_of_comparison(comparison: Comparison, library: Any) -> pandas.DataFrame:
     """What ``Comparison.to_dataframe`` promises; ``library`` is pandas."""
-    sides = ("kappa", "lower", "upper", "status", "certified", "dtype")
-    columns = ["key", "layer", "group", "rows", "columns", "verdict", "ratio", "at_least"]
-    columns += [f"{name}_{side}" for side in ("before", "after") for name in sides]
-    rows = [
-        [
-            *(change.key, change.before.layer, change.before.group, *change.before.shape),
-            *(change.verdict, change.ratio, change.at_least),
-            *(getattr(entry, name) for entry in (change.before, change.after) for name in sides),
-        ]
-        for change in comparison
-    ]
-    return library.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
+    return library.DataFrame(list(rows_of_comparison(comparison))).astype({"layer": "Int64"})
+
+
+def rows_of_comparison(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    """The same rows without pandas: for CSV."""
+    for change in comparison:
+        a = change.before
+        row: dict[str, Any] = {"key": change.key, "layer": a.layer, "group": a.group}
+        row |= {"rows": a.shape[0], "columns": a.shape[1]}
+        row |= {"verdict": change.verdict, "ratio": change.ratio, "at_least": change.at_least}
+        for side, entry in (("before", a), ("after", change.after)):
+            names = ("kappa", "lower", "upper", "status", "certified", "dtype")
+            row |= {f"{name}_{side}": getattr(entry, name) for name in names}
+        yield row
+
+
+def rows_of_series(series: Series) -> Iterator[dict[str, Any]]:
+    """A row for each matrix and ranking that has it."""
+    for track in series:
+        for position, (label, entry) in enumerate(zip(series.labels, track.entries, strict=True)):
+            if entry is not None:
+                row: dict[str, Any] = {
+                    "label": label,
+                    "position": position,
+                    "key": track.key,
+                    "layer": track.first.layer,
+                }
+                row |= {"group": track.first.group, "kappa": entry.kappa, "lower": entry.lower, "upper": entry.upper}
+                yield {**row, "status": entry.status}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..texts import printable
+from .seconds import format_digits, format_seconds
 from .skipped import by_reason
 from .table import check_limit, to_plain_text
 
@@ -167,7 +168,7 @@ def format_amount(value: float) -> str:
     """Three digits and a letter: "21.3 M", "4.96 G"; whole numbers below a thousand as they are."""
     for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit * 0.9995:
-            return f"{_digits(value / limit)} {letter}"
+            return f"{format_digits(value / limit)} {letter}"
     return f"{value:.0f}"
 
 
@@ -175,19 +176,3 @@ def format_bytes(value: float) -> str:
     """As format_amount, in bytes of the decimal system: "1.07 GB"."""
     text = format_amount(value)
     return f"{text}B" if text[-1].isalpha() else f"{text} B"
-
-
-def format_seconds(value: float) -> str:
-    """Two or three digits in the unit that fits: "0.42 s", "3.1 min", "5.2 h"."""
-    if value < 1e-3:
-        return f"{value * 1e6:.0f} us"
-    if value < 0.1:
-        return f"{_digits(value * 1e3)} ms"
-    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
-        if value < limit:
-            return f"{_digits(value / size)} {unit}"
-    return f"{_digits(value / 86400)} days"
-
-
-def _digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

@@ -50,11 +50,22 @@ class RankingTable:
         check_limit(self.limit)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.text import Text
+
+        shown = self.ranking.entries[: self.limit]
+        if shown:
+            yield self.rows_alone(options.max_width)
+        yield from map(Text, self.lines(len(shown)))
+        if formats := self._formats():
+            yield Text(shorten(formats, options.max_width), no_wrap=True, overflow="crop")
+
+    def rows_alone(self, width: int) -> RenderableType:
+        """The rows, without what stands below them."""
         from rich.table import Table
         from rich.text import Text
 
         shown = self.ranking.entries[: self.limit]
-        columns, gap, room = _fit(self.columns(shown), options.max_width)
+        columns, gap, room = _fit(self.columns(shown), width)
         table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
         for header in columns:
             justify: JustifyMethod = "right" if header in _RIGHT else "left"
@@ -63,11 +74,7 @@ class RankingTable:
             table.add_column(Text(header, "bold"), justify=justify, no_wrap=True, max_width=limit)
         for entry, *cells in zip(shown, *columns.values(), strict=True):
             table.add_row(*map(Text, cells), style=_STYLES[entry.status])
-        if shown:
-            yield table
-        yield from map(Text, self.lines(len(shown)))
-        if formats := self._formats():
-            yield Text(shorten(formats, options.max_width), no_wrap=True, overflow="crop")
+        return table
 
     def to_text(self, width: int = 100) -> str:
         """The table as text without colors, ``width`` columns wide.

@@ -1,0 +1,29 @@
+"""Rankings and selections that commands are given, with a word about what else a file may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import OptionError, RankingFileError
+
+if TYPE_CHECKING:
+    from ..ranking import Ranking
+
+
+def read_ranking(path: Path) -> Ranking:
+    """The ranking in a file.
+
+    Raises:
+        OptionError: it is a selection.  RankingFileError, SourceNotFoundError: as ``Ranking.from_json``.
+    """
+    from .. import serialize
+    from ..ranking import Ranking
+
+    try:
+        return Ranking.from_json(path)
+    except RankingFileError:
+        raw = serialize.read_json(path)
+        if isinstance(raw, dict) and raw.get("format") == serialize.SELECTION_FORMAT:
+            raise OptionError(f"{path} is a selection: give the ranking that it was selected from") from None
+        raise
