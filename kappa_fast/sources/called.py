@@ -116,6 +116,8 @@ def _leaf_of(module: nn.Module) -> str | None:
 def _has_own_forward(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "adapter_layer_names") or looks_up(module):
         return False
+    if getattr(module, "quantization_scheme", None) is not None:  # compressed-tensors: its own room reads these
+        return False
     if "forward" in vars(module) and "_hf_hook" not in vars(module):
         return True
     methods = [getattr(type(module), name, None) for name in ("forward", "_conv_forward")]
