@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
+from importlib import import_module
+from typing import Any
 
 from .errors import OptionError
+from .report.seconds import format_seconds
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,16 @@ ProgressOption = bool | Callable[[Progress], None] | None
 
 
 def shown(option: ProgressOption) -> bool:
-    """Whether the option ``progress`` of rank() asks for bars: True, or None on a terminal."""
-    return option is True or (option is None and sys.stderr is not None and sys.stderr.isatty())
+    """Whether the option ``progress`` of rank() asks for bars: True, or None on a terminal or in a notebook."""
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return option is True or (option is None and (on_terminal or in_notebook()))
+
+
+def in_notebook() -> bool:
+    """Whether the kernel of a notebook runs this."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 class Tracker:
@@ -82,7 +95,7 @@ def tracking(option: ProgressOption, total: int, operations: float) -> Iterator[
     if option is False:
         yield Tracker(total, operations, None)
     elif option is True:
-        with _bar(total, operations) as (report, note):
+        with (_notebook_bar if in_notebook() else _bar)(total, operations) as (report, note):
             yield Tracker(total, operations, report, note)
     elif callable(option):
         yield Tracker(total, operations, option)
@@ -122,3 +135,29 @@ def _bar(total: int, operations: float) -> Iterator[tuple[Callable[[Progress], N
             )
 
         yield report, lambda text: bar.update(task, description=text)
+
+
+@contextmanager
+def _notebook_bar(total: int, operations: float) -> Iterator[tuple[Callable[[Progress], None], Callable[[str], None]]]:
+    """The bar of a browser below the cell, gone when the work is done; widgets are not needed."""
+    display: Any = import_module("IPython.display")
+    shown_at = -math.inf
+
+    def page(share: float, words: str) -> Any:
+        return display.HTML(f"<progress value='{share:.4f}' max='1'></progress> {escape(words)}")
+
+    handle = display.display(page(0.0, f"ranking {total:,} matrices"), display_id=True)
+
+    def report(p: Progress) -> None:
+        nonlocal shown_at
+        if time.perf_counter() - shown_at < 0.2:  # every update is a message to the browser
+            return
+        shown_at = time.perf_counter()
+        share = p.operations_done / p.operations_total if p.operations_total else 1.0
+        left = f", about {format_seconds(p.seconds * (1 / share - 1))} left" if share > 0.01 else ""
+        handle.update(page(share, f"{p.matrices_done:,} of {p.matrices_total:,} matrices{left}"))
+
+    try:
+        yield report, lambda text: handle.update(page(0.0, text))
+    finally:
+        handle.update(display.HTML(""))

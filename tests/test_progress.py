@@ -6,12 +6,15 @@ import contextlib
 import io
 import itertools
 import sys
+import types
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import weights
 
+import kappa_fast
 from kappa_fast import Interrupted, OptionError, pipeline
 from kappa_fast.pipeline import rank
 from kappa_fast.progress import Progress, Tracker
@@ -170,3 +173,35 @@ def test_a_session_without_a_terminal_at_all_gets_no_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", None)
     assert len(rank(GIVEN)) == 6
     assert capsys.readouterr().out == ""
+
+
+class ZMQInteractiveShell:
+    """What IPython calls the shell of a notebook's kernel."""
+
+
+def test_a_notebook_has_a_bar_that_needs_no_widgets(monkeypatch):
+    shown = []
+
+    class Handle:
+        def update(self, page):
+            shown.append(page)
+
+    def display(page, display_id):
+        assert display_id
+        shown.append(page)
+        return Handle()
+
+    ipython, pages = types.ModuleType("IPython"), types.ModuleType("IPython.display")
+    ipython.get_ipython = ZMQInteractiveShell
+    pages.HTML, pages.display = str, display
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", pages)
+    kappa_fast.rank({f"{i}.weight": torch.randn(32, 32) for i in range(4)})
+    assert shown[0] == "<progress value='0.0000' max='1'></progress> ranking 4 matrices"
+    assert any(" of 4 matrices" in page for page in shown)
+    assert shown[-1] == ""
+    before = len(shown)
+    kappa_fast.rank({"0.weight": torch.randn(32, 32)}, progress=False)
+    ipython.get_ipython = lambda: None  # the shell of a terminal, or none
+    kappa_fast.rank({"0.weight": torch.randn(32, 32)})
+    assert len(shown) == before
