@@ -42,6 +42,7 @@ _MEASURES = re.compile(
     r"|record|entit|_ids?$"
 )
 _LABELS = re.compile(r"label|class")  # no more than an entry of a table each
+_LAYERS = re.compile(r"layers?$")
 _TABLES = re.compile(r"vocab|token|2id|id2|_map(?:ping)?$")  # whose keys are words of anybody
 
 _FORBIDDEN = (
@@ -66,6 +67,7 @@ def architecture(config: Mapping[str, Any], where: str = "config.json") -> torch
         return None
     if "auto_map" in config:  # code of the checkpoint's own, which nobody asked to run
         return None
+    _check_counts(config, where, _LAYERS)  # before anything is imported, which takes seconds
     try:
         import transformers
     except ImportError:
@@ -129,7 +131,7 @@ def _is_choice(key: str, value: Any) -> bool:
     return _CHOSEN.fullmatch(key) is not None or (isinstance(value, str) and _NAMED.search(key) is not None)
 
 
-def _check_counts(config: Mapping[str, Any], where: str) -> None:
+def _check_counts(config: Mapping[str, Any], where: str, counts: re.Pattern[str] = _COUNTS) -> None:
     """Raise SourceError where a number at any depth would have too many things built one by one."""
     waiting: list[tuple[str, Any]] = [("", config)]
     while waiting:
@@ -141,7 +143,7 @@ def _check_counts(config: Mapping[str, Any], where: str) -> None:
             waiting += [(path, item) for item in value if isinstance(item, (int, list, Mapping))]
         elif isinstance(value, int):
             key = path.rpartition(".")[2].lower()
-            if _COUNTS.search(key) and not _MEASURES.search(key):
+            if counts.search(key) and not _MEASURES.search(key):
                 check_limit(where, path, value, MOST_LABELS if _LABELS.search(key) else MOST_COUNTED)
 
 
