@@ -34,7 +34,7 @@ def run(*arguments):
 def test_the_options_are_those_of_rank_with_the_same_defaults():
     ours, theirs = (inspect.signature(command).parameters for command in (plan_command.plan, rank_command.rank))
     assert "progress" in set(theirs) - set(ours)  # and whatever else concerns results only
-    assert set(ours) - set(theirs) == {"measure", "device_model"}
+    assert set(ours) - set(theirs) == {"measure", "device_model", "ranks"}
     for name in set(ours) & set(theirs):
         assert ours[name].default == theirs[name].default, name
     assert ours["path"].annotation == theirs["path"].annotation  # files, directories, ids of the hub
@@ -49,7 +49,7 @@ def test_the_options_are_those_of_rank_with_the_same_defaults():
         "verbose",
         "threads",
     }
-    assert set(python) - {"measure", "device_model"} <= set(inspect.signature(kappa_fast.rank).parameters)
+    assert set(python) - {"measure", "device_model", "ranks"} <= set(inspect.signature(kappa_fast.rank).parameters)
 
 
 def test_a_model_of_the_hub_is_planned_as_rank_would_rank_it(checkpoint, tmp_path, monkeypatch):
@@ -76,10 +76,10 @@ def test_every_option_reaches_plan(checkpoint, monkeypatch):
     given = ["--top", "0.5", "--top-per-group", "--rtol", "1e-3", "--certify", "selection", "--include", "a"]
     given += ["--exclude", "b", "--embeddings", "--routers", "--fused", "stored", "--min-dim", "2", "--max-dim", "99"]
     given += ["--device", "cpu", "--backend", "torch", "--memory-budget", "1GB", "--no-measure"]
-    assert run(checkpoint, *given, "--device-model", "a100")[0] == 0
+    assert run(checkpoint, *given, "--device-model", "a100", "--ranks", "8")[0] == 0
     expected = dict(top=0.5, top_per_group=True, rtol=1e-3, certify="selection", include=["a"], exclude=["b"])
     expected |= dict(embeddings=True, routers=True, fused="stored", min_dim=2, max_dim=99, device="cpu")
-    expected |= dict(backend="torch", memory_budget="1GB", measure=False, device_model="a100")
+    expected |= dict(backend="torch", memory_budget="1GB", measure=False, device_model="a100", ranks=8)
     assert seen == expected
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def save(folder: Path) -> Path:
 
 
 def torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kappa_fast", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *arguments]
     return subprocess.run(
         list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=200, env=dict(os.environ)
     )
@@ -60,9 +61,10 @@ def test_a_timeout_that_cannot_work_is_refused(tmp_path, capsys, seconds, messag
 @pytest.mark.slow
 def test_torchrun_prints_one_ranking_which_is_that_of_one_process(tmp_path):
     file = save(tmp_path)
-    done = torchrun(tmp_path, "rank", file, "--json", "together.json", "--timeout", 60)
+    done = torchrun(tmp_path, "-m", "kappa_fast", "rank", file, "--json", "together.json", "--timeout", 60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("8 ranked") == done.stdout.count("written to together.json") == 1
+    assert re.search(r"^2 ranks, [0-9.]+ to [0-9.]+ s of work, waiting [0-9.]+ s at most$", done.stdout, re.MULTILINE)
     alone = subprocess.run(
         [sys.executable, "-m", "kappa_fast", "rank", file, "--no-cache", "--json", "alone.json"],
         cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=200,
@@ -75,7 +77,7 @@ def test_torchrun_prints_one_ranking_which_is_that_of_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_tells_an_error_once(tmp_path):
-    done = torchrun(tmp_path, "rank", save(tmp_path), "--include", "nothing(", "--no-cache")
+    done = torchrun(tmp_path, "-m", "kappa_fast", "rank", save(tmp_path), "--include", "nothing(", "--no-cache")
     assert done.returncode == 1
     assert done.stderr.count("error: ") == 1, done.stderr
     assert not done.stdout.strip()

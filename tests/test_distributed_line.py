@@ -91,6 +91,29 @@ def test_a_rank_without_signs_of_life_is_lost_and_one_that_never_came_too():
     first.close()
 
 
+def test_the_first_rank_is_missed_too():
+    line = Line(torch.distributed.HashStore(), 1, 2, TIMEOUT)
+    with pytest.raises(ProcessGroupError, match=r"rank 0 has not called rank\(\) with this process group for 1 s"):
+        line.expect("anything")
+    line.close()
+
+
+def test_what_killed_processes_have_left_in_a_store_is_not_taken_for_ones_own():
+    store = torch.distributed.HashStore()
+    for number in range(3):
+        pair = [Line(store, rank, 2, TIMEOUT) for rank in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda line: line.meet("here"), pair))
+        assert pair[1].find("known") is None
+        pair[0].post("known", number)
+        assert pair[1].expect("known") == number
+        assert pair[0].count("asked") == 1
+        pair[1].fail("error", "rank 1 failed")
+        for line in pair:  # nothing is put in order
+            line._ended = True
+            line._thread.join()
+
+
 class Silent:
     """A store whose process stands still."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kappa_fast.distributed.shares import Shares
 from kappa_fast.planning.calibration import relative_cost
+from kappa_fast.planning.division import simulate
 
 
 @given(st.dictionaries(st.integers(0, 10**6), st.floats(1e-6, 1e6), max_size=60), st.integers(1, 9))
@@ -32,13 +31,9 @@ MIXTRAL = [(14336, 4096)] * (32 * 8 * 3) + 32 * [(4096, 4096), (4096, 1024), (40
 
 def longest_over_mean(costs: dict[int, float], speeds: list[float]) -> float:
     """Of the times at which ranks of these speeds are done, the longest by what all of them would take at best."""
-    shares = Shares.of(costs, len(speeds))
-    free = [(sum(costs[i] for i in shares.first[rank]) / speed, rank) for rank, speed in enumerate(speeds)]
-    heapq.heapify(free)
-    for piece in shares.pieces:
-        at, rank = free[0]
-        heapq.heapreplace(free, (at + sum(costs[i] for i in piece) / speeds[rank], rank))
-    return max(at for at, _ in free) * sum(speeds) / sum(costs.values())
+    parts = simulate(Shares.of(costs, len(speeds)), costs, speeds)
+    times = [sum(costs[i] for i in part) / speed for part, speed in zip(parts, speeds, strict=True)]
+    return max(times) * sum(speeds) / sum(costs.values())
 
 
 @pytest.mark.parametrize("shapes", [DEEPSEEK_V3, MIXTRAL], ids=["DeepSeek-V3", "Mixtral"])

@@ -41,6 +41,9 @@ def plan(
         str | None,
         typer.Option(metavar="NAME", help="Also a floor for this GPU, from published figures: h200, h100, a100, ..."),
     ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(metavar="N", help="Also how N ranks of a process group would divide the work.")
+    ] = None,
     threads: Threads = None,
     json: Json = None,
     quiet: Quiet = False,
@@ -78,6 +81,7 @@ def plan(
             memory_budget=memory_budget,
             measure=measure,
             device_model=device_model,
+            ranks=ranks,
         )
         output.write_json(found.to_json, found.document)
         output.show(found.table(None if all_rows else limit))

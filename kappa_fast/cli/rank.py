@@ -163,6 +163,12 @@ def summary(ranking: Ranking, rtol: float) -> list[str]:
     lines = [", ".join(parts), f"{metadata['seconds']:.2f} s ({where})"]
     hits = metadata.get("cache", {}).get("hits", 0)
     lines += [f"from the cache: {hits} of {len(ranking)}"] if hits else []
+    if len(ranks := metadata.get("ranks", ())) > 1:
+        worked = [each["seconds"] - each["waiting"] for each in ranks]
+        waited = max(each["waiting"] for each in ranks)
+        lines.append(
+            f"{len(ranks)} ranks, {min(worked):.2f} to {max(worked):.2f} s of work, waiting {waited:.2f} s at most"
+        )
     reasons = [(reason, len(items)) for reason, items in by_reason(ranking.skipped)]
     lines += [f"skipped: {number} {reason}" for reason, number in reasons[:MOST_REASONS]]
     rest = sum(number for _, number in reasons[MOST_REASONS:])

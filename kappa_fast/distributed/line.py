@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -47,6 +48,7 @@ class Line:
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        """``store`` may hold what earlier calls have left, of processes that are gone too."""
         self.rank, self.size, self.timeout = rank, size, timeout
         self.sent = self.received = 0  # bytes of what was posted, and of what others have posted
         self._store = store
@@ -54,7 +56,8 @@ class Line:
         self._patience = timeout - 2 * self._interval  # so that it is told within the timeout
         now = time.monotonic()
         self._signs = {other: ("", now) for other in range(size) if other != rank}  # what it was, and since when
-        self._beats = 0
+        self._pause = min(self._interval, 0.005 + 1e-4 * size)  # while ranks join
+        self._beats, self._name, self._invited = 0, "", dict[str, str]()
         self._moved = self._answered = now
         self._failure: Failure | None = None
         self._ended = False
@@ -176,34 +179,71 @@ class Line:
     # What follows runs in the thread of the line.
 
     def _run(self) -> None:
-        store: Store | None = None
-        due = 0.0
-        while not (self._ended or (self._failure is not None and self._failure.kind == "store")):
-            try:
-                what, answer = self._requests.get(timeout=max(0.0, due - time.monotonic()))
-            except queue.Empty:
-                what, answer = self._beat, Future()
-                due = time.monotonic() + self._interval
-            try:
-                if store is None:
-                    store = _of_its_own(self._store)
-                answer.set_result(what(store))
-                self._answered = time.monotonic()
-            except Exception as error:
-                answer.set_exception(error if isinstance(error, RuntimeError) else RuntimeError(str(error)))
-                if what == self._beat and self._failure is None:
-                    self._failure = _unreachable(_in_a_line(error))
+        try:
+            shared = _of_its_own(self._store)
+            store = self._joined(shared)
+            due = 0.0
+            while not (self._ended or (self._failure is not None and self._failure.kind == "store")):
+                try:
+                    what, answer = self._requests.get(timeout=max(0.0, due - time.monotonic()))
+                except queue.Empty:
+                    due = time.monotonic() + (self._beat(store, shared) if store is not None else self._interval)
+                    self._answered = time.monotonic()
+                    continue
+                try:
+                    answer.set_result(what(store) if store is not None else None)
+                    self._answered = time.monotonic()
+                except Exception as error:
+                    answer.set_exception(error if isinstance(error, RuntimeError) else RuntimeError(str(error)))
+        except Exception as error:
+            self._failure = self._failure or _unreachable(_in_a_line(error))
 
-    def _beat(self, store: Store) -> None:
-        """A sign of life, and a look at those of the others."""
+    def _joined(self, shared: Store) -> Store | None:
+        """The part of the store that is for this call only; None where rank 0 does not come.
+
+        A store may outlive the processes that have written to it: torchrun's does when it starts them again. So rank 0
+        makes up a name for each call, and says whom it has invited by what they have made up themselves.
+        """
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+        if self.rank == 0:
+            self._name = secrets.token_hex(8)
+            return PrefixStore(self._name, shared)
+        mine = secrets.token_hex(8)
+        shared.set(f"hello/{self.rank}", mine)
+        started = time.monotonic()
+        while not self._ended:
+            if shared.check(["session"]):
+                name, invited = json.loads(shared.get("session"))
+                if invited.get(str(self.rank)) == mine:
+                    return PrefixStore(name, shared)
+            self._answered = time.monotonic()
+            if self._answered - started > self._patience:
+                self._failure = _lost(0, self.timeout, came=False, works=False)
+                break
+            time.sleep(self._pause)
+        return None
+
+    def _invite(self, shared: Store) -> None:
+        """Tell those who wait, and have not come yet, what this call is called."""
+        waiting = [other for other, (sign, _) in self._signs.items() if not sign and shared.check([f"hello/{other}"])]
+        invited = {str(other): shared.get(f"hello/{other}").decode() for other in waiting}
+        if invited and invited != self._invited:
+            self._invited = invited
+            shared.set("session", json.dumps([self._name, invited]))
+
+    def _beat(self, store: Store, shared: Store) -> float:
+        """A sign of life, and a look at those of the others; seconds until the next."""
+        if self.rank == 0 and not all(sign for sign, _ in self._signs.values()):
+            self._invite(shared)
         self._beats += 1
         now = time.monotonic()
         store.set(_sign(self.rank), f"{self._beats} {now - self._moved:.3f}")
         if self._failure is not None:
-            return
+            return self._interval
         if store.check(["failure"]):
             self._failure = Failure(*json.loads(store.get("failure")))
-            return
+            return self._interval
         for other, sign in self._read_signs(store).items():
             before, since = self._signs[other]
             if sign != before:
@@ -213,7 +253,8 @@ class Line:
             if now - since + idle > self._patience:
                 self._failure = _lost(other, self.timeout, came=bool(sign), works=now - since < idle)
                 self._announce(store)
-                return
+                break
+        return self._interval if all(sign for sign, _ in self._signs.values()) else self._pause
 
     def _read_signs(self, store: Store) -> dict[int, str]:
         come = [other for other, (sign, _) in self._signs.items() if sign or store.check([_sign(other)])]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +26,6 @@ R = TypeVar("R")
 Own = Callable[[Sequence[int]], Generator[tuple[int, R], None, None]]  # this rank's results of these positions
 
 EVERY = 0.2  # seconds between two times that results are given to the others, and theirs are fetched
-_CALLS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # of rank() with a group, so far
 
 
 @contextlib.contextmanager
@@ -43,13 +41,12 @@ def joined(process_group: ProcessGroup | None) -> Iterator[Ranks | None]:
         yield None
         return
     group = _checked(process_group)
-    call = _CALLS[group] = _CALLS.get(group, 0) + 1
     if group.size() == 1:
         yield None
         return
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-    store = PrefixStore(f"kappa_fast/{call}", _store_of(group))
+    store = PrefixStore("kappa_fast", _store_of(group))
     line = Line(store, group.rank(), group.size(), _timeout_of(group))
     try:
         yield Ranks(line, group)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .division import Division
 from .engine import Plan, PlannedGroup, plan
 from .prediction import Prediction
 
-__all__ = ["plan", "Plan", "PlannedGroup", "Prediction"]
+__all__ = ["plan", "Plan", "PlannedGroup", "Prediction", "Division"]

@@ -25,11 +25,13 @@ from ..waves import parse_bytes
 from .calibration import counted
 from .devices import Floor, device_model, floor_of
 from .disk import Reading, measure_reading
+from .division import Division, divide
 from .prediction import Prediction, Work, item_of, predict
 
 if TYPE_CHECKING:
     from ..report.plan import PlanTable
 
+MOST_RANKS = 1 << 16
 PLAN_FORMAT = "kappa_fast plan"
 Patterns = str | Sequence[str] | None
 
@@ -68,6 +70,7 @@ class Plan:
         reading: of a checkpoint's files; None for weights in memory, if it was not to be measured, or if the files are
             still to be downloaded.
         floor: for the device that was named; a model, not a measurement.
+        division: among the ranks of a process group; None if none were asked for.
         settings: as Ranking.metadata["settings"] has them.
         source: as Ranking.metadata["source"] has it.
     """
@@ -86,6 +89,7 @@ class Plan:
     prediction: Prediction | None
     reading: Reading | None
     floor: Floor | None
+    division: Division | None
     in_memory: bool
     settings: Mapping[str, Any]
     source: Mapping[str, Any]
@@ -117,6 +121,18 @@ class Plan:
             return None
         reading = self.reading.seconds if self.reading is not None else 0.0
         return max(self.prediction.low, reading), self.prediction.high + reading
+
+    @property
+    def seconds_of_ranks(self) -> tuple[float, float] | None:
+        """From and to: what the rank with the most to do would compute, if each is as fast as this process here.
+
+        Reading is not in it: several ranks may share a disk, or each may have its own.
+        """
+        if self.prediction is None or self.division is None:
+            return None
+        opening, share = self.prediction.opening, self.division.share
+        low, high = self.prediction.low - opening, self.prediction.high - opening
+        return opening + share * low, opening + share * high
 
     def __repr__(self) -> str:
         return (
@@ -191,6 +207,7 @@ def plan(
     memory_budget: int | str | None = None,
     measure: bool = True,
     device_model: str | None = None,
+    ranks: int | None = None,
 ) -> Plan:
     """What ``rank(source, ...)`` with the same options would do, and how long it would take.
 
@@ -201,6 +218,7 @@ def plan(
         measure: resolve a few matrices of the model's shapes, made up, for one to two seconds, and read up to 256 MB of
             a checkpoint's files, to predict the time. False for what can be said at once.
         device_model: a GPU by name ("h200", "h100", "a100", "l40s", "rtx4090"), for a floor from published figures.
+        ranks: also how so many ranks of a process group would divide the work.
 
     Returns:
         A Plan. The model is not changed, no weight is looked at, and from files only headers are interpreted.
@@ -211,6 +229,7 @@ def plan(
     """
     check_options(top, top_per_group, rtol, certify)
     _check_flag(measure)
+    _check_ranks(ranks)
     named = None if device_model is None else _device_model(device_model)
     filters = Filters(include, exclude, embeddings, routers, fused, min_dim, max_dim, without_values=True)
     with undisturbed():
@@ -245,6 +264,7 @@ def plan(
         to_download=opened.metadata.get("to_download", 0),
         reading=_reading(files, to_read) if measure and files else None,
         floor=None if named is None else floor_of(named, *parts),
+        division=None if ranks is None else divide(matrices, work.possible, work.certify, ranks),
         in_memory=opened.in_memory,
         settings=_settings(top, top_per_group, rtol, certify, filters),
         source=opened.metadata,
@@ -257,6 +277,11 @@ _device_model = device_model  # the option of plan() has the same name
 def _check_flag(measure: object) -> None:
     if not isinstance(measure, bool):
         raise OptionError(f"measure={measure!r}: give True or False")
+
+
+def _check_ranks(ranks: object) -> None:
+    if ranks is not None and (not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks <= MOST_RANKS):
+        raise OptionError(f"ranks={ranks!r}: give a number of processes, 1 to {MOST_RANKS:,}")
 
 
 def _in_memory_if_meta(source: Source) -> Source:

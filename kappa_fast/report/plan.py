@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
     from ..entries import Skipped
-    from ..planning import Plan, PlannedGroup, Prediction
+    from ..planning import Division, Plan, PlannedGroup, Prediction
     from ..planning.devices import Floor
     from ..planning.disk import Reading
 
@@ -110,6 +110,8 @@ class PlanTable:
             yield "reading", _reading(plan.reading)
         if plan.reading is not None and plan.seconds is not None:
             yield "together", " to ".join(map(format_seconds, plan.seconds))
+        if plan.division is not None:
+            yield "ranks", _division(plan.division, plan)
         if plan.floor is not None:
             yield from _floor(plan.floor)
 
@@ -121,6 +123,16 @@ def skipped_lines(skipped: Iterable[Skipped]) -> Iterator[str]:
         yield f"  skipped: {number:,} {printable(reason)}"
     if rest := sum(number for _, number in reasons[MOST_REASONS:]):
         yield f"  skipped: {rest:,} for other reasons, which the JSON lists"
+
+
+def _division(found: Division, plan: Plan) -> str:
+    fewest, most = found.matrices
+    each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    text = f"{found.ranks:,}, with {each} matrices each; the busiest has {100 * found.share:.3g}% of the predicted cost"
+    text += f" ({found.imbalance:.2f} times the mean)"
+    if plan.seconds_of_ranks is not None:
+        text += f", {' to '.join(map(format_seconds, plan.seconds_of_ranks))} of computing if it is as fast as this one"
+    return text if plan.in_memory else f"{text}, and reads {format_bytes(found.nbytes)} at most"
 
 
 def _computing(found: Prediction) -> Iterator[Line]:
