@@ -48,6 +48,15 @@ def _seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _autograd() -> Iterator[None]:
+    # Whoever leaves it off makes later tests fail, in whatever file comes next.
+    yield
+    left = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert left, "autograd was left off"
+
+
+@pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     # The command line uses the user's cache: every test and its children get an empty one, made when it is written to.
     monkeypatch.setenv("KAPPA_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / uuid.uuid4().hex))
