@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 from torch import nn
 
 Convert = Callable[[torch.Tensor], torch.Tensor]
@@ -26,7 +27,11 @@ _HOOKS = (
     *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
 )
 # What cannot be copied in a way that means anything, or belongs to the whole process.
-_SHARED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type, logging.Logger, threading.Thread)
+# Half a copy of a graph would lead from its nodes to those of the original, and walking over them would never end.
+_SHARED = (
+    *(types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type, logging.Logger, threading.Thread),
+    *(torch.fx.Graph, torch.fx.Node),
+)
 _DEEPEST = 3  # objects within objects; containers are followed as deep as they go
 
 
