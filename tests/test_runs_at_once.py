@@ -12,6 +12,13 @@ from kappa_fast.workers import each_on_one_thread, usual_threads
 PRODUCT = torch.backends.mkldnn.matmul
 
 
+@pytest.fixture
+def crossed():
+    """For runs that end in this thread in another order than they began: each puts back autograd as it found it."""
+    with torch.enable_grad():
+        yield
+
+
 @pytest.fixture(params=["bf16", "medium"])
 def coarse(request):
     """The caller's wish for coarse products, by the newer and by the older switch, and how to read it."""
@@ -25,6 +32,7 @@ def coarse(request):
     PRODUCT.fp32_precision = newer
 
 
+@pytest.mark.usefixtures("crossed")
 @pytest.mark.parametrize("first_ends", [0, 1])
 def test_the_exact_mode_lasts_from_the_first_run_to_the_last(coarse, first_ends):
     before = coarse()
@@ -39,6 +47,7 @@ def test_the_exact_mode_lasts_from_the_first_run_to_the_last(coarse, first_ends)
     assert coarse() == before
 
 
+@pytest.mark.usefixtures("crossed")
 def test_what_the_caller_sets_between_two_runs_does_not_spoil_the_second(coarse):
     first, second = undisturbed(), undisturbed()
     first.__enter__()
