@@ -138,6 +138,7 @@ def rank(
             opened = open_source(source, filters, places_of, quiet=not shown(progress))
             stops.check()
             _warn_absent(opened)
+            _warn_unfollowed(opened)
             if adapters is None and isinstance(source, torch.nn.Module):
                 _warn_adapters(source)
             executor = Executor(
@@ -384,6 +385,16 @@ def _warn_absent(source: Source) -> None:
         warn(
             f"{len(source.absent)} weights of the model have no values to read and are not ranked, {first.name!r} "
             f"among them ({first.reason}); ranking.skipped has them all, and shares of the parameters count them",
+            stacklevel=3,
+        )
+
+
+def _warn_unfollowed(source: Source) -> None:
+    if source.unfollowed:
+        warn(
+            f"{len(source.unfollowed)} weights are ranked as they are held, {source.unfollowed[0]!r} among them, "
+            "though the forward() of their layers cannot be followed: if it computes another weight from them (a "
+            'mask, a scale), leave them out with exclude=; metadata["source"]["evidence"] has them all',
             stacklevel=3,
         )
 

@@ -17,6 +17,8 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 
 import kappa_fast
+from kappa_fast.sources.base import Stored
+from kappa_fast.sources.called import as_computed
 
 SEEN: list[str] = []
 Pair = namedtuple("Pair", "count log")
@@ -277,6 +279,11 @@ class OfNumpy(nn.Linear):
         return functional.linear(x, self.weight * torch.from_numpy(np.random.rand(24)).to(self.weight))
 
 
+class InPart(nn.Linear):
+    def forward(self, x):
+        return functional.linear(x, self.weight[:30])
+
+
 class InPieces(nn.Linear):
     def forward(self, x):
         return functional.linear(x, (2 * self.weight)[:30])
@@ -293,6 +300,7 @@ class InPieces(nn.Linear):
         (lambda: OfPython(24, 40), "random numbers"),
         (lambda: OfNumpy(24, 40), "random numbers"),
         (Stack, r"multiplies with \(1, 60, 24\) instead of \(3, 20, 24\)"),
+        (lambda: InPart(24, 40), r"multiplies with \(30, 24\), a part of \(40, 24\)"),
         (lambda: InPieces(24, 40), r"multiplies with \(30, 24\) instead of \(40, 24\)"),
     ],
 )
@@ -304,13 +312,57 @@ def test_what_is_no_single_matrix_is_refused_by_name(layer, reason):
     assert (random.getstate(), np.random.get_state()[2]) == states
 
 
-def test_a_forward_that_cannot_be_followed_says_so():
+class Grouped(nn.Linear):
+    """As DeepSeek-V4 does: each of the groups has rows, and an input, of its own."""
+
+    def __init__(self):
+        super().__init__(24, 40)
+        self.count = 4
+
+    def forward(self, x):
+        groups = self.weight.view(self.count, -1, x.shape[-1]).transpose(1, 2)
+        return torch.bmm(x.reshape(-1, self.count, x.shape[-1]).transpose(0, 1), groups).transpose(0, 1)
+
+
+class Halves(nn.Linear):
+    """Multiplies with all of its parameter, in two products."""
+
+    def forward(self, x):
+        first, second = self.weight.chunk(2)
+        return functional.linear(x, first) * functional.linear(x, second).sigmoid()
+
+
+@pytest.mark.parametrize("layer", [lambda: Halves(24, 40), Grouped])
+def test_a_parameter_whose_pieces_are_all_used_stands_as_it_is(layer):
+    model = nn.Sequential(layer())
+    ranking = kappa_fast.rank(model, progress=False)
+    assert ranking["0.weight"].lower <= exact(model[0].weight) <= ranking["0.weight"].upper
+
+
+def test_a_forward_that_cannot_be_followed_says_so_in_a_warning_and_what_it_advises_works(recwarn):
     layer = nn.Linear(24, 40)
     layer.forward = lambda x: functional.linear(x, layer.weight * 2)
-    ranking = kappa_fast.rank(nn.Sequential(layer), progress=False)
-    assert ranking[0].lower <= exact(layer.weight) <= ranking[0].upper
-    (evidence,) = ranking.metadata["source"]["evidence"]
-    assert "forward() of Linear cannot be followed" in evidence
+    model = nn.Sequential(layer, nn.Linear(40, 24))
+    with pytest.warns(UserWarning, match=r"1 weights are ranked as they are held, '0.weight' among them") as caught:
+        ranking = kappa_fast.rank(model, progress=False)
+    assert caught[0].filename == __file__
+    assert ranking["0.weight"].lower <= exact(layer.weight) <= ranking["0.weight"].upper
+    unclear = [names for text, names in ranking.metadata["source"]["evidence"].items() if "cannot be followed" in text]
+    assert unclear == [("0.weight",)]
+    recwarn.clear()
+    assert [entry.name for entry in kappa_fast.rank(model, progress=False, exclude="0.*")] == ["1.weight"]
+    assert not recwarn
+
+
+def test_of_a_file_the_class_in_config_json_says_so_too():
+    def elementwise(self, x):
+        return (x.unsqueeze(-2) * self.weight).sum(-1)
+
+    layer = type("Elementwise", (nn.Linear,), {"forward": elementwise})(24, 40)
+    stored = Stored(("a.weight",), (40, 24), torch.float32, torch.device("cpu"), lambda index: layer.weight.detach())
+    known = as_computed(stored, layer.to("meta"))
+    assert known.unfollowed
+    assert "forward() of Elementwise cannot be followed" in known.evidence
 
 
 class Keeps(Masked):

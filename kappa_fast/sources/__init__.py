@@ -118,7 +118,18 @@ def _opened(inventory: Inventory, filters: Filters, places_of: PlacesOf | None) 
     direct = {m.name for m in matrices if is_read_directly(m.name, around.shapes, types)}
     metadata |= {"read_directly": sorted(direct)} if direct else {}
     count = inventory.num_parameters
-    return Source(tuple(matrices), tuple(skipped), count, metadata, inventory.in_memory, tuple(absent))
+    ranked = {m.name for m in matrices}
+    unfollowed = [t.name for t in candidates if t.unfollowed]
+    unfollowed = [places[name].name if name in places else name for name in unfollowed]
+    return Source(
+        matrices=tuple(matrices),
+        skipped=tuple(skipped),
+        num_parameters=count,
+        metadata=metadata,
+        in_memory=inventory.in_memory,
+        absent=tuple(absent),
+        unfollowed=tuple(name for name in unfollowed if name in ranked),
+    )
 
 
 def _types_of(tensors: Sequence[Stored]) -> set[str]:

@@ -119,6 +119,8 @@ class Stored:
         location: the file and the offset in it where the values begin, for reading in the order of the disk.
         stamp: what identifies the values without reading them, None if nothing does.
         out_of_sight: True for a weight of the model whose values are nowhere to be read; a warning counts these.
+        unfollowed: True where nobody knows whether its layer multiplies with these values or computes others from them;
+            a warning counts these.
         evidence: what makes it a weight, where that is more than ``parent`` and ``quantization`` tell: the rule of a
             format, or how a module makes it. For ``metadata["evidence"]`` and the log.
     """
@@ -139,6 +141,7 @@ class Stored:
     stamp: Stamp | None = None
     evidence: str = ""
     out_of_sight: bool = False
+    unfollowed: bool = False
     error: SourceError | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -244,6 +247,8 @@ class Source:
     ``num_parameters`` counts every parameter of the model once (tied ones too), ranked or not: the denominator of
     ``select(max_params=<fraction>)``. ``metadata`` goes into ``Ranking.metadata["source"]`` and is plain JSON.
     ``absent``: those of ``skipped`` that are weights of the model without values to read (packed, on the meta device).
+    ``unfollowed``: the names of weights that are ranked as they are held, though their layer has a forward() that
+    cannot be followed and may compute others from them.
     """
 
     matrices: tuple[Matrix, ...]
@@ -252,3 +257,4 @@ class Source:
     metadata: Mapping[str, Any]
     in_memory: bool = True  # False where load() brings a tensor into memory that was not there before
     absent: tuple[Skipped, ...] = ()
+    unfollowed: tuple[str, ...] = ()

@@ -67,6 +67,8 @@ def as_computed(stored: Stored, owner: nn.Module) -> Stored:
     owner: that layer, without values.
     """
     made = weight_in_forward(owner) if stored.name.endswith("weight") and stored.quantization is None else None
+    if isinstance(made, str):
+        return replace(stored, evidence=f"parameter of {type(owner).__name__}: {made}", unfollowed=True)
     if (
         not isinstance(made, Effective)
         or stored.dtype is None
@@ -240,7 +242,7 @@ def _judged(products: Products, weight: torch.Tensor, drawn: bool, flat: bool) -
     for operand in others:
         made_of |= operand.made_of
     if not others:
-        return _Seen()
+        return _used(products, weight, flat)
     if made_of & Made.INPUT or products.is_steered:
         return _Seen(problem=_OF_INPUT)
     if made_of & Made.CHANCE:
@@ -253,6 +255,18 @@ def _judged(products: Products, weight: torch.Tensor, drawn: bool, flat: bool) -
     if found is None:
         return _Seen(problem=f"it multiplies with {tuple(others[0].tensor.shape)} instead of {tuple(weight.shape)}")
     return _Seen(found)
+
+
+def _used(products: Products, weight: torch.Tensor, flat: bool) -> _Seen:
+    """What is said of a parameter that is multiplied with itself: whole, in pieces that are all there, or in part.
+
+    flat: as for ``_shaped``. Of a stack of matrices a call need not use all.
+    """
+    views = {(o.tensor.storage_offset(), o.tensor.shape, o.tensor.stride()): o.tensor for o in products.operands}
+    if (weight.dim() > 2 and not flat) or sum(view.numel() for view in views.values()) >= weight.numel():
+        return _Seen()
+    shape = tuple(next(iter(views.values())).shape)
+    return _Seen(problem=f"it multiplies with {shape}, a part of {tuple(weight.shape)}")
 
 
 def _shaped(operand: torch.Tensor, weight: torch.Tensor, flat: bool) -> torch.Tensor | None:
@@ -296,11 +310,12 @@ def _states() -> list[object]:
 def _inputs(layer: Any, weight: torch.Tensor) -> Iterator[tuple[int, ...]]:
     """Shapes of inputs that the layer may take, the smallest first."""
     if weight.dim() == 2:
-        sizes = (
-            (layer.in_features,) if isinstance(layer, nn.Linear) else dict.fromkeys((weight.shape[1], weight.shape[0]))
-        )
-        for size in sizes:
-            yield from ((1, size), (1, 1, size))
+        either = tuple(dict.fromkeys((weight.shape[1], weight.shape[0])))
+        sizes = (int(layer.in_features),) if isinstance(layer, nn.Linear) else either
+        # Of groups, each has rows and an input of its own.
+        counts = sorted({n for n in vars(layer).values() if type(n) is int and n > 1 and weight.shape[0] % n == 0})
+        yield from (shape for size in sizes for shape in ((1, size), (1, 1, size)))
+        yield from (shape for n in counts for size in sizes for shape in ((1, n, size), (1, 1, n, size)))
         return
     kernel = tuple(getattr(layer, "kernel_size", weight.shape[2:]))
     dilation = tuple(getattr(layer, "dilation", ()) or ()) if isinstance(layer, _ConvNd) else (1,) * len(kernel)

@@ -211,7 +211,10 @@ def _noted(stored: Stored, unclear: str | None, shared: str | None) -> Stored:
     if shared is not None:
         return replace(stored, problem=shared)
     evidence = f"parameter of {type(stored.parent).__name__}: {unclear}"
-    return stored if unclear is None or stored.quantization is not None else replace(stored, evidence=evidence)
+    if unclear is None or stored.quantization is not None:
+        return stored
+    # What is called by another name (a table, scales of channels) is mostly no matrix that a layer multiplies with.
+    return replace(stored, evidence=evidence, unfollowed=stored.name.rpartition(".")[2] == "weight")
 
 
 def _shown(held: Mapping[str, _Held]) -> set[str]:
