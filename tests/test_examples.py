@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,3 +55,41 @@ def test_the_checkpoints_of_a_run_are_ranked_followed_and_judged(tmp_path):
     assert re.search(r"certainly moved by more than 1000: \d+", said)
     for name in ("run.svg", "run.csv", "change.html", "checkpoint-60.json"):
         assert (tmp_path / name).stat().st_size > 500, name
+
+
+def cells_of(name: str) -> dict[str, list[Any]]:
+    """What each cell of code gives, by its last line, in a kernel of its own."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", 4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # as it is committed
+    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    return {cell.source.splitlines()[-1]: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+
+
+def shown(outputs: list[Any], kind: str) -> str:
+    """The result of a cell in one of its forms."""
+    (result,) = (output for output in outputs if output.output_type == "execute_result")
+    return str(result.data[kind])
+
+
+def test_the_notebook_that_looks_at_a_ranking_runs_from_start_to_end():
+    cells = cells_of("rank_and_look")
+    assert "intermediate.dense" in shown(cells["ranking"], "text/html")
+    assert shown(cells["ranking.plot()"], "image/png").startswith("iVBOR")
+    assert "did not fit" in shown(cells["selection"], "text/html")
+    assert "<td" in shown(cells["filled - selection"], "text/html")
+    proven = shown(cells["[(entry.name, entry.certified) for entry in proven]"], "text/plain")
+    assert proven.count("True") == 6
+    assert "False" not in proven
+
+
+def test_the_notebook_that_trains_and_compares_runs_from_start_to_end():
+    cells = cells_of("train_and_compare")
+    said = "".join(o.text for outputs in cells.values() for o in outputs if o.output_type == "stream")
+    before, after = re.findall(r"held-out text: (\d\.\d+) before, (\d\.\d+) after", said)[0]
+    assert float(after) < float(before) - 0.2
+    assert "17," in shown(cells["sorted(moved)[:3], len(moved), len(start)"], "text/plain")
+    assert "<td" in shown(cells["change"], "text/html")
+    for drawn in ("change.plot()", "course.plot()"):
+        assert shown(cells[drawn], "image/png").startswith("iVBOR")

@@ -193,6 +193,12 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
         PLAIN.plot(tmp_path / "nowhere" / "x.png")
 
 
+def test_notebooks_show_the_picture(tmp_path):
+    """Formatters of IPython ask for it by this name; those of pyplot are not there where nobody imports it."""
+    shown = PLAIN.plot(tmp_path / "x.png")._repr_png_()
+    assert shown == (tmp_path / "x.png").read_bytes()
+
+
 def test_the_extra_is_named_where_matplotlib_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(

@@ -13,7 +13,7 @@ from ..units import geometric_mean
 from ..writing import write_bytes
 from .grid import Grid, make_grid, shorten_groups
 from .names import cut_middle, shorten_names
-from .plot import column_labels, kind_of, plain_style, saved
+from .plot import column_labels, kind_of, new_figure, plain_style, saved
 from .table import format_number
 
 if TYPE_CHECKING:
@@ -37,14 +37,12 @@ def plot_series(series: Series, path: str | os.PathLike[str] | None, ax: Any, gr
         raise OptionError("there is nothing to plot: no matrix has a finite kappa")
     shown = [group] if group is not None else list(groups)[: 1 if ax is not None else _MOST_PANELS]
     with plain_style("Series.plot()"):
-        from matplotlib.figure import Figure
-
         if ax is not None:
             figure, panels = ax.figure, [ax]
         else:
             columns = min(3, len(shown))
             rows = -(-len(shown) // columns)
-            figure = Figure(figsize=(4.2 * columns + 0.9, 3.0 * rows + 0.3), facecolor="white", layout="constrained")
+            figure = new_figure(figsize=(4.2 * columns + 0.9, 3.0 * rows + 0.3), layout="constrained")
             panels = [figure.add_subplot(rows, columns, i + 1) for i in range(len(shown))]
         labels = shorten_groups(shown)
         for panel, name in zip(panels, shown, strict=True):
@@ -91,10 +89,8 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike[str] | None,
     """What ``Comparison.plot`` promises."""
     kind = None if path is None else kind_of(path)
     with plain_style("Comparison.plot()"):
-        from matplotlib.figure import Figure
-
         grid = make_grid([change.before for change in comparison])
-        figure = ax.figure if ax is not None else Figure(facecolor="white", layout="constrained")
+        figure = ax.figure if ax is not None else new_figure(layout="constrained")
         if grid.cells:
             _draw_ratios(figure, ax, comparison, grid)
         else:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,15 @@ def saved(figure: Any, kind: str) -> bytes:
     return page.getvalue()
 
 
+def new_figure(**options: Any) -> Any:
+    """A matplotlib Figure that notebooks show as a picture; without pyplot they would show its text only."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(facecolor="white", **options)
+    figure._repr_png_ = partial(saved, figure, "png")  # type: ignore[attr-defined]
+    return figure
+
+
 def render_plot(ranking: Ranking, kind: str, selection: Selection | None = None) -> bytes:
     """The picture as the bytes of a "png", "svg" or "pdf". The same ranking and matplotlib give the same bytes.
 
@@ -109,10 +119,8 @@ def render_plot(ranking: Ranking, kind: str, selection: Selection | None = None)
 
 
 def _figure(ranking: Ranking, ax: Any, selection: Selection | None) -> Any:
-    from matplotlib.figure import Figure
-
     grid = make_grid(ranking.entries)
-    figure = Figure(facecolor="white") if ax is None else ax.figure
+    figure = new_figure() if ax is None else ax.figure
     if grid.cells:
         _draw(figure, ranking, grid, ax, set(selection.keys) if selection is not None else None)
     else:
