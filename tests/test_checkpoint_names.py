@@ -5,11 +5,13 @@ import sys
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, SMALL, build
 from safetensors.torch import load_file, save_file
 from test_names_matching import everything, match, on_disk
 
 import kappa_fast
+from kappa_fast.integrations.conversion import _rows
 
 VISION = {
     "hidden_size": 32,
@@ -211,3 +213,64 @@ def test_the_number_of_an_expert_is_found_however_the_table_writes_its_dots(patt
     from kappa_fast.integrations.conversion import _number
 
     assert _number(pattern, "model.layers.5.mlp.experts.12.w1.weight") == 12
+
+
+def test_a_tensor_that_becomes_several_parameters_is_ranked_as_these(tmp_path):
+    """Gate and up projection are one tensor on disk, and two in the model; so it is with query, key and value."""
+    config = transformers.Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, use_swiglu_ffn=True)
+    model = transformers.Dinov2Model(config)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    first = kappa_fast.rank(tmp_path, progress=False, cache=tmp_path / "cache")
+    live = kappa_fast.rank(model, progress=False)
+    assert {e.key for e in first} == {e.key for e in live}
+    assert first.metadata["num_parameters"] == live.metadata["num_parameters"]
+    for number in range(2):
+        fused = stored[f"encoder.layer.{number}.mlp.weights_in.weight"]
+        for word, half in zip(("gate", "up"), fused.chunk(2), strict=True):
+            entry = first[f"encoder.layer.{number}.mlp.{word}_proj.weight"]
+            sigma = torch.linalg.svdvals(half.double())
+            assert entry.lower <= float(sigma[0] / sigma[-1]) <= entry.upper
+            assert entry.index == ()
+            assert torch.equal(model.get_parameter(entry.name), half)
+    again = kappa_fast.rank(tmp_path, progress=False, cache=tmp_path / "cache")
+    assert [(e.key, e.kappa, e.upper) for e in again] == [(e.key, e.kappa, e.upper) for e in first]
+    assert again.metadata["cache"]["hits"] == len(first)
+    with first.select(top_p=0.5).apply(model) as handle:
+        assert all(target.whole for target in handle.targets)
+
+
+def operation(kind, **fields):
+    return type(kind, (), fields)()
+
+
+@pytest.mark.parametrize(
+    ("operations", "sizes", "rows"),
+    [
+        ([operation("Chunk", dim=0)], [6, 6], [(0, 6), (6, 12)]),
+        ([operation("Split", dim=0)], [8, 2, 2], [(0, 8), (8, 10), (10, 12)]),
+        ([operation("Chunk", dim=0), operation("PermuteForRope")], [4, 4, 4], [(0, 4), (4, 8), (8, 12)]),
+        ([operation("Interleave", dim=0, inverse=False), operation("Chunk", dim=0)], [6, 6], "alternate"),
+        ([operation("Interleave", dim=0, inverse=True), operation("Chunk", dim=0)], [6, 6], None),
+        ([operation("Chunk", dim=1)], [12, 12], None),
+        ([operation("Chunk", dim=0)], [8, 2, 2], None),
+        ([operation("Split", dim=0)], [8, 2], None),
+        ([operation("Unheard", dim=0)], [6, 6], None),
+    ],
+)
+def test_rows_are_known_only_where_that_is_all_that_happens(operations, sizes, rows):
+    found = _rows(operations, 12, sizes)
+    if rows == "alternate":
+        assert [list(range(12))[r] for r in found] == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]]
+    else:
+        assert found == (None if rows is None else [slice(*r) for r in rows])
+
+
+def test_operations_of_transformers_do_what_the_rows_say():
+    from transformers.core_model_loading import Chunk, Interleave
+
+    weight = torch.randn(12, 5)
+    mixed = Interleave(dim=0).convert({"a": weight}, ["a"], ["x", "y"])
+    made = Chunk(dim=0).convert({"a": next(iter(mixed.values()))}, ["a"], ["x", "y"])
+    for rows, half in zip(_rows([Interleave(dim=0), Chunk(dim=0)], 12, [6, 6]), made.values(), strict=True):
+        assert torch.equal(weight[rows], half)

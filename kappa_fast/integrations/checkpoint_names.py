@@ -20,7 +20,7 @@ from ..documents import read_document
 from ..entries import Index
 from ..errors import OptionError
 from ..limits import LARGEST_CONFIG
-from ..sources.base import Inventory, Place, Stored
+from ..sources.base import Division, Inventory, Place, Stored
 from ..sources.layouts import Part, cut
 from .architecture import architecture
 from .conversion import Conversion
@@ -44,8 +44,10 @@ _BASE = re.compile(r"(?:model\.(?!model\.)|backbone\.|transformer\.(?:h|blocks)\
 _EXPERT = re.compile(r"\.experts?\.\d+\.")
 
 
-def places_of(inventory: Inventory) -> dict[str, Place]:
+def places_of(inventory: Inventory) -> dict[str, Place | Division]:
     """By their names on disk, the tensors that the model has: under which name, or as a part of which parameter.
+
+    Or as which parameters, where a tensor is divided.
 
     Empty where config.json names no model of transformers' own, where transformers is not installed, and for models
     whose names do not change: without experts on their own and without models inside the model, nothing is imported.
@@ -68,9 +70,9 @@ def places_of(inventory: Inventory) -> dict[str, Place]:
     return _unambiguous(found, inventory)
 
 
-def _placed(parts: _Parts, weights: Sequence[Stored], prefix: str) -> dict[str, Place]:
+def _placed(parts: _Parts, weights: Sequence[Stored], prefix: str) -> dict[str, Place | Division]:
     """The places that there are, for names without this prefix."""
-    found = {}
+    found: dict[str, Place | Division] = {}
     for stored in weights:
         names = (stored.name.removeprefix(prefix), *stored.names[1:])
         place = parts.place(replace(stored, names=names) if prefix else stored)
@@ -134,8 +136,10 @@ class _Parts:
         self._conversion = conversion
         self._parts: dict[str, dict[str, Part]] = {}  # by parameter and by the text of the full index
 
-    def place(self, stored: Stored) -> Place | None:
+    def place(self, stored: Stored) -> Place | Division | None:
         """Where the tensor is in the model, None if nowhere or in no place that an index could name."""
+        if (division := self._conversion.division(stored.name, stored.shape)) is not None:
+            return division
         try:
             place = self._conversion.place(stored.name, stored.shape)
         except OptionError as error:
@@ -167,13 +171,14 @@ def _full(index: Index, shape: tuple[int, ...]) -> tuple[object, ...]:
     return tuple(p.indices(size) if isinstance(p, slice) else p for p, size in zip(padded, shape, strict=True))
 
 
-def _unambiguous(places: dict[str, Place], inventory: Inventory) -> dict[str, Place]:
+def _unambiguous(places: dict[str, Place | Division], inventory: Inventory) -> dict[str, Place | Division]:
     """Without those that two tensors claim, and those whose name another tensor has on disk."""
-    claims = Counter(place.name + place.label for place in places.values())
-    same = {name for name, place in places.items() if (place.name, place.index) == (name, ())}
+    each = {n: [p] if isinstance(p, Place) else [part for _, part in p.parts] for n, p in places.items()}
+    claims = Counter(place.name + place.label for claimed in each.values() for place in claimed)
+    same = {name for name, (place, *more) in each.items() if not more and (place.name, place.index) == (name, ())}
     kept = {n for stored in inventory.tensors for n in stored.names if stored.name not in places or stored.name in same}
     return {
-        name: place
-        for name, place in places.items()
-        if claims[place.name + place.label] == 1 and (name in same or place.name not in kept)
+        name: places[name]
+        for name, claimed in each.items()
+        if all(claims[p.name + p.label] == 1 and (name in same or p.name not in kept) for p in claimed)
     }

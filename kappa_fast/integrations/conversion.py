@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from ..entries import Index
 from ..errors import OptionError, missing_extra
 from ..limits import MOST_DIGITS
-from ..sources.base import Home, Place
+from ..sources.base import Division, Home, Place
 from ..sources.module import homes_of
 from .pieces import box_of, index_of
 
@@ -74,6 +75,24 @@ class Conversion:
         target = self._first[target]
         return Place(f"{self._prefix}.{target}" if self._prefix else target, index, home=home)
 
+    def division(self, name: str, shape: tuple[int, ...]) -> Division | None:
+        """How the tensor ``name`` of a checkpoint is divided by rows among parameters; None if it is not."""
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = self._model.base_model_prefix or None
+        first, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._parameters)
+        converter = next((c for c in self._converters if pattern in c.source_patterns), None)
+        if converter is None or len(converter.source_patterns) > 1 or len(converter.target_patterns) < 2:
+            return None
+        start = str(converter.target_patterns[0]).replace("\\.", ".")
+        names = [first.replace(start, str(t).replace("\\.", ".")) for t in converter.target_patterns]
+        shapes = [self.shapes.get(target) for target in names]
+        rows = _rows(converter.operations, shape[0], [0 if s is None else s[0] for s in shapes])
+        if rows is None or shapes != [(len(range(*r.indices(shape[0]))), *shape[1:]) for r in rows]:
+            return None
+        full = [f"{self._prefix}.{self._first[n]}" if self._prefix else self._first[n] for n in names]
+        return Division(tuple((r, Place(f, (), home=self._home(n))) for r, f, n in zip(rows, full, names, strict=True)))
+
     def _home(self, name: str) -> Home | None:
         if self._homes is None:
             self._homes = homes_of(self._model)
@@ -102,6 +121,23 @@ def _index(converter: Any, pattern: str, name: str, shape: tuple[int, ...], targ
                 "rank the loaded model itself"
             )
     return index_of(box_of(tuple(box), target), target)
+
+
+def _rows(operations: Iterable[Any], count: int, sizes: Sequence[int]) -> list[slice] | None:
+    """Which of the rows of a tensor go into each of several parameters; None where that is not all that is done.
+
+    sizes: rows of the parameters. The order of the rows within one has no say in its singular values.
+    """
+    kinds = [(type(o).__name__, getattr(o, "dim", 0), getattr(o, "inverse", False)) for o in operations]
+    if kinds and kinds[-1][0] == "PermuteForRope":
+        kinds.pop()
+    if kinds in ([("Chunk", 0, False)], [("Split", 0, False)]):
+        ends = [*accumulate(sizes)]
+        same = len(set(sizes)) == 1 or kinds[0][0] == "Split"
+        return [slice(e - s, e) for s, e in zip(sizes, ends, strict=True)] if same and ends[-1] == count else None
+    if kinds == [("Interleave", 0, False), ("Chunk", 0, False)] and len(sizes) == 2 and 2 * sizes[0] == count:
+        return [slice(0, None, 2), slice(1, None, 2)]
+    return None
 
 
 def _number(pattern: str, name: str) -> int:

@@ -19,11 +19,12 @@ from ..errors import KappaError, OptionError, SourceError, SourceNotFoundError
 from ..limits import LONGEST_NAME, MOST_DIMENSIONS, MOST_TENSORS, check_limit
 from ..waves import is_out_of_memory
 from .admission import Surroundings, admit, by_evidence
-from .base import Home, Inventory, Matrix, Place, Source, Stamp, Stored
+from .base import Division, Home, Inventory, Matrix, Place, Source, Stamp, Stored
 from .boundary import reading, unforeseen
 from .called import as_computed
 from .checkpoint import read_checkpoint
 from .codes import ON_META
+from .divided import divided
 from .filters import Filters
 from .gguf import is_gguf, read_gguf
 from .hub import HubId, hub_id, snapshot
@@ -37,7 +38,7 @@ __all__ = ["Filters", "Matrix", "PlacesOf", "Source", "open_source"]
 
 _LOG = logging.getLogger(__name__)
 
-PlacesOf = Callable[[Inventory], Mapping[str, Place]]  # by the first name of a tensor
+PlacesOf = Callable[[Inventory], Mapping[str, Place | Division]]  # by the first name of a tensor
 
 
 def open_source(
@@ -69,7 +70,7 @@ def open_source(
 
 
 def _opened(inventory: Inventory, filters: Filters, places_of: PlacesOf | None) -> Source:
-    places = places_of(inventory) if places_of is not None else {}
+    inventory, places = divided(inventory, places_of(inventory) if places_of is not None else {})
     inventory = _at_home(inventory, places)
     around = Surroundings.of(_renamed(inventory, places))
     matrices: list[Matrix] = []

@@ -167,6 +167,13 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Division:
+    """A tensor of a checkpoint that becomes several parameters of the model: the rows of each, and its place."""
+
+    parts: tuple[tuple[slice, Place], ...]
+
+
+@dataclass(frozen=True)
 class Home:
     """What a model tells of a parameter: the module that owns it, what that is for, the types of the model around it.
 
