@@ -18,6 +18,10 @@ import zoo
 FAST = ("LlamaForCausalLM", "MixtralForCausalLM", "GPTNeoXForCausalLM", "SqueezeBertForMaskedLM", "CTRLLMHeadModel")
 
 
+# Loading permutes rows of these, which the singular values do not depend on.
+PERMUTED = ("Kimi_K25ForConditionalGeneration",)
+
+
 def attribute(model: Any, name: str) -> torch.Tensor:
     """The weight as the model itself has it, computed where it is computed."""
     for word in name.split("."):
@@ -71,5 +75,8 @@ def test_a_model_and_what_it_saves_have_the_same_entries_and_every_interval_hold
             assert entry.lower * (1 - slack) <= sigma[0] / sigma[-1] <= entry.upper * (1 + slack), entry.key
     model.save_pretrained(tmp_path)
     saved = kappa_fast.rank(tmp_path, progress=False)
-    assert {e.key: (e.kappa, e.shape) for e in saved} == {e.key: (e.kappa, e.shape) for e in live}
+    assert {e.key: e.shape for e in saved} == {e.key: e.shape for e in live}
+    kappas = {e.key: e.kappa for e in live}
+    permuted = 1e-9 if name in PERMUTED else 0
+    assert {e.key: e.kappa for e in saved} == pytest.approx(kappas, rel=permuted, abs=0, nan_ok=True)
     assert about(saved, str) == about(live, in_file(model, saved))
