@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from .backends import Backend, get_backend
-from .errors import BackendError, ComputeError, KappaError
+from .errors import BackendError, ComputeError, KappaError, OptionError
 from .memory import physical
 from .sources.base import Matrix, Source
 from .staging import Staged, one_ahead, read_ahead
@@ -34,6 +34,20 @@ def operations(shape: tuple[int, int]) -> float:
     """What a matrix costs, in multiply-adds: Gram matrix and Cholesky factor."""
     m, n = max(shape), min(shape)
     return float(m) * n * n + n**3 / 3
+
+
+def usable_device(device: torch.device | str | None) -> torch.device | None:
+    """The device as torch has it, None for None; OptionError where rank() could not compute there."""
+    if device is None:
+        return None
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as error:
+        raise OptionError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if chosen.type in ("meta", "mps"):
+        raise OptionError(f"device={device!r} has no float64 arithmetic: use 'cpu' or a CUDA device")
+    return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ COMMAND = [sys.executable, "-m", "kappa_fast"]
 WAITING = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have switched it off for its background jobs
-from kappa_fast import pipeline
+import kappa_fast.run
 from kappa_fast.cli import main
-resolve, waves = pipeline.resolve, []
+resolve, waves = kappa_fast.run.resolve, []
 
 def waiting(*arguments):
     waves.append(1)
@@ -42,7 +42,7 @@ def waiting(*arguments):
         time.sleep(3)  # longer than the signal takes; a matrix in hand is finished before the command ends
     return resolve(*arguments)
 
-pipeline.resolve = waiting
+kappa_fast.run.resolve = waiting
 main()
 """
 
@@ -431,7 +431,7 @@ def test_ctrl_c_before_the_first_matrix_leaves_the_file_of_an_earlier_run(cli, c
     def resolve(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "resolve", resolve)
+    monkeypatch.setattr("kappa_fast.run.resolve", resolve)
     file = tmp_path / "ranking.json"
     file.write_text(json.dumps({"kept": 1}))
     code, out, err = cli("rank", checkpoint, "--json", file)

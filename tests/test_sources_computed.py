@@ -294,7 +294,7 @@ def test_a_weight_that_nothing_says_how_to_compute_is_skipped_with_its_parts():
 def test_a_model_without_values_has_the_shapes_of_its_computed_weights():
     with torch.device("meta"):
         model = parametrizations.weight_norm(nn.Linear(24, 20))
-    (found,) = open_source(model, Filters(without_values=True)).matrices
+    (found,) = open_source(model, Filters(), without_values=True).matrices
     assert (found.name, found.shape) == ("weight", (20, 24))
 
 

@@ -92,9 +92,9 @@ def test_other_threads_and_those_who_do_not_listen_are_left_alone():
 
 PROGRAM = """
 import os, signal, sys
-import kappa_fast.pipeline as pipeline
+import kappa_fast.{module} as module
 from kappa_fast.cli import main
-original = pipeline.{where}
+original = module.{where}
 def swallowing(*arguments, **options):
     found = original(*arguments, **options)
     try:
@@ -103,18 +103,18 @@ def swallowing(*arguments, **options):
     except KeyboardInterrupt:
         pass
     return found
-pipeline.{where} = swallowing
+module.{where} = swallowing
 sys.argv = ["kappa-fast", "rank", sys.argv[1], "--no-cache", "--no-progress"]
 main()
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize("where", ["open_source", "Ranking"])
-def test_the_exit_code_tells_of_a_signal_that_a_library_swallowed(where, tmp_path):
+@pytest.mark.parametrize(("module", "where"), [("pipeline", "open_source"), ("run", "Ranking")])
+def test_the_exit_code_tells_of_a_signal_that_a_library_swallowed(module, where, tmp_path):
     save_file({f"l.{i}.w": torch.randn(40, 30) for i in range(3)}, tmp_path / "model.safetensors")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(where=where), str(tmp_path)],
+        [sys.executable, "-c", PROGRAM.format(module=module, where=where), str(tmp_path)],
         capture_output=True,
         text=True,
         env=dict(os.environ),

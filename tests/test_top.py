@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import one_thread
 
-from kappa_fast import Ranking, TensorKappa, pipeline
+import kappa_fast.run
+from kappa_fast import Ranking, TensorKappa
 from kappa_fast.budget import BudgetedTop, expected_kappa
 from kappa_fast.pipeline import rank
 from kappa_fast.sources import Filters, open_source
@@ -175,13 +176,13 @@ def test_order_names_and_memory_change_no_bit_of_what_is_resolved_or_bounded():
 @pytest.fixture
 def resolved(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes that are resolved, as it happens."""
-    original, shapes = pipeline.resolve, list[tuple[int, ...]]()
+    original, shapes = kappa_fast.run.resolve, list[tuple[int, ...]]()
 
     def resolve(backend, weights, *rest):
         shapes.extend(tuple(w.shape) for w in weights)
         return original(backend, weights, *rest)
 
-    monkeypatch.setattr(pipeline, "resolve", resolve)
+    monkeypatch.setattr("kappa_fast.run.resolve", resolve)
     return shapes
 
 

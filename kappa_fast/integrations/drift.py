@@ -8,15 +8,16 @@ import math
 import statistics
 import sys
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
 from ..entries import TensorKappa
 from ..errors import OptionError, missing_extra
-from ..pipeline import check_options, rank
+from ..options import Options
+from ..pipeline import rank
 from ..ranking import Ranking
-from ..sources import Filters
 from ..sources.adapters import adapted_in
 from ..training.masks import is_sharded
 
@@ -139,14 +140,7 @@ def check_rank_options(options: Mapping[str, Any]) -> None:
     unknown = next((name for name in options if name not in known), None)
     if unknown is not None:
         raise OptionError(f"rank_options has {unknown!r}, which is no option of rank(): there are {', '.join(known)}")
-    check_options(
-        options.get("top"),
-        options.get("top_per_group", False),
-        options.get("rtol", 1e-2),
-        options.get("certify", False),
-    )
-    names = ("include", "exclude", "embeddings", "routers", "fused", "min_dim", "max_dim")
-    Filters(**{name: options[name] for name in names if name in options})
+    Options(**{f.name: options[f.name] for f in fields(Options) if f.init and f.name in options})
 
 
 def ranked(model: nn.Module, options: Mapping[str, Any]) -> Ranking:

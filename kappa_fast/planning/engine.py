@@ -15,10 +15,10 @@ from .. import serialize
 from .._version import __version__
 from ..entries import Skipped
 from ..errors import OptionError, SourceError
-from ..execution import Executor, operations
+from ..execution import Executor, operations, usable_device
 from ..integrations.checkpoint_names import places_of
-from ..pipeline import check_options, usable_device
-from ..sources import Filters, open_source
+from ..options import Options
+from ..sources import open_source
 from ..sources.base import Matrix, Source
 from ..undisturbed import undisturbed
 from ..waves import parse_bytes
@@ -227,20 +227,29 @@ def plan(
         OptionError: an argument cannot work.  SourceError: the source cannot be read.  BackendError: no such backend.
         NotImplementedError: a parameter is sharded.
     """
-    check_options(top, top_per_group, rtol, certify)
+    options = Options(
+        top=top,
+        top_per_group=top_per_group,
+        rtol=rtol,
+        certify=certify,
+        include=include,
+        exclude=exclude,
+        embeddings=embeddings,
+        routers=routers,
+        fused=fused,
+        min_dim=min_dim,
+        max_dim=max_dim,
+    )
     _check_flag(measure)
     _check_ranks(ranks)
     named = None if device_model is None else _device_model(device_model)
-    filters = Filters(include, exclude, embeddings, routers, fused, min_dim, max_dim, without_values=True)
     with undisturbed():
         started = time.perf_counter()
-        opened = _in_memory_if_meta(open_source(source, filters, places_of))
+        opened = _in_memory_if_meta(open_source(source, options.filters, places_of, without_values=True))
         # The network is not asked again when what is downloaded by then is ranked.
         opening = 0.0 if "to_download" in opened.metadata else time.perf_counter() - started
         matrices = opened.matrices
-        executor = Executor(
-            opened, backend, usable_device(device), parse_bytes(memory_budget), proofs=certify is not False
-        )
+        executor = Executor(opened, backend, usable_device(device), parse_bytes(memory_budget), proofs=options.proofs)
         waves = list(executor.planned(range(len(matrices))))
         work = Work.of(matrices, top, top_per_group, certify)
         prediction = predict(executor, matrices, waves, work, rtol, opening) if measure and matrices else None
@@ -266,7 +275,7 @@ def plan(
         floor=None if named is None else floor_of(named, *parts),
         division=None if ranks is None else divide(matrices, work.possible, work.certify, ranks),
         in_memory=opened.in_memory,
-        settings=_settings(top, top_per_group, rtol, certify, filters),
+        settings=options.settings(),
         source=opened.metadata,
     )
 
@@ -325,11 +334,6 @@ def _groups(matrices: Sequence[Matrix]) -> tuple[PlannedGroup, ...]:
         for (group, shape, dtype), found in members.items()
     ]
     return tuple(sorted(groups, key=lambda g: (-g.operations, g.group, g.shape)))
-
-
-def _settings(top: object, top_per_group: bool, rtol: float, certify: object, filters: Filters) -> dict[str, Any]:
-    chosen = {f.name: _plain(getattr(filters, f.name)) for f in fields(filters) if f.name != "without_values"}
-    return {"top": top, "top_per_group": top_per_group, "rtol": rtol, "certify": certify, **chosen}
 
 
 def _plain(value: Any) -> Any:

@@ -46,6 +46,7 @@ def open_source(
     filters: Filters,
     places_of: PlacesOf | None = None,
     *,
+    without_values: bool = False,
     quiet: bool = False,
 ) -> Source:
     """The matrices of a model: no values are read yet, and nothing is changed.
@@ -53,7 +54,7 @@ def open_source(
     ``places_of`` tells which tensors of a checkpoint have another name in the model: they get that one, and keep their
     own as an alias. A text that is no path but may be the id of a model on the hub (org/name or org/name@revision) is
     looked for in the hub's local cache, and downloaded if it is not complete there, with bars on stderr unless
-    ``quiet``; of what is opened ``without_values``, headers alone are.
+    ``quiet``. For a plan, ``without_values`` takes parameters on the meta device too, and downloads headers alone.
 
     Raises:
         OptionError: ``source`` is of a kind that cannot hold a model.
@@ -63,13 +64,13 @@ def open_source(
         NotImplementedError: a parameter is sharded.
     """
     if not isinstance(source, (str, os.PathLike)):
-        return _opened(_read(source, quiet, filters), filters, places_of)
+        return _opened(_read(source, filters, without_values, quiet), filters, places_of, without_values)
     with reading(source):
-        found = _opened(_read(source, quiet, filters), filters, places_of)
+        found = _opened(_read(source, filters, without_values, quiet), filters, places_of, without_values)
         return replace(found, matrices=tuple(replace(m, load=_Guarded(m)) for m in found.matrices))
 
 
-def _opened(inventory: Inventory, filters: Filters, places_of: PlacesOf | None) -> Source:
+def _opened(inventory: Inventory, filters: Filters, places_of: PlacesOf | None, without_values: bool) -> Source:
     inventory, places = divided(inventory, places_of(inventory) if places_of is not None else {})
     inventory = _at_home(inventory, places)
     around = Surroundings.of(_renamed(inventory, places))
@@ -87,7 +88,7 @@ def _opened(inventory: Inventory, filters: Filters, places_of: PlacesOf | None) 
     for found in candidates:
         place = places.get(found.name)
         stored = found if place is None else replace(found, names=tuple(dict.fromkeys((place.name, *found.names))))
-        reason, evidence = _weighed(stored, around, filters)
+        reason, evidence = _weighed(stored, around, filters, without_values)
         _LOG.debug("%s %s: %s", stored.name, stored.shape, f"skipped, {reason}" if reason else f"taken, {evidence}")
         if reason is not None:
             skipped.append(Skipped(stored.name + (place.label if place else ""), stored.shape, reason))
@@ -137,12 +138,12 @@ def _types_of(tensors: Sequence[Stored]) -> set[str]:
     return {kind for stored in tensors for kind in stored.model_types}
 
 
-def _weighed(stored: Stored, around: Surroundings, filters: Filters) -> tuple[str | None, str]:
+def _weighed(stored: Stored, around: Surroundings, filters: Filters, without_values: bool) -> tuple[str | None, str]:
     """Why a tensor is left out, or None and the evidence that it is a weight."""
     chosen = filters.reason(stored, around)
     if stored.error is not None and chosen is not None:
         return chosen, ""  # what cannot be read may be left out
-    admission = admit(stored, around, filters.without_values)
+    admission = admit(stored, around, without_values)
     return admission.reason or chosen, admission.evidence
 
 
@@ -189,7 +190,7 @@ def _pieces(stored: Stored, place: Place | None, around: Surroundings, split: bo
     return Cut((Part(place.label, place.index, (rows, columns)),))  # the model fuses what is stored on its own
 
 
-def _read(source: object, quiet: bool, filters: Filters) -> Inventory:
+def _read(source: object, filters: Filters, without_values: bool, quiet: bool) -> Inventory:
     if isinstance(source, torch.nn.Module):
         return read_module(source, filters.adapters)
     if isinstance(source, Mapping):
@@ -202,7 +203,7 @@ def _read(source: object, quiet: bool, filters: Filters) -> Inventory:
         path = Path(os.fsdecode(source))
         wanted = hub_id(source) if isinstance(source, str) and not os.path.lexists(path) else None
         if wanted is not None:
-            return _limited((headers_of(wanted) if filters.without_values else None) or _from_hub(wanted, quiet))
+            return _limited((headers_of(wanted) if without_values else None) or _from_hub(wanted, quiet))
         return _limited(read_gguf(path) if is_gguf(path) else read_checkpoint(path))
     raise OptionError(
         f"source is of type {type(source).__name__}, which is no model: give an nn.Module, a mapping of names to "

@@ -30,7 +30,6 @@ class Filters:
         fused: "split" for the parts of fused projections, "stored" for the tensors as they are.
         min_dim, max_dim: matrices with a smaller side below, or a larger side above, are skipped.
         adapters: "merged" takes weights with what adapters of PEFT add to them, "base" without.
-        without_values: take parameters on the meta device too, for a plan that never looks at a value.
 
     Raises:
         OptionError: a pattern is no regular expression, or a value has the wrong type or is out of range.
@@ -44,7 +43,6 @@ class Filters:
     min_dim: int = 16
     max_dim: int | None = None
     adapters: Literal["base", "merged"] = "base"
-    without_values: bool = False
 
     def __post_init__(self) -> None:
         for option in ("include", "exclude"):

@@ -1,0 +1,83 @@
+"""The options of rank() that decide a result: checked in one place, with what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from .entries import TensorKappa
+from .errors import OptionError
+from .sources.filters import Filters, Patterns
+from .spectrum.ladder import Goal
+
+Score = Literal["kappa"] | Callable[[TensorKappa], float]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What rank() is asked for, by the names of its arguments; its docstring says what each means.
+
+    Attributes:
+        filters: which parameters are ranked.
+        goal: what every matrix is resolved to.
+
+    Raises:
+        OptionError: a value has the wrong type, is out of range, or does not go with another.
+    """
+
+    top: int | float | None = None
+    top_per_group: bool = False
+    rtol: float = 1e-2
+    certify: bool | Literal["selection"] = False
+    score: Score = "kappa"
+    include: Patterns = None
+    exclude: Patterns = None
+    embeddings: bool = False
+    routers: bool = False
+    fused: Literal["split", "stored"] = "split"
+    adapters: Literal["base", "merged"] | None = None
+    min_dim: int = 16
+    max_dim: int | None = None
+    filters: Filters = field(init=False, repr=False, compare=False)
+    goal: Goal = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._check_top()
+        if not isinstance(self.rtol, (int, float)) or isinstance(self.rtol, bool) or not 1e-8 <= self.rtol < 1:
+            raise OptionError(f"rtol={self.rtol!r}: give a relative half-width from 1e-8 to below 1")
+        if not isinstance(self.certify, bool) and not (isinstance(self.certify, str) and self.certify == "selection"):
+            raise OptionError(f"certify={self.certify!r}: give True, False or 'selection'")
+        if isinstance(self.certify, str) and self.top is None:
+            raise OptionError("certify='selection' proves what decides who is in the top: give top= as well")
+        if not callable(self.score) and not (isinstance(self.score, str) and self.score == "kappa"):
+            raise OptionError(f"score={self.score!r}: give 'kappa' or a callable that takes a TensorKappa")
+        chosen = {f.name: getattr(self, f.name) for f in fields(Filters)}
+        object.__setattr__(self, "filters", Filters(**{**chosen, "adapters": self.adapters or "base"}))
+        object.__setattr__(self, "goal", Goal(self.rtol, self.certify is True))
+
+    def _check_top(self) -> None:
+        if self.top is not None:
+            count = isinstance(self.top, int) and not isinstance(self.top, bool) and self.top >= 1
+            share = isinstance(self.top, float) and 0 < self.top <= 1
+            if not (count or share):
+                raise OptionError(
+                    f"top={self.top!r}: give a count (1 or more) or a share of all entries as a float in (0, 1]"
+                )
+        if not isinstance(self.top_per_group, bool):
+            raise OptionError(f"top_per_group={self.top_per_group!r}: give True or False")
+
+    @property
+    def proofs(self) -> bool:
+        """Whether some interval is to be proven."""
+        return self.certify is not False
+
+    def settings(self) -> dict[str, Any]:
+        """For ``Ranking.metadata["settings"]`` and ``Plan.settings``: plain JSON; a callable by its name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        found["score"] = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "callable")
+        found["adapters"] = self.filters.adapters
+        for name in ("include", "exclude"):
+            kept = getattr(self.filters, name)
+            found[name] = found[name] if isinstance(found[name], str) or kept is None else list(kept)
+        return found
