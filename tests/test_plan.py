@@ -77,8 +77,8 @@ def unreadable(monkeypatch):
     """Matrices whose values nobody can get at."""
     original = engine.open_source
 
-    def opened(*arguments):
-        found = original(*arguments)
+    def opened(*arguments, **options):
+        found = original(*arguments, **options)
         return replace(found, matrices=tuple(replace(matrix, load=no_reading) for matrix in found.matrices))
 
     monkeypatch.setattr(engine, "open_source", opened)
@@ -366,3 +366,12 @@ def test_the_example_in_the_document_runs_as_written(root, run_python, tmp_path)
     assert count == 6  # q, k, v, the output of attention, two of the feed-forward network
     assert operations == pytest.approx(4 * 4 / 3 * 1024**3 + 2 * (4 + 1 / 3) * 1024**3)
     assert seconds > 0
+
+
+def test_settings_are_those_that_a_ranking_records():
+    """Two copies of the list of options had come apart."""
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 20))
+    options = {"include": "0", "exclude": ["3", "4"], "top": 0.5, "rtol": 1e-3, "min_dim": 4}
+    ranked = kappa_fast.rank(model, progress=False, **options)
+    planned = plan(model, measure=False, **options)
+    assert dict(planned.document()["settings"]) == ranked.document()["metadata"]["settings"]

@@ -89,8 +89,8 @@ def test_no_more_is_read_than_the_files_hold_and_nothing_of_what_lies_in_memory(
     assert plan(given, measure=False).to_read == 0
     original = engine.open_source
 
-    def dequantized(*arguments):  # as if every matrix came from codes of a quarter of its size
-        found = original(*arguments)
+    def dequantized(*arguments, **options):  # as if every matrix came from codes of a quarter of its size
+        found = original(*arguments, **options)
         return replace(
             found, matrices=tuple(replace(m, shape=(2 * m.shape[0], 2 * m.shape[1])) for m in found.matrices)
         )
