@@ -183,8 +183,8 @@ def _warn_unfollowed(source: Source) -> None:
     if source.unfollowed:
         warn(
             f"{len(source.unfollowed)} weights are ranked as they are held, {source.unfollowed[0]!r} among them, "
-            "though the forward() of their layers cannot be followed: if it computes another weight from them (a "
-            'mask, a scale), leave them out with exclude=; metadata["source"]["evidence"] has them all',
+            "though their layers may compute others from them (by a mask, a scale), in a forward() or a graph that "
+            'cannot be followed: leave those out with exclude=; metadata["source"]["evidence"] has them all',
             stacklevel=3,
         )
 

@@ -15,10 +15,14 @@ from .called import weight_in_forward
 from .classes import looks_up
 from .effective import PARAMETRIZATIONS, Effective, effective_weights
 from .filters import is_router_module
+from .graphs import altered_in_graphs
 from .names import base_name, has_adapters
 from .packed import packed_weights
 from .quantized import modules, weights_of
 from .tensors import fingerprint, identity, is_lazy, model_types_in, own_names, sharded, store
+
+# What torch calls the parts of reparametrized weights, in modules that have lost their parametrization to a graph.
+_PARTS = frozenset(("original", "original0", "original1", "weight_g", "weight_v", "weight_orig"))
 
 
 def read_module(model: torch.nn.Module, adapters: str = "base") -> Inventory:
@@ -143,6 +147,7 @@ def _computed(model: torch.nn.Module) -> tuple[list[_Computed], dict[int, str]]:
         for module, starts in prefixes.values()
         for weight in _weights_made_by(module, unclear)
     ]
+    unclear |= {i: f"its graph applies {how} to it" for i, how in altered_in_graphs(model).items()}
     return found, unclear
 
 
@@ -210,11 +215,14 @@ def _unshared(computed: list[_Computed], held: Mapping[str, _Held]) -> tuple[lis
 def _noted(stored: Stored, unclear: str | None, shared: str | None) -> Stored:
     if shared is not None:
         return replace(stored, problem=shared)
-    evidence = f"parameter of {type(stored.parent).__name__}: {unclear}"
     if unclear is None or stored.quantization is not None:
         return stored
+    leaf = stored.name.rpartition(".")[2]
+    if leaf in _PARTS:
+        return replace(stored, problem=f"a part of a weight ({unclear}): rank the model that the graph was made from")
     # What is called by another name (a table, scales of channels) is mostly no matrix that a layer multiplies with.
-    return replace(stored, evidence=evidence, unfollowed=stored.name.rpartition(".")[2] == "weight")
+    evidence = f"parameter of {type(stored.parent).__name__}: {unclear}"
+    return replace(stored, evidence=evidence, unfollowed=leaf == "weight")
 
 
 def _shown(held: Mapping[str, _Held]) -> set[str]:
