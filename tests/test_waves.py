@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import one_thread, weights
 
-from kappa_fast import ComputeError, Interrupted, OptionError, execution, pipeline, waves, workers
+import kappa_fast.run
+from kappa_fast import ComputeError, Interrupted, OptionError, execution, waves, workers
 from kappa_fast.backends import get_backend
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.pipeline import rank
@@ -179,8 +180,8 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def refusing(
     monkeypatch: pytest.MonkeyPatch, name: str, refuse: Callable[[Sequence[Any]], bool], make: Any
 ) -> list[int]:
-    """``pipeline.<name>`` raises for some waves; the sizes of all are noted."""
-    original, sizes = getattr(pipeline, name), list[int]()
+    """``run.<name>`` raises for some waves; the sizes of all are noted."""
+    original, sizes = getattr(kappa_fast.run, name), list[int]()
 
     def work(backend: Any, given: Sequence[torch.Tensor], *rest: Any) -> Any:
         sizes.append(len(given))
@@ -188,7 +189,7 @@ def refusing(
             raise make()
         return original(backend, given, *rest)
 
-    monkeypatch.setattr(pipeline, name, work)
+    monkeypatch.setattr(kappa_fast.run, name, work)
     return sizes
 
 
