@@ -95,8 +95,9 @@ def rank(
         NotImplementedError: a parameter is sharded (DTensor, ZeRO).
 
     Warns:
-        UserWarning: weights of the model have no values to read; intervals could not be proven; the cache is damaged,
-            or cannot be written to; adapters of PEFT have learned something that is left out.
+        UserWarning: weights of the model have no values to read; layers may compute others from what is ranked, in a
+            way that cannot be followed; intervals could not be proven; the cache is damaged, or cannot be written to;
+            adapters of PEFT have learned something that is left out.
     """
     with joined(process_group) as ranks:
         options = Options(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import uuid
@@ -38,6 +39,11 @@ collect_ignore_glob = [] if sys.platform == "linux" else ["test_kernels_*.py", "
 
 # The same number everywhere, because results are promised to repeat only for the same number of threads.
 torch.set_num_threads(2)
+
+
+# Whoever starts the tests in the background of a shell has them ignore Ctrl-C, which some of them send and wait for.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_names_matching import everything, match, on_disk
 
 import kappa_fast
-from kappa_fast.integrations.conversion import _rows
+from kappa_fast.integrations.conversion import Conversion, _rows
 
 VISION = {
     "hidden_size": 32,
@@ -238,6 +238,16 @@ def test_a_tensor_that_becomes_several_parameters_is_ranked_as_these(tmp_path):
     assert again.metadata["cache"]["hits"] == len(first)
     with first.select(top_p=0.5).apply(model) as handle:
         assert all(target.whole for target in handle.targets)
+
+
+def test_a_tensor_without_dimensions_is_divided_among_none():
+    """A damaged file may have one under the name of what is divided."""
+    config = transformers.Dinov2Config(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, use_swiglu_ffn=True)
+    conversion = Conversion(transformers.Dinov2Model(config), lambda name: name)
+    name = "encoder.layer.0.mlp.weights_in.weight"
+    assert conversion.division(name, ()) is None
+    assert conversion.division(name, (7, 64)) is None
+    assert conversion.division("encoder.layer.0.norm1.weight", (64,)) is None
 
 
 def operation(kind, **fields):

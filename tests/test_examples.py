@@ -59,8 +59,9 @@ def test_the_checkpoints_of_a_run_are_ranked_followed_and_judged(tmp_path):
 
 def cells_of(name: str) -> dict[str, list[Any]]:
     """What each cell of code gives, by its last line, in a kernel of its own."""
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    pytest.importorskip("ipykernel")
+    import nbclient
+    import nbformat
+
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", 4)
     assert not any(cell.get("outputs") for cell in notebook.cells)  # as it is committed
     nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(EXAMPLES)}}).execute()

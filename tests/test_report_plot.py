@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import pickle
 import re
 import sys
 from xml.etree import ElementTree
@@ -197,6 +198,7 @@ def test_notebooks_show_the_picture(tmp_path):
     """Formatters of IPython ask for it by this name; those of pyplot are not there where nobody imports it."""
     shown = PLAIN.plot(tmp_path / "x.png")._repr_png_()
     assert shown == (tmp_path / "x.png").read_bytes()
+    assert pickle.loads(pickle.dumps(PLAIN.plot()))._repr_png_() == shown
 
 
 def test_the_extra_is_named_where_matplotlib_is_missing(monkeypatch, tmp_path):

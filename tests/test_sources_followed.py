@@ -284,6 +284,11 @@ class InPart(nn.Linear):
         return functional.linear(x, self.weight[:30])
 
 
+class Overlapping(nn.Linear):
+    def forward(self, x):
+        return functional.linear(x, self.weight[:30]).sum() + functional.linear(x, self.weight[5:32]).sum()
+
+
 class InPieces(nn.Linear):
     def forward(self, x):
         return functional.linear(x, (2 * self.weight)[:30])
@@ -301,6 +306,7 @@ class InPieces(nn.Linear):
         (lambda: OfNumpy(24, 40), "random numbers"),
         (Stack, r"multiplies with \(1, 60, 24\) instead of \(3, 20, 24\)"),
         (lambda: InPart(24, 40), r"multiplies with \(30, 24\), a part of \(40, 24\)"),
+        (lambda: Overlapping(24, 40), r"multiplies with \(30, 24\), a part of \(40, 24\)"),
         (lambda: InPieces(24, 40), r"multiplies with \(30, 24\) instead of \(40, 24\)"),
     ],
 )
@@ -324,6 +330,13 @@ class Grouped(nn.Linear):
         return torch.bmm(x.reshape(-1, self.count, x.shape[-1]).transpose(0, 1), groups).transpose(0, 1)
 
 
+class Columns(nn.Linear):
+    """Views with gaps: two columns in three, and the rest."""
+
+    def forward(self, x):
+        return functional.linear(x[:, :16], self.weight[:, :16]) + functional.linear(x[:, 16:], self.weight[:, 16:])
+
+
 class Halves(nn.Linear):
     """Multiplies with all of its parameter, in two products."""
 
@@ -332,7 +345,7 @@ class Halves(nn.Linear):
         return functional.linear(x, first) * functional.linear(x, second).sigmoid()
 
 
-@pytest.mark.parametrize("layer", [lambda: Halves(24, 40), Grouped])
+@pytest.mark.parametrize("layer", [lambda: Halves(24, 40), lambda: Columns(24, 40), Grouped])
 def test_a_parameter_whose_pieces_are_all_used_stands_as_it_is(layer):
     model = nn.Sequential(layer())
     ranking = kappa_fast.rank(model, progress=False)

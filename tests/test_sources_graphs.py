@@ -74,8 +74,6 @@ def test_a_graph_that_computes_with_a_weight_is_warned_of(kind):
     ids=["views", "convolution", "attention"],
 )
 def test_what_graphs_multiply_with_as_it_is_needs_no_warning(kind, layers):
-    if kind == "fx" and isinstance(layers()[0], nn.TransformerEncoderLayer):
-        pytest.skip("torch.fx keeps the layer as it is")
     graph = made(kind, nn.Sequential(*layers()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -95,6 +93,31 @@ def test_parts_of_a_weight_that_a_graph_puts_together_are_skipped(kind):
     reasons = {s.name: s.reason for s in ranking.skipped}
     for part in ("0.parametrizations.weight.original1", "1.weight_orig"):
         assert "rank the model that the graph was made from" in reasons[part]
+
+
+class Rounds(nn.Module):
+    def forward(self, weight):
+        return weight.round(decimals=1)
+
+
+class Rounded(nn.Linear):
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__(columns, rows)
+        self.rounds = Rounds()
+
+    def forward(self, x):
+        return functional.linear(x, self.rounds(self.weight))
+
+
+def test_a_module_that_a_graph_gives_a_weight_to_is_something_done_to_it():
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, Rounds)
+
+    model = nn.Sequential(Rounded(24, 40))
+    graph = torch.fx.GraphModule(model, Tracer().trace(model))
+    with pytest.warns(UserWarning, match="'0.weight' among them"):
+        assert len(kappa_fast.rank(graph, progress=False)) == 1
 
 
 def test_a_graph_inside_of_a_model_is_looked_at_too():

@@ -41,6 +41,7 @@ class Conversion:
         transforms = get_model_conversion_mapping(self._model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._dividing = [c for c in self._converters if len(c.target_patterns) > 1 and len(c.source_patterns) == 1]
         named = list(self._model.named_parameters(remove_duplicate=False))
         self._parameters = {plain_name(name): parameter for name, parameter in named}
         # Of a tied weight a file may have another name than the first, which is what it is called in a ranking.
@@ -77,12 +78,14 @@ class Conversion:
 
     def division(self, name: str, shape: tuple[int, ...]) -> Division | None:
         """How the tensor ``name`` of a checkpoint is divided by rows among parameters; None if it is not."""
+        if not self._dividing or not shape:
+            return None
         from transformers.core_model_loading import rename_source_key
 
         prefix = self._model.base_model_prefix or None
         first, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._parameters)
-        converter = next((c for c in self._converters if pattern in c.source_patterns), None)
-        if converter is None or len(converter.source_patterns) > 1 or len(converter.target_patterns) < 2:
+        converter = next((c for c in self._dividing if pattern in c.source_patterns), None)
+        if converter is None:
             return None
         start = str(converter.target_patterns[0]).replace("\\.", ".")
         names = [first.replace(start, str(t).replace("\\.", ".")) for t in converter.target_patterns]

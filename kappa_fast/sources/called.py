@@ -263,10 +263,26 @@ def _used(products: Products, weight: torch.Tensor, flat: bool) -> _Seen:
     flat: as for ``_shaped``. Of a stack of matrices a call need not use all.
     """
     views = {(o.tensor.storage_offset(), o.tensor.shape, o.tensor.stride()): o.tensor for o in products.operands}
-    if (weight.dim() > 2 and not flat) or sum(view.numel() for view in views.values()) >= weight.numel():
+    if (weight.dim() > 2 and not flat) or _entries_of(list(views.values())) >= weight.numel():
         return _Seen()
     shape = tuple(next(iter(views.values())).shape)
     return _Seen(problem=f"it multiplies with {shape}, a part of {tuple(weight.shape)}")
+
+
+def _entries_of(views: list[torch.Tensor]) -> int:
+    """How many entries of a storage these have; of views with gaps, those that several have count more than once."""
+    gaps = sum(view.numel() for view in views if not _is_dense(view))
+    found, end = 0, 0
+    dense = [(int(v.storage_offset()), v.numel()) for v in views if _is_dense(v)]
+    for start, stop in sorted((start, start + count) for start, count in dense):
+        found += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return gaps + found
+
+
+def _is_dense(view: torch.Tensor) -> bool:
+    """Whether its entries lie side by side, in whatever order of the dimensions."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(view.shape, view.stride(), strict=True)) == view.numel()
 
 
 def _shaped(operand: torch.Tensor, weight: torch.Tensor, flat: bool) -> torch.Tensor | None:

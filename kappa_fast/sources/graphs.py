@@ -75,7 +75,7 @@ def _of_fx(module: Any) -> list[tuple[torch.nn.Module, str]]:
 
 def _altered_by(users: Iterable[torch.fx.Node]) -> str | None:
     for user in users:
-        if user.op in ("output", "call_module"):
+        if user.op == "output":
             continue
         name = _name_of(user)
         if name in _QUESTIONS or (name == "getattr" and user.args[1] not in _VIEWS):
@@ -90,7 +90,7 @@ def _altered_by(users: Iterable[torch.fx.Node]) -> str | None:
 
 def _name_of(node: torch.fx.Node) -> str:
     target: Any = node.target
-    if node.op == "call_method":
+    if node.op in ("call_method", "call_module"):  # a module that a weight is given to, such as one that rounds it
         return str(target)
     schema = getattr(target, "_schema", None)
     if schema is not None:
