@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from browser import MISSING, View, chromium, find_chromium
 
-from kappa_fast.entries import Skipped, TensorKappa
-from kappa_fast.ranking import Ranking
+from kappa_fast.results.entries import Skipped, TensorKappa
+from kappa_fast.results.ranking import Ranking
 
 LAYERS, EXPERTS = range(3, 61), range(256)
 PROJECTIONS = {"gate_proj": 8.0, "up_proj": 7.0, "down_proj": 9.0}

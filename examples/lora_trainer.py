@@ -13,8 +13,8 @@ from task import accuracy, batches, minilm_classifier, unchanged
 from transformers import Trainer, TrainingArguments
 
 import kappa_fast
-from kappa_fast.integrations.names import plain_name
 from kappa_fast.integrations.peft import lora_config
+from kappa_fast.matching.names import plain_name
 
 
 def main() -> None:

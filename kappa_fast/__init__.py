@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .entries import Skipped, TensorKappa
     from .errors import (
         BackendError,
         ComputeError,
@@ -22,11 +21,12 @@ if TYPE_CHECKING:
         SourceNotFoundError,
     )
     from .integrations.reference import SelectiveFineTuningOptimizer, get_kappa_lora_config, get_kappatune_lora_model
-    from .optimizer import wrap
     from .pipeline import rank
-    from .ranking import Ranking
-    from .selection import Selection
+    from .results.entries import Skipped, TensorKappa
+    from .results.ranking import Ranking
+    from .results.selection import Selection
     from .training.handle import restore
+    from .training.optimizer import wrap
 
 __all__ = [
     "rank",
@@ -52,12 +52,18 @@ __all__ = [
     "__version__",
 ]
 
-_HOMES = {"rank": "pipeline", "Ranking": "ranking", "Selection": "selection", "wrap": "optimizer"}
-_HOMES |= {"restore": "training.handle"}
-_HOMES |= dict.fromkeys(
-    ("SelectiveFineTuningOptimizer", "get_kappa_lora_config", "get_kappatune_lora_model"), "integrations.reference"
-)
-_HOMES |= {"TensorKappa": "entries", "Skipped": "entries"}
+_HOMES = {
+    "rank": "pipeline",
+    "wrap": "training.optimizer",
+    "restore": "training.handle",
+    "Ranking": "results.ranking",
+    "Selection": "results.selection",
+    "TensorKappa": "results.entries",
+    "Skipped": "results.entries",
+    **dict.fromkeys(
+        ("SelectiveFineTuningOptimizer", "get_kappa_lora_config", "get_kappatune_lora_model"), "integrations.reference"
+    ),
+}
 
 
 def __getattr__(name: str) -> Any:

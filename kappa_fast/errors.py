@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .texts import cleaned
 
 if TYPE_CHECKING:
-    from .ranking import Ranking
+    from .results.ranking import Ranking
 
 
 class KappaError(Exception):

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from .entries import TensorKappa
 from .errors import OptionError
+from .results.entries import TensorKappa
 from .sources.filters import Filters, Patterns
 from .spectrum.ladder import Goal
 

@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from . import stops
 from .cache import CacheOption, cache_directory, opened_cache
 from .distributed.ranks import joined
-from .entries import TensorKappa
 from .errors import Interrupted
-from .execution import Executor, usable_device
-from .integrations.checkpoint_names import places_of
+from .execution.executor import Executor, usable_device
+from .execution.progress import ProgressOption, shown, tracking
+from .execution.run import Run
+from .execution.waves import parse_bytes
+from .machine import signals as stops
+from .machine.torch_state import undisturbed
+from .matching.checkpoint_names import places_of
 from .options import Options, Score
-from .progress import ProgressOption, shown, tracking
-from .ranking import Ranking
-from .run import Run
+from .results.entries import TensorKappa
+from .results.ranking import Ranking
 from .sources import open_source
 from .sources.adapters import has_trained_adapters
 from .sources.base import Source
 from .sources.filters import Patterns
 from .texts import warn
-from .undisturbed import undisturbed
-from .waves import parse_bytes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from kappa_fast.entries import Skipped, TensorKappa
+from kappa_fast.results.entries import Skipped, TensorKappa
 
 
 def make_entry(name: str = "layers.0.q_proj.weight", kappa: float = 10.0, **fields: Any) -> TensorKappa:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from kappa_fast.entries import Skipped
+from kappa_fast.results.entries import Skipped
 from kappa_fast.sources import Filters, Matrix, open_source
 
 EVERYTHING = Filters(embeddings=True, routers=True, min_dim=1)

@@ -17,8 +17,8 @@ from test_wrap import assert_only_the_selected_moved, selection_of, snapshot
 
 import kappa_fast
 from kappa_fast import OptionError, Selection
-from kappa_fast.integrations.names import match
 from kappa_fast.integrations.peft import lora_config
+from kappa_fast.matching.names import match
 from kappa_fast.training.masks import frozen_mask
 
 

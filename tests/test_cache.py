@@ -17,7 +17,7 @@ import torch
 from models import one_thread
 from safetensors.torch import load_file, save_file
 
-import kappa_fast.run
+import kappa_fast.execution.run
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.cache import cache_directory, memos
 from kappa_fast.pipeline import rank
@@ -59,7 +59,7 @@ def worked(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes that are resolved or probed, as it happens."""
     shapes = list[tuple[int, ...]]()
     for name in ("resolve", "lower_bounds"):
-        monkeypatch.setattr(kappa_fast.run, name, counting(getattr(kappa_fast.run, name), shapes))
+        monkeypatch.setattr(kappa_fast.execution.run, name, counting(getattr(kappa_fast.execution.run, name), shapes))
     return shapes
 
 
@@ -306,7 +306,7 @@ def test_progress_counts_what_comes_from_the_cache(tmp_path):
 def test_of_a_wave_only_what_is_unknown_is_worked_on(tmp_path, monkeypatch):
     """Whole waves at once, as on an accelerator; the first attempt at the rest runs out of memory."""
     rank({key: WEIGHTS[key] for key in ("layers.1.w", "layers.4.w", "zero")}, cache=tmp_path)
-    original, sizes = kappa_fast.run.resolve, []
+    original, sizes = kappa_fast.execution.run.resolve, []
 
     def crowded(backend, given, *rest):
         sizes.append(len(given))
@@ -315,13 +315,13 @@ def test_of_a_wave_only_what_is_unknown_is_worked_on(tmp_path, monkeypatch):
         return original(backend, given, *rest)
 
     monkeypatch.setattr(TorchBackend, "side_by_side", False)
-    monkeypatch.setattr("kappa_fast.run.resolve", crowded)
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", crowded)
     with one_thread():
         ranking = rank(WEIGHTS, cache=tmp_path)
         assert sizes[0] == 5
         assert sum(sizes[1:]) == 5
         assert ranking.metadata["cache"] == {"hits": 3, "computed": 5}
-        monkeypatch.setattr("kappa_fast.run.resolve", original)
+        monkeypatch.setattr("kappa_fast.execution.run.resolve", original)
         assert same(ranking, rank(WEIGHTS))
         assert rank(WEIGHTS, cache=tmp_path).metadata["cache"] == EXPECTED
 

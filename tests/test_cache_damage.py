@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import kappa_fast
-import kappa_fast.run
+import kappa_fast.execution.run
 from kappa_fast.cache import files, journal, memos
 from kappa_fast.cache.files import DamagedError, read, seal, unseal
 from kappa_fast.pipeline import rank
@@ -343,7 +343,7 @@ def test_a_document_is_one_line_of_json_that_others_can_read():
 
 
 def test_a_run_that_is_interrupted_where_nothing_can_be_kept_does_not_promise_to_go_on(tmp_path, monkeypatch):
-    resolve, calls = kappa_fast.run.resolve, []
+    resolve, calls = kappa_fast.execution.run.resolve, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -351,7 +351,7 @@ def test_a_run_that_is_interrupted_where_nothing_can_be_kept_does_not_promise_to
             raise KeyboardInterrupt
         return resolve(*arguments)
 
-    monkeypatch.setattr(kappa_fast.run, "resolve", interrupted)
+    monkeypatch.setattr(kappa_fast.execution.run, "resolve", interrupted)
     monkeypatch.setattr(os, "write", failing(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.warns(UserWarning, match="cannot be kept"), pytest.raises(kappa_fast.Interrupted) as stop:
         rank(WEIGHTS, cache=tmp_path, memory_budget=1)
@@ -359,13 +359,13 @@ def test_a_run_that_is_interrupted_where_nothing_can_be_kept_does_not_promise_to
 
 
 def test_a_cache_that_is_deleted_during_a_run_does_not_disturb_it(cache, monkeypatch):
-    resolve = kappa_fast.run.resolve
+    resolve = kappa_fast.execution.run.resolve
 
     def deleting(*arguments):
         shutil.rmtree(cache, ignore_errors=True)
         return resolve(*arguments)
 
-    monkeypatch.setattr(kappa_fast.run, "resolve", deleting)
+    monkeypatch.setattr(kappa_fast.execution.run, "resolve", deleting)
     other = {name: weight + 1 for name, weight in WEIGHTS.items()}
     found = list(rank(other, cache=cache))
     monkeypatch.undo()

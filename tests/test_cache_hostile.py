@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import kappa_fast
 from kappa_fast import cache as module
 from kappa_fast.cache import _header, files, memos
-from kappa_fast.undisturbed import is_exact
+from kappa_fast.machine.torch_state import is_exact
 
 WEIGHTS = {f"l.{i}.w": torch.randn(20 + i, 18, generator=torch.Generator().manual_seed(i)) for i in range(3)}
 JUNK = [None, True, 0, -1, 10**400, 1.5, "x", "nan", [], [1], {}, {"a": 1}, [[]], [[["p", 1, 2, 3, 4, 5]], "w"]]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import kappa_fast
-import kappa_fast.run
+import kappa_fast.execution.run
 from kappa_fast.cache import JOURNAL_FORMAT, ResultCache, _header, journal, memos
 from kappa_fast.cache.files import seal, unseal
 from kappa_fast.cache.journal import Journal, leftovers
@@ -31,11 +31,11 @@ WAITING = """
 import sys, time
 import torch
 torch.set_num_threads(2)
-import kappa_fast.run
+import kappa_fast.execution.run
 from kappa_fast.cache import memos
 from kappa_fast.cli import main
 memos.RACY_NS = -10**12
-resolve, waves = kappa_fast.run.resolve, []
+resolve, waves = kappa_fast.execution.run.resolve, []
 
 def waiting(*arguments):
     waves.append(1)
@@ -44,7 +44,7 @@ def waiting(*arguments):
         time.sleep(60)
     return resolve(*arguments)
 
-kappa_fast.run.resolve = waiting
+kappa_fast.execution.run.resolve = waiting
 main()
 """
 
@@ -271,7 +271,7 @@ def test_a_journal_stays_where_the_results_could_not_be_written(tmp_path):
 
 
 def test_an_interruption_keeps_what_was_in_hand_and_the_same_call_goes_on(tmp_path, monkeypatch):
-    original, calls = kappa_fast.run.resolve, []
+    original, calls = kappa_fast.execution.run.resolve, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -279,7 +279,7 @@ def test_an_interruption_keeps_what_was_in_hand_and_the_same_call_goes_on(tmp_pa
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr("kappa_fast.run.resolve", interrupted)
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", interrupted)
     with pytest.raises(kappa_fast.Interrupted) as stop:
         rank(WEIGHTS, cache=tmp_path, memory_budget=1)
     assert stop.value.resumable
@@ -291,7 +291,7 @@ def test_an_interruption_keeps_what_was_in_hand_and_the_same_call_goes_on(tmp_pa
 
 
 def test_a_failure_keeps_what_was_done_before_it(tmp_path, monkeypatch):
-    original, calls = kappa_fast.run.resolve, []
+    original, calls = kappa_fast.execution.run.resolve, []
 
     def failing(*arguments):
         calls.append(1)
@@ -299,7 +299,7 @@ def test_a_failure_keeps_what_was_done_before_it(tmp_path, monkeypatch):
             raise RuntimeError("broken")
         return original(*arguments)
 
-    monkeypatch.setattr("kappa_fast.run.resolve", failing)
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", failing)
     with pytest.raises(RuntimeError, match="broken"):
         rank(WEIGHTS, cache=tmp_path, memory_budget=1)
     monkeypatch.undo()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_names_matching import everything, match, on_disk
 
 import kappa_fast
-from kappa_fast.integrations.conversion import Conversion, _rows
+from kappa_fast.matching.conversion import Conversion, _rows
 
 VISION = {
     "hidden_size": 32,
@@ -201,7 +201,7 @@ def test_a_tied_weight_has_the_first_name_that_the_model_has_for_it(tmp_path):
 
 
 def test_numbers_that_json_lacks_are_read_as_transformers_writes_them():
-    from kappa_fast.integrations.architecture import architecture
+    from kappa_fast.matching.architecture import architecture
 
     config = {"model_type": "mamba2", "architectures": ["Mamba2Model"], "vocab_size": 64, "hidden_size": 32}
     config |= {"num_hidden_layers": 1, "num_heads": 4, "head_dim": 16, "state_size": 16, "expand": 2}
@@ -210,7 +210,7 @@ def test_numbers_that_json_lacks_are_read_as_transformers_writes_them():
 
 @pytest.mark.parametrize("pattern", ["mlp.experts.*.w1.weight", r"\.experts.*.w1.weight", r"experts\.*\.w1\.weight$"])
 def test_the_number_of_an_expert_is_found_however_the_table_writes_its_dots(pattern):
-    from kappa_fast.integrations.conversion import _number
+    from kappa_fast.matching.conversion import _number
 
     assert _number(pattern, "model.layers.5.mlp.experts.12.w1.weight") == 12
 

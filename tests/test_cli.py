@@ -20,10 +20,11 @@ from make_entries import make_entry
 from safetensors.torch import save_file
 
 import kappa_fast
-from kappa_fast import backends, execution, pipeline
+from kappa_fast import backends, pipeline
 from kappa_fast.cli import app, options
 from kappa_fast.cli import rank as rank_command
 from kappa_fast.cli.output import Lines
+from kappa_fast.execution import executor as execution
 
 COMMAND = [sys.executable, "-m", "kappa_fast"]
 
@@ -31,9 +32,9 @@ COMMAND = [sys.executable, "-m", "kappa_fast"]
 WAITING = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have switched it off for its background jobs
-import kappa_fast.run
+import kappa_fast.execution.run
 from kappa_fast.cli import main
-resolve, waves = kappa_fast.run.resolve, []
+resolve, waves = kappa_fast.execution.run.resolve, []
 
 def waiting(*arguments):
     waves.append(1)
@@ -42,7 +43,7 @@ def waiting(*arguments):
         time.sleep(3)  # longer than the signal takes; a matrix in hand is finished before the command ends
     return resolve(*arguments)
 
-kappa_fast.run.resolve = waiting
+kappa_fast.execution.run.resolve = waiting
 main()
 """
 
@@ -431,7 +432,7 @@ def test_ctrl_c_before_the_first_matrix_leaves_the_file_of_an_earlier_run(cli, c
     def resolve(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kappa_fast.run.resolve", resolve)
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", resolve)
     file = tmp_path / "ranking.json"
     file.write_text(json.dumps({"kept": 1}))
     code, out, err = cli("rank", checkpoint, "--json", file)

@@ -18,7 +18,7 @@ import kappa_fast
 from kappa_fast.cli import app
 from kappa_fast.cli.output import Lines
 from kappa_fast.cli.words import as_options
-from kappa_fast.progress import Progress
+from kappa_fast.execution.progress import Progress
 
 RANK = kappa_fast.rank
 

@@ -10,9 +10,9 @@ from make_entries import bounded, make_entry
 from typer.testing import CliRunner
 
 from kappa_fast.cli import app
-from kappa_fast.ranking import Ranking
 from kappa_fast.report.page import render_page
 from kappa_fast.report.plot import render_plot
+from kappa_fast.results.ranking import Ranking
 
 
 @pytest.fixture

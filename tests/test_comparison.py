@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 import kappa_fast
 from kappa_fast import Ranking, Skipped
 from kappa_fast.cli.demo import find_weights
-from kappa_fast.comparing import _same_size, spearman
-from kappa_fast.comparison import Change
-from kappa_fast.pairing import pair
+from kappa_fast.results.compare import _same_size, spearman
+from kappa_fast.results.comparison import Change
+from kappa_fast.results.pairing import pair
 
 
 def span(name: str, lower: float, upper: float, **fields):

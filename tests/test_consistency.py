@@ -9,8 +9,10 @@ import pytest
 from make_entries import bounded, make_entry, non_finite
 
 import kappa_fast
-from kappa_fast import Ranking, RankingFileError, Selection, SourceNotFoundError, limits, serialize, writing
-from kappa_fast.limits import DEEPEST
+from kappa_fast import Ranking, RankingFileError, Selection, SourceNotFoundError
+from kappa_fast.io import limits, writing
+from kappa_fast.io.limits import DEEPEST
+from kappa_fast.results import serialize
 
 
 def rewritten(path, change):

@@ -8,10 +8,11 @@ import torch
 from models import weights
 
 import kappa_fast
-import kappa_fast.run
-from kappa_fast import backends, execution
+import kappa_fast.execution.run
+from kappa_fast import backends
 from kappa_fast.backends import get_backend
 from kappa_fast.backends.triton_backend import TritonBackend
+from kappa_fast.execution import executor as execution
 from kappa_fast.pipeline import rank
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton is for Linux")
@@ -167,7 +168,7 @@ def test_an_error_in_the_source_is_not_taken_for_one_of_the_backend(monkeypatch)
     def refuse(backend, given, *rest):
         raise kappa_fast.SourceError("the shard is damaged")
 
-    monkeypatch.setattr("kappa_fast.run.resolve", refuse)
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", refuse)
     with pytest.raises(kappa_fast.SourceError, match="the shard is damaged"):
         rank(GIVEN)
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 import kappa_fast
 from kappa_fast.errors import SourceError
-from kappa_fast.integrations import architecture as module
-from kappa_fast.integrations.architecture import architecture
+from kappa_fast.matching import architecture as module
+from kappa_fast.matching.architecture import architecture
 
 transformers = pytest.importorskip("transformers")
 TEXT = dict(

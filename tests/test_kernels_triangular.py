@@ -12,13 +12,7 @@ from kappa_fast.kernels import cholesky as factors
 from kappa_fast.kernels import triangular as module
 from kappa_fast.kernels.cholesky import Factored
 from kappa_fast.kernels.problems import Problems
-from kappa_fast.kernels.triangular import (
-    Members,
-    backward_solve,
-    forward_solve,
-    lower_product,
-    transposed_product,
-)
+from kappa_fast.kernels.triangular import Members, backward_solve, forward_solve, lower_product, transposed_product
 
 SIZES = [16, 31, 64, 65, 130, 257]
 OPERATIONS = {

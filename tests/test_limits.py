@@ -10,9 +10,10 @@ from models import EVERYTHING, matrices
 from safetensors.torch import save_file
 
 import kappa_fast
-from kappa_fast import documents, sources
-from kappa_fast.documents import parsed, read_document
+from kappa_fast import sources
 from kappa_fast.errors import SourceError
+from kappa_fast.io import documents
+from kappa_fast.io.documents import parsed, read_document
 from kappa_fast.sources import Filters, checkpoint, gguf_header, open_source
 
 GIB = 1 << 30

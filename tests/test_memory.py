@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import kappa_fast
-from kappa_fast import execution, memory, waves
 from kappa_fast.errors import ComputeError
+from kappa_fast.execution import executor as execution
+from kappa_fast.execution import waves
+from kappa_fast.machine import memory
 
 MIB = 1 << 20
 

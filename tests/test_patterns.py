@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kappa_fast.patterns import Pattern, PatternError, Steps, searched
+from kappa_fast.io.patterns import Pattern, PatternError, Steps, searched
 
 ATOMS = st.sampled_from(
     [

@@ -13,7 +13,7 @@ from models import one_thread
 from safetensors.torch import save_file
 
 import kappa_fast
-import kappa_fast.run
+import kappa_fast.execution.run
 from kappa_fast.pipeline import rank
 
 
@@ -80,7 +80,7 @@ def test_the_model_is_what_it_was_after_a_failure_too(monkeypatch):
 
     net = model()
     before = state(net)
-    monkeypatch.setattr("kappa_fast.run.resolve", fail)
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", fail)
     with pytest.raises(RuntimeError, match="broken"):
         rank(net)
     assert_same(before, state(net))
@@ -136,13 +136,13 @@ def test_a_matrix_that_does_not_fit_into_memory_is_named(monkeypatch):
     def fail(*_):
         raise RuntimeError("DefaultCPUAllocator: not enough memory")
 
-    monkeypatch.setattr("kappa_fast.run.resolve", fail)
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", fail)
     with pytest.raises(kappa_fast.ComputeError, match=r"not enough memory for 'layers\.0\.w' of shape \(200, 170\)"):
         rank(weights(1))
 
 
 def test_an_interruption_carries_what_is_done(monkeypatch):
-    resolve, calls = kappa_fast.run.resolve, []
+    resolve, calls = kappa_fast.execution.run.resolve, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -150,7 +150,7 @@ def test_an_interruption_carries_what_is_done(monkeypatch):
             raise KeyboardInterrupt
         return resolve(*arguments)
 
-    monkeypatch.setattr("kappa_fast.run.resolve", interrupted)
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", interrupted)
     with pytest.raises(kappa_fast.Interrupted, match="2 of 6 matrices are done") as stop:
         rank(weights(), memory_budget=1)
     assert len(stop.value.partial) == 2
@@ -232,7 +232,7 @@ def test_a_backend_is_asked_for_where_the_weights_will_be(monkeypatch):
         asked.append((name, device))
         raise kappa_fast.BackendError("none here")
 
-    monkeypatch.setattr("kappa_fast.execution.get_backend", refuse)
+    monkeypatch.setattr("kappa_fast.execution.executor.get_backend", refuse)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with pytest.raises(kappa_fast.BackendError, match="none here"):

@@ -16,8 +16,8 @@ from models import weights
 from safetensors.torch import save_file
 
 import kappa_fast
-from kappa_fast import execution
 from kappa_fast.cli.demo import find_weights
+from kappa_fast.execution import executor as execution
 from kappa_fast.planning import calibration, engine, plan, prediction
 from kappa_fast.planning.calibration import Costs, Kind, Sample
 from kappa_fast.planning.prediction import PROBES

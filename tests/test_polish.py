@@ -10,14 +10,7 @@ from spectra import SPECTRA, contains, gaussian, kappa_of, prescribed, trained_l
 
 from kappa_fast.backends.base import Panel
 from kappa_fast.backends.torch_backend import TorchBackend
-from kappa_fast.spectrum.polish import (
-    BOTTOM_WIDTH,
-    TOP_WIDTH,
-    Triplets,
-    polish,
-    ratio_bound,
-    sensitivities,
-)
+from kappa_fast.spectrum.polish import BOTTOM_WIDTH, TOP_WIDTH, Triplets, polish, ratio_bound, sensitivities
 
 BACKEND = TorchBackend(torch.device("cpu"))
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from models import weights
 
 import kappa_fast
-import kappa_fast.run
+import kappa_fast.execution.run
 from kappa_fast import Interrupted, OptionError
+from kappa_fast.execution.progress import Progress, Tracker
 from kappa_fast.pipeline import rank
-from kappa_fast.progress import Progress, Tracker
 
 GIVEN = weights(a=(200, 170), b=(180, 180), c=(64, 32), d=(40, 90), e=(300, 165), f=(30, 30))
 
@@ -116,7 +116,7 @@ def test_an_interruption_by_the_callable_keeps_what_is_done():
 
 @pytest.mark.parametrize("option", [0, 1, "yes", [], 3.0])
 def test_what_is_no_progress_option_is_refused_before_any_work(option, monkeypatch):
-    monkeypatch.setattr("kappa_fast.run.resolve", lambda *_: pytest.fail("it worked"))
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", lambda *_: pytest.fail("it worked"))
     with pytest.raises(OptionError) as refusal:
         rank(GIVEN, progress=option)
     assert str(refusal.value) == f"progress={option!r}: give True, False, None or a callable that takes a Progress"
@@ -163,7 +163,7 @@ def test_the_bar_goes_away_when_interrupted(terminal, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kappa_fast.run.resolve", interrupted)
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", interrupted)
     with contextlib.redirect_stderr(terminal), pytest.raises(Interrupted):
         rank(GIVEN)
     assert "matrices" in terminal.getvalue()

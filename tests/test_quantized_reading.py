@@ -20,15 +20,15 @@ from test_quantized_packed import awq, config, gptq, in_turn
 from torch.profiler import ProfilerActivity, profile
 
 import kappa_fast
-from kappa_fast import patterns
 from kappa_fast.errors import SourceError
-from kappa_fast.execution import Executor
+from kappa_fast.execution.executor import Executor
+from kappa_fast.execution.prefetch import stage
+from kappa_fast.io import patterns
 from kappa_fast.sources import Filters, open_source
 from kappa_fast.sources.base import Stored
 from kappa_fast.sources.quantized import FAMILIES, weights_of
 from kappa_fast.sources.quantized.config import is_left_plain, quantization_config, scheme_of
 from kappa_fast.sources.quantized.recipe import Candidate
-from kappa_fast.staging import stage
 
 CPU = torch.device("cpu")
 

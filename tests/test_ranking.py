@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from make_entries import bounded, make_entry, non_finite
 
-from kappa_fast.entries import Skipped, TensorKappa
 from kappa_fast.errors import MissingExtraError, OptionError
-from kappa_fast.ranking import Ranking
+from kappa_fast.results.entries import Skipped, TensorKappa
+from kappa_fast.results.ranking import Ranking
 
 MIXED = [
     non_finite("n2"),
@@ -158,5 +158,7 @@ def test_without_pandas_the_extra_is_named(monkeypatch):
 
 
 def test_importing_the_ranking_brings_neither_rich_nor_pandas(run_python, root):
-    code = "import sys, kappa_fast.ranking; print({'rich', 'pandas', 'triton', 'matplotlib'} & set(sys.modules))"
+    code = (
+        "import sys, kappa_fast.results.ranking; print({'rich', 'pandas', 'triton', 'matplotlib'} & set(sys.modules))"
+    )
     assert run_python(code, cwd=root).strip() == "set()"

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from make_entries import bounded, entry_lists, make_entry, non_finite
 
-from kappa_fast.ranking import Ranking
 from kappa_fast.report import grid
 from kappa_fast.report.colors import viridis
 from kappa_fast.report.grid import color_range, make_grid, shorten_groups
 from kappa_fast.report.plot import _luminance
+from kappa_fast.results.ranking import Ranking
 from kappa_fast.sources.names import group_of, layer_of
 
 

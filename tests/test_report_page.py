@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_entries import bounded, entry_lists, make_entry, metadata, non_finite, skipped
 
-from kappa_fast.entries import Skipped
 from kappa_fast.errors import MissingExtraError, OptionError, RankingFileError
-from kappa_fast.ranking import Ranking
 from kappa_fast.report.page import render_page
-from kappa_fast.selection import Selection
+from kappa_fast.results.entries import Skipped
+from kappa_fast.results.ranking import Ranking
+from kappa_fast.results.selection import Selection
 
 HOSTILE = [
     "</script><img src=x onerror=alert(1)>",

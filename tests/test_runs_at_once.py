@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import kappa_fast
-from kappa_fast.undisturbed import EXACT, undisturbed
-from kappa_fast.workers import each_on_one_thread, usual_threads
+from kappa_fast.machine.threads import each_on_one_thread, usual_threads
+from kappa_fast.machine.torch_state import EXACT, undisturbed
 
 PRODUCT = torch.backends.mkldnn.matmul
 

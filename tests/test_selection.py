@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_entries import make_entry, non_finite
 
-from kappa_fast.cuts import fraction_count
-from kappa_fast.entries import TensorKappa
 from kappa_fast.errors import OptionError
-from kappa_fast.ranking import Ranking
-from kappa_fast.selection import Selection
-from kappa_fast.units import expert_of, geometric_mean
+from kappa_fast.results.cuts import fraction_count
+from kappa_fast.results.entries import TensorKappa
+from kappa_fast.results.ranking import Ranking
+from kappa_fast.results.selection import Selection
+from kappa_fast.results.units import expert_of, geometric_mean
 
 TEN = [make_entry(f"w{i}", 2.0 + i, shape=(16, 2 + i)) for i in range(10)]
 BUDGETS = ("num_tensors", "top_p", "max_kappa", "max_params")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from make_entries import bounded, make_entry, non_finite
 from test_selection import TEN, around, outcome, ranking, resolved_entries
 
-from kappa_fast.entries import TensorKappa
 from kappa_fast.errors import OptionError
-from kappa_fast.ranking import Ranking
-from kappa_fast.selection import Selection
+from kappa_fast.results.entries import TensorKappa
+from kappa_fast.results.ranking import Ranking
+from kappa_fast.results.selection import Selection
 
 
 def test_rank_deficient_entries_come_last_and_only_counts_reach_them():

@@ -13,8 +13,8 @@ from test_selection import TEN, around, ranking, resolved_entries
 
 import kappa_fast
 from kappa_fast.errors import OptionError
-from kappa_fast.ranking import Ranking
-from kappa_fast.selection import Selection
+from kappa_fast.results.ranking import Ranking
+from kappa_fast.results.selection import Selection
 
 BIG = [
     make_entry("a", 2.0, shape=(10, 10)),

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from make_entries import make_entry
 
-from kappa_fast import serialize
-from kappa_fast.entries import TensorKappa
 from kappa_fast.errors import KappaError, OptionError, RankingFileError, SourceNotFoundError
-from kappa_fast.ranking import Ranking
-from kappa_fast.selection import Selection
+from kappa_fast.results import serialize
+from kappa_fast.results.entries import TensorKappa
+from kappa_fast.results.ranking import Ranking
+from kappa_fast.results.selection import Selection
 
 
 def bits(entry: TensorKappa) -> list[object]:

@@ -10,7 +10,7 @@ import pytest
 from make_entries import bounded, make_entry
 
 from kappa_fast.errors import OptionError
-from kappa_fast.ranking import Ranking
+from kappa_fast.results.ranking import Ranking
 
 pandas = pytest.importorskip("pandas")
 

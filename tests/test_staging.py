@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kappa_fast import staging
-from kappa_fast.staging import Staged, one_ahead, read_ahead, stage
+from kappa_fast.execution import prefetch as staging
+from kappa_fast.execution.prefetch import Staged, one_ahead, read_ahead, stage
 
 CPU = torch.device("cpu")
 

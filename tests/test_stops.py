@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kappa_fast import stops
+from kappa_fast.machine import signals as stops
 
 NUMBERS = [signal.SIGTERM, signal.SIGINT]
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from make_entries import bounded, entry_lists, make_entry, non_finite
 from rich.console import Console
 
-from kappa_fast.entries import Skipped
 from kappa_fast.errors import OptionError
-from kappa_fast.ranking import Ranking
 from kappa_fast.report.names import shorten_names
 from kappa_fast.report.table import format_interval, format_number, format_relative, shorten
+from kappa_fast.results.entries import Skipped
+from kappa_fast.results.ranking import Ranking
 from kappa_fast.texts import printable
 
 BERT = [

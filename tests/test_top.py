@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import one_thread
 
-import kappa_fast.run
+import kappa_fast.execution.run
 from kappa_fast import Ranking, TensorKappa
-from kappa_fast.budget import BudgetedTop, expected_kappa
+from kappa_fast.execution.top import BudgetedTop, expected_kappa
 from kappa_fast.pipeline import rank
 from kappa_fast.sources import Filters, open_source
 
@@ -176,13 +176,13 @@ def test_order_names_and_memory_change_no_bit_of_what_is_resolved_or_bounded():
 @pytest.fixture
 def resolved(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes that are resolved, as it happens."""
-    original, shapes = kappa_fast.run.resolve, list[tuple[int, ...]]()
+    original, shapes = kappa_fast.execution.run.resolve, list[tuple[int, ...]]()
 
     def resolve(backend, weights, *rest):
         shapes.extend(tuple(w.shape) for w in weights)
         return original(backend, weights, *rest)
 
-    monkeypatch.setattr("kappa_fast.run.resolve", resolve)
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", resolve)
     return shapes
 
 

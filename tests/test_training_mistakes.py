@@ -15,11 +15,7 @@ from kappa_fast import OptionError
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from kappa_fast.integrations.transformers import (  # noqa: E402
-    KappaDriftCallback,
-    KappaTuneCallback,
-    optimizer_factory,
-)
+from kappa_fast.integrations.transformers import KappaDriftCallback, KappaTuneCallback, optimizer_factory  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
 

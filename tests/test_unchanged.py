@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kappa_fast
-import kappa_fast.run
-from kappa_fast import execution, undisturbed
+import kappa_fast.execution.run
+from kappa_fast.execution import executor as execution
+from kappa_fast.machine import torch_state as undisturbed
+from kappa_fast.machine.torch_state import flushes
 from kappa_fast.pipeline import rank
 from kappa_fast.sources import open_source
 from kappa_fast.spectrum import ladder
-from kappa_fast.undisturbed import flushes
 
 PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
@@ -140,7 +141,7 @@ def after(calls: int, then: Callable[..., Any], otherwise: Callable[..., Any]) -
 @pytest.mark.parametrize(("failure", "error"), [(broken, RuntimeError), (stopped, kappa_fast.Interrupted)])
 @pytest.mark.parametrize("options", [{}, {"top": 1}, {"certify": True}], ids=lambda o: ",".join(o) or "none")
 def test_nothing_is_left_behind_by_a_failure_or_an_interruption(calls, failure, error, options, way, monkeypatch):
-    monkeypatch.setattr("kappa_fast.run.resolve", after(calls, failure, kappa_fast.run.resolve))
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", after(calls, failure, kappa_fast.execution.run.resolve))
     model = Busy()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -151,7 +152,7 @@ def test_nothing_is_left_behind_by_a_failure_or_an_interruption(calls, failure, 
 
 
 def test_nothing_is_left_behind_by_a_failing_probe(way, monkeypatch):
-    monkeypatch.setattr("kappa_fast.run.lower_bounds", broken)
+    monkeypatch.setattr("kappa_fast.execution.run.lower_bounds", broken)
     model = Busy()
     with nothing_changes(model), pytest.raises(RuntimeError, match="the library is broken"):
         rank(model, top=1)
@@ -260,13 +261,13 @@ def test_no_mode_of_the_caller_changes_a_bit_of_the_result_nor_is_changed(mode, 
 
 def test_the_older_switch_can_be_read_during_the_work(monkeypatch):
     # torch refuses to while the newer switches say something else, and a library it calls may want to know.
-    original, seen = kappa_fast.run.resolve, set[str]()
+    original, seen = kappa_fast.execution.run.resolve, set[str]()
 
     def resolve(*arguments: Any) -> Any:
         seen.add(torch.get_float32_matmul_precision())
         return original(*arguments)
 
-    monkeypatch.setattr("kappa_fast.run.resolve", resolve)
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", resolve)
     with older_switch("medium"):
         rank(GIVEN)
     assert seen == {"highest"}

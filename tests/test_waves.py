@@ -17,14 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import one_thread, weights
 
-import kappa_fast.run
-from kappa_fast import ComputeError, Interrupted, OptionError, execution, waves, workers
+import kappa_fast.execution.run
+from kappa_fast import ComputeError, Interrupted, OptionError
 from kappa_fast.backends import get_backend
 from kappa_fast.backends.torch_backend import TorchBackend
+from kappa_fast.execution import executor as execution
+from kappa_fast.execution import waves
+from kappa_fast.execution.waves import cut, default_budget, is_out_of_memory, parse_bytes
+from kappa_fast.machine import threads as workers
 from kappa_fast.pipeline import rank
 from kappa_fast.sources import Matrix, Source
 from kappa_fast.spectrum import exact
-from kappa_fast.waves import cut, default_budget, is_out_of_memory, parse_bytes
 
 CPU = torch.device("cpu")
 GIVEN = weights(a=(200, 170), b=(180, 180), c=(64, 32), d=(40, 90), e=(300, 165))
@@ -181,7 +184,7 @@ def refusing(
     monkeypatch: pytest.MonkeyPatch, name: str, refuse: Callable[[Sequence[Any]], bool], make: Any
 ) -> list[int]:
     """``run.<name>`` raises for some waves; the sizes of all are noted."""
-    original, sizes = getattr(kappa_fast.run, name), list[int]()
+    original, sizes = getattr(kappa_fast.execution.run, name), list[int]()
 
     def work(backend: Any, given: Sequence[torch.Tensor], *rest: Any) -> Any:
         sizes.append(len(given))
@@ -189,7 +192,7 @@ def refusing(
             raise make()
         return original(backend, given, *rest)
 
-    monkeypatch.setattr(kappa_fast.run, name, work)
+    monkeypatch.setattr(kappa_fast.execution.run, name, work)
     return sizes
 
 

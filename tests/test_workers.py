@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from kappa_fast.workers import each_on_one_thread, fits_one_thread
+from kappa_fast.machine.threads import each_on_one_thread, fits_one_thread
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from families import FAMILIES, MOE, batch, build
 
 import kappa_fast
 from kappa_fast import OptionError, Selection, wrap
-from kappa_fast.integrations.names import match
+from kappa_fast.matching.names import match
 
 STEPS = 50
 

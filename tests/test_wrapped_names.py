@@ -16,7 +16,7 @@ from torch import nn
 
 import kappa_fast
 from kappa_fast import OptionError
-from kappa_fast.integrations.names import match
+from kappa_fast.matching.names import match
 
 WRAPPED = ["_orig_mod.", "module.", "module._orig_mod.", "_fsdp_wrapped_module.", "_forward_module."]
 WRAPPED += ["base_model.model."]

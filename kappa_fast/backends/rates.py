@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from ..documents import read_document
 from ..errors import RankingFileError
-from ..limits import LARGEST_CONFIG
-from ..writing import make_folders, write_bytes
+from ..io.documents import read_document
+from ..io.limits import LARGEST_CONFIG
+from ..io.writing import make_folders, write_bytes
 
 log = logging.getLogger("kappa_fast")
 

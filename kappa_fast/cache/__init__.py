@@ -20,11 +20,11 @@ import torch
 from .._version import __version__
 from ..backends.base import Backend
 from ..errors import OptionError
-from ..execution import Executor, Work
+from ..execution.executor import Executor, Work
+from ..machine.torch_state import is_exact
 from ..sources.base import FileState, Matrix
 from ..spectrum.ladder import NUMERICS
 from ..texts import warn
-from ..undisturbed import is_exact
 from . import files
 from .fingerprints import fingerprint, is_fingerprint
 from .journal import Journal, leftovers

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from ..writing import ATTEMPTS, create, make_folders, sync_folder
+from ..io.writing import ATTEMPTS, create, make_folders, sync_folder
 from .fingerprints import checksum
 
 _BEFORE, _BETWEEN, _AFTER = b'{"checksum": "', b'", "body": ', b"}\n"

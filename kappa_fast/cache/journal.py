@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..writing import make_folders, sync_folder
+from ..io.writing import make_folders, sync_folder
 from .files import DamagedError, seal, unseal
 
 fcntl: ModuleType | None

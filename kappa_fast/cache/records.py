@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar, get_args
 
-from ..entries import Status
+from ..results.entries import Status
 from ..spectrum.ladder import Goal, Resolution
 
 R = TypeVar("R")

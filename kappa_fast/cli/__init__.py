@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .. import stops
 from .._version import __version__
+from ..machine import signals as stops
 from . import compare, demo, export, plan, rank, report, select
 from .outcome import INTERRUPTED, TERMINATED
 

@@ -17,7 +17,7 @@ from .outcome import BROKEN, EXCEEDED, outcome
 from .output import AllRows, Csv, Debug, Json, Output, Quiet, Verbose
 
 if TYPE_CHECKING:
-    from ..comparison import Comparison
+    from ..results.comparison import Comparison
 
 
 def compare(

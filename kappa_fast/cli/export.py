@@ -31,7 +31,7 @@ from .output import Debug, Verbose
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..selection import Selection
+    from ..results.selection import Selection
 
 
 class Format(StrEnum):
@@ -82,7 +82,7 @@ def export(
 
 def _model(selection: Selection) -> nn.Module:
     """The model that the config.json beside the ranked weights describes, whose parameters patterns name."""
-    from ..integrations.checkpoint_names import described_by
+    from ..matching.checkpoint_names import described_by
 
     model = described_by(selection.settings.get("source"))
     if model is None:
@@ -95,9 +95,9 @@ def _model(selection: Selection) -> nn.Module:
 
 def _selection(path: Path, budget: dict[str, Any], options: dict[str, Any]) -> Selection:
 
-    from .. import serialize
-    from ..ranking import Ranking
-    from ..selection import Selection
+    from ..results import serialize
+    from ..results.ranking import Ranking
+    from ..results.selection import Selection
 
     raw = serialize.read_json(path)
     if isinstance(raw, dict) and raw.get("format") == serialize.SELECTION_FORMAT:

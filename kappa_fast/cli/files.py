@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import OptionError, RankingFileError
 
 if TYPE_CHECKING:
-    from ..ranking import Ranking
+    from ..results.ranking import Ranking
 
 
 def read_ranking(path: Path) -> Ranking:
@@ -17,8 +17,8 @@ def read_ranking(path: Path) -> Ranking:
     Raises:
         OptionError: it is a selection.  RankingFileError, SourceNotFoundError: as ``Ranking.from_json``.
     """
-    from .. import serialize
-    from ..ranking import Ranking
+    from ..results import serialize
+    from ..results.ranking import Ranking
 
     try:
         return Ranking.from_json(path)

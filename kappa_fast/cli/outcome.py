@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 import typer
 
-from .. import stops
 from ..errors import Interrupted, KappaError, OptionError
+from ..machine import signals as stops
 from ..texts import cleaned
 from .words import as_options
 

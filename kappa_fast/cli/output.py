@@ -21,7 +21,7 @@ from ..texts import printable
 from .words import as_options
 
 if TYPE_CHECKING:
-    from ..progress import Progress
+    from ..execution.progress import Progress
 
 EVERY = 30.0  # seconds between lines about the progress, where stderr is no terminal
 
@@ -79,7 +79,7 @@ class Output:
 
     def write_json(self, write: Callable[[Path], None], document: Callable[[], Mapping[str, Any]]) -> None:
         """By ``write`` to the file, or the same document to stdout."""
-        from .. import serialize
+        from ..results import serialize
 
         if self._json is not None and str(self._json) == "-":
             typer.echo(serialize.document_text(document()), nl=False)
@@ -88,7 +88,7 @@ class Output:
 
     def write_csv(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """With a line of headers, those of the first row."""
-        from .. import serialize
+        from ..results import serialize
 
         if self._csv is None:
             return

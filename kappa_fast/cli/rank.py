@@ -19,7 +19,7 @@ from .outcome import BROKEN, NOTHING, count_or_share, outcome, use_threads
 from .output import AllRows, Csv, Debug, Json, Limit, Output, Quiet, Threads, Verbose, progress_option
 
 if TYPE_CHECKING:
-    from ..ranking import Ranking
+    from ..results.ranking import Ranking
 
 
 MOST_REASONS = 8  # lines of the summary

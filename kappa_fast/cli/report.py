@@ -70,7 +70,7 @@ def report(
         options = given_options(per_group, unit, fill, include, exclude)
         if not budget and options:
             raise OptionError("--per-group and --unit go with a budget: --max-params 0.1, for example")
-        from ..ranking import Ranking
+        from ..results.ranking import Ranking
 
         ranking = Ranking.from_json(path)
         selection = ranking.select(**budget, **options) if budget else None

@@ -32,7 +32,7 @@ from .outcome import outcome
 from .output import AllRows, Csv, Debug, Json, Limit, Output, Quiet, Verbose
 
 if TYPE_CHECKING:
-    from ..selection import Selection
+    from ..results.selection import Selection
 
 
 def select(
@@ -106,8 +106,8 @@ class _Chosen:
     limit: int | None
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        from ..ranking import Ranking
         from ..report.table import RankingTable
+        from ..results.ranking import Ranking
 
         if self.limit != 0:
             table = RankingTable(Ranking(self.selection.entries), self.limit)

@@ -17,8 +17,8 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from .. import stops
 from ..errors import ProcessGroupError
+from ..machine import signals as stops
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]

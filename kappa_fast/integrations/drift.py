@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from ..entries import TensorKappa
 from ..errors import OptionError, missing_extra
 from ..options import Options
 from ..pipeline import rank
-from ..ranking import Ranking
+from ..results.entries import TensorKappa
+from ..results.ranking import Ranking
 from ..sources.adapters import adapted_in
 from ..training.masks import is_sharded
 
@@ -187,7 +187,7 @@ def _handler() -> Any:
 
 def _plain(name: str) -> str:
     """Of a module; what PEFT puts inside of a layer belongs to the layer."""
-    from .names import plain_name
+    from ..matching.names import plain_name
 
     words = plain_name(f"{name}.weight").split(".")[:-1]
     inner = next(

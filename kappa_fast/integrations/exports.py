@@ -10,17 +10,17 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..entries import Index
 from ..errors import OptionError
+from ..matching.gguf_names import is_from_gguf
+from ..results.entries import Index
+from ..results.units import expert_of
 from ..sources.names import LEADING, group_of, layer_of, unwrapped
 from ..texts import printable, warn
-from ..units import expert_of
-from .gguf_names import is_from_gguf
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..selection import Selection
+    from ..results.selection import Selection
 
 TRAINERS = ("axolotl", "ms-swift", "spectrum", "esft")  # whose models have the names of transformers
 FORMATS = (*TRAINERS, "names", "regex")
@@ -64,7 +64,7 @@ def _check_names(names: list[str], selection: Selection) -> None:
     Warns:
         UserWarning: some are not.
     """
-    from .checkpoint_names import described_by
+    from ..matching.checkpoint_names import described_by
 
     model = described_by(selection.settings.get("source"))
     if model is None or is_from_gguf(selection):
@@ -170,7 +170,7 @@ def _spectrum(selection: Selection, model: nn.Module | None) -> str:
 def _kappas(selection: Selection, model: nn.Module | None) -> dict[str, list[float]]:
     """By name of a parameter, of what selected it; what a pattern brought in has none."""
     if model is not None:
-        from .names import match
+        from ..matching.names import match
 
         return {target.name: [entry.kappa for entry in target.entries] for target in match(selection, model)}
     found: dict[str, list[float]] = {}
@@ -226,7 +226,7 @@ _WRITERS: dict[str, Callable[[Any, Any], str]] = {
 def _pieces(selection: Selection, model: nn.Module | None) -> Mapping[str, tuple[Index, ...]]:
     """By name of a parameter, what of it is selected; ``((),)`` for all."""
     if model is not None:
-        from .names import match
+        from ..matching.names import match
 
         return {target.name: target.indices for target in match(selection, model)}
     if selection.include:

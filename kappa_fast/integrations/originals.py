@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..entries import TensorKappa
 from ..pipeline import rank
+from ..results.entries import TensorKappa
 
 RTOL = 1e-4  # tight enough that few neighbours overlap; a float64 SVD of one costs more than tightening all
 

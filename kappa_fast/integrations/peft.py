@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from ..entries import Index, TensorKappa
 from ..errors import OptionError, missing_extra
-from ..selection import Selection
+from ..matching.names import holds_codes, plain_name
+from ..results.entries import Index, TensorKappa
+from ..results.selection import Selection
 from ..sources.names import group_of
 from .exports import refuse_names_of_gguf
-from .names import holds_codes, plain_name
 from .originals import condition_numbers
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ Found = Mapping[str, tuple[tuple[Index, ...], bool]]
 def _parameters(selection: Selection, model: nn.Module | None) -> tuple[Found, list[str]]:
     """By name what is selected of it and whether it is a stack of matrices; and what patterns brought in."""
     if model is not None:
-        from .names import match
+        from ..matching.names import match
 
         targets = match(selection, model)
         return (

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..documents import read_document
 from ..errors import OptionError, missing_extra
-from ..limits import LARGEST_CONFIG
-from ..optimizer import wrap_with
-from ..selection import Selection
-from ..serialize import write_text
-from ..units import geometric_mean
+from ..io.documents import read_document
+from ..io.limits import LARGEST_CONFIG
+from ..results.selection import Selection
+from ..results.serialize import write_text
+from ..results.units import geometric_mean
+from ..training.optimizer import wrap_with
 from .originals import condition_numbers
 
 if TYPE_CHECKING:

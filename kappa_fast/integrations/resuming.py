@@ -14,12 +14,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import KappaError, OptionError
-from ..selection import Selection
-from ..serialize import write_text
+from ..matching.names import match, plain_name
+from ..results.selection import Selection
+from ..results.serialize import write_text
 from ..training.handle import Handle
 from ..training.masks import is_sharded
 from ..training.states import check_names, check_shapes
-from .names import match, plain_name
 
 KEPT = "kappa_selection.json"  # in a checkpoint of the Trainer: what was selected, and a mark of the weights
 

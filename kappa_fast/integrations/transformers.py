@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..entries import TensorKappa
 from ..errors import OptionError, missing_extra
-from ..optimizer import wrap
-from ..selecting import check_budget
-from ..selection import Selection
+from ..results.entries import TensorKappa
+from ..results.selecting import check_budget
+from ..results.selection import Selection
 from ..training.handle import Handle, refuse_occupied
+from ..training.optimizer import wrap
 from .drift import KappaDriftCallback
 from .resuming import KEPT, check_optimizer, check_resumed, check_weights, find, keep, mark_of, names_of
 

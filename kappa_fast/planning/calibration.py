@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from ..backends import Backend, get_backend
-from ..execution import Executor, operations
+from ..execution.executor import Executor, operations
+from ..machine.threads import SINGLE_THREAD_OPERATIONS, fits_one_thread
 from ..sources.base import Matrix, Source
 from ..spectrum.ladder import Goal, left_to_the_svd, resolve
-from ..workers import SINGLE_THREAD_OPERATIONS, fits_one_thread
 
 Shape = tuple[int, int]
 Item = tuple[Shape, torch.dtype]

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .. import serialize
 from .._version import __version__
-from ..entries import Skipped
 from ..errors import OptionError, SourceError
-from ..execution import Executor, operations, usable_device
-from ..integrations.checkpoint_names import places_of
+from ..execution.executor import Executor, operations, usable_device
+from ..execution.waves import parse_bytes
+from ..machine.torch_state import undisturbed
+from ..matching.checkpoint_names import places_of
 from ..options import Options
+from ..results import serialize
+from ..results.entries import Skipped
 from ..sources import open_source
 from ..sources.base import Matrix, Source
-from ..undisturbed import undisturbed
-from ..waves import parse_bytes
 from .calibration import counted
 from .devices import Floor, device_model, floor_of
 from .disk import Reading, measure_reading

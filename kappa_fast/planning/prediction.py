@@ -9,11 +9,11 @@ from typing import Literal
 
 import torch
 
-from ..budget import BudgetedTop
-from ..execution import Executor, PlannedWave, operations
+from ..execution.executor import Executor, PlannedWave, operations
+from ..execution.top import BudgetedTop
+from ..machine.threads import fits_one_thread
 from ..sources.base import Matrix
 from ..spectrum.ladder import Goal
-from ..workers import fits_one_thread
 from .calibration import SECONDS, Costs, Duration, Item, calibrate, counted
 
 # What the search for matrices that cannot be among the top= costs, as a share of resolving all of them.

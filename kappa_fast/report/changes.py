@@ -13,7 +13,7 @@ from .page import write_static
 from .plot import plain_style, saved
 
 if TYPE_CHECKING:
-    from ..comparison import Comparison
+    from ..results.comparison import Comparison
 
 MOST_ROWS = 1000  # in each direction
 

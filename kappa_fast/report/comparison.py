@@ -14,7 +14,7 @@ from .table import check_limit, format_interval, format_number, to_plain_text
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-    from ..comparison import Change, Comparison, Lone, Overlap
+    from ..results.comparison import Change, Comparison, Lone, Overlap
 
 T = TypeVar("T")
 

@@ -8,16 +8,16 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
-from ..serialize import thaw
+from ..results.serialize import thaw
 from ..sources.names import in_model_order
 from .colors import viridis
 from .grid import color_range, make_grid
 from .skipped import by_reason
 
 if TYPE_CHECKING:
-    from ..entries import TensorKappa
-    from ..ranking import Ranking
-    from ..selection import Selection
+    from ..results.entries import TensorKappa
+    from ..results.ranking import Ranking
+    from ..results.selection import Selection
 
 _NUMBERS = ("kappa", "lower", "upper", "score", "sensitivity")
 

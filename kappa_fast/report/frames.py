@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ..entries import Index, TensorKappa
+from ..results.entries import Index, TensorKappa
 
 if TYPE_CHECKING:
     import pandas
 
-    from ..comparison import Comparison
-    from ..series import Series
+    from ..results.comparison import Comparison
+    from ..results.series import Series
 
 _OWN_COLUMNS = {"shape": ("rows", "columns")}
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..entries import Status, TensorKappa
+from ..results.entries import Status, TensorKappa
+from ..results.units import geometric_mean
 from ..sources.names import in_model_order
-from ..units import geometric_mean
 
 # More than this is no picture any more; what goes beyond is listed beside it.
 MAX_LAYERS = 256

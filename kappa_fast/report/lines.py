@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
+from ..io.writing import write_bytes
+from ..results.units import geometric_mean
 from ..texts import printable
-from ..units import geometric_mean
-from ..writing import write_bytes
 from .grid import Grid, make_grid, shorten_groups
 from .names import cut_middle, shorten_names
 from .plot import column_labels, kind_of, new_figure, plain_style, saved
 from .table import format_number
 
 if TYPE_CHECKING:
-    from ..comparison import Comparison
-    from ..series import Series, Track
+    from ..results.comparison import Comparison
+    from ..results.series import Series, Track
 
 _MOST_PANELS = 12
 _MOST_BARS = 40

@@ -14,12 +14,12 @@ from .summary import cells_of
 from .table import RankingTable, format_interval, format_number
 
 if TYPE_CHECKING:
-    from ..comparison import Comparison
     from ..planning import Plan
-    from ..ranking import Ranking
-    from ..selection import Selection
-    from ..series import Series
-    from ..summary import Summary
+    from ..results.comparison import Comparison
+    from ..results.ranking import Ranking
+    from ..results.selection import Selection
+    from ..results.series import Series
+    from ..results.summary import Summary
 
 ROWS = 20  # of a table; notebooks keep what they show
 

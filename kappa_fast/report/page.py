@@ -12,16 +12,16 @@ from importlib.resources import files
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from .. import serialize
 from .._version import __version__
 from ..errors import missing_extra
+from ..results import serialize
 from ..texts import printable
 from .data import page_data, to_script_text
 from .table import format_number
 
 if TYPE_CHECKING:
-    from ..ranking import Ranking
-    from ..selection import Selection
+    from ..results.ranking import Ranking
+    from ..results.selection import Selection
 
 # In the order in which they build on each other; together they are one function.
 _SCRIPTS = ("data", "format", "cut", "tip", "heatmap", "curve", "histogram", "table", "summary", "skipped", "main")

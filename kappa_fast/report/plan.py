@@ -14,10 +14,10 @@ from .table import check_limit, to_plain_text
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-    from ..entries import Skipped
     from ..planning import Division, Plan, PlannedGroup, Prediction
     from ..planning.devices import Floor
     from ..planning.disk import Reading
+    from ..results.entries import Skipped
 
 Line = tuple[str, str]  # what it is about, and what there is to say
 MOST_REASONS = 8

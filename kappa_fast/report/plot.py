@@ -11,18 +11,18 @@ from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from ..entries import Status
 from ..errors import OptionError, missing_extra
+from ..io.writing import write_bytes
+from ..results.entries import Status
 from ..texts import printable
-from ..writing import write_bytes
 from .grid import Cell, Grid, color_range, has_finite_kappa, make_grid
 from .names import shorten_names
 from .page import title_of
 from .table import format_number, shorten
 
 if TYPE_CHECKING:
-    from ..ranking import Ranking
-    from ..selection import Selection
+    from ..results.ranking import Ranking
+    from ..results.selection import Selection
 
 _FORMATS = (".png", ".svg", ".pdf")
 _MOST_BARS = 40

@@ -15,7 +15,7 @@ from .table import check_limit, format_number, to_plain_text
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-    from ..series import Series, Track
+    from ..results.series import Series, Track
 
 _LEAST = 24  # columns for names
 _LABEL = 16

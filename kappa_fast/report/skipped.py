@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ..entries import Skipped
+from ..results.entries import Skipped
 
 
 def by_reason(skipped: Iterable[Skipped]) -> list[tuple[str, list[Skipped]]]:

@@ -16,7 +16,7 @@ _DISPENSABLE = ("weights", "number", "highest", "lowest")
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-    from ..summary import Row, Summary
+    from ..results.summary import Row, Summary
 
 
 @dataclass(frozen=True)

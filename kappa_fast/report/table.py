@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 from typing import TYPE_CHECKING
 
-from ..entries import TensorKappa
 from ..errors import OptionError
+from ..results.entries import TensorKappa
 from ..texts import printable
 from .names import shorten_names
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, ConsoleRenderable, JustifyMethod, RenderableType, RichCast
 
-    from ..ranking import Ranking
+    from ..results.ranking import Ranking
 
 _MIN_NAME = 12
 _MIN_TAIL = 8

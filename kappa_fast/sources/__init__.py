@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ..entries import Index, Skipped
 from ..errors import KappaError, OptionError, SourceError, SourceNotFoundError
-from ..limits import LONGEST_NAME, MOST_DIMENSIONS, MOST_TENSORS, check_limit
-from ..waves import is_out_of_memory
+from ..execution.waves import is_out_of_memory
+from ..io.limits import LONGEST_NAME, MOST_DIMENSIONS, MOST_TENSORS, check_limit
+from ..results.entries import Index, Skipped
 from .admission import Surroundings, admit, by_evidence
 from .base import Division, Home, Inventory, Matrix, Place, Source, Stamp, Stored
 from .boundary import reading, unforeseen

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..entries import Index
 from ..errors import SourceError
+from ..results.entries import Index
 from .base import COMPUTED, Stored
 from .tensors import identity
 

@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from ..entries import Index, Skipped
 from ..errors import SourceError
+from ..results.entries import Index, Skipped
 
 COMPUTED = "computed by"  # how evidence begins of a weight that a module computes from its parameters
 Role = Literal["adapter", "embedding", "head", "router", "scales", "ingredient"]

@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..entries import Index
+from ..results.entries import Index
 from .base import COMPUTED, Stored
 from .classes import looks_up
 from .effective import PARAMETRIZATIONS, RANDOM, Asked, Effective, alone

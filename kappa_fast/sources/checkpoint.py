@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..documents import parsed, read_document
 from ..errors import SourceError, SourceNotFoundError
-from ..limits import (
+from ..io.documents import parsed, read_document
+from ..io.limits import (
     LARGEST_CONFIG,
     LARGEST_INDEX,
     MOST_SHARDS,

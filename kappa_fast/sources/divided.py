@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..entries import Index
+from ..results.entries import Index
 from .base import Division, Inventory, Place, Stamp, Stored
 
 

@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..entries import Index
+from ..results.entries import Index
 from . import codes
 from .twins import Convert, copied, twin_of
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from ..entries import Index
 from ..errors import SourceError
+from ..results.entries import Index
 from .base import FileState, Stamp, Stored
 
 ALL = slice(None)

@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from ..limits import MOST_PAIRS, MOST_STRINGS, MOST_TENSORS
+from ..io.limits import MOST_PAIRS, MOST_STRINGS, MOST_TENSORS
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -13,9 +13,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..documents import read_document
 from ..errors import KappaError, SourceError, SourceNotFoundError, missing_extra
-from ..limits import LARGEST_INDEX, MOST_VALUES_OF_INDEX
+from ..io.documents import read_document
+from ..io.limits import LARGEST_INDEX, MOST_VALUES_OF_INDEX
 from ..texts import warn, without_secrets
 from .checkpoint import INDEX, PICKLED, SINGLE, check_files
 from .quantized.config import FILES as QUANTIZATION_FILES

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from ..entries import Index
+from ..results.entries import Index
 from . import classes, names
 from .base import Stored
 

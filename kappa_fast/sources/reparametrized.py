@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..entries import Index
 from ..errors import SourceError
+from ..results.entries import Index
 from .base import Role, Stamp, Stored
 
 Compute = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]

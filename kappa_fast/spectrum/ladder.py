@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..backends.base import CLIMBING, Backend, Factors, Operand, Panel, Rung, Tensor
-from ..entries import Status
-from ..undisturbed import flushes
+from ..machine.torch_state import flushes
+from ..results.entries import Status
 from . import certify as proofs
 from . import exact
 from .bounds import norm_factor

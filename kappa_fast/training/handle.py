@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..errors import OptionError
-from ..integrations.names import Target, holds_codes, match
-from ..selection import Selection
+from ..matching.names import Target, holds_codes, match
+from ..results.selection import Selection
 from ..sources.adapters import adapted_in
 from .masks import Frozen
 
@@ -309,7 +309,7 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
     try:
         return model.get_parameter(name)
     except AttributeError:
-        from ..integrations.names import plain_name
+        from ..matching.names import plain_name
 
         wanted = plain_name(name)
         found = next((p for n, p in model.named_parameters() if plain_name(n) == wanted), None)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..integrations.names import Target
-from ..integrations.pieces import box_of
+from ..matching.names import Target
+from ..matching.pieces import box_of
 
 Tensor = torch.Tensor
 

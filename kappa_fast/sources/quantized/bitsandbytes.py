@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ...entries import Index
 from ...errors import SourceError
+from ...results.entries import Index
 from ..base import Stored
 from .recipe import Candidate, Recipe, refuse
 

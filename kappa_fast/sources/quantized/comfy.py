@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ...documents import parsed
 from ...errors import SourceError
+from ...io.documents import parsed
 from ..base import Stored
 from .recipe import Candidate, Recipe, refuse
 from .unpack import e2m1, scale_values, times_blocks

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...documents import read_document
 from ...errors import SourceError
-from ...limits import LARGEST_CONFIG, MOST_PATTERNS, check_limit
-from ...patterns import Pattern, PatternError, Steps
+from ...io.documents import read_document
+from ...io.limits import LARGEST_CONFIG, MOST_PATTERNS, check_limit
+from ...io.patterns import Pattern, PatternError, Steps
 
 # Older tools wrote these; what they say is what quantization_config says today. The first one that is there counts.
 AUTO_GPTQ = "quantize_config.json"

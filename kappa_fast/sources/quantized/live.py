@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...entries import Index
 from ...errors import SourceError
+from ...results.entries import Index
 from .. import codes
 from ..base import Stored
 from . import bitsandbytes as bnb

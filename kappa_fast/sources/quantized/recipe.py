@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ...entries import Index
 from ...errors import SourceError
+from ...results.entries import Index
 from .. import codes
 from ..base import Stamp, Stored
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ...documents import parsed
-from ...entries import Index
 from ...errors import SourceError, missing_extra
+from ...io.documents import parsed
+from ...results.entries import Index
 from .. import codes
 from ..base import Stored, release_of
 from .recipe import Candidate, Recipe

@@ -1,0 +1,1 @@
+"""Carrying a ranking out: waves under a memory budget, backends on devices, top=, progress."""

@@ -1,0 +1,1 @@
+"""What rank() returns and what follows from it: entries, rankings, selections, comparisons, and their files."""

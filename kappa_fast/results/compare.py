@@ -1,0 +1,129 @@
+"""compare(): the matrices of two rankings paired, and what makes them hard to compare."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import OptionError
+from . import serialize
+from .comparison import Change, Comparison, Lone
+from .entries import TensorKappa
+from .pairing import pair
+
+if TYPE_CHECKING:
+    from .ranking import Ranking
+
+# What makes numbers differ that are the same, or the same that differ; and how to say it.
+_SETTINGS = {
+    "rtol": "intervals of one are wider than those of the other",
+    "certify": "the intervals of only one are proven",
+    "fused": "parts of fused projections are in only one of them",
+    "adapters": "the weights of only one have in them what adapters of PEFT learned",
+    "score": "the orders mean different things",
+}
+SHOWN = 3
+
+
+def compare(before: Ranking, after: object) -> Comparison:
+    """What ``Ranking.compare`` promises."""
+    from .ranking import Ranking
+
+    if not isinstance(after, Ranking):
+        raise OptionError(f"compare() takes a Ranking, not {type(after).__name__}: Ranking.from_json(path) reads one")
+    pairs = [(before.entries[i], after.entries[j]) for i, j in pair(before.entries, after.entries)]
+    same = [Change(a, b) for a, b in pairs if _same_size(a, b)]
+    reshaped = [(a, b) for a, b in pairs if not _same_size(a, b)]
+    if not same:
+        raise OptionError(_nothing_in_common(before, after, reshaped))
+    paired = ({change.before.key for change in same}, {change.after.key for change in same})
+    resolved = [c for c in same if {c.before.status, c.after.status} <= {"ok", "rank_deficient"}]
+    return Comparison(
+        changes=tuple(same),
+        only_before=_lone(before, paired[0], after),
+        only_after=_lone(after, paired[1], before),
+        correlation=spearman([c.before.kappa for c in resolved], [c.after.kappa for c in resolved]),
+        correlated=len(resolved),
+        caveats=tuple(_caveats(before, after, same, reshaped)),
+        _before=before,
+        _after=after,
+    )
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation, the mean rank where values are equal; nan for fewer than two different values."""
+    if not first:
+        return math.nan
+    x, y = (_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second))
+    x, y = x - x.mean(), y - y.mean()
+    norm = math.sqrt(float(x @ x) * float(y @ y))
+    return max(-1.0, min(1.0, float(x @ y) / norm)) if norm else math.nan
+
+
+def _ranks(values: Any) -> Any:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _same_size(a: TensorKappa, b: TensorKappa) -> bool:
+    """Same shape or transposed; the reference implementation's entries know none."""
+    return not (a.numel and b.numel) or sorted(a.shape) == sorted(b.shape)
+
+
+def _lone(ranking: Ranking, paired: set[str], other: Ranking) -> tuple[Lone, ...]:
+    reasons = {skipped.name: skipped.reason for skipped in other.skipped}
+    return tuple(
+        Lone(e.key, reasons.get(e.key) or reasons.get(e.name, "")) for e in ranking.entries if e.key not in paired
+    )
+
+
+def _nothing_in_common(before: Ranking, after: Ranking, reshaped: Sequence[tuple[TensorKappa, TensorKappa]]) -> str:
+    if reshaped:
+        a, b = reshaped[0]
+        return (
+            f"the rankings have {len(reshaped)} names in common, but each with another shape, such as {a.key!r} with "
+            f"{a.shape} and {b.shape}: they are of different models, compare rankings of one"
+        )
+    held = [", ".join(repr(e.key) for e in r.entries[:SHOWN]) or "nothing" for r in (before, after)]
+    return (
+        f"the rankings have no matrix in common: the first holds {held[0]}, the second {held[1]}. "
+        "Compare rankings of one model, with the same names"
+    )
+
+
+def _caveats(
+    before: Ranking, after: Ranking, changes: Sequence[Change], reshaped: Sequence[tuple[TensorKappa, TensorKappa]]
+) -> Iterator[str]:
+    ours, theirs = (_mapping(r.metadata.get("settings")) for r in (before, after))
+    for name, why in _SETTINGS.items():
+        if name in ours and name in theirs and ours[name] != theirs[name]:
+            yield f"{name} is {ours[name]!r} and {theirs[name]!r}: {why}"
+    for ranking, which in ((before, "first"), (after, "second")):
+        if ranking.metadata.get("partial"):
+            yield f"the {which} ranking was interrupted: matrices are missing in it"
+        if sum(entry.method == serialize.REFERENCE_METHOD for entry in ranking.entries):
+            yield f"the {which} ranking has no intervals, so that no change is certain"
+        if bounded := sum(entry.status == "bounded" for entry in ranking.entries):
+            yield f"{bounded} matrices of the {which} ranking are only bounded (top=)"
+    if reshaped:
+        names = ", ".join(repr(a.key) for a, _ in reshaped[:SHOWN])
+        yield f"{len(reshaped)} matrices have another shape in the second ranking and are left out, such as {names}"
+    for what in ("dtype", "quantization"):
+        kinds = Counter((getattr(c.before, what, None), getattr(c.after, what, None)) for c in changes)
+        other = [kind for kind, _ in kinds.most_common() if kind[0] != kind[1] and "unknown" not in kind]
+        for old, new in other[:SHOWN]:
+            count = kinds[old, new]
+            yield f"{what} is {old} and {new} in {count} matrices: kappa is that of the rounded weights"
+    prints = [_mapping(r.metadata.get("source")).get("fingerprint") for r in (before, after)]
+    # Where every matrix has its counterpart, it does not matter what a file calls the rest, or which of it there is.
+    paired = len(changes) == len(before.entries) == len(after.entries)
+    if None not in prints and prints[0] != prints[1] and not paired:
+        yield "the sources differ in names, shapes or dtypes: are they the same model?"
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

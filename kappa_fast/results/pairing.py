@@ -1,0 +1,90 @@
+"""Which entries of two rankings are the same matrix, though their names may carry other wrappers and prefixes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from ..matching.names import plain_name
+from .entries import TensorKappa
+
+Names = Callable[[TensorKappa], Iterable[str]]
+
+
+def pair(before: Sequence[TensorKappa], after: Sequence[TensorKappa]) -> list[tuple[int, int]]:
+    """Positions (in ``before``, in ``after``) of entries that are the same matrix, in the order of ``before``.
+
+    By key; what is left by key without the wrappers of compile, DDP, FSDP and PEFT; then by such keys of tied names;
+    then with the prefix of a base model that one ranking has and the other lacks ("model.", "bert."), where that
+    explains most of what is left. A name that fits several entries pairs none of them.
+    """
+    pairs: dict[int, int] = {}
+    steps: tuple[Names, ...] = (
+        lambda entry: (entry.key,),
+        lambda entry: (plain_name(entry.name) + entry.part,),
+        lambda entry: {plain_name(name) + entry.part for name in (entry.name, *entry.aliases)},
+        # The tensor of one expert on disk is an alias of a part of the parameter that it becomes.
+        lambda entry: {plain_name(entry.name) + entry.part, *map(plain_name, entry.aliases)},
+    )
+    for names in steps:
+        rest, other = _left(before, pairs), _left(after, pairs.values())
+        pairs.update(_by_name(_index(before, rest, names), _index(after, other, names)))
+    rest, other = _left(before, pairs), _left(after, pairs.values())
+    pairs.update(_by_prefix(_index(before, rest, steps[1]), _index(after, other, steps[1])))
+    return sorted(pairs.items())
+
+
+def _left(entries: Sequence[TensorKappa], taken: Iterable[int]) -> list[int]:
+    gone = set(taken)
+    return [i for i in range(len(entries)) if i not in gone]
+
+
+def _index(entries: Sequence[TensorKappa], positions: Iterable[int], names: Names) -> dict[str, int]:
+    """Positions by name, without the names that several of them have."""
+    found: dict[str, int] = {}
+    several: set[str] = set()
+    for i in positions:
+        for name in names(entries[i]):
+            if found.setdefault(name, i) != i:
+                several.add(name)
+    return {name: i for name, i in found.items() if name not in several}
+
+
+def _by_name(ours: Mapping[str, int], theirs: Mapping[str, int]) -> dict[int, int]:
+    pairs: dict[int, int] = {}
+    taken: set[int] = set()
+    for name, i in ours.items():
+        j = theirs.get(name)
+        if j is not None and i not in pairs and j not in taken:
+            pairs[i] = j
+            taken.add(j)
+    return pairs
+
+
+def _by_prefix(ours: Mapping[str, int], theirs: Mapping[str, int]) -> dict[int, int]:
+    """Pairs where one and the same prefix is missing on one side, if that explains most of what is left there."""
+    there, here = _behind_a_prefix(ours, theirs), _behind_a_prefix(theirs, ours)
+    if len(there) >= len(here):
+        return {ours[short]: theirs[long] for short, long in there.items()}
+    return {ours[long]: theirs[short] for short, long in here.items()}
+
+
+def _behind_a_prefix(short: Mapping[str, int], long: Mapping[str, int]) -> dict[str, str]:
+    """By a name of ``short`` the one of ``long`` that is the same behind a prefix, the same for all.
+
+    Names that are found behind several prefixes are left out: layers of a text and of a vision model look alike.
+    """
+    prefixes: dict[str, list[str]] = {}
+    for name in long:
+        end = name.find(".")
+        while end >= 0:
+            if name[end + 1 :] in short:
+                prefixes.setdefault(name[end + 1 :], []).append(name[: end + 1])
+            end = name.find(".", end + 1)
+    unique = {name: found[0] for name, found in prefixes.items() if len(found) == 1}
+    if not unique:
+        return {}
+    prefix, count = Counter(unique.values()).most_common(1)[0]
+    if 2 * count <= len(short):
+        return {}
+    return {name: prefix + name for name, found in unique.items() if found == prefix}

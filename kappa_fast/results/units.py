@@ -1,0 +1,149 @@
+"""Units of selection: what is trained or left as a whole, with one kappa, one score and one interval for all of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..errors import OptionError
+from ..io.limits import MOST_DIGITS
+from .entries import Status, TensorKappa
+
+UnitName = Literal["matrix", "expert", "parameter"]
+
+# "mlp.experts.3.gate_proj.weight", "ffn.experts.expert_3.fc1.weight": one tensor per expert and projection.
+_OWN_TENSOR = re.compile(rf"(?P<module>(?:.*\.)?experts)\.(?:expert_)?(?P<expert>\d{{1,{MOST_DIGITS}}})(?:\.|$)")
+# "mlp.experts.gate_up_proj", "ffn.experts.mlp.w1": one tensor for all experts of a module.
+_STACK_IN_EXPERTS = re.compile(r"(?P<module>(?:.*\.)?experts)\.")
+# Stacks whose module is not called experts ("moe.input_linear.weight"): known projections are parts of one expert.
+_STACK_OF_PROJECTION = re.compile(
+    r"(?P<module>.+)\.(?:gate_up_proj|gate_proj|up_proj|down_proj|input_linear|output_linear|w1|w2|w3|v1)(?:\.weight)?$"
+)
+_PART_EXPERT = re.compile(rf"\[(\d{{1,{MOST_DIGITS}}})\]")
+
+# Logarithms and exponentials of numbers up to 1e308 lose up to about 1e-13; an interval is widened by more than that.
+_MEAN_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Matrices that are selected together.
+
+    ``[lower, upper]`` holds the geometric mean of the true kappas, ``[score_lower, score_upper]`` the score: the same
+    interval where scores are kappas, (-inf, inf) for other scores of kappas that are not exactly known.
+    """
+
+    key: str
+    group: str
+    members: tuple[TensorKappa, ...]
+    status: Status
+    kappa: float
+    lower: float
+    upper: float
+    score: float
+    score_lower: float
+    score_upper: float
+    numel: int
+
+
+def expert_of(entry: TensorKappa) -> str | None:
+    """A name for the expert that the entry belongs to, such as "layers.0.mlp.experts[3]"; None outside of experts."""
+    if own := _OWN_TENSOR.match(entry.name):
+        return f"{own['module']}[{int(own['expert'])}]"
+    if not (part := _PART_EXPERT.match(entry.part)):
+        return None
+    stack = _STACK_IN_EXPERTS.match(entry.name) or _STACK_OF_PROJECTION.match(entry.name)
+    return f"{stack['module'] if stack else entry.name}[{part[1]}]"
+
+
+_KEYS: dict[str, Callable[[TensorKappa], str]] = {
+    "matrix": lambda entry: entry.key,
+    "expert": lambda entry: expert_of(entry) or entry.key,
+    "parameter": lambda entry: entry.name,
+}
+
+
+def check_unit(unit: object) -> None:
+    """Raises OptionError where ``unit`` is none of UnitName."""
+    if unit not in get_args(UnitName):
+        raise OptionError(f"unit={unit!r} is unknown: use one of {', '.join(map(repr, get_args(UnitName)))}")
+
+
+def make_units(entries: Iterable[TensorKappa], unit: UnitName) -> list[Unit]:
+    """The units of a ranking, in the order of their first entries.
+
+    Raises:
+        OptionError: ``unit`` is unknown, or the scores of a unit with several matrices are not all positive.
+    """
+    check_unit(unit)
+    entries = tuple(entries)
+    resolved = [entry for entry in entries if entry.status in ("ok", "rank_deficient")]
+    scores_are_kappas = all(entry.score == entry.kappa for entry in resolved)
+    members: dict[str, list[TensorKappa]] = {}
+    for entry in entries:
+        members.setdefault(_KEYS[unit](entry), []).append(entry)
+    return [_make_unit(key, tuple(group), scores_are_kappas) for key, group in members.items()]
+
+
+def _make_unit(key: str, members: tuple[TensorKappa, ...], scores_are_kappas: bool) -> Unit:
+    statuses = {entry.status for entry in members}
+    # One nan spoils the unit; one infinite kappa decides its mean whatever the unresolved ones are.
+    order: tuple[Status, ...] = ("non_finite", "rank_deficient", "bounded", "ok")
+    status = next(status for status in order if status in statuses)
+    known = status in ("ok", "rank_deficient") and "bounded" not in statuses
+    lower, upper = _interval(members) if status != "non_finite" else (math.nan, math.nan)
+    if known:
+        kappa, score = _kappa_mean(members), _score_mean(key, members)
+    else:
+        kappa = score = math.inf if status == "rank_deficient" else math.nan
+    score_interval = (lower, upper)
+    if not scores_are_kappas:
+        exact = known and all(entry.lower == entry.upper for entry in members)
+        score_interval = (score, score) if exact else (-math.inf, math.inf)
+    return Unit(
+        key=key,
+        group=" + ".join(sorted({entry.group for entry in members})),
+        members=members,
+        status=status,
+        kappa=kappa,
+        lower=lower,
+        upper=upper,
+        score=score,
+        score_lower=score_interval[0],
+        score_upper=score_interval[1],
+        numel=sum(entry.numel for entry in members),
+    )
+
+
+def _interval(members: Sequence[TensorKappa]) -> tuple[float, float]:
+    lower = geometric_mean([max(entry.lower, 1.0) for entry in members])
+    upper = geometric_mean([entry.upper for entry in members])
+    if len(members) == 1:
+        return lower, upper
+    return lower * (1 - _MEAN_ROUNDING), upper * (1 + _MEAN_ROUNDING)
+
+
+def _kappa_mean(members: Sequence[TensorKappa]) -> float:
+    return geometric_mean([entry.kappa for entry in members])
+
+
+def _score_mean(key: str, members: Sequence[TensorKappa]) -> float:
+    scores = [entry.score for entry in members]
+    if len(scores) > 1 and min(scores) <= 0:
+        raise OptionError(
+            f"the scores of {key} have no geometric mean, because one of them is {min(scores)!r}: "
+            'let the score be positive, or select with unit="matrix"'
+        )
+    return geometric_mean(scores)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The geometric mean of positive numbers: exact for one, independent of their order, inf if one of them is."""
+    if len(values) == 1:
+        return values[0]
+    logarithms = [math.log(value) for value in values]
+    # The mean cannot exceed the largest, nor can rounding then carry it past the largest float.
+    return math.exp(min(math.fsum(logarithms) / len(logarithms), max(logarithms)))
