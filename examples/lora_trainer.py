@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 import kappa_fast
 from kappa_fast.integrations.peft import lora_config
-from kappa_fast.matching.names import plain_name
+from kappa_fast.results.names import plain_name
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from .errors import (
         BackendError,
         ComputeError,
-        Interrupted,
         KappaError,
         MissingExtraError,
         OptionError,
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from .integrations.reference import SelectiveFineTuningOptimizer, get_kappa_lora_config, get_kappatune_lora_model
     from .pipeline import rank
     from .results.entries import Skipped, TensorKappa
+    from .results.interruption import Interrupted
     from .results.ranking import Ranking
     from .results.selection import Selection
     from .training.handle import restore
@@ -57,6 +57,7 @@ _HOMES = {
     "wrap": "training.optimizer",
     "restore": "training.handle",
     "Ranking": "results.ranking",
+    "Interrupted": "results.interruption",
     "Selection": "results.selection",
     "TensorKappa": "results.entries",
     "Skipped": "results.entries",

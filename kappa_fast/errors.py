@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .texts import cleaned
 
 if TYPE_CHECKING:
-    from .results.ranking import Ranking
+    pass
 
 
 class KappaError(Exception):
@@ -62,17 +62,6 @@ class ProcessGroupError(KappaError, RuntimeError):
 
 class MissingExtraError(KappaError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during rank(). ``partial`` is the Ranking of what was finished until then.
-
-    ``resumable`` says that all of it is in the cache: the same call goes on from there.
-    """
-
-    def __init__(self, message: str, partial: Ranking, *, resumable: bool = False) -> None:
-        super().__init__(cleaned(message))
-        self.partial, self.resumable = partial, resumable
 
 
 def missing_extra(package: str, extra: str, what: str) -> MissingExtraError:

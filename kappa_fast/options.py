@@ -9,7 +9,7 @@ from typing import Any, Literal
 from .errors import OptionError
 from .results.entries import TensorKappa
 from .sources.filters import Filters, Patterns
-from .spectrum.ladder import Goal
+from .spectrum.resolution import Goal
 
 Score = Literal["kappa"] | Callable[[TensorKappa], float]
 

@@ -12,7 +12,6 @@ import torch
 
 from .cache import CacheOption, cache_directory, opened_cache
 from .distributed.ranks import joined
-from .errors import Interrupted
 from .execution.executor import Executor, usable_device
 from .execution.progress import ProgressOption, shown, tracking
 from .execution.run import Run
@@ -22,6 +21,7 @@ from .machine.torch_state import undisturbed
 from .matching.checkpoint_names import places_of
 from .options import Options, Score
 from .results.entries import TensorKappa
+from .results.interruption import Interrupted
 from .results.ranking import Ranking
 from .sources import open_source
 from .sources.adapters import has_trained_adapters

@@ -12,7 +12,8 @@ from launches import counted
 
 from kappa_fast.backends.triton_backend import TritonBackend
 from kappa_fast.spectrum import krylov
-from kappa_fast.spectrum.ladder import Goal, Resolution, resolve
+from kappa_fast.spectrum.ladder import resolve
+from kappa_fast.spectrum.resolution import Goal, Resolution
 
 SHAPES = ((768, 512), (512, 768), (640, 400))
 

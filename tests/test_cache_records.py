@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kappa_fast.cache.records import Answer, Bound, Probe, Record, Wanted, decode, encode
-from kappa_fast.spectrum.ladder import Goal, Resolution
+from kappa_fast.spectrum.resolution import Goal, Resolution
 
 NAN, INF = math.nan, math.inf
 

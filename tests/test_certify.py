@@ -24,7 +24,8 @@ from kappa_fast.spectrum.certify import (
     residual_norm,
     smallest_eigenvalue,
 )
-from kappa_fast.spectrum.ladder import Goal, Resolution, resolve
+from kappa_fast.spectrum.ladder import resolve
+from kappa_fast.spectrum.resolution import Goal, Resolution
 
 BACKEND = TorchBackend(torch.device("cpu"))
 

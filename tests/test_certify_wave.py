@@ -18,7 +18,8 @@ from kappa_fast.backends.torch_backend import TorchBackend  # noqa: E402
 from kappa_fast.backends.triton_backend import TritonBackend  # noqa: E402
 from kappa_fast.spectrum import certify, ladder  # noqa: E402
 from kappa_fast.spectrum.certify import certified_wave  # noqa: E402
-from kappa_fast.spectrum.ladder import Goal, Resolution, resolve  # noqa: E402
+from kappa_fast.spectrum.ladder import resolve  # noqa: E402
+from kappa_fast.spectrum.resolution import Goal, Resolution  # noqa: E402
 
 CPU = torch.device("cpu")
 TRITON, TORCH = TritonBackend(CPU), TorchBackend(CPU)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kappa_fast.distributed.shares import Shares
-from kappa_fast.planning.calibration import relative_cost
+from kappa_fast.execution.cost import relative_cost
 from kappa_fast.planning.division import simulate
 
 

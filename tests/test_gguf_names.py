@@ -16,7 +16,8 @@ from test_wrap import snapshot
 import kappa_fast
 from kappa_fast.errors import MissingExtraError, OptionError
 from kappa_fast.matching import gguf_names
-from kappa_fast.matching.names import match, plain_name
+from kappa_fast.matching.names import match
+from kappa_fast.results.names import plain_name
 
 gguf = pytest.importorskip("gguf")
 

@@ -28,7 +28,8 @@ from kappa_fast.backends.start import gaussian_block
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.spectrum import ladder
 from kappa_fast.spectrum.krylov import WIDTH
-from kappa_fast.spectrum.ladder import Goal, Resolution, resolve
+from kappa_fast.spectrum.ladder import resolve
+from kappa_fast.spectrum.resolution import Goal, Resolution
 
 BACKEND = TorchBackend(torch.device("cpu"))
 KAPPAS = [1, 1.5, 10, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15]

@@ -16,7 +16,8 @@ from kappa_fast.backends.triton_backend import TritonBackend
 from kappa_fast.kernels import aot, jit_cache, ritz
 from kappa_fast.kernels.problems import Storage, storages
 from kappa_fast.spectrum import ladder
-from kappa_fast.spectrum.ladder import Goal, resolve
+from kappa_fast.spectrum.ladder import resolve
+from kappa_fast.spectrum.resolution import Goal
 
 DIFFERENT = {"P", "TIMES", "WIDEN", "BARRIER"}  # constants that the interpreter has other values for
 

@@ -14,8 +14,9 @@ from spectra import SPECTRA, contains, cosines, gaussian, growing, kappa_of, pre
 from kappa_fast.backends.torch_backend import CHOLESKY64, TorchBackend
 from kappa_fast.spectrum import exact, ladder
 from kappa_fast.spectrum.krylov import Extreme
-from kappa_fast.spectrum.ladder import Goal, Resolution, resolve
+from kappa_fast.spectrum.ladder import resolve
 from kappa_fast.spectrum.polish import Triplets
+from kappa_fast.spectrum.resolution import Goal, Resolution
 
 BACKEND = TorchBackend(torch.device("cpu"))
 SMALL = 32

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 
 from kappa_fast.backends.torch_backend import TorchBackend
-from kappa_fast.spectrum.ladder import Goal, Resolution, resolve
+from kappa_fast.spectrum.ladder import resolve
+from kappa_fast.spectrum.resolution import Goal, Resolution
 
 BACKEND = TorchBackend(torch.device("cpu"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

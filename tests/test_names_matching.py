@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 import kappa_fast
 from kappa_fast import MissingExtraError, OptionError, Selection
-from kappa_fast.matching.names import match, plain_name
+from kappa_fast.matching.names import match
 from kappa_fast.matching.pieces import box_of, disjoint, index_of
+from kappa_fast.results.names import plain_name
 
 
 def everything(ranking):

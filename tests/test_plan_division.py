@@ -7,8 +7,8 @@ import torch
 from models import weights
 
 from kappa_fast import OptionError
+from kappa_fast.execution.cost import relative_cost
 from kappa_fast.planning import plan
-from kappa_fast.planning.calibration import relative_cost
 
 EQUAL = weights(**{f"layers__{i}__weight": (64, 48) for i in range(60)})
 

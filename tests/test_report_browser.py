@@ -21,8 +21,8 @@ from kappa_fast.errors import OptionError
 from kappa_fast.report.table import _digits as digits_of
 from kappa_fast.report.table import format_interval, format_number, format_relative
 from kappa_fast.results.entries import Skipped
+from kappa_fast.results.names import group_of, in_model_order, layer_of
 from kappa_fast.results.ranking import Ranking
-from kappa_fast.sources.names import group_of, in_model_order, layer_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_chromium() is None, reason=MISSING)]
 

@@ -15,8 +15,8 @@ from kappa_fast.report import grid
 from kappa_fast.report.colors import viridis
 from kappa_fast.report.grid import color_range, make_grid, shorten_groups
 from kappa_fast.report.plot import _luminance
+from kappa_fast.results.names import group_of, layer_of
 from kappa_fast.results.ranking import Ranking
-from kappa_fast.sources.names import group_of, layer_of
 
 
 def named(name, kappa=10.0, make=make_entry, part=""):

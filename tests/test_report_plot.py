@@ -18,8 +18,8 @@ from make_entries import bounded, make_entry, non_finite
 from kappa_fast.errors import MissingExtraError, OptionError, RankingFileError
 from kappa_fast.report import plot
 from kappa_fast.report.plot import render_plot
+from kappa_fast.results.names import group_of, layer_of
 from kappa_fast.results.ranking import Ranking
-from kappa_fast.sources.names import group_of, layer_of
 
 
 def named(name, kappa=10.0, make=make_entry):

@@ -11,19 +11,16 @@ from hypothesis import strategies as st
 from models import EVERYTHING, matrices, reasons, skips, weights
 
 from kappa_fast.errors import OptionError, SourceError
+from kappa_fast.results.names import base_name, group_of, in_model_order, layer_of
 from kappa_fast.sources import Filters
 from kappa_fast.sources.names import (
-    base_name,
-    group_of,
     has_adapters,
-    in_model_order,
     is_adapter,
     is_buffer,
     is_convolution,
     is_embedding,
     is_output_head,
     is_router,
-    layer_of,
 )
 
 SQUARE = (16, 16)

@@ -18,8 +18,9 @@ from kappa_fast.backends.torch_backend import CHOLESKY64, TorchBackend
 from kappa_fast.backends.triton_backend import SLICES, WEIGHTS16, TritonBackend
 from kappa_fast.kernels import ritz
 from kappa_fast.spectrum import ladder
-from kappa_fast.spectrum.ladder import Goal, resolve
+from kappa_fast.spectrum.ladder import resolve
 from kappa_fast.spectrum.probe import lower_bounds
+from kappa_fast.spectrum.resolution import Goal
 
 CPU = torch.device("cpu")
 

@@ -23,8 +23,9 @@ from kappa_fast.backends import get_backend
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.execution import executor as execution
 from kappa_fast.execution import waves
-from kappa_fast.execution.waves import cut, default_budget, is_out_of_memory, parse_bytes
+from kappa_fast.execution.waves import cut, default_budget, parse_bytes
 from kappa_fast.machine import threads as workers
+from kappa_fast.machine.memory import is_out_of_memory
 from kappa_fast.pipeline import rank
 from kappa_fast.sources import Matrix, Source
 from kappa_fast.spectrum import exact

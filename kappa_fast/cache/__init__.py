@@ -23,7 +23,7 @@ from ..errors import OptionError
 from ..execution.executor import Executor, Work
 from ..machine.torch_state import is_exact
 from ..sources.base import FileState, Matrix
-from ..spectrum.ladder import NUMERICS
+from ..spectrum.resolution import NUMERICS
 from ..texts import warn
 from . import files
 from .fingerprints import fingerprint, is_fingerprint

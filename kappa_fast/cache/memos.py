@@ -14,7 +14,7 @@ from typing import Any
 
 from .._version import __version__
 from ..sources.base import FileState, Stamp
-from ..spectrum.ladder import NUMERICS
+from ..spectrum.resolution import NUMERICS
 from . import files
 from .fingerprints import checksum, is_fingerprint
 from .records import Record, decode, encode

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar, get_args
 
 from ..results.entries import Status
-from ..spectrum.ladder import Goal, Resolution
+from ..spectrum.resolution import Goal, Resolution
 
 R = TypeVar("R")
 

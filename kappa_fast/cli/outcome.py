@@ -13,8 +13,9 @@ from contextlib import contextmanager
 
 import typer
 
-from ..errors import Interrupted, KappaError, OptionError
+from ..errors import KappaError, OptionError
 from ..machine import signals as stops
+from ..results.interruption import Interrupted
 from ..texts import cleaned
 from .words import as_options
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from ..errors import OptionError, RankingFileError
-from ..report.seconds import format_seconds
-from ..texts import printable
+from ..texts import format_seconds, printable
 from .words import as_options
 
 if TYPE_CHECKING:

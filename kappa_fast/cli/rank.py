@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import Interrupted, OptionError
+from ..errors import OptionError
 from ..report.skipped import by_reason
+from ..results.interruption import Interrupted
 from ..texts import printable
 from . import options
 from .budget import By

@@ -17,7 +17,7 @@ import torch
 from .._version import __version__
 from ..cache.fingerprints import checksum, fingerprint
 from ..sources.base import FileState, Matrix, Source
-from ..spectrum.ladder import NUMERICS
+from ..spectrum.resolution import NUMERICS
 
 _CONTENT_IN_NAME = re.compile(r"[0-9a-f]{64}")  # how the hub's cache calls a file
 

@@ -15,12 +15,13 @@ import torch
 
 from ..backends import Backend, get_backend
 from ..errors import BackendError, ComputeError, KappaError, OptionError
-from ..machine.memory import physical
+from ..machine.memory import is_out_of_memory, physical
 from ..machine.threads import each_on_one_thread, fits_one_thread
 from ..machine.torch_state import undisturbed_thread
 from ..sources.base import Matrix, Source
+from .cost import operations
 from .prefetch import Staged, one_ahead, read_ahead
-from .waves import cut, default_budget, is_out_of_memory
+from .waves import cut, default_budget
 
 log = logging.getLogger("kappa_fast")
 
@@ -28,12 +29,6 @@ LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr
 
 R = TypeVar("R")
 Work = Callable[[Sequence[int], Backend, list[torch.Tensor]], list[R]]  # on the positions and weights of a wave
-
-
-def operations(shape: tuple[int, int]) -> float:
-    """What a matrix costs, in multiply-adds: Gram matrix and Cholesky factor."""
-    m, n = max(shape), min(shape)
-    return float(m) * n * n + n**3 / 3
 
 
 def usable_device(device: torch.device | str | None) -> torch.device | None:

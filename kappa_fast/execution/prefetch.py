@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..machine.memory import is_out_of_memory
 from ..machine.torch_state import undisturbed_thread
 from ..sources.base import Matrix
-from .waves import is_out_of_memory
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from ..errors import OptionError
-from ..report.seconds import format_seconds
+from ..texts import format_seconds
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,15 @@ from ..errors import OptionError
 from ..machine import signals as stops
 from ..machine.threads import stopping
 from ..options import Options
-from ..planning.calibration import relative_cost
 from ..results.entries import TensorKappa
 from ..results.ranking import Ranking
 from ..sources.base import Matrix, Source
 from ..spectrum.exact import Room
-from ..spectrum.ladder import Goal, Resolution, resolve
+from ..spectrum.ladder import resolve
 from ..spectrum.probe import lower_bounds
-from .executor import Executor, Work, operations
+from ..spectrum.resolution import Goal, Resolution
+from .cost import operations, relative_cost
+from .executor import Executor, Work
 from .progress import Tracker
 from .top import BudgetedTop, TopGroup
 

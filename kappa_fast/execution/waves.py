@@ -20,8 +20,6 @@ SHARE = 256 << 20
 # take the rest; what they have loaded after a first run must not change the waves of a second.
 SHARES = (0.7, 0.8, 0.9)
 _given: dict[torch.device, int] = {}
-# Of torch on the CPU, of a launch that Triton makes, of the libraries beside torch.
-_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "_alloc_failed")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -84,11 +82,3 @@ def cut(items: Sequence[T], size: Callable[[T], int], budget: int) -> Iterator[l
         used += need
     if wave:
         yield wave
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """True for the ways in which torch and Python say that memory ran out."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(phrase in text for phrase in _NO_MEMORY)

@@ -187,7 +187,7 @@ def _handler() -> Any:
 
 def _plain(name: str) -> str:
     """Of a module; what PEFT puts inside of a layer belongs to the layer."""
-    from ..matching.names import plain_name
+    from ..results.names import plain_name
 
     words = plain_name(f"{name}.weight").split(".")[:-1]
     inner = next(

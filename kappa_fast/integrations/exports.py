@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import OptionError
 from ..matching.gguf_names import is_from_gguf
 from ..results.entries import Index
+from ..results.names import LEADING, group_of, layer_of, unwrapped
 from ..results.units import expert_of
-from ..sources.names import LEADING, group_of, layer_of, unwrapped
 from ..texts import printable, warn
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..errors import OptionError, missing_extra
-from ..matching.names import holds_codes, plain_name
+from ..matching.names import holds_codes
 from ..results.entries import Index, TensorKappa
+from ..results.names import group_of, plain_name
 from ..results.selection import Selection
-from ..sources.names import group_of
 from .exports import refuse_names_of_gguf
 from .originals import condition_numbers
 

@@ -14,7 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import KappaError, OptionError
-from ..matching.names import match, plain_name
+from ..matching.names import match
+from ..results.names import plain_name
 from ..results.selection import Selection
 from ..results.serialize import write_text
 from ..training.handle import Handle

@@ -10,6 +10,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+# Of torch on the CPU, of a launch that Triton makes, of the libraries beside torch.
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "_alloc_failed")
+
 PROCESS = Path("/proc/self")
 MOUNTED = Path("/sys/fs/cgroup")
 
@@ -104,3 +109,11 @@ def _text(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """True for the ways in which torch and Python say that memory ran out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in _NO_MEMORY)

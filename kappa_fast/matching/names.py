@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,18 +13,13 @@ from torch import nn
 from ..errors import OptionError
 from ..io.patterns import searched
 from ..results.entries import Index, TensorKappa
+from ..results.names import plain_name
 from ..results.selection import Selection
 from ..sources.base import Place
 from ..sources.effective import ingredients_of
-from ..sources.names import base_name
 from .gguf_names import is_from_gguf, resolve_gguf
 from .pieces import Box, box_of, disjoint, index_of
 
-# What wrappers put before or between the words of a name: compile, DDP, FSDP, activation checkpointing, PEFT.
-_WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))"
-    r"(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|base_model\.model)\."
-)
 SHOWN = 3  # differences that an error shows
 
 
@@ -54,11 +48,6 @@ class Target:
         return (
             self.parameter.numel() if self.whole else sum(box_of(i, self.parameter.shape).numel for i in self.indices)
         )
-
-
-def plain_name(name: str) -> str:
-    """The name without what compile, DDP, FSDP, activation checkpointing and PEFT put around it."""
-    return base_name(_WRAPPERS.sub("", name))
 
 
 def holds_codes(parameter: torch.Tensor) -> bool:

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 
 from ..backends import Backend, get_backend
-from ..execution.executor import Executor, operations
+from ..execution.cost import UNIT, growth, operations
+from ..execution.executor import Executor
 from ..machine.threads import SINGLE_THREAD_OPERATIONS, fits_one_thread
 from ..sources.base import Matrix, Source
-from ..spectrum.ladder import Goal, left_to_the_svd, resolve
+from ..spectrum.ladder import left_to_the_svd, resolve
+from ..spectrum.resolution import Goal
 
 Shape = tuple[int, int]
 Item = tuple[Shape, torch.dtype]
@@ -27,16 +29,8 @@ SECONDS = 2.0  # of measurement, as a rule
 LEAST = 0.1  # seconds that the first matrix of every kind, and a few much smaller ones, may take whatever is left
 FEW = 6
 FAR = 4.0  # ratio of operations from which a time is better measured than scaled
-FIRST: tuple[Shape, ...] = ((2048, 1024), (512, 384))  # the first that is no larger than the work shows the speed
+FIRST: tuple[Shape, ...] = (UNIT, (512, 384))  # the first that is no larger than the work shows the speed
 OUTLIERS, STRENGTH = 48, 3.0  # of the matrices that are measured: how many directions, and the first over the edge
-# Times of larger matrices: one part grows with the operations, the rest with their power 2/3 as the entries do. From
-# this many operations on (for each two threads that share a matrix) the former is the larger part; smaller matrices
-# than those measured cost a power of their operations. One AVX-512 core: 0.083 s at 2048 x 1024, 0.50 s at 5632 x 2048
-# (a ratio of 6.0, and 5.8 by this rule), 0.13 s at 3584 x 1024, 0.60 s at 7168 x 2048 (4.6; 5.0), 0.015 s at 384 x 384,
-# 0.045 s at 768 x 768, 0.084 s at 1024 x 1024, 0.39 s at 2048 x 2048 (4.6; 4.4).
-CROSSING = 1.2e10
-CERTIFIED_CROSSING = 1e9  # 0.25 s at 1024 x 1024 and 1.65 s at 2048 x 2048 with proofs (6.6; 6.4)
-SHRINKING = 0.6
 CERTIFIED_GUESS = 4.0  # times as long with proofs
 CLIMB_GUESS = 2.5  # times as long where the first rung fails and the second answers
 WAVE = 8  # matrices of a wave on an accelerator
@@ -312,26 +306,9 @@ def _scaled(samples: Sequence[Sample], shape: Shape) -> tuple[float, float, floa
     assert nearest is not None  # one of them holds
     ratio = size / operations(nearest.shape)
     slow, fast = sorted((ratio, ratio**0.5))
-    return nearest.median * _growth(nearest, ratio), min(nearest.seconds) * slow, max(nearest.seconds) * fast
-
-
-def _growth(sample: Sample, ratio: float) -> float:
-    """How many times as long a matrix takes that has ``ratio`` times the operations of the sample."""
-    if ratio < 1:
-        return ratio**SHRINKING
-    crossing = CERTIFIED_CROSSING if sample.kind.certify else CROSSING
-    crossing *= max(1.0, torch.get_num_threads() / 2) if sample.kind.large else 1.0
-    cubic = 1 / (1 + crossing / operations(sample.shape))
-    return cubic * ratio + (1 - cubic) * ratio ** (2 / 3)
-
-
-def relative_cost(shape: Shape, certify: bool) -> float:
-    """What such a matrix takes, on one thread of whatever processor, in units of what one of 2048 x 1024 takes.
-
-    The rule by which measured times are scaled, and no measurement: the same on every machine.
-    """
-    sample = Sample(Kind("", torch.float32, False, certify), FIRST[0], ())
-    return _growth(sample, operations(shape) / operations(FIRST[0]))
+    pairs = max(1.0, torch.get_num_threads() / 2) if nearest.kind.large else 1.0
+    longer = growth(operations(nearest.shape), ratio, nearest.kind.certify, pairs)
+    return nearest.median * longer, min(nearest.seconds) * slow, max(nearest.seconds) * fast
 
 
 def _may_climb(backend: Backend, shape: Shape, dtype: torch.dtype) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..distributed.shares import Shares
+from ..execution.cost import relative_cost
 from ..sources.base import Matrix
-from .calibration import relative_cost
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import torch
 
 from .._version import __version__
 from ..errors import OptionError, SourceError
-from ..execution.executor import Executor, operations, usable_device
+from ..execution.cost import operations
+from ..execution.executor import Executor, usable_device
 from ..execution.waves import parse_bytes
 from ..machine.torch_state import undisturbed
 from ..matching.checkpoint_names import places_of
 from ..options import Options
-from ..results import serialize
+from ..results import consumers, serialize
 from ..results.entries import Skipped
 from ..sources import open_source
 from ..sources.base import Matrix, Source
@@ -29,7 +30,7 @@ from .division import Division, divide
 from .prediction import Prediction, Work, item_of, predict
 
 if TYPE_CHECKING:
-    from ..report.plan import PlanTable
+    from ..results.consumers import PlanTable
 
 MOST_RANKS = 1 << 16
 PLAN_FORMAT = "kappa_fast plan"
@@ -140,18 +141,14 @@ class Plan:
         )
 
     def _repr_html_(self) -> str:
-        from ..report.notebook import html_of_plan
-
-        return html_of_plan(self)
+        return consumers.html_of_plan(self)
 
     def __str__(self) -> str:
         return self.to_text()
 
     def table(self, limit: int | None = 40) -> PlanTable:
         """What ``rich`` prints: ``limit`` groups (None: all), fitted to the page."""
-        from ..report.plan import PlanTable
-
-        return PlanTable(self, limit)
+        return consumers.PlanTable(self, limit)
 
     def to_text(self, limit: int | None = 40, width: int = 100) -> str:
         """The plan as plain text.
@@ -171,15 +168,13 @@ class Plan:
 
     def document(self) -> dict[str, Any]:
         """The plan as plain JSON."""
-        from ..report.page import title_of
-
         totals = ("count", "numel", "operations", "nbytes", "seconds")
         told = [f.name for f in fields(self) if f.name not in ("groups", "skipped", "settings", "source")]
         return {
             "format": PLAN_FORMAT,
             "version": serialize.VERSION,
             "kappa_fast": __version__,
-            "name": title_of({"source": self.source}),
+            "name": consumers.title_of({"source": self.source}),
             **{name: _plain(getattr(self, name)) for name in (*totals, *told)},
             "settings": _plain(dict(self.settings)),
             "source": _plain(dict(self.source)),

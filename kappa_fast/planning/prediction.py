@@ -9,11 +9,12 @@ from typing import Literal
 
 import torch
 
-from ..execution.executor import Executor, PlannedWave, operations
+from ..execution.cost import operations
+from ..execution.executor import Executor, PlannedWave
 from ..execution.top import BudgetedTop
 from ..machine.threads import fits_one_thread
 from ..sources.base import Matrix
-from ..spectrum.ladder import Goal
+from ..spectrum.resolution import Goal
 from .calibration import SECONDS, Costs, Duration, Item, calibrate, counted
 
 # What the search for matrices that cannot be among the top= costs, as a share of resolving all of them.

@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
+from ..results.names import in_model_order
 from ..results.serialize import thaw
-from ..sources.names import in_model_order
 from .colors import viridis
 from .grid import color_range, make_grid
 from .skipped import by_reason

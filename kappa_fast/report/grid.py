@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..results.entries import Status, TensorKappa
+from ..results.names import in_model_order
 from ..results.units import geometric_mean
-from ..sources.names import in_model_order
 
 # More than this is no picture any more; what goes beyond is listed beside it.
 MAX_LAYERS = 256

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..texts import printable
-from .seconds import format_digits, format_seconds
+from ..texts import format_digits, format_seconds, printable
 from .skipped import by_reason
 from .table import check_limit, to_plain_text
 

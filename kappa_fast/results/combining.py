@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import OptionError
 from . import serialize
 from .entries import Status, TensorKappa
-
-if TYPE_CHECKING:
-    from .selection import Selection
+from .selection import Selection
 
 _ORDER: dict[Status, int] = {"ok": 0, "rank_deficient": 1, "bounded": 2, "non_finite": 3}
 
@@ -85,8 +83,6 @@ def _made(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
 ) -> Selection:
-    from .selection import Selection
-
     shared = {
         name: one.settings[name]
         for name in ("source", "num_parameters", "unit")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,7 @@ from . import serialize
 from .comparison import Change, Comparison, Lone
 from .entries import TensorKappa
 from .pairing import pair
-
-if TYPE_CHECKING:
-    from .ranking import Ranking
+from .ranking import Ranking
 
 # What makes numbers differ that are the same, or the same that differ; and how to say it.
 _SETTINGS = {
@@ -31,8 +29,6 @@ SHOWN = 3
 
 def compare(before: Ranking, after: object) -> Comparison:
     """What ``Ranking.compare`` promises."""
-    from .ranking import Ranking
-
     if not isinstance(after, Ranking):
         raise OptionError(f"compare() takes a Ranking, not {type(after).__name__}: Ranking.from_json(path) reads one")
     pairs = [(before.entries[i], after.entries[j]) for i, j in pair(before.entries, after.entries)]

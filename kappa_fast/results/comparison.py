@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .._version import __version__
 from ..errors import OptionError, missing_extra
-from . import serialize
+from . import consumers, serialize
 from .entries import TensorKappa
+from .ranking import Ranking
 from .selection import Selection
 from .units import UnitName
 
 if TYPE_CHECKING:
     import pandas
 
-    from ..report.comparison import ComparisonTable
-    from .ranking import Ranking
+    from .consumers import ComparisonTable
 
 COMPARISON_FORMAT = "kappa_fast comparison"
 Verdict = Literal["identical", "within", "up", "down", "incomparable"]
@@ -220,18 +220,14 @@ class Comparison:
         return f"Comparison({len(self)} matrices in both: {moved}, {found['identical']} identical; {lone})"
 
     def _repr_html_(self) -> str:
-        from ..report.notebook import html_of_comparison
-
-        return html_of_comparison(self)
+        return consumers.html_of_comparison(self)
 
     def __str__(self) -> str:
         return self.to_text()
 
     def table(self, limit: int | None = 10, overlap: Overlap | None = None) -> ComparisonTable:
         """What ``rich`` prints: ``limit`` moves in each direction (None: all), fitted to the page."""
-        from ..report.comparison import ComparisonTable
-
-        return ComparisonTable(self, limit, overlap)
+        return consumers.ComparisonTable(self, limit, overlap)
 
     def to_text(self, limit: int | None = 10, overlap: Overlap | None = None, width: int = 100) -> str:
         """The comparison as plain text.
@@ -252,9 +248,7 @@ class Comparison:
             import pandas
         except ImportError as error:
             raise missing_extra("pandas", "dataframe", "Comparison.to_dataframe()") from error
-        from ..report.frames import frame_of_comparison
-
-        return frame_of_comparison(self, pandas)
+        return consumers.frame_of_comparison(self, pandas)
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, ax: Any = None) -> Any:
         """By how much kappa moved, layers by types of matrices, as a matplotlib Figure, which is returned.
@@ -268,9 +262,7 @@ class Comparison:
             MissingExtraError: matplotlib is not installed.
             RankingFileError: the file cannot be written.
         """
-        from ..report.lines import plot_comparison
-
-        return plot_comparison(self, path, ax)
+        return consumers.plot_comparison(self, path, ax)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write a page of one file: what moved, the picture of ``plot()``, and what is in one ranking only.
@@ -279,9 +271,7 @@ class Comparison:
             MissingExtraError: jinja2 or matplotlib is not installed.
             RankingFileError: the file cannot be written.
         """
-        from ..report.changes import write_comparison
-
-        write_comparison(self, path)
+        consumers.write_comparison(self, path)
 
     def to_json(self, path: str | os.PathLike[str], overlap: Overlap | None = None) -> None:
         """Write the comparison to a file, replacing it all at once.
@@ -293,13 +283,11 @@ class Comparison:
 
     def document(self, overlap: Overlap | None = None) -> dict[str, Any]:
         """The comparison as plain JSON: what was compared and how, then what differs."""
-        from ..report.page import title_of
-
         document = {
             "format": COMPARISON_FORMAT,
             "version": serialize.VERSION,
             "kappa_fast": __version__,
-            "names": [title_of(r.metadata) for r in (self._before, self._after)],
+            "names": [consumers.title_of(r.metadata) for r in (self._before, self._after)],
             "settings": [serialize.thaw(r.metadata.get("settings", {})) for r in (self._before, self._after)],
             "sources": [serialize.thaw(r.metadata.get("source", {})) for r in (self._before, self._after)],
             "counts": dict(self.counts),

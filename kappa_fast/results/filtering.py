@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from ..errors import OptionError
 from . import serialize
+from .ranking import Ranking
 from .selecting import matching
 from .selection import compiled
-
-if TYPE_CHECKING:
-    from .ranking import Ranking
 
 
 def filtered(
@@ -22,8 +19,6 @@ def filtered(
     groups: str | Sequence[str] | None,
 ) -> Ranking:
     """What ``Ranking.filter`` promises."""
-    from .ranking import Ranking
-
     entries = matching(ranking.entries, include, exclude)
     wanted = None if layers is None else _numbers(layers)
     named = None if groups is None else [groups] if isinstance(groups, str) else list(groups)

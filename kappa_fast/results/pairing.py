@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ..matching.names import plain_name
 from .entries import TensorKappa
+from .names import plain_name
 
 Names = Callable[[TensorKappa], Iterable[str]]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from ..errors import OptionError, RankingFileError, missing_extra
-from . import serialize
+from . import consumers, serialize
 from .consistency import contradicted_score, wrong_metadata
 from .entries import Skipped, Status, TensorKappa
 from .selecting import select
@@ -20,9 +20,7 @@ from .units import UnitName
 if TYPE_CHECKING:
     import pandas
 
-    from ..report.table import RankingTable
-    from .comparison import Comparison
-    from .series import Series
+    from .consumers import Comparison, RankingTable, Series
 
 # Entries that are known come first, so that the first k of a ranking with top=k are exactly those k.
 _STATUS_ORDER: dict[Status, int] = {"ok": 0, "rank_deficient": 1, "bounded": 2, "non_finite": 3}
@@ -123,9 +121,7 @@ class Ranking(Sequence[TensorKappa]):
         return self.to_text(limit=40)
 
     def _repr_html_(self) -> str:
-        from ..report.notebook import html_of_ranking
-
-        return html_of_ranking(self)
+        return consumers.html_of_ranking(self)
 
     def select(
         self,
@@ -200,9 +196,7 @@ class Ranking(Sequence[TensorKappa]):
         Raises:
             OptionError: a pattern is no regular expression, or layers are no numbers.
         """
-        from .filtering import filtered
-
-        return filtered(self, layers, include, exclude, groups)
+        return consumers.filtered(self, layers, include, exclude, groups)
 
     def summary(self, by: By = "group", *, selection: Selection | None = None) -> Summary:
         """The ranking by group or by layer: count, median, lowest and highest kappa, weights, what is selected.
@@ -221,9 +215,7 @@ class Ranking(Sequence[TensorKappa]):
         Raises:
             OptionError: ``other`` is no Ranking, or the two have no matrix in common.
         """
-        from .compare import compare
-
-        return compare(self, other)
+        return consumers.compare(self, other)
 
     def series(self, *others: Ranking, labels: Sequence[str] | None = None) -> Series:
         """Kappa over this ranking and the others, such as those of the checkpoints of a run, in their order.
@@ -236,9 +228,7 @@ class Ranking(Sequence[TensorKappa]):
         Raises:
             OptionError: there are no others, the labels are not as many, or no two rankings share a matrix.
         """
-        from .series import series
-
-        return series([self, *others], labels)
+        return consumers.series([self, *others], labels)
 
     def to_json(self, path: str | os.PathLike[str], *, relative: bool = False) -> None:
         """Write the ranking to a file, replacing it all at once.
@@ -312,9 +302,7 @@ class Ranking(Sequence[TensorKappa]):
             import pandas
         except ImportError as error:
             raise missing_extra("pandas", "dataframe", "Ranking.to_dataframe()") from error
-        from ..report.frames import frame_of
-
-        return frame_of(self.entries, pandas)
+        return consumers.frame_of(self.entries, pandas)
 
     def to_html(self, path: str | os.PathLike[str], *, selection: Selection | None = None) -> None:
         """Write a page that shows the ranking: one HTML file that needs no network, replaced all at once.
@@ -332,9 +320,7 @@ class Ranking(Sequence[TensorKappa]):
             MissingExtraError: jinja2 is not installed.
             RankingFileError: the file cannot be written.
         """
-        from ..report.page import write_page
-
-        write_page(self, path, selection)
+        consumers.write_page(self, path, selection)
 
     def plot(
         self, path: str | os.PathLike[str] | None = None, *, ax: Any = None, selection: Selection | None = None
@@ -356,9 +342,7 @@ class Ranking(Sequence[TensorKappa]):
             MissingExtraError: matplotlib is not installed.
             RankingFileError: the file cannot be written.
         """
-        from ..report.plot import plot
-
-        return plot(self, path, ax, selection)
+        return consumers.plot(self, path, ax, selection)
 
     def table(self, limit: int | None = None) -> RankingTable:
         """The first ``limit`` entries (None: all) as something ``rich`` prints, fitted to the width it prints at.
@@ -366,9 +350,7 @@ class Ranking(Sequence[TensorKappa]):
         Raises:
             OptionError: ``limit`` is no count.
         """
-        from ..report.table import RankingTable
-
-        return RankingTable(self, limit)
+        return consumers.RankingTable(self, limit)
 
     def to_text(self, limit: int | None = None, width: int = 100) -> str:
         """The table as plain text, ``width`` columns wide. ``str(ranking)`` is the text with limit=40.

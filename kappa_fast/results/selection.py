@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import OptionError, RankingFileError
 from ..io.patterns import Pattern, PatternError
 from ..texts import printable
-from . import serialize
+from . import consumers, serialize
 from .budgets import BUDGETS, is_count
 from .consistency import contradicted_budget, wrong_metadata
 from .entries import TensorKappa
@@ -21,7 +21,7 @@ from .entries import TensorKappa
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..training.handle import Handle
+    from .consumers import Handle
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -146,9 +146,7 @@ class Selection:
             OptionError: the selection does not fit the model, or the model is sharded or wrapped in a way that does
                 not allow it; the message says what to do instead.
         """
-        from ..training.handle import apply
-
-        return apply(self, model)
+        return consumers.apply(self, model)
 
     def export(self, kind: str, path: str | os.PathLike[str] | None = None, *, model: nn.Module | None = None) -> str:
         """The selection in the words of another program, also written to ``path`` where one is given.
@@ -162,9 +160,7 @@ class Selection:
             OptionError: the format cannot express the selection; it names the ``unit`` that works.
             RankingFileError: the file cannot be written.
         """
-        from ..integrations.exports import export
-
-        text = export(self, kind, model)
+        text = consumers.export(self, kind, model)
         if path is not None:
             serialize.write_text(path, text)
         return text
@@ -221,21 +217,15 @@ class Selection:
         Raises:
             OptionError: they are of different rankings, or their patterns cannot be combined.
         """
-        from .combining import union
-
-        return union(self, other) if isinstance(other, Selection) else NotImplemented
+        return consumers.union(self, other) if isinstance(other, Selection) else NotImplemented
 
     def __and__(self, other: Selection) -> Selection:
         """What is in both of two selections from the same ranking. Raises as for ``|``."""
-        from .combining import intersection
-
-        return intersection(self, other) if isinstance(other, Selection) else NotImplemented
+        return consumers.intersection(self, other) if isinstance(other, Selection) else NotImplemented
 
     def __sub__(self, other: Selection) -> Selection:
         """What is in this and not in another selection from the same ranking. Raises as for ``|``."""
-        from .combining import difference
-
-        return difference(self, other) if isinstance(other, Selection) else NotImplemented
+        return consumers.difference(self, other) if isinstance(other, Selection) else NotImplemented
 
     def __iter__(self) -> Iterator[TensorKappa]:
         return iter(self.entries)
@@ -250,9 +240,7 @@ class Selection:
         return Selection, fields
 
     def _repr_html_(self) -> str:
-        from ..report.notebook import html_of_selection
-
-        return html_of_selection(self)
+        return consumers.html_of_selection(self)
 
     def __repr__(self) -> str:
         weights = f"{self.num_params:,} weights" if all(entry.numel for entry in self.entries) else "sizes unknown"

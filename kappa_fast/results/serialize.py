@@ -21,9 +21,9 @@ from ..errors import OptionError, RankingFileError, SourceError, SourceNotFoundE
 from ..io.documents import read_document
 from ..io.limits import DEEPEST, LARGEST_RANKING, MOST_VALUES_OF_RANKING
 from ..io.writing import write_bytes
-from ..sources.names import group_of, layer_of
 from .consistency import contradiction
 from .entries import Index, Skipped, Status, TensorKappa
+from .names import group_of, layer_of
 
 RANKING_FORMAT = "kappa_fast ranking"
 SELECTION_FORMAT = "kappa_fast selection"

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError, missing_extra
-from . import serialize
+from . import consumers, serialize
 from .entries import TensorKappa
 from .pairing import pair
+from .ranking import Ranking
 
 if TYPE_CHECKING:
     import pandas
 
-    from ..report.series import SeriesTable
-    from .ranking import Ranking
-
+    from .consumers import SeriesTable
 SERIES_FORMAT = "kappa_fast series"
 
 
@@ -79,9 +78,7 @@ class Series:
         return self.to_text()
 
     def _repr_html_(self) -> str:
-        from ..report.notebook import html_of_series
-
-        return html_of_series(self)
+        return consumers.html_of_series(self)
 
     def moved(self) -> list[Track]:
         """The matrices by how far kappa moved from the first to the last ranking that know it, most first."""
@@ -94,9 +91,7 @@ class Series:
 
     def table(self, limit: int | None = 20) -> SeriesTable:
         """What ``rich`` prints: the ``limit`` matrices that moved most (None: all), fitted to the page."""
-        from ..report.series import SeriesTable
-
-        return SeriesTable(self, limit)
+        return consumers.SeriesTable(self, limit)
 
     def to_text(self, limit: int | None = 20, width: int = 100) -> str:
         """The same as plain text.
@@ -116,9 +111,7 @@ class Series:
             import pandas
         except ImportError as error:
             raise missing_extra("pandas", "dataframe", "Series.to_dataframe()") from error
-        from ..report.frames import rows_of_series
-
-        return pandas.DataFrame(list(rows_of_series(self))).astype({"layer": "Int64"})
+        return pandas.DataFrame(list(consumers.rows_of_series(self))).astype({"layer": "Int64"})
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the series to a file, replacing it all at once.
@@ -158,9 +151,7 @@ class Series:
             MissingExtraError: matplotlib is not installed.
             RankingFileError: the file cannot be written.
         """
-        from ..report.lines import plot_series
-
-        return plot_series(self, path, ax, group)
+        return consumers.plot_series(self, path, ax, group)
 
 
 def series(rankings: Sequence[Ranking], labels: Sequence[str] | None = None) -> Series:
@@ -169,8 +160,6 @@ def series(rankings: Sequence[Ranking], labels: Sequence[str] | None = None) -> 
     Raises:
         OptionError: fewer than two rankings, as many labels as rankings are not given, or they share no matrix.
     """
-    from .ranking import Ranking
-
     rankings = list(rankings)
     wrong = next((r for r in rankings if not isinstance(r, Ranking)), None)
     if len(rankings) < 2 or wrong is not None:

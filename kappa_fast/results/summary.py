@@ -9,12 +9,13 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ..errors import OptionError, missing_extra
+from . import consumers
 from .entries import TensorKappa
 
 if TYPE_CHECKING:
     import pandas
 
-    from ..report.summary import SummaryTable
+    from .consumers import SummaryTable
     from .selection import Selection
 
 By = Literal["group", "layer"]
@@ -67,9 +68,7 @@ class Summary(Sequence[Row]):
 
     def table(self) -> SummaryTable:
         """Something ``rich`` prints, fitted to the width it prints at."""
-        from ..report.summary import SummaryTable
-
-        return SummaryTable(self)
+        return consumers.SummaryTable(self)
 
     def to_text(self, width: int = 100) -> str:
         """The table as plain text.
@@ -80,9 +79,7 @@ class Summary(Sequence[Row]):
         return self.table().to_text(width)
 
     def _repr_html_(self) -> str:
-        from ..report.notebook import html_of_summary
-
-        return html_of_summary(self)
+        return consumers.html_of_summary(self)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row per group or layer, the fields of Row as columns.

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from ..errors import KappaError, OptionError, SourceError, SourceNotFoundError
-from ..execution.waves import is_out_of_memory
 from ..io.limits import LONGEST_NAME, MOST_DIMENSIONS, MOST_TENSORS, check_limit
+from ..machine.memory import is_out_of_memory
 from ..results.entries import Index, Skipped
+from ..results.names import group_of, layer_of
 from .admission import Surroundings, admit, by_evidence
 from .base import Division, Home, Inventory, Matrix, Place, Source, Stamp, Stored
 from .boundary import reading, unforeseen
@@ -31,7 +32,7 @@ from .hub import HubId, hub_id, snapshot
 from .hub_headers import headers_of
 from .layouts import Cut, Part, cut
 from .module import read_module
-from .names import group_of, is_read_directly, layer_of
+from .names import is_read_directly
 from .tensors import count_weights, read_mapping
 
 __all__ = ["Filters", "Matrix", "PlacesOf", "Source", "open_source"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ..results.names import group_of
 from . import classes, codes, names
 from .base import Inventory, Stored
 
@@ -131,9 +132,9 @@ def by_evidence(admitted: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     found = list(admitted)
     of_group: dict[str, set[str]] = {}
     for name, evidence in found:
-        of_group.setdefault(names.group_of(name), set()).add(evidence)
+        of_group.setdefault(group_of(name), set()).add(evidence)
     listed: dict[str, dict[str, None]] = {}
     for name, evidence in found:
-        group = names.group_of(name)
+        group = group_of(name)
         listed.setdefault(evidence, {})[group if len(of_group[group]) == 1 else name] = None
     return {evidence: list(under) for evidence, under in listed.items()}

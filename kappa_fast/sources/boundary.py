@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 
 from ..errors import KappaError, SourceError
-from ..execution.waves import is_out_of_memory
+from ..machine.memory import is_out_of_memory
 
 LONGEST = 300  # characters of a path or a reason in a message
 

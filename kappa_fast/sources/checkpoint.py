@@ -21,11 +21,12 @@ from ..io.limits import (
     MOST_VALUES_OF_INDEX,
     check_limit,
 )
+from ..results.names import in_model_order
 from ..texts import warn
 from .base import Inventory, Stored
 from .boundary import reading
 from .files import DataFile, Region
-from .names import has_adapters, in_model_order
+from .names import has_adapters
 from .ownership import without_ingredients
 from .pointers import what_stands_there
 from .quantized import weights_of

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from ..errors import SourceError, SourceNotFoundError, missing_extra
+from ..results.names import in_model_order
 from . import files
 from .base import Inventory, Stamp, Stored, release_of
 from .files import DataFile, Region
 from .gguf_header import Header, TensorInfo, read_header
-from .names import has_adapters, in_model_order
+from .names import has_adapters
 from .ownership import without_ingredients
 from .pointers import what_stands_there
 from .shards import check_finished

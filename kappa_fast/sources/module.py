@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..results.names import base_name
 from .adapters import merged
 from .base import COMPUTED, Home, Inventory, Role, Stored
 from .called import weight_in_forward
@@ -16,7 +17,7 @@ from .classes import looks_up
 from .effective import PARAMETRIZATIONS, Effective, effective_weights
 from .filters import is_router_module
 from .graphs import altered_in_graphs
-from .names import base_name, has_adapters
+from .names import has_adapters
 from .packed import packed_weights
 from .quantized import modules, weights_of
 from .tensors import fingerprint, identity, is_lazy, model_types_in, own_names, sharded, store

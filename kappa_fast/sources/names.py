@@ -3,23 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
-
-from ..io.limits import MOST_DIGITS
-
-_NUMBER = re.compile(r"(?<![^.])(?P<stem>(?:expert_)?)\d+(?![^.])")
-_LAYER = re.compile(rf"(?<![^.])\d{{1,{MOST_DIGITS}}}(?![^.])")
-_DIGITS = re.compile(r"([0-9]+)")
-
-# Wrappers that put themselves between a module and its weight; the weight keeps the name it has without them.
-_WRAPPED = re.compile(r"(?:\.token_adapter)?\.(?:base_layer|original_module)(?=\.|$)")
-
-# What torch.compile, FSDP, activation checkpointing and Lightning put into names, where nobody else would, ...
-_UNMISTAKABLE = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
-)
-# ... and what DDP puts before every name: a module of a model may be called so as well.
-LEADING = ("module.",)
+from collections.abc import Collection, Iterable
 
 # What PEFT puts around or beside the weights, and the first words of what its methods add to them.
 _PEFT = re.compile(r"^base_model\.|\.base_layer\.|\.modules_to_save\.|\.original_module\.|(?:^|\.)lora_")
@@ -79,46 +63,6 @@ _READ_DIRECTLY = {
     "mamba2": re.compile(r"\.mixer\.out_proj\.weight$"),
     "jamba": re.compile(r"\.mamba\.(?:x|dt|out)_proj\.weight$"),
 }
-
-
-def base_name(name: str) -> str:
-    """The name without the wrappers of PEFT."""
-    return _WRAPPED.sub("", name)
-
-
-def unwrapped(names: Collection[str], leading: Sequence[str] = LEADING) -> dict[str, str]:
-    """By each of the names of a model, the name without what compile, DDP and FSDP put around the model.
-
-    What is ``leading`` is taken off only where all names begin with it.
-    """
-    short = {name: _UNMISTAKABLE.sub("", name) for name in names}
-    while short and (lead := next((w for w in leading if all(s.startswith(w) for s in short.values())), None)):
-        short = {name: s.removeprefix(lead) for name, s in short.items()}
-    return short
-
-
-def layer_of(name: str) -> int | None:
-    """The first number among the components of the name that does not count experts."""
-    for found in _LAYER.finditer(name):
-        if not name[: found.start()].endswith("experts."):
-            return int(found.group())
-    return None
-
-
-def group_of(name: str) -> str:
-    """The name with its numbers as ``*``; digits inside a word (w1, conv2) stay."""
-    return _NUMBER.sub(r"\g<stem>*", name)
-
-
-def in_model_order(names: Iterable[str]) -> list[str]:
-    """Sorted with numbers by value, so that layer 2 comes before layer 10."""
-
-    def by_value(name: str) -> tuple[list[tuple[int, str]], str]:
-        words = _DIGITS.split(name)  # every second one is a number, of any length
-        numbers = [word.lstrip("0") if i % 2 else "" for i, word in enumerate(words)]
-        return [(len(n), n) if i % 2 else (-1, w) for i, (w, n) in enumerate(zip(words, numbers, strict=True))], name
-
-    return sorted(names, key=by_value)
 
 
 def is_embedding(name: str) -> bool:

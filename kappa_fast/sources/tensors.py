@@ -9,9 +9,10 @@ import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..errors import SourceError
+from ..results.names import base_name, unwrapped
 from . import codes
 from .base import Inventory, Role, Stored, Take
-from .names import base_name, has_adapters, is_buffer, unwrapped
+from .names import has_adapters, is_buffer
 from .ownership import is_unread, without_ingredients
 from .quantized import weights_of
 from .quantized.live import weights_in

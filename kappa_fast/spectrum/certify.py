@@ -25,7 +25,7 @@ import torch
 from ..backends.base import Backend, ExactProducts, Operand, Tensor
 
 if TYPE_CHECKING:
-    from .ladder import Resolution
+    from .resolution import Resolution
 
 U = 2.0**-53
 OUT = (

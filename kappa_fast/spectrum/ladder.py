@@ -16,18 +16,15 @@ import torch
 
 from ..backends.base import CLIMBING, Backend, Factors, Operand, Panel, Rung, Tensor
 from ..machine.torch_state import flushes
-from ..results.entries import Status
 from . import certify as proofs
 from . import exact
 from .bounds import norm_factor
 from .krylov import WIDTH, Extreme, largest
 from .polish import U64, Triplets, polish, sensitivities
+from .resolution import Goal, Resolution
 
 log = logging.getLogger("kappa_fast")
 
-# Raise it when a correction makes earlier results wrong, here, in a backend or in how weights are read: results in
-# caches with another number are not used any more.
-NUMERICS = 4
 
 EXACT_BELOW = 160  # up to here one SVD takes no longer than a ladder of launches: 3.1 ms and 7.0 at 160 x 160
 EXACT_SLENDER = 16  # unless rows outnumber columns by more: 32000 x 158 takes 270 ms by SVD and 46 by the ladder
@@ -36,34 +33,6 @@ EXACT_ALWAYS = 32
 END_SHARE = 1.2
 DEPARTURE_SHARE = 0.8
 SUSPICIOUS = 1e12  # a kappa that may be infinite
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What an entry needs: an interval of relative half-width ``rtol``, unless kappa provably exceeds ``cutoff``."""
-
-    rtol: float
-    certify: bool = False
-    cutoff: float = math.inf
-
-
-@dataclass(frozen=True)
-class Resolution:
-    """What is known of one matrix. Singular values are in the units of the weights."""
-
-    status: Status
-    kappa: float
-    lower: float
-    upper: float
-    sigma_max: float
-    sigma_min: float
-    method: str
-    certified: bool = False
-    sensitivity: float = math.nan
-
-    @property
-    def half_width(self) -> float:
-        return (self.upper - self.lower) / 2 / self.kappa if self.status == "ok" else math.inf
 
 
 @dataclass

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..errors import OptionError
-from ..matching.names import Target, plain_name
+from ..matching.names import Target
+from ..results.names import plain_name
 
 # What transformers' Trainer gives none, beside nn.LayerNorm.
 NO_DECAY = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")

@@ -309,7 +309,7 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
     try:
         return model.get_parameter(name)
     except AttributeError:
-        from ..matching.names import plain_name
+        from ..results.names import plain_name
 
         wanted = plain_name(name)
         found = next((p for n, p in model.named_parameters() if plain_name(n) == wanted), None)

@@ -20,8 +20,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import OptionError
-from ..matching.names import Target, plain_name
+from ..matching.names import Target
 from ..results.entries import Index
+from ..results.names import plain_name
 from ..results.selection import Selection
 from .groups import parted, patterns_without_decay
 from .handle import Handle, apply
