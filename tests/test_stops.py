@@ -110,7 +110,7 @@ main()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize(("module", "where"), [("pipeline", "open_source"), ("run", "Ranking")])
+@pytest.mark.parametrize(("module", "where"), [("pipeline", "open_source"), ("execution.run", "Ranking")])
 def test_the_exit_code_tells_of_a_signal_that_a_library_swallowed(module, where, tmp_path):
     save_file({f"l.{i}.w": torch.randn(40, 30) for i in range(3)}, tmp_path / "model.safetensors")
     done = subprocess.run(
