@@ -18,7 +18,7 @@ ifneq ($(FOUND),$(MADE_FOR))
 $(VENV)/made-for: FORCE
 endif
 
-.PHONY: help demo test test-all bench lint clean FORCE
+.PHONY: help demo test test-all bench lint docs clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make bench     compare the speed with other ways to the same numbers"
 	@echo "make lint      ruff and mypy only"
+	@echo "make docs      build the documentation as a site, build/site/index.html; warnings are errors"
 	@echo "make clean     remove .venv and everything that was built"
 
 $(VENV)/made-for:
@@ -40,11 +41,15 @@ $(VENV)/has-demo: $(VENV)/made-for $(INPUTS)
 
 $(VENV)/has-test: $(VENV)/made-for $(INPUTS)
 	$(PIP) -e '.[test]'
-	@touch $(VENV)/has-demo $@
+	@touch $(VENV)/has-demo $(VENV)/has-docs $@
 
 $(VENV)/has-bench: $(VENV)/made-for $(INPUTS)
 	$(PIP) -e '.[bench,test]'
-	@touch $(VENV)/has-demo $(VENV)/has-test $@
+	@touch $(VENV)/has-demo $(VENV)/has-docs $(VENV)/has-test $@
+
+$(VENV)/has-docs: $(VENV)/made-for $(INPUTS)
+	$(PIP) -e '.[docs]'
+	@touch $@
 
 demo: $(VENV)/has-demo
 	$(BIN)/kappa-fast demo
@@ -59,6 +64,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "" $(PYTEST_ARGS)
+
+# Material for MkDocs announces its successor at every start.
+docs: $(VENV)/has-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/has-bench
 	$(BIN)/python -m pytest benchmarks -s $(PYTEST_ARGS)

@@ -19,23 +19,31 @@ if TYPE_CHECKING:
         SourceError,
         SourceNotFoundError,
     )
+    from .execution.progress import Progress
     from .integrations.reference import SelectiveFineTuningOptimizer, get_kappa_lora_config, get_kappatune_lora_model
     from .pipeline import rank
+    from .planning import Plan, plan
+    from .results.comparison import Comparison
     from .results.entries import Skipped, TensorKappa
     from .results.interruption import Interrupted
     from .results.ranking import Ranking
     from .results.selection import Selection
-    from .training.handle import restore
+    from .training.handle import Handle, restore
     from .training.optimizer import wrap
 
 __all__ = [
+    "plan",
     "rank",
     "wrap",
     "restore",
+    "Plan",
+    "Progress",
     "Ranking",
     "TensorKappa",
     "Skipped",
+    "Comparison",
     "Selection",
+    "Handle",
     "SelectiveFineTuningOptimizer",
     "get_kappa_lora_config",
     "get_kappatune_lora_model",
@@ -53,6 +61,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "plan": "planning",
+    "Plan": "planning",
+    "Progress": "execution.progress",
+    "Comparison": "results.comparison",
+    "Handle": "training.handle",
     "rank": "pipeline",
     "wrap": "training.optimizer",
     "restore": "training.handle",

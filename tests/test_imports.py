@@ -2,16 +2,23 @@
 
 import json
 
+import torch
+
 import kappa_fast
 
 PUBLIC_NAMES = [
+    "plan",
     "rank",
     "wrap",
     "restore",
+    "Plan",
+    "Progress",
     "Ranking",
     "TensorKappa",
     "Skipped",
+    "Comparison",
     "Selection",
+    "Handle",
     "SelectiveFineTuningOptimizer",
     "get_kappa_lora_config",
     "get_kappatune_lora_model",
@@ -61,6 +68,17 @@ def test_the_public_names_are_these_in_the_order_of_the_pipeline():
 def test_every_public_name_exists_and_is_listed_by_dir():
     assert set(PUBLIC_NAMES) <= set(dir(kappa_fast))
     assert [name for name in PUBLIC_NAMES if not hasattr(kappa_fast, name)] == []
+
+
+def test_what_public_functions_return_is_public_itself():
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
+    told: list[kappa_fast.Progress] = []
+    ranking = kappa_fast.rank(model, progress=told.append)
+    assert type(told[0]) is kappa_fast.Progress
+    assert type(kappa_fast.plan(model)) is kappa_fast.Plan
+    assert type(ranking.compare(ranking)) is kappa_fast.Comparison
+    with ranking.select(num_tensors=1).apply(model) as handle:
+        assert type(handle) is kappa_fast.Handle
 
 
 def test_an_unknown_name_is_an_attribute_error():
