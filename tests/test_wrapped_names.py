@@ -183,3 +183,11 @@ def test_the_advice_of_an_export_to_esft_leads_out():
     selection = kappa_fast.rank(tensors, include=advised, progress=False).select(num_tensors=2, unit="expert")
     with pytest.warns(UserWarning, match="ESFT needs every layer"):
         assert len(json.loads(selection.to_esft())["experts"]) in (2, 3)
+
+
+def test_a_bare_name_does_not_find_a_parameter_by_its_shape():
+    selection = kappa_fast.rank(torch.nn.Linear(64, 64), progress=False).select(num_tensors=1)
+    assert [entry.name for entry in selection.entries] == ["weight"]
+    model = torch.nn.TransformerEncoderLayer(64, 2, 32)  # of its weights, that of one projection has this shape
+    with pytest.raises(OptionError, match="'weight'"):
+        selection.apply(model)

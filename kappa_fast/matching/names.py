@@ -165,8 +165,8 @@ class _Names:
         Empty unless exactly one does, and each parameter has the shape that the entry tells.
         """
         given = {entry.name: plain_name(entry.name) for entry in entries}
-        if not given:
-            return {}
+        if not any("." in plain for plain in given.values()):
+            return {}  # "weight" is the end of many names: a shape that fits one of them would decide by chance
         first = next(iter(given.values()))
         dots = [end + 1 for end, letter in enumerate(first) if letter == "."]
         longer = [name.removesuffix(first) for name in self.plain if name.endswith(f".{first}")]
