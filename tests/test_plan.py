@@ -51,7 +51,9 @@ def test_what_is_planned_is_what_is_ranked_and_what_is_skipped_is_skipped_for_th
     assert found.skipped == ranking.skipped
     assert (found.count, found.numel) == (len(ranking), sum(e.numel for e in ranking))
     assert found.num_parameters == ranking.metadata["num_parameters"]
-    assert dict(found.source) == engine._plain(dict(ranking.metadata["source"])) | {"layouts": found.source["layouts"]}
+    assert dict(found.source) == engine._as_json(dict(ranking.metadata["source"])) | {
+        "layouts": found.source["layouts"]
+    }
     assert found.prediction is None
     assert found.reading is None
 
@@ -124,14 +126,14 @@ def test_shards_of_a_hundred_gigabytes_that_are_all_hole_are_planned_at_once(tmp
 @pytest.mark.parametrize("budget", ["1", "100KB", "1MB", None])
 def test_the_waves_are_those_that_rank_works_on(budget, monkeypatch):
     model = families.build("mixtral")
-    cut, seen = execution.cut, []
+    into_waves, seen = execution.into_waves, []
 
     def recording(*arguments):
-        for wave in cut(*arguments):
+        for wave in into_waves(*arguments):
             seen.append(len(wave))
             yield wave
 
-    monkeypatch.setattr(execution, "cut", recording)
+    monkeypatch.setattr(execution, "into_waves", recording)
     found = plan(model, measure=False, memory_budget=budget)
     planned, seen[:] = list(seen), []
     kappa_fast.rank(model, memory_budget=budget, progress=False)

@@ -14,11 +14,11 @@ from test_quantized_packed import awq, config, gptq, in_turn
 from test_quantized_reading import in_int4, in_nvfp4
 
 from kappa_fast.errors import SourceError
-from kappa_fast.sources.admission import Surroundings, admit
+from kappa_fast.sources.admission import Neighbors, admit
 from kappa_fast.sources.base import Stored
-from kappa_fast.sources.layouts import cut
+from kappa_fast.sources.layouts import layout_of
 from kappa_fast.sources.quantized import weights_of
-from kappa_fast.sources.tensors import count_weights, fingerprint, read_mapping
+from kappa_fast.sources.tensors import count_weights, digest_of_headers, read_mapping
 
 WEIGHT = trained(64, 64)
 FP8_TENSORS = dict(zip(("a.weight", "a.weight_scale_inv"), quantized(WEIGHT, (32, 32)), strict=True))
@@ -92,7 +92,7 @@ def test_damage_is_a_source_error_or_shows_in_nothing_but_values(found):
         return
     assert [t.names[-1] for t in weights] == list(tensors)
     assert count_weights(weights) >= 0
-    assert fingerprint(weights)
+    assert digest_of_headers(weights)
     for name, tensor in tensors.items():
         assert torch.equal(tensor.flatten().view(torch.uint8), before[name].flatten().view(torch.uint8)), name
 
@@ -106,11 +106,11 @@ def _load_all(stored: Stored, weights: list[Stored]) -> None:
     around = {t.name: t.shape for t in weights}
     assert len(stored.shape) in (2, 3)
     assert 0 not in stored.shape
-    for part in cut(stored, around, True).parts:
+    for part in layout_of(stored, around, True).parts:
         loaded = stored.take(part.index)
         assert tuple(loaded.shape) == part.shape
         assert loaded.dtype == stored.dtype
-    surroundings = Surroundings(around, frozenset(), frozenset(), False)
+    surroundings = Neighbors(around, frozenset(), frozenset(), False)
     assert admit(stored, surroundings).reason is None
     assert EVERYTHING.reason(stored, surroundings) is None
 

@@ -12,7 +12,7 @@ from kappa_fast.backends.base import Panel, Rung
 from kappa_fast.backends.torch_backend import CHOLESKY32, CHOLESKY64, LU64, QR64, TorchBackend
 from kappa_fast.errors import BackendError
 from kappa_fast.spectrum import ladder
-from kappa_fast.spectrum.krylov import Space
+from kappa_fast.spectrum.krylov import KrylovBasis
 
 BACKEND = TorchBackend(torch.device("cpu"))
 SHAPES = [(33, 33), (127, 33), (129, 127), (513, 129), (700, 513), (1500, 260)]
@@ -392,7 +392,7 @@ def test_a_panel_gives_back_blocks_from_many_places(which):
 
 def lanczos(values, width, blocks, seed=0):
     """Block columns of T and the coupling behind it, for diag(values), by the backend's own steps."""
-    wave = Space.begin(BACKEND, [len(values)], [b""], torch.float64, width, salt=seed)
+    wave = KrylovBasis.begin(BACKEND, [len(values)], [b""], torch.float64, width, salt=seed)
     for _ in range(blocks):
         wave.expand(BACKEND, lambda block: Panel(values[:, None] * block.data, block.rows))
     return wave

@@ -23,7 +23,7 @@ from kappa_fast.backends import get_backend
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.execution import executor as execution
 from kappa_fast.execution import waves
-from kappa_fast.execution.waves import cut, default_budget, parse_bytes
+from kappa_fast.execution.waves import default_budget, into_waves, parse_bytes
 from kappa_fast.machine import threads as workers
 from kappa_fast.machine.memory import is_out_of_memory
 from kappa_fast.pipeline import rank
@@ -74,7 +74,7 @@ def test_what_is_no_size_is_refused_and_named(value):
 
 @given(sizes=st.lists(st.integers(0, 100)), budget=st.integers(1, 150))
 def test_waves_hold_everything_in_order_within_the_budget_and_no_two_could_be_one(sizes, budget):
-    found = list(cut(range(len(sizes)), sizes.__getitem__, budget))
+    found = list(into_waves(range(len(sizes)), sizes.__getitem__, budget))
     assert [i for wave in found for i in wave] == list(range(len(sizes)))
     assert all(wave for wave in found)
     totals = [sum(sizes[i] for i in wave) for wave in found]
@@ -90,7 +90,7 @@ def test_waves_are_cut_as_they_are_asked_for():
         asked.append(i)
         return 1
 
-    next(cut(range(100), size, 2))
+    next(into_waves(range(100), size, 2))
     assert len(asked) == 3
 
 
@@ -304,14 +304,14 @@ def test_any_other_failure_comes_through_as_it_is(work, monkeypatch):
 
 
 def waves_of(source: dict[str, torch.Tensor], budget: int | str, monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
-    original, found = execution.cut, list[list[Any]]()
+    original, found = execution.into_waves, list[list[Any]]()
 
-    def cut(*arguments: Any) -> Iterator[Any]:
+    def into_waves(*arguments: Any) -> Iterator[Any]:
         for wave in original(*arguments):
             found.append(wave)
             yield wave
 
-    monkeypatch.setattr(execution, "cut", cut)
+    monkeypatch.setattr(execution, "into_waves", into_waves)
     rank(source, memory_budget=budget)
     return found
 
@@ -366,7 +366,7 @@ def test_exact_decompositions_share_the_budget_and_one_that_exceeds_it_runs_alon
 def test_decompositions_that_wait_for_room_are_dropped_when_the_run_is_interrupted(monkeypatch):
     """Otherwise Ctrl-C would wait for one after the other."""
     decompose, begun, waiting = exact.decompose, [], threading.Event()
-    taken = exact.Room.taken
+    taken = exact.MemoryGate.taken
 
     def slow(a: Any, rtol: float, **options: Any) -> Any:
         begun.append(a.shape)
@@ -382,7 +382,7 @@ def test_decompositions_that_wait_for_room_are_dropped_when_the_run_is_interrupt
         return taken(room, a)
 
     monkeypatch.setattr(exact, "decompose", slow)
-    monkeypatch.setattr(exact.Room, "taken", watched)
+    monkeypatch.setattr(exact.MemoryGate, "taken", watched)
     monkeypatch.setattr(TorchBackend, "workspace", lambda *_, **__: 1)
     with pytest.raises(Interrupted) as stop:
         rank({f"w{i}": torch.randn(40, 30) for i in range(2)}, memory_budget=exact.peak_bytes((40, 30)))
@@ -391,7 +391,7 @@ def test_decompositions_that_wait_for_room_are_dropped_when_the_run_is_interrupt
 
 
 def test_room_is_given_back_when_a_decomposition_fails():
-    room = exact.Room(1)
+    room = exact.MemoryGate(1)
     a = get_backend("torch", torch.device("cpu")).prepare([torch.randn(40, 30)])[0]
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no convergence"), room.taken(a):

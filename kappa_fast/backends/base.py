@@ -322,7 +322,7 @@ class Backend(Protocol):
     def departure(
         self, operands: Sequence[Operand], factors: Factors, blocks: Panel, *, transposed: bool = False
     ) -> Panel:
-        """M X or M^T X, where M says how far R is from being a factor of A.
+        """M X or M^T X, where M, the departure, is the residual of the factorization: how far R is from a factor of A.
 
         M = R^-T A^T A R^-1 - I for a rung of power 2, which is symmetric, and A R^-1 - I for one of power 1.
         """

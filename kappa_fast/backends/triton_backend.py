@@ -27,20 +27,20 @@ from .triton_waves import (
     LANES,
     SLICES,
     WEIGHTS16,
+    InWave,
     OfTorch,
     Operation,
-    Place,
     Share,
     TridiagonalRitz,
     Wave,
     blocks_of,
-    cut,
     factored,
     fits,
     padded,
     peaks,
     rows_of,
     tall,
+    unpadded,
 )
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class TritonBackend:
                 for place, i in enumerate(exact):
                     operands[i].cache[KEPT] = kept, place
             for position, (i, failed) in enumerate(zip(chosen, self.read(wave.factored.info), strict=True)):
-                data[i] = None if failed else Place(wave, position)
+                data[i] = None if failed else InWave(wave, position)
         return Factors(tuple(rungs), tuple(a.shape[1] for a in operands), tuple(data))
 
     def product(self, factors: Factors, blocks: Panel) -> Panel:
@@ -269,7 +269,7 @@ class TritonBackend:
                 into = torch.split(out, list(blocks.rows))
                 for i, block in zip(share.which, found.blocks(), strict=True):
                     into[i][:, : blocks.width] = block
-        return cut(out, blocks)
+        return unpadded(out, blocks)
 
     def _shares(self, factors: Factors) -> list[Share]:
         """Who works on which of these factors; made once for as long as the same ones take part."""
@@ -279,12 +279,12 @@ class TritonBackend:
         if "shares" not in factors.cache:
             waves: dict[int, list[int]] = {}
             for i, place in enumerate(factors.data):
-                waves.setdefault(id(place.wave) if isinstance(place, Place) else 0, []).append(i)
+                waves.setdefault(id(place.wave) if isinstance(place, InWave) else 0, []).append(i)
             starts, rows = starts_of(on_host(factors.ns))
             shares = []
             for which in waves.values():
                 places = [factors.data[i] for i in which]
-                if isinstance(places[0], Place):
+                if isinstance(places[0], InWave):
                     wave = places[0].wave
                     members = Members.of(wave.problems, [p.position for p in places], starts[which], rows)
                     shares.append(Share(wave, members, tuple(which)))
@@ -324,14 +324,16 @@ class TritonBackend:
         problems = Problems.of([a.tensor for a in operands])
         places = blocks_of(problems, range(len(operands)))
         image, _ = times(problems, places, padded(blocks.to(torch.float64)))
-        return cut(transposed_times(problems, places, image), blocks).to(blocks.data.dtype)
+        return unpadded(transposed_times(problems, places, image), blocks).to(blocks.data.dtype)
 
     def orthonormalize(self, blocks: Panel) -> Panel:
         from kappa_fast.kernels.orthogonal import orthonormalized
 
         rows = self._rows(blocks)
         limits = torch.zeros(rows.members, dtype=torch.float64, device=self.device)
-        return cut(orthonormalized(rows, padded(blocks.to(torch.float64)), limits)[0], blocks).to(blocks.data.dtype)
+        return unpadded(orthonormalized(rows, padded(blocks.to(torch.float64)), limits)[0], blocks).to(
+            blocks.data.dtype
+        )
 
     def extend(self, bases: Panel, blocks: Panel, scale: Tensor) -> Extension:
         """Gram-Schmidt twice before and once after two passes of orthonormalization: what these brought up from the
@@ -353,7 +355,7 @@ class TritonBackend:
         new, coupling = one_pass(rows, new, limits, coupling)
         b = blocks.width
         return Extension(
-            coefficients[:, :, :b], cut(new, blocks).to(blocks.data.dtype), coupling[:, :b, :b].contiguous(), scale
+            coefficients[:, :, :b], unpadded(new, blocks).to(blocks.data.dtype), coupling[:, :b, :b].contiguous(), scale
         )
 
     def combine(self, bases: Panel, coefficients: Tensor) -> Panel:

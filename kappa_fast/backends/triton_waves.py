@@ -64,7 +64,7 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class Place:
+class InWave:
     """One matrix of a factored wave: what Factors.data holds."""
 
     wave: Wave
@@ -187,6 +187,6 @@ def padded(blocks: Panel) -> Tensor:
     return torch.nn.functional.pad(blocks.data, (0, LANES - blocks.width))
 
 
-def cut(data: Tensor, blocks: Panel) -> Panel:
+def unpadded(data: Tensor, blocks: Panel) -> Panel:
     """What a kernel gave for ``padded(blocks)``, without the columns that were added."""
     return Panel(data[:, : blocks.width], blocks.rows)

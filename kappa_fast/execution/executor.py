@@ -21,7 +21,7 @@ from ..machine.torch_state import undisturbed_thread
 from ..sources.base import Matrix, Source
 from .cost import operations
 from .prefetch import Staged, one_ahead, read_ahead
-from .waves import cut, default_budget
+from .waves import default_budget, into_waves
 
 log = logging.getLogger("kappa_fast")
 
@@ -231,7 +231,7 @@ class Executor:
             by_device.setdefault(self._where(self._matrices[i]), []).append(i)
         for device, chosen in by_device.items():
             backend = self._backend_for(device)
-            waves = cut(chosen, lambda i, b=backend: self._need(i, b), self.budget_on(device))  # type: ignore[misc]
+            waves = into_waves(chosen, lambda i, b=backend: self._need(i, b), self.budget_on(device))  # type: ignore[misc]
             yield device, waves
 
     def _need(self, position: int, backend: Backend) -> int:

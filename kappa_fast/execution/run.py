@@ -23,7 +23,7 @@ from ..options import Options
 from ..results.entries import TensorKappa
 from ..results.ranking import Ranking
 from ..sources.base import Matrix, Source
-from ..spectrum.exact import Room
+from ..spectrum.exact import MemoryGate
 from ..spectrum.ladder import resolve
 from ..spectrum.probe import lower_bounds
 from ..spectrum.resolution import Goal, Resolution
@@ -53,7 +53,7 @@ class Run:
         self._source, self._options, self._executor, self._store = source, options, executor, store
         self._ranks = ranks
         # Exact decompositions are made on the CPU, whatever the device.
-        self._room = Room(executor.budget_on(torch.device("cpu")), stopping)
+        self._room = MemoryGate(executor.budget_on(torch.device("cpu")), stopping)
         self._everything = range(len(source.matrices))
         self.operations = self._operations(self._everything)
         top, per_group = options.top, options.top_per_group

@@ -103,8 +103,10 @@ class KappaDriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def _trained(self, entries: Iterable[TensorKappa]) -> Collection[str]:
         """The keys of matrices that train, or that have adapters that do."""
         assert self._model is not None
-        owners = {_plain(name.rpartition(".")[0]) for name, p in self._model.named_parameters() if p.requires_grad}
-        return {entry.key for entry in entries if _plain(entry.name.rpartition(".")[0]) in owners}
+        owners = {
+            _module_name(name.rpartition(".")[0]) for name, p in self._model.named_parameters() if p.requires_grad
+        }
+        return {entry.key for entry in entries if _module_name(entry.name.rpartition(".")[0]) in owners}
 
     def _rank_first(self, model: nn.Module) -> None:
         self.ranking = ranked(model, self._options)
@@ -185,7 +187,7 @@ def _handler() -> Any:
     return None
 
 
-def _plain(name: str) -> str:
+def _module_name(name: str) -> str:
     """Of a module; what PEFT puts inside of a layer belongs to the layer."""
     from ..results.names import plain_name
 

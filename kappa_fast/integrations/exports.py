@@ -127,7 +127,7 @@ def _ms_swift(selection: Selection, model: nn.Module | None) -> str:
 
 def _names(selection: Selection, model: nn.Module | None) -> str:
     """The names of parameters, a line each."""
-    return "".join(f"{name}\n" for name in _plain(_whole(selection, model, "a list of names")))
+    return "".join(f"{name}\n" for name in _unwrapped(_whole(selection, model, "a list of names")))
 
 
 def _regex(selection: Selection, model: nn.Module | None) -> str:
@@ -136,10 +136,10 @@ def _regex(selection: Selection, model: nn.Module | None) -> str:
 
 
 def _pattern(selection: Selection, model: nn.Module | None, what: str) -> str:
-    return "^(?:" + "|".join(re.escape(name) for name in _plain(_whole(selection, model, what))) + ")$"
+    return "^(?:" + "|".join(re.escape(name) for name in _unwrapped(_whole(selection, model, what))) + ")$"
 
 
-def _plain(names: list[str]) -> list[str]:
+def _unwrapped(names: list[str]) -> list[str]:
     """The same names, if a line can hold each.
 
     Raises:

@@ -21,7 +21,7 @@ from ..io.documents import read_document
 from ..io.limits import LARGEST_CONFIG
 from ..results.entries import Index
 from ..sources.base import Division, Inventory, Place, Stored
-from ..sources.layouts import Part, cut
+from ..sources.layouts import Part, layout_of
 from .architecture import architecture
 from .conversion import Conversion
 
@@ -158,7 +158,7 @@ class _Parts:
 
     def _parts_of(self, parameter: Stored) -> dict[str, Part]:
         if parameter.name not in self._parts:
-            cuts = [cut(parameter, self._conversion.shapes, split) for split in (False, True)]
+            cuts = [layout_of(parameter, self._conversion.shapes, split) for split in (False, True)]
             self._parts[parameter.name] = {
                 repr(_full(part.index, parameter.shape)): part for found in cuts for part in found.parts
             }

@@ -21,7 +21,7 @@ from ..io.limits import MOST_DIGITS
 from ..results.entries import Index, TensorKappa
 from ..results.selection import Selection
 from ..sources.base import Place, Stored
-from ..sources.layouts import cut
+from ..sources.layouts import layout_of
 from ..sources.tensors import model_types_in
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -118,7 +118,9 @@ class _Layouts:
             kinds = next((k for m in (owner, self._model) if (k := model_types_in(getattr(m, "config", None)))), ())
             weight = self._model.get_parameter(real)
             stored = Stored((name,), tuple(weight.shape), weight.dtype, weight.device, _never, None, owner, kinds)
-            self._parts[name] = {p.label: Place(name, p.index, p.label) for p in cut(stored, {}, split=True).parts}
+            self._parts[name] = {
+                p.label: Place(name, p.index, p.label) for p in layout_of(stored, {}, split=True).parts
+            }
         return self._parts[name].get(label)
 
 

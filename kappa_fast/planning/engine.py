@@ -175,10 +175,10 @@ class Plan:
             "version": serialize.VERSION,
             "kappa_fast": __version__,
             "name": consumers.title_of({"source": self.source}),
-            **{name: _plain(getattr(self, name)) for name in (*totals, *told)},
-            "settings": _plain(dict(self.settings)),
-            "source": _plain(dict(self.source)),
-            "groups": [_plain(group) for group in self.groups],
+            **{name: _as_json(getattr(self, name)) for name in (*totals, *told)},
+            "settings": _as_json(dict(self.settings)),
+            "source": _as_json(dict(self.source)),
+            "groups": [_as_json(group) for group in self.groups],
             "skipped": [serialize.encode_skipped(skipped) for skipped in self.skipped],
         }
 
@@ -331,10 +331,10 @@ def _groups(matrices: Sequence[Matrix]) -> tuple[PlannedGroup, ...]:
     return tuple(sorted(groups, key=lambda g: (-g.operations, g.group, g.shape)))
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """As JSON knows it."""
     if hasattr(value, "__dataclass_fields__"):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: _as_json(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+        return {key: _as_json(item) for key, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, (tuple, list)) else value

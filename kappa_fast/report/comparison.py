@@ -14,7 +14,7 @@ from .table import check_limit, format_interval, format_number, to_plain_text
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-    from ..results.comparison import Change, Comparison, Lone, Overlap
+    from ..results.comparison import Change, Comparison, Overlap, Unpaired
 
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ class ComparisonTable:
         if self.overlap is not None:
             yield from self._selected(self.overlap)
 
-    def _lone(self, lone: Sequence[Lone], here: str, there: str) -> Iterator[str]:
+    def _lone(self, lone: Sequence[Unpaired], here: str, there: str) -> Iterator[str]:
         for item in _few(lone, self.limit):
             why = f" (skipped in the {there}: {printable(item.reason)})" if item.reason else ""
             yield f"only in the {here}: {printable(item.key)}{why}"

@@ -46,7 +46,7 @@ def plot_series(series: Series, path: str | os.PathLike[str] | None, ax: Any, gr
             panels = [figure.add_subplot(rows, columns, i + 1) for i in range(len(shown))]
         labels = shorten_groups(shown)
         for panel, name in zip(panels, shown, strict=True):
-            _draw_lines(figure, panel, groups[name], series.labels, _plain(labels[name]))
+            _draw_lines(figure, panel, groups[name], series.labels, _unformatted(labels[name]))
         if path is not None and kind is not None:
             write_bytes(path, saved(figure, kind))
     return figure
@@ -78,7 +78,9 @@ def _draw_lines(figure: Any, axes: Any, tracks: Sequence[Track], labels: Sequenc
     if high < 10 * low:
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_minor_locator(MaxNLocator(4))
-    axes.set_xticks(range(len(labels)), [_plain(cut_middle(printable(label), 16)) for label in labels], rotation=30)
+    axes.set_xticks(
+        range(len(labels)), [_unformatted(cut_middle(printable(label), 16)) for label in labels], rotation=30
+    )
     axes.set_title(title + (f" (x{len(tracks) // len(layers)})" if len(tracks) > len(layers) else ""), loc="left")
     axes.set_ylabel("kappa")
     if len(set(numbers)) > 1:
@@ -146,7 +148,7 @@ def _draw_ratio_bars(figure: Any, ax: Any, comparison: Comparison) -> None:
         figure.set_size_inches(8, 1.0 + 0.2 * len(shown))
         ax = figure.add_subplot()
     colors = ["#b2182b" if change.ratio > 1 else "#2166ac" for change in shown]
-    names = [_plain(name) for name in shorten_names([change.key for change in shown], 48)]
+    names = [_unformatted(name) for name in shorten_names([change.key for change in shown], 48)]
     ax.barh(range(len(shown)), [change.ratio - 1 for change in shown], left=1, color=colors)
     ax.set_yticks(range(len(shown)), names)
     ax.set_ylim(len(shown) - 0.5, -0.5)
@@ -158,6 +160,6 @@ def _mean_log(ratios: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _plain(text: str) -> str:
+def _unformatted(text: str) -> str:
     """What the font of matplotlib certainly has, and the ellipsis, which it has too."""
     return "".join(c if c == "…" or ord(c) < 128 else c.encode("ascii", "backslashreplace").decode() for c in text)

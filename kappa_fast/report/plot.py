@@ -133,7 +133,7 @@ def _draw_bars(figure: Any, ranking: Ranking, ax: Any, chosen: Collection[str]) 
     shown = [entry for entry in ranking if has_finite_kappa(entry)][:_MOST_BARS]
     if not shown:
         raise OptionError("there is nothing to plot: no ranked matrix has a finite kappa")
-    names = [_plain(name) for name in shorten_names([entry.key for entry in shown], 48)]
+    names = [_unformatted(name) for name in shorten_names([entry.key for entry in shown], 48)]
     if ax is None:
         left, height = 0.3 + _CHARACTER * max(map(len, names)), 0.75 + 0.2 * len(shown)
         figure.set_size_inches(left + 4.2, height)
@@ -149,7 +149,7 @@ def _draw_bars(figure: Any, ranking: Ranking, ax: Any, chosen: Collection[str]) 
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("kappa")
     more = f", the lowest {len(shown):,} of {len(ranking):,}" if len(shown) < len(ranking) else ""
-    ax.set_title(f"kappa of {shorten(_plain(title_of(ranking.metadata)), 40)}{more}", loc="left")
+    ax.set_title(f"kappa of {shorten(_unformatted(title_of(ranking.metadata)), 40)}{more}", loc="left")
 
 
 def _draw(figure: Any, ranking: Ranking, grid: Grid, ax: Any, chosen: Collection[str] | None) -> None:
@@ -172,7 +172,7 @@ def _draw(figure: Any, ranking: Ranking, grid: Grid, ax: Any, chosen: Collection
     norm = LogNorm(low, high if high > low else low * 1.01)
     texts = [_cell_text(cell, ranking, chosen) for cell in grid.cells]
     taken = [_taken(cell, ranking, chosen) > 0 for cell in grid.cells]
-    title = f"kappa of {shorten(_plain(title_of(ranking.metadata)), 60)}"
+    title = f"kappa of {shorten(_unformatted(title_of(ranking.metadata)), 60)}"
     if ax is not None:  # somebody else's figure: no size, no places of its own
         _draw_cells(ax, grid, colormaps["viridis"], norm, texts, taken)
         _draw_names(ax, grid, labels, turned)
@@ -279,10 +279,10 @@ def column_labels(grid: Grid) -> list[str]:
 
 
 def _column_label(label: str, depth: int) -> str:
-    return _plain(label) + (f" (x{depth})" if depth > 1 else "")
+    return _unformatted(label) + (f" (x{depth})" if depth > 1 else "")
 
 
-def _plain(text: str) -> str:
+def _unformatted(text: str) -> str:
     """What the font of matplotlib certainly has."""
     return printable(text).encode("ascii", "backslashreplace").decode("ascii")
 

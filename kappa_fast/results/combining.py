@@ -16,7 +16,7 @@ _ORDER: dict[Status, int] = {"ok": 0, "rank_deficient": 1, "bounded": 2, "non_fi
 
 def union(one: Selection, other: Selection) -> Selection:
     """What is in one of them or in both."""
-    _check(one, other)
+    _check_one_model(one, other)
     if one.exclude != other.exclude and (one.include or other.include):
         raise _apart("one of them names parameters besides (including) and they leave out different ones (excluding)")
     mine = set(one.keys)
@@ -28,7 +28,7 @@ def union(one: Selection, other: Selection) -> Selection:
 
 def intersection(one: Selection, other: Selection) -> Selection:
     """What is in both of them."""
-    _check(one, other)
+    _check_one_model(one, other)
     if one.include != other.include and (one.include or other.include):
         raise _apart("they name different parameters besides (including)")
     theirs = set(other.keys)
@@ -38,7 +38,7 @@ def intersection(one: Selection, other: Selection) -> Selection:
 
 def difference(one: Selection, other: Selection) -> Selection:
     """What is in the first and not in the second."""
-    _check(one, other)
+    _check_one_model(one, other)
     if other.include and other.include != one.include:
         raise _apart("the second names parameters besides (including)")
     theirs = set(other.keys)
@@ -52,7 +52,7 @@ def _apart(why: str) -> OptionError:
     )
 
 
-def _check(one: Selection, other: Selection) -> None:
+def _check_one_model(one: Selection, other: Selection) -> None:
     mine = {entry.key: entry for entry in one.entries}
     for entry in other.entries:
         twin = mine.get(entry.key)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import OptionError
 from . import serialize
-from .comparison import Change, Comparison, Lone
+from .comparison import Change, Comparison, Unpaired
 from .entries import TensorKappa
 from .pairing import pair
 from .ranking import Ranking
@@ -70,10 +70,10 @@ def _same_size(a: TensorKappa, b: TensorKappa) -> bool:
     return not (a.numel and b.numel) or sorted(a.shape) == sorted(b.shape)
 
 
-def _lone(ranking: Ranking, paired: set[str], other: Ranking) -> tuple[Lone, ...]:
+def _lone(ranking: Ranking, paired: set[str], other: Ranking) -> tuple[Unpaired, ...]:
     reasons = {skipped.name: skipped.reason for skipped in other.skipped}
     return tuple(
-        Lone(e.key, reasons.get(e.key) or reasons.get(e.name, "")) for e in ranking.entries if e.key not in paired
+        Unpaired(e.key, reasons.get(e.key) or reasons.get(e.name, "")) for e in ranking.entries if e.key not in paired
     )
 
 

@@ -87,7 +87,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Lone:
+class Unpaired:
     """A matrix that only one ranking has; ``reason`` is why the other one skipped it, "" if it does not know it."""
 
     key: str
@@ -123,8 +123,8 @@ class Comparison:
     """
 
     changes: tuple[Change, ...]
-    only_before: tuple[Lone, ...]
-    only_after: tuple[Lone, ...]
+    only_before: tuple[Unpaired, ...]
+    only_after: tuple[Unpaired, ...]
     correlation: float
     correlated: int
     caveats: tuple[str, ...]

@@ -71,21 +71,21 @@ def thaw(value: Any) -> Any:
 
 def encode_entry(entry: TensorKappa) -> dict[str, Any]:
     """One entry as plain JSON."""
-    return {item.name: _plain(getattr(entry, item.name)) for item in fields(entry)}
+    return {item.name: _as_json(getattr(entry, item.name)) for item in fields(entry)}
 
 
 def encode_skipped(skipped: Skipped) -> dict[str, Any]:
     """One skipped parameter as plain JSON."""
-    return {item.name: _plain(getattr(skipped, item.name)) for item in fields(skipped)}
+    return {item.name: _as_json(getattr(skipped, item.name)) for item in fields(skipped)}
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(float(value))
     if isinstance(value, slice):
         return [value.start, value.stop, value.step]
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     return value
 
 

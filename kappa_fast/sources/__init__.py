@@ -19,7 +19,7 @@ from ..io.limits import LONGEST_NAME, MOST_DIMENSIONS, MOST_TENSORS, check_limit
 from ..machine.memory import is_out_of_memory
 from ..results.entries import Index, Skipped
 from ..results.names import group_of, layer_of
-from .admission import Surroundings, admit, by_evidence
+from .admission import Neighbors, admit, by_evidence
 from .base import Division, Home, Inventory, Matrix, Place, Source, Stamp, Stored
 from .boundary import reading, unforeseen
 from .called import as_computed
@@ -30,7 +30,7 @@ from .filters import Filters
 from .gguf import is_gguf, read_gguf
 from .hub import HubId, hub_id, snapshot
 from .hub_headers import headers_of
-from .layouts import Cut, Part, cut
+from .layouts import Layout, Part, layout_of
 from .module import read_module
 from .names import is_read_directly
 from .tensors import count_weights, read_mapping
@@ -74,7 +74,7 @@ def open_source(
 def _opened(inventory: Inventory, filters: Filters, places_of: PlacesOf | None, without_values: bool) -> Source:
     inventory, places = divided(inventory, places_of(inventory) if places_of is not None else {})
     inventory = _at_home(inventory, places)
-    around = Surroundings.of(_renamed(inventory, places))
+    around = Neighbors.of(_renamed(inventory, places))
     matrices: list[Matrix] = []
     skipped: list[Skipped] = []
     absent: list[Skipped] = []
@@ -139,7 +139,7 @@ def _types_of(tensors: Sequence[Stored]) -> set[str]:
     return {kind for stored in tensors for kind in stored.model_types}
 
 
-def _weighed(stored: Stored, around: Surroundings, filters: Filters, without_values: bool) -> tuple[str | None, str]:
+def _weighed(stored: Stored, around: Neighbors, filters: Filters, without_values: bool) -> tuple[str | None, str]:
     """Why a tensor is left out, or None and the evidence that it is a weight."""
     chosen = filters.reason(stored, around)
     if stored.error is not None and chosen is not None:
@@ -184,11 +184,11 @@ def _renamed(inventory: Inventory, places: Mapping[str, Place]) -> Inventory:
     return replace(inventory, tensors=tensors)
 
 
-def _pieces(stored: Stored, place: Place | None, around: Surroundings, split: bool) -> Cut:
+def _pieces(stored: Stored, place: Place | None, around: Neighbors, split: bool) -> Layout:
     if place is None or not place.index:
-        return cut(stored, around.shapes, split)
+        return layout_of(stored, around.shapes, split)
     rows, columns = stored.shape
-    return Cut((Part(place.label, place.index, (rows, columns)),))  # the model fuses what is stored on its own
+    return Layout((Part(place.label, place.index, (rows, columns)),))  # the model fuses what is stored on its own
 
 
 def _read(source: object, filters: Filters, without_values: bool, quiet: bool) -> Inventory:

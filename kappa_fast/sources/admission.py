@@ -15,7 +15,7 @@ from .base import Inventory, Stored
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class Neighbors:
     """What the other tensors of a model tell about one of them.
 
     Attributes:
@@ -31,7 +31,7 @@ class Surroundings:
     in_peft: bool
 
     @classmethod
-    def of(cls, inventory: Inventory) -> Surroundings:
+    def of(cls, inventory: Inventory) -> Neighbors:
         """Look at all tensors once."""
         shapes: dict[str, tuple[int, ...]] = {name: () for name in inventory.buffers}
         shapes |= {name: stored.shape for stored in inventory.tensors for name in stored.names}
@@ -59,7 +59,7 @@ class Admission:
     reason: str | None = None
 
 
-def admit(stored: Stored, around: Surroundings, without_values: bool = False) -> Admission:
+def admit(stored: Stored, around: Neighbors, without_values: bool = False) -> Admission:
     """Decide whether the values of a tensor are weights, whatever the options of rank() are.
 
     Args:
@@ -76,7 +76,7 @@ def admit(stored: Stored, around: Surroundings, without_values: bool = False) ->
     return Admission(reason=reason) if reason is not None else Admission(_evidence(stored))
 
 
-def _reason(stored: Stored, around: Surroundings, without_values: bool) -> str | None:
+def _reason(stored: Stored, around: Neighbors, without_values: bool) -> str | None:
     if "adapter" in stored.roles or any(names.is_adapter(name, around.in_peft) for name in stored.names):
         return "adapter weight"
     if "scales" in stored.roles or any(name in around.scales for name in stored.names):
@@ -101,7 +101,7 @@ def _reason(stored: Stored, around: Surroundings, without_values: bool) -> str |
     return None
 
 
-def _is_stack_of_biases(stored: Stored, around: Surroundings) -> bool:
+def _is_stack_of_biases(stored: Stored, around: Neighbors) -> bool:
     """A bias [experts, width] beside a weight [experts, ., .]."""
     for name in stored.names:
         for ending, of_weight in (("_bias", ""), (".bias", ".weight"), ("_bias", "_weight")):

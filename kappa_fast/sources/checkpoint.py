@@ -34,7 +34,7 @@ from .quantized.comfy import joined
 from .quantized.config import quantization_config, unknown_method
 from .reparametrized import put_together
 from .shards import INDEX_ENDING, check_complete, check_finished, chosen_index, companions_of, is_index, is_numbered
-from .tensors import count_weights, fingerprint, model_types_in, own_names
+from .tensors import count_weights, digest_of_headers, model_types_in, own_names
 
 LONGEST_HEADER = 100_000_000  # bytes that safetensors reads
 INDEX = "model" + INDEX_ENDING
@@ -119,7 +119,7 @@ def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) 
         "path": str(path),
         "files": [file.relative_to(directory).as_posix() for file in files],
         "model_type": next(iter(model_types), None),
-        "fingerprint": fingerprint(found),
+        "fingerprint": digest_of_headers(found),
     }
     quantization = quantization_config(directory, config)
     weights = put_together(weights_of(found, quantization, joined(headers)))

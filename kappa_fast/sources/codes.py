@@ -129,7 +129,7 @@ def role_of(name: str, companion: str) -> str:
     return rest.lstrip("._").removeprefix("weight_")
 
 
-def plain_name(name: str) -> str:
+def weight_name(name: str) -> str:
     """What the weight is called whose codes are called ``name``: the name it has in the model before quantization."""
     if found := _QDATA.match(name):
         return f"{found['owner']}{found['weight']}"

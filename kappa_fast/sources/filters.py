@@ -11,7 +11,7 @@ import torch
 
 from ..errors import OptionError
 from . import classes, names
-from .admission import Surroundings
+from .admission import Neighbors
 from .base import Stored
 
 Patterns = str | Sequence[str] | None
@@ -58,7 +58,7 @@ class Filters:
         if self.max_dim is not None:
             _check_size("max_dim", self.max_dim)
 
-    def reason(self, stored: Stored, around: Surroundings) -> str | None:
+    def reason(self, stored: Stored, around: Neighbors) -> str | None:
         """Why the options leave this weight out, or None. Sizes of parts are for ``size_reason``."""
         for pattern in self.exclude or ():
             if any(re.search(pattern, name) for name in stored.names):
@@ -85,7 +85,7 @@ def is_router_module(module: torch.nn.Module) -> bool:
     return any(_ROUTER_CLASS.search(name) for name in classes.class_names(module)[:1])
 
 
-def _is_embedding_or_head(stored: Stored, around: Surroundings) -> bool:
+def _is_embedding_or_head(stored: Stored, around: Neighbors) -> bool:
     if not stored.roles.isdisjoint({"embedding", "head"}):
         return True
     alike = stored.shape in around.embedding_shapes
@@ -93,7 +93,7 @@ def _is_embedding_or_head(stored: Stored, around: Surroundings) -> bool:
     return called or any(names.is_output_head(name, alike) for name in stored.names)
 
 
-def _is_router(stored: Stored, around: Surroundings) -> bool:
+def _is_router(stored: Stored, around: Neighbors) -> bool:
     return "router" in stored.roles or any(names.is_router(name, around.shapes) for name in stored.names)
 
 

@@ -27,7 +27,7 @@ from .names import has_adapters
 from .ownership import without_ingredients
 from .pointers import what_stands_there
 from .shards import check_finished
-from .tensors import count_weights, fingerprint, own_names
+from .tensors import count_weights, digest_of_headers, own_names
 
 ENDING = ".gguf"
 
@@ -91,7 +91,7 @@ def read_gguf(path: Path) -> Inventory:
         "path": str(path),
         "files": [part.name for part in parts],
         "model_type": architecture,
-        "fingerprint": fingerprint(ordered),
+        "fingerprint": digest_of_headers(ordered),
     }
     return Inventory(ordered, count_weights(ordered), metadata, in_memory=False, in_peft=in_peft)
 

@@ -30,7 +30,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Layout:
     """All parts of one parameter, and a note where the layout is a guess or had to be left as it is."""
 
     parts: tuple[Part, ...]
@@ -86,7 +86,7 @@ _DBRX_EXPERTS = re.compile(r"^(?P<ffn>(?:.*\.)?ffn)\.experts\.mlp\.(?:w1|v1|w2)$
 _KNOWN_STACK = re.compile(r"expert|moe|_(?:ch)?exps|(?:input|output)_linear")
 
 
-def cut(stored: Stored, shapes: Mapping[str, tuple[int, ...]], split: bool) -> Cut:
+def layout_of(stored: Stored, shapes: Mapping[str, tuple[int, ...]], split: bool) -> Layout:
     """The matrices in a parameter with two or more dimensions.
 
     Args:
@@ -97,13 +97,15 @@ def cut(stored: Stored, shapes: Mapping[str, tuple[int, ...]], split: bool) -> C
     shape = stored.shape
     flat = (shape[0], stored.numel // shape[0])
     if len(shape) > 2 and (note := _convolution(stored)) is not None:
-        return Cut((Part("", (), flat),), note or None)
+        return Layout((Part("", (), flat),), note or None)
     if len(shape) > 3:
-        return Cut((Part("", (), flat),), f"{len(shape)} dimensions of unknown meaning, flattened like a convolution")
+        return Layout(
+            (Part("", (), flat),), f"{len(shape)} dimensions of unknown meaning, flattened like a convolution"
+        )
     heights = _experts_below_each_other(stored, shapes)
     if len(shape) == 2 and heights is None:
         fused, note = _fused(stored, shape, shapes) if split else (None, None)
-        return Cut(tuple(_pieces("", (), flat, fused)), note)
+        return Layout(tuple(_pieces("", (), flat, fused)), note)
     fused, note = None, None
     if heights is not None:
         slots: list[Index] = [(slice(start, start + heights), ALL) for start in range(0, shape[0], heights)]
@@ -114,7 +116,7 @@ def cut(stored: Stored, shapes: Mapping[str, tuple[int, ...]], split: bool) -> C
         if not classes.is_stack(stored.parent) and not _KNOWN_STACK.search(stored.name):
             note = note or "3 dimensions, taken for a stack of matrices"
     parts = [part for e, slot in enumerate(slots) for part in _pieces(f"[{e}]", slot, inner, fused)]
-    return Cut(tuple(parts), note)
+    return Layout(tuple(parts), note)
 
 
 def _convolution(stored: Stored) -> str | None:

@@ -20,7 +20,7 @@ from .graphs import altered_in_graphs
 from .names import has_adapters
 from .packed import packed_weights
 from .quantized import modules, weights_of
-from .tensors import fingerprint, identity, is_lazy, model_types_in, own_names, sharded, store
+from .tensors import digest_of_headers, identity, is_lazy, model_types_in, own_names, sharded, store
 
 # What torch calls the parts of reparametrized weights, in modules that have lost their parametrization to a graph.
 _PARTS = frozenset(("original", "original0", "original1", "weight_g", "weight_v", "weight_orig"))
@@ -79,7 +79,7 @@ def read_module(model: torch.nn.Module, adapters: str = "base") -> Inventory:
         "kind": "module",
         "class": type(model).__name__,
         "model_type": next((kind for place in places.values() for kind in place.model_types), None),
-        "fingerprint": fingerprint(stored),
+        "fingerprint": digest_of_headers(stored),
     }
     elsewhere = [made for made in computed if made.parts != made.names]  # others train under the name of the weight
     if elsewhere:

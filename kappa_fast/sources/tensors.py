@@ -36,7 +36,7 @@ def read_mapping(weights: Mapping[str, torch.Tensor]) -> Inventory:
         groups.setdefault(identity(tensor), []).append(name)
     own = own_names(groups.values(), saved=True)
     stored = [store(own[names[0]], weights[names[0]]) for names in groups.values()]
-    metadata = {"kind": "mapping", "model_type": None, "fingerprint": fingerprint(stored)}
+    metadata = {"kind": "mapping", "model_type": None, "fingerprint": digest_of_headers(stored)}
     tensors = without_ingredients(put_together(weights_of(stored, None)))
     return Inventory(tensors, count_weights(tensors), metadata, in_peft=has_adapters(weights))
 
@@ -152,7 +152,7 @@ def count_weights(tensors: Iterable[Stored]) -> int:
     return count
 
 
-def fingerprint(tensors: Iterable[Stored]) -> str:
+def digest_of_headers(tensors: Iterable[Stored]) -> str:
     """SHA-256 over names, shapes and dtypes in any order: tells models apart, not their values.
 
     Of several names the first one counts: a file has no second name for a tied weight.

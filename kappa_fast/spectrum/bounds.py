@@ -56,7 +56,8 @@ def norm_factor(width: int) -> float:
 
 
 def excess(ritz: Ritz, overlap: Tensor, noise: Tensor) -> Tensor:
-    """D such that the largest eigenvalue lies in [theta, theta (1 + d)] unless the start missed its vector: shape (w,).
+    """The Ritz gap bound d, of shape (w,): the largest eigenvalue lies in [theta, theta (1 + d)], unless the start
+    missed its vector.
 
     ritz: of T = V^T H V, for a Krylov basis V whose first block Q1 is the start, H V = V T + Q B E^T.
     overlap (w,): what ||u^T Q1|| exceeds.  noise (w,): bound on what rounding adds to that relation, relative to theta.

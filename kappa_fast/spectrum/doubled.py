@@ -77,7 +77,7 @@ def _unit(x: Tensor, dim: int, bits: int) -> Tensor:
     return 1.5 * ((exponent + 52 - bits + 1023) << 52).view(torch.float64)
 
 
-def _cut(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+def _slices(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     high = (x + unit) - unit
     return high, x - high
 
@@ -86,7 +86,7 @@ def sliced(x: Tensor, dim: int, bits: int, count: int) -> tuple[list[Tensor], Te
     """Slices of a float64 matrix, largest first, at most ``count``, and what they leave; their sum is exactly x."""
     unit, slices = _unit(x, dim, bits), []
     for _ in range(count):
-        part, x = _cut(x, unit)
+        part, x = _slices(x, unit)
         slices.append(part)
         unit = unit * 2.0**-bits
         if not bool(x.any()):
@@ -103,7 +103,7 @@ def _sliced_double(x: Double, dim: int, bits: int) -> tuple[list[Tensor], float]
             rest, late = two_sum(rest, late)
         if k == 4:
             rest = rest + late
-        part, rest = _cut(rest, unit)
+        part, rest = _slices(rest, unit)
         slices.append(part)
         unit = unit * 2.0**-bits
     # The sum before the last slice is rounded: by u of what four slices left.

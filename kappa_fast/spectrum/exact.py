@@ -52,7 +52,7 @@ def peak_bytes(shape: tuple[int, int]) -> int:
 PATIENCE = 0.1  # seconds
 
 
-class Room:
+class MemoryGate:
     """Memory that the decompositions of a run share: side by side as far as it goes, one that needs more of it alone.
 
     Waves are cut for what the rungs before need, and a decomposition needs 2.5 to 3 times as much. Who waits asks

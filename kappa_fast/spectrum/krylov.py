@@ -52,7 +52,7 @@ class Schedule:
 
 
 @dataclass
-class Space:
+class KrylovBasis:
     """The growing Krylov bases of a wave."""
 
     basis: Panel  # the first ``size`` columns are in use
@@ -68,7 +68,7 @@ class Space:
     @classmethod
     def begin(
         cls, backend: Backend, ns: Sequence[int], seeds: Sequence[bytes], dtype: torch.dtype, width: int, salt: int
-    ) -> Space:
+    ) -> KrylovBasis:
         """Spaces that start from Gaussian blocks."""
         block = backend.orthonormalize(backend.gaussian(ns, seeds, width, salt, dtype))
         basis = Panel(block.data.new_empty((block.data.shape[0], FIRST_BLOCKS * width)), block.rows)
@@ -89,7 +89,7 @@ class Space:
     def filled(self) -> Panel:
         return self.basis.columns(0, self.size)
 
-    def take(self, which: list[int]) -> Space:
+    def take(self, which: list[int]) -> KrylovBasis:
         """The spaces of some matrices, ascending."""
         if len(which) == len(self.basis.rows):
             return self
@@ -97,7 +97,7 @@ class Space:
         state = (self.coupling, self.scale, self.dropped, self.alive, self.missing)
         coupling, scale, dropped, alive, missing = (_pick(t, which) for t in state)
         basis, block = self.basis.take(which), self.block.take(which)
-        return Space(basis, block, columns, coupling, scale, dropped, alive, missing, self.size)
+        return KrylovBasis(basis, block, columns, coupling, scale, dropped, alive, missing, self.size)
 
     def expand(self, backend: Backend, operator: Callable[[Panel], Panel]) -> Tensor:
         """One product with the newest blocks and its orthogonalization; True (w,) for a space that has ended.
@@ -146,7 +146,7 @@ def largest(
     are theta.  salt: tells the start blocks of different ends apart.  dtype: of the blocks, if not that of the factors.
     """
     search = _Search(backend, factors, noise, tolerance)
-    space = Space.begin(backend, factors.ns, seeds, dtype or factors.blocks, WIDTH, salt)
+    space = KrylovBasis.begin(backend, factors.ns, seeds, dtype or factors.blocks, WIDTH, salt)
     active, chosen = list(range(len(factors.ns))), factors
     for step in range(1, MAX_BLOCKS + 1):
         ended = space.expand(backend, lambda block, chosen=chosen: operator(chosen, block))  # type: ignore[misc]
@@ -156,7 +156,7 @@ def largest(
         kept = [j for j, i in enumerate(active) if i in going]
         space, chosen = space.take(kept), chosen.take(kept)
         active = [active[j] for j in kept]
-    return search.found()
+    return search.extremes()
 
 
 class _Search:
@@ -171,7 +171,7 @@ class _Search:
         self.results: dict[int, Extreme] = {}
         self._vectors: list[Panel] = []  # of the results, in the order in which they were found
 
-    def found(self) -> tuple[list[Extreme], Panel]:
+    def extremes(self) -> tuple[list[Extreme], Panel]:
         """All results and their vectors, by position."""
         rows = tuple(n for panel in self._vectors for n in panel.rows)
         data = [panel.data for panel in self._vectors]
@@ -180,7 +180,7 @@ class _Search:
         vectors = Panel(data[0] if len(data) == 1 else torch.cat(data), rows).take(places)
         return [self.results[order[place]] for place in places], vectors
 
-    def look(self, space: Space, active: list[int], ended: Tensor, step: int) -> list[int]:
+    def look(self, space: KrylovBasis, active: list[int], ended: Tensor, step: int) -> list[int]:
         """Those of ``active`` that go on: not converged, and able to. One read for the whole wave, as a rule."""
         due = [j for j, i in enumerate(active) if step in (self._schedules[i].next_check, MAX_BLOCKS)]
         ritz, bound = self._bound(space, active, due)
@@ -193,7 +193,7 @@ class _Search:
             self._sort(space, active, late, over, ritz, self._backend.read(bound), step)
         return [i for i in active if i not in self.results]
 
-    def _bound(self, space: Space, active: list[int], which: list[int]) -> tuple[Ritz | None, Tensor]:
+    def _bound(self, space: KrylovBasis, active: list[int], which: list[int]) -> tuple[Ritz | None, Tensor]:
         """Ritz values and, behind them, the excess of each."""
         if not which:
             return None, self._overlaps[:0]
@@ -207,7 +207,7 @@ class _Search:
 
     def _sort(
         self,
-        space: Space,
+        space: KrylovBasis,
         active: list[int],
         which: list[int],
         over: list[bool],

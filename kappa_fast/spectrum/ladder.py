@@ -65,13 +65,13 @@ class _Climber:
 
 
 def resolve(
-    backend: Backend, weights: Sequence[Tensor], goal: Goal, room: exact.Room | None = None
+    backend: Backend, weights: Sequence[Tensor], goal: Goal, gate: exact.MemoryGate | None = None
 ) -> list[Resolution]:
     """Resolve one wave: 2-D weights of any shape, float dtype and strides; none is changed.
 
-    ``room`` is shared by waves that are resolved side by side.
+    ``gate`` is shared by waves that are resolved side by side.
     """
-    room = room or exact.Room()
+    gate = gate or exact.MemoryGate()
     operands = backend.prepare(weights)
     if flushes():  # what was taken for zero proves nothing
         operands = [replace(a, exact=False) for a in operands]
@@ -86,7 +86,7 @@ def resolve(
     _climb(backend, climbing, goal)
     for climber in climbers:
         if not climber.done:
-            with room.taken(climber.operand):
+            with gate.taken(climber.operand):
                 _finish_exactly(climber, goal)
     _measure_sensitivity(backend, [c for c in climbers if c.best is not None and c.best.status == "ok"])
     if goal.certify:
@@ -153,12 +153,12 @@ def _climb(backend: Backend, climbers: Sequence[_Climber], goal: Goal) -> None:
     What a factor cannot describe climbs at once, so that all matrices of a wave search both ends in the same steps,
     whatever their rungs; what only an interval turns down climbs after that, and so does what there is no room for.
     """
-    room = CLIMBING * sum(backend.need(c.operand.shape, c.rung) for c in climbers)
+    most = CLIMBING * sum(backend.need(c.operand.shape, c.rung) for c in climbers)
     active = list(climbers)
     while active:
         lanes: dict[tuple[torch.dtype, torch.dtype], _Described] = {}
         waiting: list[_Climber] = []
-        free = room
+        free = most
         while active:
             now, later, free = _with_room(backend, active, free, alone=not lanes)
             waiting += later

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ..backends.base import Backend, Operand, Panel, Tensor
-from .krylov import Space, small_eigenpairs
+from .krylov import KrylovBasis, small_eigenpairs
 from .polish import ratio_bound
 
 WIDTH = 4
@@ -28,7 +28,7 @@ def lower_bounds(backend: Backend, weights: Sequence[Tensor], cutoff: float) -> 
     if not active:
         return bounds
     seeds = backend.digests([operands[i] for i in active])
-    space = Space.begin(backend, [operands[i].shape[1] for i in active], seeds, torch.float32, WIDTH, salt=3)
+    space = KrylovBasis.begin(backend, [operands[i].shape[1] for i in active], seeds, torch.float32, WIDTH, salt=3)
     for step in range(1, STEPS + 1):
         chosen = [operands[i] for i in active]
         ended = space.expand(backend, lambda x, chosen=chosen: backend.normal(chosen, x))  # type: ignore[misc]

@@ -250,7 +250,7 @@ def apply(selection: Selection, model: nn.Module, *, around_steps: bool = True) 
     """See ``Selection.apply``. ``around_steps``: False for an optimizer that keeps frozen weights itself."""
     refuse_occupied(model)
     targets = match(selection, model)
-    _check(model, targets)
+    _check_trainable(model, targets)
     handle = Handle(model, selection, targets)
     try:
         handle.begin(around_steps=around_steps)
@@ -265,7 +265,7 @@ def _kind(parameter: nn.Parameter) -> str:
     return type(parameter).__name__ if parameter.dtype.itemsize > 1 else str(parameter.dtype)
 
 
-def _check(model: nn.Module, targets: list[Target]) -> None:
+def _check_trainable(model: nn.Module, targets: list[Target]) -> None:
     chosen = {target.name for target in targets}
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():

@@ -173,6 +173,6 @@ def _candidate(
 
 def _check_single(candidate: Candidate, by_name: Mapping[str, Stored]) -> None:
     for name in candidate.codes.names:
-        plain = codes.plain_name(name)
+        plain = codes.weight_name(name)
         if plain != name and plain in by_name:
             raise SourceError(f"{plain!r} is there twice, as it is and as the codes {name!r}: remove one of them")

@@ -53,7 +53,7 @@ class Comfy:
             raise candidate.missing("weight_scale")
         if kind in BLOCK:
             return _in_tiles(candidate, scale, kind)
-        return _plain(candidate, scale, kind, said)
+        return _scaled(candidate, scale, kind, said)
 
 
 def _said(candidate: Candidate) -> Mapping[str, Any] | None:
@@ -116,7 +116,7 @@ def _contradicted(candidate: Candidate, kind: object, what: str) -> SourceError:
     )
 
 
-def _plain(candidate: Candidate, scale: Stored, kind: str, said: Mapping[str, Any]) -> Recipe:
+def _scaled(candidate: Candidate, scale: Stored, kind: str, said: Mapping[str, Any]) -> Recipe:
     """FP8 or int8 with one scale, one for each row, or one for each square block."""
     codes = candidate.codes
     stored_in = (FLOAT8[kind], torch.uint8) if kind in FLOAT8 else (torch.int8,)

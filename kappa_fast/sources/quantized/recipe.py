@@ -37,7 +37,7 @@ class Candidate:
 
     @property
     def plain_name(self) -> str:
-        return codes.plain_name(self.codes.name)
+        return codes.weight_name(self.codes.name)
 
     @property
     def names(self) -> list[str]:
@@ -124,7 +124,7 @@ def compose(stored: Stored, recipe: Recipe) -> Stored:
     """The weight in place of its codes: under its plain name, with that of the codes among the aliases."""
     # Readers give a Stored what else they know of it; that of the companions is to be combined with it here. The
     # location stays that of the codes: their companions are small, and mostly next to them.
-    names = (*(codes.plain_name(name) for name in stored.names), *stored.names)
+    names = (*(codes.weight_name(name) for name in stored.names), *stored.names)
     matrix = recipe.shape[-2] * recipe.shape[-1]
     read = sum(_nbytes(item) // (item.shape[0] if _per_expert(item, recipe) else 1) for item in recipe.inputs.values())
     return replace(

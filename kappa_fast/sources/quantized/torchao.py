@@ -91,7 +91,7 @@ class Torchao:
         """
         if not candidate.name.endswith("_" + CODES):
             return None
-        name = codes.plain_name(candidate.name)
+        name = codes.weight_name(candidate.name)
         said = candidate.header.get(name)
         if said is None:
             raise SourceError(
