@@ -30,7 +30,14 @@ class OptionError(KappaError, ValueError):
 
 
 class SourceError(KappaError, ValueError):
-    """The source is no model, or holds something that cannot be read as weights."""
+    """The source is no model, or holds something that cannot be read as weights.
+
+    ``says_exclude``: whether the message says already that ``exclude=`` leaves the weight out.
+    """
+
+    def __init__(self, *arguments: object, says_exclude: bool = False) -> None:
+        super().__init__(*arguments)
+        self.says_exclude = says_exclude
 
 
 class SourceNotFoundError(SourceError, FileNotFoundError):

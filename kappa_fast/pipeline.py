@@ -143,9 +143,11 @@ def rank(
                     if ranks is not None:
                         ranks.finished(store)
                 except KeyboardInterrupt as stop:
-                    done = f"interrupted: {len(run.entries)} of {len(opened.matrices)} matrices are done (see .partial)"
+                    total = len(opened.matrices)
+                    done = f"interrupted: {len(run.entries)} of {total} matrices are done (see .partial)"
                     partial = run.ranking(time.perf_counter() - started, partial=True)
-                    raise Interrupted(done, partial, resumable=store is not None and store.keeps) from stop
+                    resumable = store is not None and store.keeps
+                    raise Interrupted(done, partial, total=total, resumable=resumable) from stop
         ranking = run.ranking(time.perf_counter() - started, partial=False)
     _warn_unproven(ranking, certify)
     return ranking
