@@ -29,9 +29,9 @@ from . import files
 from .fingerprints import fingerprint, is_fingerprint
 from .journal import Journal, leftovers
 from .memos import Memo, decode_stamp, encode_stamp, is_settled, name_of
-from .records import Bound, Question, Record, Wanted, decode, encode
+from .records import LowerBoundQuery, Query, Record, ResolutionQuery, decode, encode
 
-__all__ = ["Bound", "CacheOption", "ResultCache", "Wanted", "cache_directory", "opened_cache"]
+__all__ = ["LowerBoundQuery", "CacheOption", "ResultCache", "ResolutionQuery", "cache_directory", "opened_cache"]
 
 log = logging.getLogger("kappa_fast")
 
@@ -106,24 +106,24 @@ class ResultCache:
         return {"hits": hits, "computed": len(positions) - hits}
 
     def results(
-        self, executor: Executor, positions: Sequence[int], work: Work[R], question: Question[R]
+        self, executor: Executor, positions: Sequence[int], work: Work[R], query: Query[R]
     ) -> Generator[tuple[int, R], None, None]:
         """As ``executor.results``; what is known is not computed, and what is computed will be known."""
         known = set()
-        for position, found in self.remembered(positions, question):
+        for position, found in self.remembered(positions, query):
             known.add(position)
             yield position, found
         rest = [position for position in positions if position not in known]
         if rest:
-            with contextlib.closing(executor.results(rest, partial(self._on_wave, work, question))) as computed:
+            with contextlib.closing(executor.results(rest, partial(self._on_wave, work, query))) as computed:
                 for pair in computed:
                     self._warn_if_nothing_is_kept()  # here, since in a thread of the executor it might end the work
                     yield pair
 
-    def remembered(self, positions: Sequence[int], question: Question[R]) -> Iterator[tuple[int, R]]:
+    def remembered(self, positions: Sequence[int], query: Query[R]) -> Iterator[tuple[int, R]]:
         """What is known without reading weights."""
         for position in positions:
-            found = self._remembered(position, question)
+            found = self._remembered(position, query)
             if found is not None:
                 self._hits.add(position)
                 yield position, found
@@ -157,7 +157,7 @@ class ResultCache:
     def _on_wave(
         self,
         work: Work[R],
-        question: Question[R],
+        query: Query[R],
         positions: Sequence[int],
         backend: Backend,
         weights: list[torch.Tensor],
@@ -165,7 +165,7 @@ class ResultCache:
         """A wave: by content first, and the rest as a smaller wave. In a thread of the executor."""
         prints = [fingerprint(weight) for weight in weights]
         known = [self._by_content(text) for text in prints]
-        answers = [None if record is None else question.answer(record) for record in known]
+        answers = [None if record is None else query.answer(record) for record in known]
         todo = [k for k, answer in enumerate(answers) if answer is None]
         found = work([positions[k] for k in todo], backend, [weights[k] for k in todo]) if todo else []
         with self._lock:
@@ -173,14 +173,14 @@ class ResultCache:
             self._hits.update(p for p, answer in zip(positions, answers, strict=True) if answer is not None)
             self._hits.difference_update(positions[k] for k in todo)
             for k, result in zip(todo, found, strict=True):
-                answers[k] = self._keep(positions[k], prints[k], question, result)
+                answers[k] = self._keep(positions[k], prints[k], query, result)
         return [answer for answer in answers if answer is not None]
 
-    def _keep(self, position: int, text: str, question: Question[R], found: R) -> R:
+    def _keep(self, position: int, text: str, query: Query[R], found: R) -> R:
         """Store a result. What is returned takes earlier ones into account, as the next run will."""
         if not is_exact():  # another thread has changed a mode meanwhile: what came of it is not for other runs
             return found
-        new = question.record(found)
+        new = query.record_of(found)
         old = self._records.get(text)
         record = new if old is None else old.merged(new)
         self._records[text] = record
@@ -188,10 +188,10 @@ class ResultCache:
         if journal is not None:
             stamp = self._stamps.get(position)
             journal.append([text, encode(record), None if stamp is None else encode_stamp(stamp)])
-        answer = question.answer(record)
+        answer = query.answer(record)
         return found if answer is None else answer
 
-    def _remembered(self, position: int, question: Question[R]) -> R | None:
+    def _remembered(self, position: int, query: Query[R]) -> R | None:
         """The answer for a matrix if it is known without reading its values."""
         text = self._prints.get(position)
         if text is None:
@@ -202,10 +202,10 @@ class ResultCache:
             with self._lock:
                 self._prints[position] = text
                 self._records.setdefault(text, record)
-        answer = question.answer(self._records[text]) if text in self._records else None
+        answer = query.answer(self._records[text]) if text in self._records else None
         if answer is None:  # another run may have found out more than the memo knows
             found = self._by_content(text)
-            answer = None if found is None else question.answer(found)
+            answer = None if found is None else query.answer(found)
         return answer
 
     def _by_stamp(self, position: int) -> tuple[str, Record] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..cache.records import Question, decode, encode
+from ..cache.records import Query, decode, encode
 from ..errors import OptionError, ProcessGroupError
 from ..sources.base import Source
 from . import agreement
@@ -147,7 +147,7 @@ class Ranks:
         positions: Sequence[int],
         costs: Mapping[int, float],
         own: Own[R],
-        question: Question[R],
+        query: Query[R],
         store: ResultCache | None,
     ) -> Generator[tuple[int, R], None, None]:
         """The results of all positions, those of this rank and those of the others, as they come."""
@@ -157,36 +157,36 @@ class Ranks:
         if store is not None:
             # One rank looks up what is known without reading weights: two would not find the same at the same time.
             if self.first:
-                known = [self._told(i, found, question, store) for i, found in store.remembered(positions, question)]
+                known = [self._told(i, found, query, store) for i, found in store.remembered(positions, query)]
                 self._line.post(self._key("known"), known)
             with self._waiting():
-                yield from self._taken(self._line.expect(self._key("known")), open_, question, store)
+                yield from self._taken(self._line.expect(self._key("known")), open_, query, store)
         shares = Shares.of({i: costs[i] for i in positions if i in open_}, self._line.size)
         for mine in self._assigned(shares):
             with contextlib.closing(own(mine)) as found_here:
                 for position, found in found_here:
                     self._line.moved()
-                    self._batch.append(self._told(position, found, question, store))
+                    self._batch.append(self._told(position, found, query, store))
                     self._done += 1
                     open_.discard(position)
                     yield position, found
                     if time.monotonic() - self._exchanged > EVERY:
                         self._give()
-                        yield from self._come(open_, question, store)
+                        yield from self._come(open_, query, store)
             self._give()
         while open_:
             with self._waiting():
                 batch = self._line.until(self._next)
-            yield from self._taken(batch, open_, question, store)
+            yield from self._taken(batch, open_, query, store)
 
     def _assigned(self, shares: Shares) -> Iterator[Sequence[int]]:
         yield shares.first[self._line.rank]
         while (number := self._line.count(self._key("handed out")) - 1) < len(shares.pieces):
             yield shares.pieces[number]
 
-    def _told(self, position: int, found: R, question: Question[R], store: ResultCache | None) -> list[Any]:
+    def _told(self, position: int, found: R, query: Query[R], store: ResultCache | None) -> list[Any]:
         known = None if store is None else store.told(position)
-        return [self._line.rank, position, encode(question.record(found)), known]
+        return [self._line.rank, position, encode(query.record_of(found)), known]
 
     def _give(self) -> None:
         """This rank's results, to all others."""
@@ -202,20 +202,20 @@ class Ranks:
             self._read += 1
         return batch
 
-    def _come(self, open_: set[int], question: Question[R], store: ResultCache | None) -> Iterator[tuple[int, R]]:
+    def _come(self, open_: set[int], query: Query[R], store: ResultCache | None) -> Iterator[tuple[int, R]]:
         while (batch := self._next()) is not None:
-            yield from self._taken(batch, open_, question, store)
+            yield from self._taken(batch, open_, query, store)
 
     def _taken(
-        self, batch: list[list[Any]], open_: set[int], question: Question[R], store: ResultCache | None
+        self, batch: list[list[Any]], open_: set[int], query: Query[R], store: ResultCache | None
     ) -> Iterator[tuple[int, R]]:
         for rank, position, record, known in batch:
             if position not in open_:  # this rank's own
                 continue
             if store is not None and rank != self._line.rank and known is not None:
                 store.learn(position, known, keep=self.first)
-            found = question.answer(decode(record))
-            assert found is not None  # it was made from an answer to this question
+            found = query.answer(decode(record))
+            assert found is not None  # it was made from an answer to this query
             open_.discard(position)
             yield position, found
 

@@ -13,8 +13,8 @@ import torch
 
 from .._version import __version__
 from ..backends import Backend
-from ..cache import Bound, ResultCache, Wanted
-from ..cache.records import Question
+from ..cache import LowerBoundQuery, ResolutionQuery, ResultCache
+from ..cache.records import Query
 from ..distributed.ranks import Ranks
 from ..errors import OptionError
 from ..machine import signals as stops
@@ -114,7 +114,7 @@ class Run:
         def work(_: Sequence[int], backend: Backend, weights: list[torch.Tensor]) -> list[Resolution]:
             return resolve(backend, weights, goal, self._room)
 
-        with contextlib.closing(self._results(positions, work, Wanted(goal), goal.certify)) as results:
+        with contextlib.closing(self._results(positions, work, ResolutionQuery(goal), goal.certify)) as results:
             for position, found in results:
                 stops.check()
                 self.entries[position] = self._entry(self._source.matrices[position], found, goal)
@@ -124,21 +124,21 @@ class Run:
         def work(_: Sequence[int], backend: Backend, weights: list[torch.Tensor]) -> list[float]:
             return lower_bounds(backend, weights, cutoff)
 
-        with contextlib.closing(self._results(positions, work, Bound(cutoff), False)) as found:
+        with contextlib.closing(self._results(positions, work, LowerBoundQuery(cutoff), False)) as found:
             return dict(found)
 
     def _results(
-        self, positions: Sequence[int], work: Work[R], question: Question[R], certify: bool
+        self, positions: Sequence[int], work: Work[R], query: Query[R], certify: bool
     ) -> Generator[tuple[int, R], None, None]:
         def own(positions: Sequence[int]) -> Generator[tuple[int, R], None, None]:
             if self._store is None:
                 return self._executor.results(positions, work)
-            return self._store.results(self._executor, positions, work, question)
+            return self._store.results(self._executor, positions, work, query)
 
         if self._ranks is None:
             return own(positions)
         costs = {i: relative_cost(self._source.matrices[i].shape, certify) for i in positions}
-        return self._ranks.results(positions, costs, own, question, self._store)
+        return self._ranks.results(positions, costs, own, query, self._store)
 
     def _bound(self, positions: Sequence[int], bounds: Mapping[int, float]) -> None:
         nan = math.nan
