@@ -30,7 +30,14 @@ class OptionError(KappaError, ValueError):
 
 
 class SourceError(KappaError, ValueError):
-    """The source is no model, or holds something that cannot be read as weights."""
+    """The source is no model, or holds something that cannot be read as weights.
+
+    ``says_exclude``: whether the message says already that ``exclude=`` leaves the weight out.
+    """
+
+    def __init__(self, *arguments: object, says_exclude: bool = False) -> None:
+        super().__init__(*arguments)
+        self.says_exclude = says_exclude
 
 
 class SourceNotFoundError(SourceError, FileNotFoundError):
@@ -46,7 +53,11 @@ class BackendError(KappaError, RuntimeError):
 
 
 class ComputeError(KappaError, RuntimeError):
-    """A matrix could not be processed (out of memory for a single matrix, a library routine that failed)."""
+    """A matrix could not be processed (``out_of_memory``, or a library routine that failed)."""
+
+    def __init__(self, message: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
 
 
 class ProcessGroupError(KappaError, RuntimeError):

@@ -1,8 +1,6 @@
-"""What the cache knows of one content, and when that answers a question.
+"""Records, which hold what the cache knows of one content, and queries, which say when that answers a step of a run.
 
-A Record has three places, since a proof may be wider than the estimate: what was found without proofs, with them, and
-the lower bound of a probe. A question (Wanted, Bound) reads the place that a run without a cache would have filled; so
-a run that was killed and goes on finds exactly what it had found, and decides as it would have decided.
+The cache, the steps of ``execution/`` and the ranks of ``distributed/`` use both.
 """
 
 from __future__ import annotations
@@ -18,10 +16,10 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A result, and the smallest ``rtol`` for which asking again would bring nothing better (inf: none)."""
+class StoredResolution:
+    """A resolution, and the smallest ``rtol`` for which computing again would bring nothing better (inf: none)."""
 
-    found: Resolution
+    resolution: Resolution
     rtol: float
 
     def serves(self, goal: Goal) -> bool:
@@ -30,8 +28,8 @@ class Answer:
 
     def is_narrow(self, goal: Goal) -> bool:
         """Whether the interval is what the goal wants, or shows that kappa is beyond its cutoff, or there is none."""
-        found = self.found
-        return found.status != "ok" or found.half_width <= goal.rtol or found.lower > goal.cutoff
+        resolution = self.resolution
+        return resolution.status != "ok" or resolution.half_width <= goal.rtol or resolution.lower > goal.cutoff
 
 
 @dataclass(frozen=True)
@@ -44,91 +42,109 @@ class Probe:
 
 @dataclass(frozen=True)
 class Record:
-    """All that is known of one content."""
+    """All that is known of one content: the resolution without proofs, the one with proofs, the bound of a probe.
 
-    plain: Answer | None = None
-    proven: Answer | None = None
+    A proof may be wider than an estimate, so each has a place of its own. A query reads the place that a run without a
+    cache would have filled: a run that was killed and goes on finds what it had found, and decides as it would have.
+    """
+
+    plain: StoredResolution | None = None
+    proven: StoredResolution | None = None
     probe: Probe | None = None
 
     def merged(self, later: Record) -> Record:
-        """Both together: of two answers the tighter one, of two probes the later one."""
+        """Both together: of two resolutions the tighter one, of two probes the later one."""
         return Record(_tighter(self.plain, later.plain), _tighter(self.proven, later.proven), later.probe or self.probe)
 
 
-def _tighter(old: Answer | None, new: Answer | None) -> Answer | None:
+def _tighter(old: StoredResolution | None, new: StoredResolution | None) -> StoredResolution | None:
     if old is None or new is None:
         return new or old
     demanding = new if new.rtol <= old.rtol else old
-    if old.found.status != "ok" or new.found.status != "ok":
+    if old.resolution.status != "ok" or new.resolution.status != "ok":
         return demanding
-    narrow = min((demanding, old, new), key=lambda answer: answer.found.half_width)
-    return Answer(narrow.found, demanding.rtol)
+    narrow = min((demanding, old, new), key=lambda stored: stored.resolution.half_width)
+    return StoredResolution(narrow.resolution, demanding.rtol)
 
 
-class Question(Protocol[R]):
-    """What is to be known of every matrix of a wave."""
+class Query(Protocol[R]):
+    """What a step of a run needs to know of every matrix."""
+
+    @property
+    def certify(self) -> bool:
+        """Whether the result must be proven."""
 
     def answer(self, record: Record) -> R | None:
-        """The answer, if the record holds one that is good enough."""
+        """The result that the record holds, if it is good enough; else None."""
 
-    def record(self, found: R) -> Record:
-        """What was found by computing."""
+    def record_of(self, result: R) -> Record:
+        """The record of a result that was computed."""
 
 
 @dataclass(frozen=True)
-class Wanted(Question[Resolution]):
+class ResolutionQuery(Query[Resolution]):
     """A Resolution that meets the goal."""
 
     goal: Goal
+
+    @property
+    def certify(self) -> bool:
+        """As the goal says."""
+        return self.goal.certify
 
     def answer(self, record: Record) -> Resolution | None:
         plain, proven = record.plain, record.proven
         if not self.goal.certify:
             if plain is not None and plain.serves(self.goal):
-                return plain.found
+                return plain.resolution
             # A proof that came out wider than asked for must not stand in for the narrower estimate.
-            return proven.found if proven is not None and proven.is_narrow(self.goal) else None
+            return proven.resolution if proven is not None and proven.is_narrow(self.goal) else None
         if proven is not None and proven.serves(self.goal):
-            return proven.found
+            return proven.resolution
         if plain is None or not plain.is_narrow(self.goal):
             return None
-        found = plain.found  # of these there is nothing to prove, or it is proven, or it will only be a bound
-        final = found.status != "ok" or found.certified or found.lower > self.goal.cutoff
-        return found if final else None
+        estimate = plain.resolution  # of these there is nothing to prove, or it is proven, or it will only be a bound
+        final = estimate.status != "ok" or estimate.certified or estimate.lower > self.goal.cutoff
+        return estimate if final else None
 
-    def record(self, found: Resolution) -> Record:
-        stopped = found.status == "ok" and found.half_width > self.goal.rtol and found.lower > self.goal.cutoff
-        answer = Answer(found, math.inf if stopped else self.goal.rtol)
-        return Record(proven=answer) if self.goal.certify else Record(plain=answer)
+    def record_of(self, result: Resolution) -> Record:
+        stopped = result.status == "ok" and result.half_width > self.goal.rtol and result.lower > self.goal.cutoff
+        stored = StoredResolution(result, math.inf if stopped else self.goal.rtol)
+        return Record(proven=stored) if self.goal.certify else Record(plain=stored)
 
 
 @dataclass(frozen=True)
-class Bound(Question[float]):
-    """A proven lower bound of kappa, wanted above ``cutoff``."""
+class LowerBoundQuery(Query[float]):
+    """A proven lower bound of kappa, looked for above ``cutoff``."""
 
     cutoff: float
+
+    @property
+    def certify(self) -> bool:
+        """False: a lower bound needs no proof of the upper end."""
+        return False
 
     def answer(self, record: Record) -> float | None:
         probe = record.probe
         if probe is not None and (probe.lower > self.cutoff or probe.cutoff == self.cutoff):
             return probe.lower
-        answers = [answer.found for answer in (record.plain, record.proven) if answer is not None]
-        lowers = [found.lower for found in answers if found.status == "ok"]
+        resolutions = [stored.resolution for stored in (record.plain, record.proven) if stored is not None]
+        lowers = [resolution.lower for resolution in resolutions if resolution.status == "ok"]
         if lowers:
             return max(1.0, *lowers)
-        return 1.0 if answers else None  # singular or not finite: to be reported as such, not as a bound
+        return 1.0 if resolutions else None  # singular or not finite: to be reported as such, not as a bound
 
-    def record(self, found: float) -> Record:
-        return Record(probe=Probe(found, self.cutoff))
+    def record_of(self, result: float) -> Record:
+        return Record(probe=Probe(result, self.cutoff))
 
 
 def encode(record: Record) -> dict[str, Any]:
     """Plain JSON; what JSON has no numbers for as "nan", "inf", "-inf"."""
     document: dict[str, Any] = {}
-    for name, answer in (("plain", record.plain), ("proven", record.proven)):
-        if answer is not None:
-            document[name] = {"rtol": _number(answer.rtol)}
-            document[name] |= {key: _number(value) for key, value in vars(answer.found).items()}
+    for name, stored in (("plain", record.plain), ("proven", record.proven)):
+        if stored is not None:
+            document[name] = {"rtol": _number(stored.rtol)}
+            document[name] |= {key: _number(value) for key, value in vars(stored.resolution).items()}
     if record.probe is not None:
         document["probe"] = {"lower": _number(record.probe.lower), "cutoff": _number(record.probe.cutoff)}
     return document
@@ -152,38 +168,39 @@ def decode(document: Any) -> Record:
     probe = None if raw is None else Probe(_float(raw, "lower"), _float(raw, "cutoff"))
     if probe is not None and (not probe.lower >= 1 or math.isnan(probe.cutoff)):
         raise ValueError("a bound that is none")
-    return Record(_answer(document.get("plain")), _answer(document.get("proven")), probe)
+    return Record(_resolution(document.get("plain")), _resolution(document.get("proven")), probe)
 
 
 _FLOATS = tuple(item.name for item in fields(Resolution) if item.name not in ("status", "method", "certified"))
 _STATUSES = get_args(Status)
 
 
-def _answer(raw: Any) -> Answer | None:
+def _resolution(raw: Any) -> StoredResolution | None:
     if raw is None:
         return None
     if not isinstance(raw, dict):
-        raise ValueError("no answer")
+        raise ValueError("no resolution")
     numbers = {name: _float(raw, name) for name in _FLOATS}
     status: Any = raw.get("status")
     method, certified = raw.get("method"), raw.get("certified")
     if status not in _STATUSES or not isinstance(method, str) or not isinstance(certified, bool):
         raise ValueError("no status, method or certified")
-    found = Resolution(status=status, method=method, certified=certified, **numbers)
-    if not _says_what_can_be(found):
+    resolution = Resolution(status=status, method=method, certified=certified, **numbers)
+    if not _is_possible(resolution):
         raise ValueError("an interval that is none")
     rtol = _float(raw, "rtol")
     if not rtol >= 0:
         raise ValueError("an rtol that is none")
-    return Answer(found, rtol)
+    return StoredResolution(resolution, rtol)
 
 
-def _says_what_can_be(found: Resolution) -> bool:
-    if found.status == "ok":
-        return 1 <= found.lower <= found.kappa <= found.upper and math.isfinite(found.kappa)
-    if found.status == "rank_deficient":
-        return found.kappa == found.upper == math.inf and found.lower >= 1
-    return found.status == "non_finite" and math.isnan(found.kappa)
+def _is_possible(resolution: Resolution) -> bool:
+    kappa, lower, upper = resolution.kappa, resolution.lower, resolution.upper
+    if resolution.status == "ok":
+        return 1 <= lower <= kappa <= upper and math.isfinite(kappa)
+    if resolution.status == "rank_deficient":
+        return kappa == upper == math.inf and lower >= 1
+    return resolution.status == "non_finite" and math.isnan(kappa)
 
 
 def _float(raw: dict[str, Any], name: str) -> float:

@@ -25,6 +25,14 @@ FAILURE, WRONG_USE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 EXCEEDED, BROKEN, NOTHING = 3, 4, 5  # what a gate should not let pass, though the command did what it was told
 
 
+class Stopped(KeyboardInterrupt):
+    """A command was interrupted or terminated; ``state`` says what is done, and where it is kept."""
+
+    def __init__(self, state: str) -> None:
+        super().__init__(cleaned(state))
+        self.state = cleaned(state)
+
+
 @contextmanager
 def outcome(debug: bool, verbose: int = 0) -> Iterator[None]:
     """Run the body of a command; whatever ends it becomes an exit code and at most one line on stderr.
@@ -48,9 +56,9 @@ def outcome(debug: bool, verbose: int = 0) -> Iterator[None]:
         except BrokenPipeError:
             _discard_output()  # `| head` has seen enough, and the work is done
         except KeyboardInterrupt as stop:
-            said = str(stop) if isinstance(stop, Interrupted) else "interrupted"
             terminated = stops.received(signal.SIGTERM)
-            typer.echo("terminated" + said.removeprefix("interrupted") if terminated else said, err=True)
+            word = "terminated" if terminated else "interrupted"
+            typer.echo(f"{word}: {stop.state}" if isinstance(stop, (Stopped, Interrupted)) else word, err=True)
             raise typer.Exit(TERMINATED if terminated else INTERRUPTED) from None
         except Exception as error:
             if debug:

@@ -16,7 +16,7 @@ from ..texts import printable
 from . import options
 from .budget import By
 from .launched import launched
-from .outcome import BROKEN, NOTHING, count_or_share, outcome, use_threads
+from .outcome import BROKEN, NOTHING, Stopped, count_or_share, outcome, use_threads
 from .output import AllRows, Csv, Debug, Json, Limit, Output, Quiet, Threads, Verbose, progress_option
 
 if TYPE_CHECKING:
@@ -176,13 +176,12 @@ def summary(ranking: Ranking, rtol: float) -> list[str]:
     return lines + ([f"skipped: {rest} for other reasons, which the --json FILE lists"] if rest else [])
 
 
-def _kept(stop: Interrupted, json: Path | None, relative: bool) -> Interrupted:
-    """The same interruption, with what became of the partial ranking."""
-    done = str(stop).partition(" (")[0]
+def _kept(stop: Interrupted, json: Path | None, relative: bool) -> Stopped:
+    """What the command ends with: the same interruption, with what became of the partial ranking."""
     again = "; the same command goes on from there" if stop.resumable else ""
     if json is None:
-        return Interrupted(done + (again or "; --json FILE would have kept them"), stop.partial)
+        return Stopped(stop.state + (again or "; --json FILE would have kept them"))
     if not len(stop.partial):
-        return Interrupted(f"{done}; {json} was not written", stop.partial)
+        return Stopped(f"{stop.state}; {json} was not written")
     stop.partial.to_json(json, relative=relative)
-    return Interrupted(f"{done} and written to {json}, marked as partial{again}", stop.partial)
+    return Stopped(f"{stop.state} and written to {json}, marked as partial{again}")

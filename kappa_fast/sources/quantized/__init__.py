@@ -137,10 +137,10 @@ def _unreadable(candidate: Candidate, error: SourceError) -> Stored:
     """Under the name of the weight too, by which the options may leave it out."""
     name = candidate.plain_name
     message = str(error)
-    if "exclude=" not in message:
+    if not error.says_exclude:
         message += f", or leave the weight out with exclude={name if _WORDS.fullmatch(name) else re.escape(name)!r}"
     names = dict.fromkeys((name, *candidate.codes.names))
-    return replace(candidate.codes, names=tuple(names), error=type(error)(message))
+    return replace(candidate.codes, names=tuple(names), error=type(error)(message, says_exclude=True))
 
 
 def _lacks_scales(candidate: Candidate, replaced: Collection[int], companions: Collection[int]) -> bool:

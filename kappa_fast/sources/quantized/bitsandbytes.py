@@ -206,7 +206,8 @@ def blocks_of(name: str, state: Stored, kind: str) -> Blocks:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(
             f"the quantization state of {name!r} ({state.name}) is damaged ({error!r}): download it again, or leave "
-            f"the weight out with exclude={name!r}"
+            f"the weight out with exclude={name!r}",
+            says_exclude=True,
         ) from error
 
 

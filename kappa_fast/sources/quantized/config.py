@@ -136,7 +136,8 @@ class _Listed:
     def _refused(self, text: str, error: PatternError) -> SourceError:
         return SourceError(
             f"quantization_config: {text[:100]!r} in {self._field} cannot be searched for ({error}): correct it in the "
-            "config of the checkpoint, or take it out and rank with exclude= what it names"
+            "config of the checkpoint, or take it out and rank with exclude= what it names",
+            says_exclude=True,
         )
 
     def fits(self, module: str, *, wildcards: bool = False) -> bool:

@@ -161,7 +161,8 @@ def _check_line(values: torch.Tensor, name: str, largest: float, is_for_rows: bo
         raise SourceError(
             f"every {other} of {name!r} reaches {largest:g} and not every {this}, so that its one line of scales is "
             f"for {other}s, where its shape and name say {this}s: load the model dequantized and rank that, or leave "
-            f"the weight out with exclude={name!r}"
+            f"the weight out with exclude={name!r}",
+            says_exclude=True,
         )
 
 

@@ -205,7 +205,8 @@ class _Layer:
         if tuple(values.shape) != self.shape:
             raise SourceError(
                 f"{self.name!r}: dequantize() of {type(self.layer).__name__} gives {tuple(values.shape)} instead of "
-                f"{self.shape}: rank the model before it is quantized, or leave it out with exclude={self.name!r}"
+                f"{self.shape}: rank the model before it is quantized, or leave it out with exclude={self.name!r}",
+                says_exclude=True,
             )
         return values[index].clone() if index else values
 

@@ -57,7 +57,8 @@ def _filled(inputs: Mapping[str, torch.Tensor], *, name: str, shape: tuple[int, 
     if int(places.sum()) != values.numel():
         raise SourceError(
             f"{name!r} has a bit for {int(places.sum())} of {math.prod(shape)} weights, but there are "
-            f"{values.numel()} values: download it again, or leave it out with exclude={name!r}"
+            f"{values.numel()} values: download it again, or leave it out with exclude={name!r}",
+            says_exclude=True,
         )
     whole = torch.zeros(shape, dtype=values.dtype, device=values.device)
     whole[places] = values
