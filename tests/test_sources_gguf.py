@@ -384,7 +384,7 @@ def test_tensors_that_overlap_are_refused(tmp_path):
 
 def test_a_pipe_or_a_directory_that_is_called_like_a_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "p.gguf")
-    assert "p.gguf cannot be read (it is no regular file)" in refused(tmp_path / "p.gguf")
+    assert "p.gguf cannot be read (it is not a regular file)" in refused(tmp_path / "p.gguf")
     (tmp_path / "d.gguf").mkdir()
     assert "holds no .safetensors file" in refused(tmp_path / "d.gguf")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import SourceError, SourceNotFoundError
-from ..io.documents import parsed, read_document
+from ..io.documents import parse_json, read_document
 from ..io.limits import (
     LARGEST_CONFIG,
     LARGEST_INDEX,
@@ -182,7 +182,7 @@ class Shard:
                 pass
             text = torch.empty(int(size), dtype=torch.uint8)
             self._file.read(size.nbytes, text)
-            header = parsed(text.numpy().tobytes(), self.path, MOST_VALUES_OF_HEADER)
+            header = parse_json(text.numpy().tobytes(), self.path, MOST_VALUES_OF_HEADER)
         except OSError as error:
             raise SourceError(
                 f"{self.path} cannot be read ({error}): look after the disk and your rights to the file, or copy it"

@@ -50,7 +50,7 @@ class DataFile:
         if self._state is None:
             found = os.stat(self.path)
             if not stat.S_ISREG(found.st_mode):
-                raise OSError("it is no regular file")
+                raise OSError("it is not a regular file")
             self._state = FileState.of(self.path, found)
         return self._state
 

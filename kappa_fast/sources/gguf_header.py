@@ -107,7 +107,7 @@ def read_header(stream: BinaryIO, size: int) -> Header:
 
 def _limit(field: str, found: int, limit: int) -> None:
     if found > limit:
-        raise ValueError(f"{field} is {found:,}, and more than {limit:,} are taken for damage or an attack")
+        raise ValueError(f"{field} is {found:,}, and more than {limit:,} is treated as damage or an attack")
 
 
 class _Reader:

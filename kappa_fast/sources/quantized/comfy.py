@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...errors import SourceError
-from ...io.documents import parsed
+from ...io.documents import parse_json
 from ..base import Stored
 from .recipe import Candidate, Recipe, refuse
 from .unpack import e2m1, scale_values, times_blocks
@@ -97,7 +97,7 @@ def joined(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 def _object(where: str, text: bytes) -> Mapping[str, Any]:
     try:
-        found = parsed(text, where)
+        found = parse_json(text, where)
         if not isinstance(found, Mapping):
             raise TypeError("no JSON object")
     except SourceError:

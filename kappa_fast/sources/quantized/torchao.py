@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...errors import SourceError, missing_extra
-from ...io.documents import parsed
+from ...io.documents import parse_json
 from ...results.entries import Index
 from .. import codes
 from ..base import Stored, release_of
@@ -106,7 +106,7 @@ class Torchao:
 
 def _description(name: str, said: str) -> Mapping[str, Any]:
     try:
-        description = parsed(said.encode("utf-8", "surrogatepass"), name)
+        description = parse_json(said.encode("utf-8", "surrogatepass"), name)
         kind, parts = description["_type"], description["_tensor_data_names"]
         if not isinstance(kind, str) or not isinstance(parts, list) or not isinstance(description["_data"], dict):
             raise TypeError("no description of a tensor")
