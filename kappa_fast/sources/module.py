@@ -194,7 +194,7 @@ def _made(
         if identity(held[name].tensor) not in seen:
             seen.add(identity(held[name].tensor))
             part = store((base_name(name),), held[name].tensor, places[0].owner)
-            yield name, replace(part, problem=f"one of the parts from which {names[0]} is computed")
+            yield name, replace(part, problem=f"one of the parts that {names[0]} is computed from")
 
 
 def _unshared(computed: list[_Computed], held: Mapping[str, _Held]) -> tuple[list[_Computed], dict[object, str]]:
