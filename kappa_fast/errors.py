@@ -1,24 +1,18 @@
-"""Everything kappa_fast raises on purpose.
+"""The exceptions that kappa_fast raises. Each one is also a built-in exception (ValueError, RuntimeError, ...).
 
-Each class is also the built-in exception a caller would guess (ValueError, RuntimeError, ...), so code that
-knows nothing of kappa_fast can still catch it. Every message names the tensor or file, the reason, and what to do.
+Every message names the tensor or the file, the reason, and what the user can do.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .texts import cleaned
-
-if TYPE_CHECKING:
-    pass
 
 
 class KappaError(Exception):
-    """Base of all errors of kappa_fast.
+    """The base class of all errors of kappa_fast.
 
-    What messages quote (names, paths, addresses) comes from files of strangers: in them everything is escaped that a
-    terminal would obey, and passwords are left out.
+    Messages quote names, paths and URLs from untrusted files: control characters in a message are escaped, and
+    passwords and tokens are removed.
     """
 
     def __init__(self, *arguments: object) -> None:
@@ -26,13 +20,13 @@ class KappaError(Exception):
 
 
 class OptionError(KappaError, ValueError):
-    """An argument has a value that cannot work (wrong type, out of range, two budgets at once)."""
+    """An argument is not valid (wrong type, out of range, two budgets at once)."""
 
 
 class SourceError(KappaError, ValueError):
-    """The source is no model, or holds something that cannot be read as weights.
+    """The source is not a model, or it holds data that cannot be read as weights.
 
-    ``says_exclude``: whether the message says already that ``exclude=`` leaves the weight out.
+    ``says_exclude``: whether the message already says that ``exclude=`` leaves the weight out.
     """
 
     def __init__(self, *arguments: object, says_exclude: bool = False) -> None:
@@ -41,19 +35,19 @@ class SourceError(KappaError, ValueError):
 
 
 class SourceNotFoundError(SourceError, FileNotFoundError):
-    """A file, directory or shard that was named does not exist."""
+    """A file, directory or shard does not exist."""
 
 
 class RankingFileError(KappaError, ValueError):
-    """A JSON file is not a ranking or a selection, or is damaged."""
+    """A JSON file is not a ranking or a selection, is damaged, or cannot be written."""
 
 
 class BackendError(KappaError, RuntimeError):
-    """A backend is unknown, not available here, or refused the work."""
+    """A backend is unknown, is not available on this machine, or cannot do what was asked."""
 
 
 class ComputeError(KappaError, RuntimeError):
-    """A matrix could not be processed (``out_of_memory``, or a library routine that failed)."""
+    """A matrix could not be processed: there was too little memory (``out_of_memory``), or a library routine failed."""
 
     def __init__(self, message: str, *, out_of_memory: bool = False) -> None:
         super().__init__(message)
@@ -61,9 +55,9 @@ class ComputeError(KappaError, RuntimeError):
 
 
 class ProcessGroupError(KappaError, RuntimeError):
-    """Another rank of the process group has failed, hangs, or is about to do something else; ``rank`` is its number.
+    """Another rank of the process group has failed, does not answer, or has called rank() with other arguments.
 
-    The number is that within the group that rank() was given.
+    ``rank`` is the number of that rank within the process group that rank() was given.
     """
 
     def __init__(self, message: str, rank: int | None = None) -> None:
@@ -72,9 +66,9 @@ class ProcessGroupError(KappaError, RuntimeError):
 
 
 class MissingExtraError(KappaError, ImportError):
-    """An optional dependency is not installed; the message names the extra that brings it."""
+    """An optional dependency is not installed; the message names the extra that installs it."""
 
 
 def missing_extra(package: str, extra: str, what: str) -> MissingExtraError:
-    """The error for ``what`` needing ``package``, which ``pip install 'kappa_fast[extra]'`` brings."""
+    """Return the error for ``what`` needing ``package``, which ``pip install 'kappa_fast[extra]'`` installs."""
     return MissingExtraError(f"{what} needs the package {package!r}: pip install 'kappa_fast[{extra}]'")

@@ -1,11 +1,11 @@
-"""Text that comes from strangers (names, paths, addresses) as a terminal, a log and a comment can bear it."""
+"""Untrusted text (names, paths, addresses) made safe to print in a terminal, a log or a comment."""
 
 from __future__ import annotations
 
 import re
 import warnings
 
-# The part of an address that may hold a password, and what tokens of the hub look like.
+# The part of a URL that may hold a password, and the form of access tokens of the hub.
 _USER = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/@?#'\"]+@")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 _PARAMETER = re.compile(
@@ -14,14 +14,14 @@ _PARAMETER = re.compile(
 
 
 def printable(text: str) -> str:
-    """``text`` with everything escaped that is no visible character: names come from files of strangers."""
+    """Return ``text`` with every character escaped that is not visible; names come from untrusted files."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def without_secrets(text: str) -> str:
-    """``text`` without the user and password of an address, and without tokens."""
+    """Return ``text`` with ``***`` in place of user names and passwords in URLs, and of access tokens."""
     if "://" not in text and "hf_" not in text:
         return text
     text = _USER.sub(r"\g<scheme>***@", text)
@@ -29,17 +29,17 @@ def without_secrets(text: str) -> str:
 
 
 def cleaned(text: str) -> str:
-    """``text`` for a message: on one line, nothing in it that a terminal would obey, and no password."""
+    """Return ``text`` for a message: on one line, without control characters and without secrets."""
     return without_secrets(printable(text))
 
 
 def warn(message: str, stacklevel: int) -> None:
-    """A UserWarning with ``cleaned`` text, said to come from where ``warnings.warn`` with this stacklevel would say."""
+    """Issue a UserWarning with ``cleaned`` text; ``stacklevel`` counts from the caller, as in ``warnings.warn``."""
     warnings.warn(cleaned(message), stacklevel=stacklevel + 1)
 
 
 def format_seconds(value: float) -> str:
-    """Two or three digits in the unit that fits: "0.42 s", "3.1 min", "5.2 h"."""
+    """Return a duration in seconds with two or three digits in a fitting unit: "0.42 s", "3.1 min", "5.2 h"."""
     if value < 1e-3:
         return f"{value * 1e6:.0f} us"
     if value < 0.1:
@@ -51,5 +51,5 @@ def format_seconds(value: float) -> str:
 
 
 def format_digits(value: float) -> str:
-    """Three significant digits below a hundred, whole numbers from there on."""
+    """Return a number with three significant digits below 100, and rounded to an integer from 100 on."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

@@ -148,7 +148,7 @@ def test_a_model_that_keeps_codes_in_buffers_is_told_from_another_model():
     model["a"].register_buffer("qweight", torch.zeros(4, 32, dtype=torch.int32))
     entry = kappa_fast.rank({"a.weight": torch.randn(32, 32)}, progress=False)[0]
     selection = Selection((dataclasses.replace(entry, aliases=("a.qweight",), quantization="gptq 4 bits"),), True, {})
-    with pytest.raises(OptionError, match=r"the model keeps 'a\.qweight' in place of the weight: it is quantized"):
+    with pytest.raises(OptionError, match=r"the model holds 'a\.qweight' in place of the weight: it is quantized"):
         selection.apply(model)
     assert lora_config(selection, r=2).target_modules == "a"
 

@@ -171,7 +171,7 @@ def test_deep_metadata_is_refused(depth, tmp_path):
 def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
     Ranking(ENTRIES).to_json(tmp_path / "r.json")
     monkeypatch.setattr(serialize, "LARGEST_RANKING", 100)
-    with pytest.raises(RankingFileError, match=r"r\.json: the number of bytes is .*, and more than 100 are"):
+    with pytest.raises(RankingFileError, match=r"r\.json: the number of bytes is .*, and more than 100 is"):
         Ranking.from_json(tmp_path / "r.json")
     monkeypatch.setattr(serialize, "LARGEST_RANKING", limits.LARGEST_RANKING)
     monkeypatch.setattr(serialize, "MOST_VALUES_OF_RANKING", 10)
@@ -182,7 +182,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeyp
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "r.json")
-    with pytest.raises(RankingFileError, match="no regular file"):
+    with pytest.raises(RankingFileError, match="not a regular file"):
         Ranking.from_json(tmp_path / "r.json")
 
 

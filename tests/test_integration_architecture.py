@@ -79,7 +79,7 @@ def test_what_a_config_inside_of_a_config_chooses_is_not_followed(place, setting
 
 def test_what_describes_a_part_of_the_model_stays():
     said = {"num_quantizers": 3, "audio_tokenizer_config": {"hidden_size": 4, "dtype": "x"}, "tokenizer_class": "Evil"}
-    assert module._without_choices(said) == {"num_quantizers": 3, "audio_tokenizer_config": {"hidden_size": 4}}
+    assert module._sanitized(said) == {"num_quantizers": 3, "audio_tokenizer_config": {"hidden_size": 4}}
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_no_default_of_a_model_of_transformers_is_taken_for_a_choice():
             config = CONFIG_MAPPING[name]().to_dict()
         except Exception:  # one that needs another package, or an argument
             continue
-        taken |= config.keys() - module._without_choices(config).keys()
+        taken |= config.keys() - module._sanitized(config).keys()
     assert taken <= {
         *("dtype", "torch_dtype", "_name_or_path", "name_or_path", "tokenizer_class", "use_pretrained_backbone"),
         *("use_timm_backbone", "_attn_implementation", "attn_implementation", "quantization_config"),

@@ -13,7 +13,7 @@ import kappa_fast
 from kappa_fast import sources
 from kappa_fast.errors import SourceError
 from kappa_fast.io import documents
-from kappa_fast.io.documents import parsed, read_document
+from kappa_fast.io.documents import parse_json, read_document
 from kappa_fast.sources import Filters, checkpoint, gguf_header, open_source
 
 GIB = 1 << 30
@@ -45,7 +45,7 @@ def array_of_texts(count):
 def test_a_sparse_gguf_header_is_refused_with_its_field(made, field, tmp_path):
     pytest.importorskip("gguf")
     started = time.process_time()
-    with pytest.raises(SourceError, match=f"{field}.* are taken for damage or an attack"):
+    with pytest.raises(SourceError, match=f"{field}.* is treated as damage or an attack"):
         open_source(gguf(tmp_path / "m.gguf", **made), Filters())
     assert time.process_time() - started < 5
 
@@ -86,21 +86,21 @@ def test_json_without_end_is_refused_before_it_is_read(name, folder, monkeypatch
     "text", [b"[" + b"[]," * 99 + b"1]", b'{"a":1' + b',"a":1' * 99 + b"}", b"[1" + b",1" * 99 + b"]"]
 )
 def test_json_of_more_values_than_any_real_one_is_refused_before_it_takes_memory(text, tmp_path):
-    with pytest.raises(SourceError, match=r"the number of values is .*, and more than 50 are"):
-        parsed(text, tmp_path / "x.json", 50)
-    assert parsed(text, tmp_path / "x.json", 1000)
+    with pytest.raises(SourceError, match=r"the number of values is .*, and more than 50 is"):
+        parse_json(text, tmp_path / "x.json", 50)
+    assert parse_json(text, tmp_path / "x.json", 1000)
 
 
 def test_deep_json_and_long_numbers_are_no_json(tmp_path):
     for text in (b"[" * 200_000, b"9" * 5000, b"\xff\xfe", b"\xed\xa0\x80"):
         with pytest.raises(ValueError, match=r".*"):
-            parsed(text, tmp_path / "x.json")
+            parse_json(text, tmp_path / "x.json")
 
 
 def test_a_document_has_a_mark_of_its_encoding_or_none(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf[1]")
     assert read_document(tmp_path / "x.json", 100) == [1]
-    assert documents.parsed(b"[1]", tmp_path) == [1]
+    assert documents.parse_json(b"[1]", tmp_path) == [1]
 
 
 @pytest.mark.parametrize(

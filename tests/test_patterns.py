@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kappa_fast.io.patterns import Pattern, PatternError, Steps, searched
+from kappa_fast.io.patterns import Pattern, PatternError, Steps, compile_pattern
 
 ATOMS = st.sampled_from(
     [
@@ -55,8 +55,8 @@ def test_it_finds_what_re_finds(text, name):
     except re.error:
         return
     pattern = Pattern(text)
-    for far in (pattern._far, 99):  # 99: by positions, whatever the pattern
-        pattern._far = far
+    for far in (pattern._backtracking, 99):  # 99: by positions, whatever the pattern
+        pattern._backtracking = far
         assert pattern.matches(name) == (plain.match(name) is not None)
         assert pattern.search(name) == (plain.search(name) is not None)
 
@@ -104,5 +104,5 @@ def test_patterns_of_one_list_share_their_steps():
 
 
 def test_a_users_own_pattern_may_refer_back():
-    assert searched(r"(a)\1").search("xaa")
-    assert searched("q_proj").search("l.0.q_proj.weight")
+    assert compile_pattern(r"(a)\1").search("xaa")
+    assert compile_pattern("q_proj").search("l.0.q_proj.weight")

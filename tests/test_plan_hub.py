@@ -98,7 +98,7 @@ def test_files_that_only_the_hub_can_call_complete(hub, hub_cache, monkeypatch):
     assert planned("org/name").to_download == 0
     assert hub.downloaded() == []
     hub.errors["org/name"] = (503, "")
-    with pytest.warns(UserWarning, match="only the hub can say whether one is missing"):
+    with pytest.warns(UserWarning, match="only the hub can say whether a file is missing"):
         assert planned("org/name").count == len(MODEL)
 
 
@@ -182,7 +182,7 @@ def test_a_hub_that_sends_whole_files_is_asked_for_one_and_not_listened_to(hub):
     hub.ranges = False
     hub.repositories["org/name"] = SHARDED | {FIRST: bytes(100 << 20)}
     assert refused() == (
-        f"org/name cannot be planned from its headers: the hub sends no parts of {FIRST}; download the model, and give "
+        f"org/name cannot be planned from its headers: the hub does not send parts of {FIRST}; download the model, and give "
         "its directory"
     )
     assert SECOND not in hub.sent
@@ -192,11 +192,11 @@ def test_a_hub_that_sends_whole_files_is_asked_for_one_and_not_listened_to(hub):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (SHARDED[FIRST][:-1], "is no readable safetensors file"),
-        (b"\xff" * 4000, "is no readable safetensors file"),
-        ((1 << 40).to_bytes(8, "little") + b"{" * 300_000, "is no readable safetensors file"),
-        (b"{}", "is no readable safetensors file"),
-        (b"", "is no readable safetensors file"),
+        (SHARDED[FIRST][:-1], "is not a readable safetensors file"),
+        (b"\xff" * 4000, "is not a readable safetensors file"),
+        ((1 << 40).to_bytes(8, "little") + b"{" * 300_000, "is not a readable safetensors file"),
+        (b"{}", "is not a readable safetensors file"),
+        (b"", "is not a readable safetensors file"),
     ],
     ids=["truncated", "noise", "bomb", "short", "empty"],
 )
@@ -212,7 +212,7 @@ def test_an_index_on_the_hub_cannot_reach_outside_of_the_directory(hub, temporar
     outside = "../../evil.safetensors"
     index = json.dumps({"weight_map": {"w": outside}}).encode()
     hub.repositories["org/name"] = {INDEX: index, outside: SINGLE["model.safetensors"]}
-    assert "which is no .safetensors file inside of its directory" in refused()
+    assert "which is not a .safetensors file inside its directory" in refused()
     assert not list(temporary.parent.rglob("evil*"))
 
 
@@ -235,7 +235,7 @@ def test_a_place_for_headers_that_is_none_is_named(hub, temporary, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "gone"))
     message = refused()
     assert message.startswith(f"the headers of the model could not be written to {temporary / 'gone'} (No such file")
-    assert message.endswith("set TMPDIR to a place with sparse files")
+    assert message.endswith("set TMPDIR to a directory on a file system with sparse files")
 
 
 def test_what_the_hub_refuses(hub):
@@ -243,7 +243,7 @@ def test_what_the_hub_refuses(hub):
     hub.repositories["org/name"] = SHARDED
     assert "org/name has no revision 'v9'" in refused("org/name@v9", SourceNotFoundError)
     hub.errors[SECOND] = (403, "")
-    assert "did not give it" in refused(error=SourceNotFoundError)
+    assert "did not send it" in refused(error=SourceNotFoundError)
     hub.errors["org/name"] = (403, "GatedRepo")
     assert "org/name is gated" in refused()
 

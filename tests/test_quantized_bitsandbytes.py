@@ -104,7 +104,7 @@ def test_weights_are_bit_for_bit_those_of_the_library(kind, size, nested):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("shape", [(33, 45), (96, 80), (40, 100), (7, 9, 11), (4, 33, 31), (1, 300)])
 def test_blocks_that_reach_from_one_row_or_expert_into_the_next_are_followed(shape, nested):
-    # With rows that are no multiple of the block, bitsandbytes' own kernel for AVX-512 takes the wrong scales.
+    # With rows that are not a multiple of the block, bitsandbytes' own kernel for AVX-512 takes the wrong scales.
     weight = torch.randn(shape) * torch.logspace(0, 3, shape[-1])
     codes, state = quantized(weight, nested=nested)
     expected = by_numpy(codes, state)
@@ -320,7 +320,7 @@ def test_companions_that_do_not_fit_are_named(change, message):
     ("name", "tensor", "message"),
     [
         ("q.SCB", torch.ones(31), r"'q\.SCB' of shape \(31,\).*a float32 for each row is expected"),
-        ("q.weight_format", torch.tensor(2, dtype=torch.uint8), r"'q\.weight' is arranged for one kind of GPU"),
+        ("q.weight_format", torch.tensor(2, dtype=torch.uint8), r"'q\.weight' is in the order of one kind of GPU"),
     ],
 )
 def test_eight_bits_whose_companions_do_not_fit_are_named(name, tensor, message):
@@ -331,7 +331,7 @@ def test_eight_bits_whose_companions_do_not_fit_are_named(name, tensor, message)
 
 def test_eight_bits_without_scales_are_codes():
     given = {"q.weight": torch.ones(32, 32, dtype=torch.int8), "k.weight": torch.randn(32, 32)}
-    assert reasons(given) == {"q.weight": "int8 values: codes, indices or a mask, no weights"}
+    assert reasons(given) == {"q.weight": "int8 values: codes, indices or a mask, not weights"}
 
 
 def test_a_state_that_is_none_of_the_library_leaves_codes_as_they_are():

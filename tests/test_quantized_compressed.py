@@ -105,7 +105,7 @@ def test_inputs_in_the_order_of_their_activations(tmp_path):
     tensors = {f"a.{name}": tensor for name, tensor in stored.items()} | {"a.weight_g_idx": never_set}
     check(tensors, {"a.weight": values})
     tensors["a.weight_g_idx"] = (grouped + 1).int()
-    with pytest.raises(SourceError, match=r"g_idx of 'a\.weight_packed' names groups from 1 to 4.* scales for 4"):
+    with pytest.raises(SourceError, match=r"g_idx of 'a\.weight_packed' has groups from 1 to 4.* scales for 4"):
         kappa_fast.rank(tensors)
 
 
@@ -227,7 +227,7 @@ def test_a_missing_scale_zero_point_or_shape_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("name", "tensor", "why"),
     [
-        ("weight_scale", torch.ones(ROWS, 3).bfloat16(), "3 groups of 128 inputs leave open"),
+        ("weight_scale", torch.ones(ROWS, 3).bfloat16(), "3 groups of 128 inputs do not determine"),
         ("weight_scale", torch.ones(ROWS + 1, 4).bfloat16(), "one scale, one for each row or one for each group"),
         ("weight_scale", torch.ones(ROWS, 4).int(), "scales are float16, bfloat16 or float32"),
         ("weight_shape", torch.tensor([ROWS, COLUMNS + 8]), "4 bits a weight do not fit"),

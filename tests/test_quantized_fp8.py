@@ -91,7 +91,7 @@ def test_other_block_sizes_are_taken_from_the_config(block, tmp_path):
 
 def test_a_block_size_that_shapes_leave_open_is_refused():
     codes, scale = quantized(trained(288, 288), (128, 128))  # three scales for 288 rows: of 96 each, or of 128
-    with pytest.raises(SourceError, match="3 scales along 288 rows leave open which belongs to which"):
+    with pytest.raises(SourceError, match="3 scales along 288 rows do not determine the size of a block"):
         open_source({"a.weight": codes, "a.weight_scale_inv": scale}, Filters())
 
 
@@ -211,7 +211,7 @@ def test_one_without_a_scale_among_others_that_have_one_is_not_ranked_as_it_stan
     ranking = kappa_fast.rank(stored)
     assert [entry.key for entry in ranking] == ["a.weight"]
     assert {s.name: s.reason for s in ranking.skipped}["b.weight"] == (
-        "float8 without a scale, where other weights of the model have one: its values may be codes"
+        "float8 without a scale, although other weights of the model have one: its values may be codes"
     )
 
 
@@ -235,7 +235,7 @@ def test_a_missing_scale_is_an_error_that_names_the_weight(method, tmp_path):
 @pytest.mark.parametrize(
     ("scale", "why"),
     [
-        (torch.ones(3, 2), "3 scales along 256 rows leave open|does not fit"),
+        (torch.ones(3, 2), "3 scales along 256 rows do not determine|does not fit"),
         (torch.ones(2, 2, 2), "neither one scale, nor one for each row, nor a grid"),
         (torch.ones(7), "neither one scale, nor one for each row, nor a grid"),
         (torch.ones(2, 0), "0 scales along 256 columns"),

@@ -98,7 +98,7 @@ def test_without_a_config_shapes_decide_where_they_can():
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (settings(8, 64), r"8 bits in groups of 64 are what the config says.*: correct 'quantization' in config.json"),
+        (settings(8, 64), r"the config says 8 bits in groups of 64.*: correct 'quantization' in config.json"),
         (settings(4, 64, mode="mxfp4"), "the config says mode 'mxfp4', whose scales are bytes"),
     ],
 )
@@ -120,7 +120,7 @@ def test_a_rotation_beside_the_codes_is_no_weight_and_they_are_not_read(tmp_path
     stored, _ = affine(trained(ROWS, COLUMNS), 4, 64)
     path = saved(tmp_path, under("a", stored | {"rotation": torch.eye(64)}), **settings())
     assert matrices(path) == {}
-    assert reasons(path)["a.weight"].endswith("with rotation beside the codes, which that format does not have")
+    assert reasons(path)["a.weight"].endswith("with rotation which is not part of that format")
 
 
 def test_both_spellings_of_the_config_say_the_same(tmp_path):

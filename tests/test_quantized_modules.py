@@ -416,7 +416,7 @@ def test_a_layer_without_a_matrix_is_listed_and_one_around_a_layer_is_not():
     model = nn.ModuleDict({"q_proj": Hidden(), "v_proj": LoraLinear(nn.Linear(48, 32), 16)})
     model["v_proj"].in_features, model["v_proj"].out_features = 48, 32
     found = {s.name: (s.shape, s.reason) for s in open_source(model, Filters()).skipped}
-    assert found.pop("q_proj.weight") == ((32, 48), "kept by Hidden where it cannot be read: rank the checkpoint")
+    assert found.pop("q_proj.weight") == ((32, 48), "packed by Hidden, so that it cannot be read: rank the checkpoint")
     assert {reason for _, reason in found.values()} == {"adapter weight"}
     wrapped = nn.ModuleDict({"q_proj": LoraLinear(Hidden(), 16), "plain": nn.Linear(32, 32)})
     assert "q_proj.weight" in reasons(wrapped)

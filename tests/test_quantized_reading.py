@@ -183,7 +183,7 @@ def test_codes_and_scales_may_lie_in_different_shards(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": FP8}))
     check(tmp_path, {"a.weight": dequantized(codes, scale.numpy(), (128, 128))})
     with (
-        pytest.warns(UserWarning, match="is shard 1 of 2: only what it holds is ranked"),
+        pytest.warns(UserWarning, match="is shard 1 of 2: only its tensors are ranked"),
         pytest.raises(SourceError, match=r"its scale is missing .*: give the directory if it is in another file"),
     ):
         kappa_fast.rank(tmp_path / "model-00001-of-00002.safetensors")

@@ -363,14 +363,16 @@ def test_a_part_that_is_missing_is_named(tmp_path):
     ],
 )
 def test_a_header_that_says_nonsense_is_refused(said, tmp_path):
-    message = r"'q\.weight' is quantized by torchao, but its parts make no tensor \(.*download the checkpoint again"
+    message = r"'q\.weight' is quantized by torchao, but its parts are not valid \(.*download the checkpoint again"
     with pytest.raises(SourceError, match=message):
         open_source(checkpoint(tmp_path, **{"q.weight": said}), Filters())
 
 
 def test_a_kind_of_tensor_that_is_unknown_is_refused_by_name(tmp_path):
     said = json.dumps({"_type": "subprocess.Popen", "_data": {}, "_tensor_data_names": ["qdata"]})
-    with pytest.raises(SourceError, match=r"as subprocess\.Popen, which the torchao that is installed does not know"):
+    with pytest.raises(
+        SourceError, match=r"as subprocess\.Popen, which the installed version of torchao does not know"
+    ):
         open_source(checkpoint(tmp_path, **{"q.weight": said}), Filters())
 
 

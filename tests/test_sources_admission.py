@@ -37,7 +37,7 @@ def test_codes_are_weights_by_the_rule_of_their_format():
     found = evidence(codes | weights(b__weight=(32, 32)))
     assert found == {
         "codes in a known format: fp8 e4m3, one scale": ["a.weight"],
-        "floats called 'weight', and nothing beside them says otherwise": ["b.weight"],
+        "floats named 'weight', and no other tensor says otherwise": ["b.weight"],
     }
 
 

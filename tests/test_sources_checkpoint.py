@@ -35,7 +35,7 @@ def test_a_file_a_directory_a_sharded_directory_and_its_index_are_all_the_model(
     assert same_as_in_memory(sharded / INDEX)
     (tmp_path / INDEX).unlink()
     assert same_as_in_memory(sharded)
-    with pytest.warns(UserWarning, match=r"is shard 2 of 2: only what it holds is ranked.*give the directory"):
+    with pytest.warns(UserWarning, match=r"is shard 2 of 2: only its tensors are ranked.*give the directory"):
         assert matrices(sharded / SECOND).keys() < matrices(sharded).keys()
 
 

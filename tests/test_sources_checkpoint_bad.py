@@ -56,7 +56,7 @@ def test_a_file_that_is_no_safetensors_is_named(content, tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
     message = refused(file)
-    assert message.startswith(f"{file} is no readable safetensors file (")
+    assert message.startswith(f"{file} is not a readable safetensors file (")
     assert message.endswith("truncated or damaged, download it again")
     assert str(file) in refused(tmp_path)
 
@@ -69,12 +69,12 @@ def written(file: Path, header: bytes, values: bytes = b"", length: int | None =
 @pytest.mark.parametrize("length", [1 << 60, (1 << 63) - 1, (1 << 64) - 1, 100_000_001])
 def test_a_header_that_claims_to_be_enormous_is_not_believed(length, tmp_path):
     file = written(tmp_path / "bomb.safetensors", b"{}", bytes(100), length)
-    assert refused(file).startswith(f"{file} is no readable safetensors file (")
+    assert refused(file).startswith(f"{file} is not a readable safetensors file (")
 
 
 def test_a_header_of_a_hundred_megabytes_of_brackets_is_refused_at_once(tmp_path):
     file = written(tmp_path / "bomb.safetensors", b"[" * 99_000_000)
-    assert refused(file).startswith(f"{file} is no readable safetensors file (")
+    assert refused(file).startswith(f"{file} is not a readable safetensors file (")
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_ranges_that_overlap_leave_gaps_or_do_not_fit_are_refused(second, size, 
     entry = '"%s": {"dtype": "F32", "shape": [2, 2], "data_offsets": [%d, %d]}'
     header = "{" + entry % ("v", 0, 16) + "," + entry % ("w", *second) + "}"
     file = written(tmp_path / "ranges.safetensors", header.encode(), bytes(size))
-    assert refused(file).startswith(f"{file} is no readable safetensors file (")
+    assert refused(file).startswith(f"{file} is not a readable safetensors file (")
 
 
 def test_a_name_that_is_no_text_is_refused(tmp_path):
     header = b'{"\xff\xfe": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}'
     file = written(tmp_path / "name.safetensors", header, bytes(16))
-    assert refused(file).startswith(f"{file} is no readable safetensors file (")
+    assert refused(file).startswith(f"{file} is not a readable safetensors file (")
 
 
 def test_names_may_be_any_text(tmp_path):
@@ -114,7 +114,7 @@ def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path):
     header = b"{" + entry % (0, 16) + b"," + entry % (16, 32) + b"}"
     file = tmp_path / "twice.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(32))
-    assert refused(file).startswith(f"{file} is no readable safetensors file")
+    assert refused(file).startswith(f"{file} is not a readable safetensors file")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -123,7 +123,7 @@ def test_a_truncated_file_is_named_wherever_it_ends(share, single):
     whole = (single / "model.safetensors").read_bytes()
     file = single / "cut.safetensors"
     file.write_bytes(whole[: int(share * len(whole))])
-    assert refused(file).startswith(f"{file} is no readable safetensors file")
+    assert refused(file).startswith(f"{file} is not a readable safetensors file")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -158,7 +158,7 @@ def test_a_header_with_a_wrong_byte_is_refused_or_gives_tensors_of_the_shapes_it
 )
 def test_an_index_that_is_none_is_named(document, sharded):
     (sharded / INDEX).write_bytes(document)
-    assert refused(sharded).startswith(f"{sharded / INDEX} is no index of a sharded checkpoint")
+    assert refused(sharded).startswith(f"{sharded / INDEX} is not an index of a sharded checkpoint")
 
 
 def test_an_index_that_lists_nothing_is_refused(tmp_path):
@@ -168,16 +168,16 @@ def test_an_index_that_lists_nothing_is_refused(tmp_path):
 def test_missing_shards_are_named(sharded):
     (sharded / SECOND).unlink()
     message = refused(sharded, SourceNotFoundError)
-    assert message == f"{sharded / INDEX} names {SECOND}, which is not there: finish the download"
+    assert message == f"{sharded / INDEX} names files that are missing, {SECOND}: finish the download"
     (sharded / FIRST).unlink()
-    assert f"names {FIRST} and 1 more, which" in refused(sharded, SourceNotFoundError)
+    assert f"names files that are missing, {FIRST} and 1 more:" in refused(sharded, SourceNotFoundError)
 
 
 def test_a_missing_shard_is_noticed_without_an_index_too(sharded):
     (sharded / INDEX).unlink()
     (sharded / FIRST).unlink()
     message = refused(sharded, SourceNotFoundError)
-    assert message.startswith(f"{sharded} has 1 of 2 shards model-*.safetensors, number 1 is not there")
+    assert message.startswith(f"{sharded} has 1 of 2 shards model-*.safetensors, number 1 is missing")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_an_index_cannot_reach_outside_of_its_directory(shard, tmp_path):
     folder.mkdir()
     save_file(MODEL, tmp_path / "outside.safetensors")
     message = refused(index(folder, dict.fromkeys(MODEL, shard)))
-    assert message.startswith(f"{folder / INDEX} names the shard {shard!r}, which is no .safetensors file inside")
+    assert message.startswith(f"{folder / INDEX} names the shard {shard!r}, which is not a .safetensors file inside")
 
 
 def test_nor_by_a_link(tmp_path):
@@ -219,7 +219,7 @@ def test_nor_by_a_link(tmp_path):
 def test_links_that_lead_nowhere_or_in_circles_are_refused(sharded, tmp_path):
     (tmp_path / "circle").symlink_to("circle")
     assert refused(tmp_path / "circle", SourceNotFoundError) == (
-        f"{tmp_path / 'circle'} is a link that leads nowhere: give the directory of the model itself"
+        f"{tmp_path / 'circle'} is a broken link: give the directory of the model itself"
     )
     (sharded / SECOND).unlink()
     (sharded / SECOND).symlink_to(SECOND)
@@ -231,15 +231,15 @@ def test_links_that_lead_nowhere_or_in_circles_are_refused(sharded, tmp_path):
 def test_pipes_and_directories_that_are_called_like_files_are_no_weights(single):
     os.mkfifo(single / "pipe.safetensors")
     message = refused(single / "pipe.safetensors")
-    assert message == f"{single / 'pipe.safetensors'} is no .safetensors file: give one, or the directory of a model"
+    assert message == f"{single / 'pipe.safetensors'} is not a .safetensors file: give one, or the directory of a model"
     os.mkfifo(single / INDEX)
-    assert "is no .safetensors file" in refused(single / INDEX)
+    assert "is not a .safetensors file" in refused(single / INDEX)
     (single / "folder.safetensors").mkdir()
     assert same_as_in_memory(single)
     (single / INDEX).unlink()
     message = refused(index(single, {"w": "folder.safetensors"}), SourceNotFoundError)
-    assert "names folder.safetensors, which is not there" in message
-    assert "names pipe.safetensors, which is not there" in refused(
+    assert "names files that are missing, folder.safetensors" in message
+    assert "names files that are missing, pipe.safetensors" in refused(
         index(single, {"w": "pipe.safetensors"}), SourceNotFoundError
     )
 
@@ -280,7 +280,7 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
     name = sorted(MODEL)[0]
     save_file({n: MODEL[n] for n in [name, *sorted(MODEL)[3:]]}, sharded / SECOND)
     expected = (
-        f"{name!r} is in both {sharded / FIRST} and {sharded / SECOND}: remove the stale file; or, if each of several"
+        f"{name!r} is in both {sharded / FIRST} and {sharded / SECOND}: remove the stale file; or, if several processes"
     )
     assert refused(sharded).startswith(expected)
     (sharded / INDEX).unlink()
@@ -310,7 +310,7 @@ def test_pickles_are_refused_with_a_command_that_converts_them(name, tmp_path):
     file = tmp_path / name
     torch.save({name: t.t() if t.ndim == 2 else t for name, t in MODEL.items()}, file)
     message = refused(file)
-    assert message.startswith(f"{file} is pickled, which can run code when it is read; it is refused. Convert it: ")
+    assert message.startswith(f"{file} is pickled and is not read, because a pickle can run code. Convert it: ")
     assert refused(tmp_path) == message
     assert "\n" not in message
     command = shlex.split(message.partition("Convert it: ")[2])
@@ -328,7 +328,8 @@ def test_an_index_that_names_pickles_is_refused_in_the_same_way(tmp_path):
 def test_a_file_of_another_kind_is_no_model(name, tmp_path):
     (tmp_path / name).write_bytes(b"text")
     assert (
-        refused(tmp_path / name) == f"{tmp_path / name} is no .safetensors file: give one, or the directory of a model"
+        refused(tmp_path / name)
+        == f"{tmp_path / name} is not a .safetensors file: give one, or the directory of a model"
     )
 
 
@@ -336,14 +337,14 @@ def test_a_file_of_another_kind_is_no_model(name, tmp_path):
 def test_a_gguf_file_under_another_name_is_told_which(name, tmp_path):
     (tmp_path / name).write_bytes(b"GGUF")
     for path in (tmp_path, tmp_path / name):
-        assert "does not end with .gguf: give it such a name, or join the parts" in refused(path)
+        assert "does not end with .gguf: rename the file, or if it was split into parts, join these" in refused(path)
 
 
 def test_a_directory_without_weights_is_no_model_and_one_below_it_is_pointed_at(tmp_path):
-    assert refused(tmp_path) == f"{tmp_path} holds no .safetensors file: give the directory of a model"
+    assert refused(tmp_path) == f"{tmp_path} has no .safetensors file: give the directory of a model"
     (tmp_path / "unet").mkdir()
     save_file(MODEL, tmp_path / "unet" / "diffusion.safetensors")
-    assert refused(tmp_path) == f"{tmp_path} holds no .safetensors file itself, but unet does: give that directory"
+    assert refused(tmp_path) == f"{tmp_path} has no .safetensors file itself, but unet has: give that directory"
 
 
 def test_a_directory_that_may_not_be_read_is_named(tmp_path, monkeypatch):
@@ -351,19 +352,19 @@ def test_a_directory_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "iterdir", forbid)
-    assert refused(tmp_path) == f"{tmp_path} cannot be read (Permission denied): ask for the right to, or copy it"
+    assert refused(tmp_path) == f"{tmp_path} cannot be read (Permission denied): change its permissions, or copy it"
 
 
 def test_a_directory_called_like_a_file_is_searched_as_a_directory(tmp_path):
     folder = tmp_path / "model.safetensors"
     folder.mkdir()
-    assert refused(folder) == f"{folder} holds no .safetensors file: give the directory of a model"
-    assert refused(tmp_path) == f"{tmp_path} holds no .safetensors file: give the directory of a model"
+    assert refused(folder) == f"{folder} has no .safetensors file: give the directory of a model"
+    assert refused(tmp_path) == f"{tmp_path} has no .safetensors file: give the directory of a model"
 
 
 def test_a_model_without_matrices_is_refused_by_its_path(tmp_path):
     save_file({"norm": torch.ones(4)}, tmp_path / "m.safetensors")
-    assert refused(tmp_path).startswith(f"{tmp_path} holds no parameter with two or more dimensions")
+    assert refused(tmp_path).startswith(f"{tmp_path} has no parameter with two or more dimensions")
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff"])
@@ -404,7 +405,7 @@ def test_a_file_that_the_system_does_not_give_is_named_with_its_words(code, word
     monkeypatch.setattr(files, "_without_waiting", refuse)
     file = single / "model.safetensors"
     message = refused(single)
-    assert message.startswith(f"{file} cannot be read ([Errno {code}] {words}): look after the disk and your rights")
+    assert message.startswith(f"{file} cannot be read ([Errno {code}] {words}): check the disk and the permissions")
     with pytest.raises(SourceError, match=rf"'{found.name}' cannot be read from .*\({words}|\[Errno {code}\] {words}"):
         found.load()
 

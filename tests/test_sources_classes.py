@@ -53,7 +53,7 @@ def test_a_compiled_or_exported_model_has_the_matrices_of_the_plain_one(kind):
     assert all(torch.equal(found[key].load(), plain[key].load()) for key in plain)
     assert [s.reason for s in source.skipped] == ["embedding or output head (embeddings=True ranks it)"]
     assert source.num_parameters == open_source(net, Filters()).num_parameters
-    guessed = {"conv.weight": "taken for a convolution by its name"} if kind in ("export", "unflatten") else {}
+    guessed = {"conv.weight": "treated as a convolution because of its name"} if kind in ("export", "unflatten") else {}
     assert source.metadata["layouts"] == guessed
 
 
@@ -118,8 +118,8 @@ def test_a_convolution_of_another_class_is_one_by_its_class_or_its_kernel_and_a_
         **{f"c.weight[{i}]": (20, 16) for i in range(3)},
     }
     assert source.metadata["layouts"] == {
-        "a.weight": "taken for a convolution by its class CausalConv",
-        "c.weight": "3 dimensions, taken for a stack of matrices",
+        "a.weight": "treated as a convolution because of its class CausalConv",
+        "c.weight": "3 dimensions, treated as a stack of matrices",
     }
 
 
@@ -165,7 +165,7 @@ def test_packed_layers_are_named_counted_and_warned_about():
         ranking = kappa_fast.rank(model, progress=False)
     assert [entry.name for entry in ranking] == ["plain.weight"]
     assert {s.name: s.shape for s in ranking.skipped} == PACKED
-    assert all("where it cannot be read: rank the checkpoint" in s.reason for s in ranking.skipped)
+    assert all("so that it cannot be read: rank the checkpoint" in s.reason for s in ranking.skipped)
     sizes = sum(torch.Size(shape).numel() for shape in PACKED.values())
     assert ranking.metadata["num_parameters"] == sizes + 420 + sum(p.numel() for p in model["d"].parameters())
 

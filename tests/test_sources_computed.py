@@ -241,7 +241,7 @@ def test_a_generator_of_the_parametrization_itself_goes_on_where_it_was():
 
 
 def test_a_weight_that_is_drawn_anew_each_time_is_none_and_says_so():
-    assert reasons(parametrized(Noisy()))["weight"].startswith("computed by Noisy: drawn anew at each use")
+    assert reasons(parametrized(Noisy()))["weight"].startswith("computed by Noisy: it is random at each use")
 
 
 def test_a_weight_that_cannot_be_computed_says_why(monkeypatch):
@@ -287,7 +287,7 @@ def test_a_weight_that_nothing_says_how_to_compute_is_skipped_with_its_parts():
     layer.register_parameter("weight_bar", layer._parameters.pop("weight"))
     layer.weight = layer.weight_bar.detach() / 2
     assert reasons(layer) == {
-        "weight": "computed from weight_bar in a way that Linear does not tell: make a plain parameter of it to rank it"
+        "weight": "computed from weight_bar by unknown code of Linear: make the weight a plain parameter to rank it"
     }
 
 

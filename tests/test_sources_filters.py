@@ -29,11 +29,11 @@ SQUARE = (16, 16)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(include="("), r"include='\(' is no regular expression: .*position 0"),
-        (dict(exclude=["a", "[z"]), r"exclude='\[z' is no regular expression"),
+        (dict(include="("), r"include='\(' is not a regular expression: .*position 0"),
+        (dict(exclude=["a", "[z"]), r"exclude='\[z' is not a regular expression"),
         (dict(include=3), "include=3: give a regular expression or a list of them"),
         (dict(exclude=["a", 3]), r"exclude=\['a', 3\]: give a regular expression"),
-        (dict(include=[]), "include holds no pattern, so nothing would be ranked"),
+        (dict(include=[]), "include has no pattern, so nothing would be ranked"),
         (dict(embeddings=1), "embeddings=1: give True or False"),
         (dict(routers=None), "routers=None: give True or False"),
         (dict(fused="halves"), "fused='halves': give 'split' or 'stored'"),
@@ -317,7 +317,10 @@ def test_only_whole_words_make_scales_and_only_codes_need_them():
     source = {"a": torch.zeros(16, 16, dtype=torch.int8), "ascale": torch.randn(SQUARE)}
     source |= {"b.weight": torch.zeros(SQUARE, dtype=torch.complex64), "b.scale": torch.randn(SQUARE)}
     assert set(matrices(source)) == {"ascale"}
-    assert reasons(source)["b.scale"] == "beside the weight of its module, where no module has a parameter (scale)"
+    assert (
+        reasons(source)["b.scale"]
+        == "modules with a weight have no other parameter with two or more dimensions (scale)"
+    )
     assert reasons(source)["b.weight"].startswith("complex numbers")
 
 
@@ -341,10 +344,10 @@ def test_every_float_format_that_holds_weights_is_ranked_as_it_is(dtype):
     ("tensor", "reason"),
     [
         (torch.zeros(SQUARE, dtype=torch.complex64), r"complex numbers \(complex64\)"),
-        (torch.zeros(SQUARE, dtype=torch.int64), "int64 values: codes, indices or a mask, no weights"),
-        (torch.zeros(SQUARE, dtype=torch.uint8), "uint8 values: codes, indices or a mask, no weights"),
-        (torch.zeros(SQUARE, dtype=torch.bool), "bool values: codes, indices or a mask, no weights"),
-        (torch.ones(SQUARE).to(torch.float8_e8m0fnu), "float8_e8m0fnu holds scales or packed codes, no weights: .*"),
+        (torch.zeros(SQUARE, dtype=torch.int64), "int64 values: codes, indices or a mask, not weights"),
+        (torch.zeros(SQUARE, dtype=torch.uint8), "uint8 values: codes, indices or a mask, not weights"),
+        (torch.zeros(SQUARE, dtype=torch.bool), "bool values: codes, indices or a mask, not weights"),
+        (torch.ones(SQUARE).to(torch.float8_e8m0fnu), "float8_e8m0fnu holds scales or packed codes, not weights: .*"),
         (torch.zeros(0, 16), "empty"),
         (torch.zeros(3, 16, 0), "empty"),
         (torch.zeros(SQUARE, device="meta"), "on the meta device, without values: rank from the checkpoint"),

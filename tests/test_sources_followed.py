@@ -298,16 +298,16 @@ class InPieces(nn.Linear):
     ("layer", "reason"),
     [
         (TwoMatrices, "several matrices"),
-        (lambda: OfInput(24, 40), "from each input"),
-        (Steered, "from each input"),
-        (OfTask, "from each input"),
-        (ChosenByTask, "from each input"),
+        (lambda: OfInput(24, 40), "it depends on the input"),
+        (Steered, "it depends on the input"),
+        (OfTask, "it depends on the input"),
+        (ChosenByTask, "it depends on the input"),
         (lambda: OfPython(24, 40), "random numbers"),
         (lambda: OfNumpy(24, 40), "random numbers"),
-        (Stack, r"multiplies with \(1, 60, 24\) instead of \(3, 20, 24\)"),
-        (lambda: InPart(24, 40), r"multiplies with \(30, 24\), a part of \(40, 24\)"),
-        (lambda: Overlapping(24, 40), r"multiplies with \(30, 24\), a part of \(40, 24\)"),
-        (lambda: InPieces(24, 40), r"multiplies with \(30, 24\) instead of \(40, 24\)"),
+        (Stack, r"multiplies with a matrix of shape \(1, 60, 24\) instead of \(3, 20, 24\)"),
+        (lambda: InPart(24, 40), r"multiplies with a part of shape \(30, 24\) of \(40, 24\)"),
+        (lambda: Overlapping(24, 40), r"multiplies with a part of shape \(30, 24\) of \(40, 24\)"),
+        (lambda: InPieces(24, 40), r"multiplies with a matrix of shape \(30, 24\) instead of \(40, 24\)"),
     ],
 )
 def test_what_is_no_single_matrix_is_refused_by_name(layer, reason):
@@ -435,7 +435,7 @@ def test_a_parameter_that_layers_multiply_with_in_two_ways_is_refused_once():
     ranking = kappa_fast.rank(model, progress=False)
     assert [e.name for e in ranking] == ["c.weight"]
     (skipped,) = ranking.skipped
-    assert "shared with layers that use it in another way" in skipped.reason
+    assert "shared with layers that use it differently" in skipped.reason
     assert ranking.metadata["num_parameters"] == sum(p.numel() for p in model.parameters())
 
 

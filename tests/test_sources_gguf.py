@@ -229,14 +229,14 @@ def test_codes_that_the_package_cannot_dequantize_are_skipped_by_name(tmp_path):
     assert matrices(path).keys() == MODEL.keys()
     assert reasons(path) == {
         "a": "quantized codes (Q8_1), which the package gguf does not dequantize",
-        "i": "int32 values: codes, indices or a mask, no weights",
+        "i": "int32 values: codes, indices or a mask, not weights",
     }
 
 
 def test_codes_with_a_scale_beside_them_are_skipped(tmp_path):
     codes = quantize(torch.randn(32, 64).numpy(), Kind.Q8_0)
     path = write(tmp_path / "m.gguf", {"w.weight": (codes, Kind.Q8_0), "w.scale": np.ones(1, np.float32), **MODEL})
-    assert reasons(path) == {"w.weight": "quantized codes (Q8_0) with a scale beside them, which is not applied yet"}
+    assert reasons(path) == {"w.weight": "quantized codes (Q8_0) with a separate scale, which is not supported yet"}
 
 
 def test_a_scale_that_is_nan_makes_the_matrix_non_finite_without_a_warning(tmp_path):
@@ -307,7 +307,7 @@ def test_a_part_that_is_missing_or_has_the_same_tensor_is_named(tmp_path):
     first, second = split(tmp_path)
     second.unlink()
     assert refused(first, SourceNotFoundError) == (
-        f"{first} is one of 2 parts, and {second.name} is not there: finish the download"
+        f"{first} is one of 2 parts, and {second.name} is missing: finish the download"
     )
     second.write_bytes(first.read_bytes())
     assert f"is in both {first} and {second}: remove the stale file" in refused(tmp_path)
@@ -316,7 +316,7 @@ def test_a_part_that_is_missing_or_has_the_same_tensor_is_named(tmp_path):
 def test_of_several_models_in_a_directory_one_must_be_chosen(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         write(tmp_path / name, MODEL)
-    assert refused(tmp_path) == (f"{tmp_path} holds several GGUF models (a.gguf, b.gguf): give the path of one of them")
+    assert refused(tmp_path) == (f"{tmp_path} has several GGUF models (a.gguf, b.gguf): give the path of one of them")
     assert matrices(tmp_path / "b.gguf").keys() == MODEL.keys()
 
 
@@ -333,8 +333,8 @@ def test_a_truncated_file_is_named(share, tmp_path):
     whole = write(tmp_path / "m.gguf", MODEL).read_bytes()
     (tmp_path / "m.gguf").write_bytes(whole[: int(share * len(whole))])
     message = refused(tmp_path / "m.gguf")
-    assert message.startswith(f"{tmp_path / 'm.gguf'} is no readable GGUF file (")
-    assert message.endswith("or of a later version than the package gguf that is installed")
+    assert message.startswith(f"{tmp_path / 'm.gguf'} is not a readable GGUF file (")
+    assert message.endswith("or newer than the installed package gguf")
 
 
 def header(tensors: int, keys: int, rest: bytes = b"", version: int = 3) -> bytes:
@@ -373,7 +373,7 @@ def key(name: str) -> bytes:
 )
 def test_a_file_that_is_no_gguf_is_named(content, tmp_path):
     (tmp_path / "m.gguf").write_bytes(content)
-    assert refused(tmp_path / "m.gguf").startswith(f"{tmp_path / 'm.gguf'} is no readable GGUF file (")
+    assert refused(tmp_path / "m.gguf").startswith(f"{tmp_path / 'm.gguf'} is not a readable GGUF file (")
 
 
 def test_tensors_that_overlap_are_refused(tmp_path):
@@ -384,9 +384,9 @@ def test_tensors_that_overlap_are_refused(tmp_path):
 
 def test_a_pipe_or_a_directory_that_is_called_like_a_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "p.gguf")
-    assert "p.gguf cannot be read (it is no regular file)" in refused(tmp_path / "p.gguf")
+    assert "p.gguf cannot be read (it is not a regular file)" in refused(tmp_path / "p.gguf")
     (tmp_path / "d.gguf").mkdir()
-    assert "holds no .safetensors file" in refused(tmp_path / "d.gguf")
+    assert "has no .safetensors file" in refused(tmp_path / "d.gguf")
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_an_error_that_names_the_tensor(tmp_path):

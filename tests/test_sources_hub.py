@@ -80,14 +80,14 @@ def test_a_revision_is_one_of_its_own(hub_cache):
     store_in_cache(hub_cache, "org/name", SINGLE, commit="b" * 40, ref="v1")
     assert is_the_model("org/name@v1")
     assert opened("org/name@v1").metadata["revision"] == "b" * 40
-    assert "org/name is neither a path nor in the cache" in refused("org/name", SourceNotFoundError)
+    assert "org/name is neither a path nor a model in the cache" in refused("org/name", SourceNotFoundError)
 
 
 def test_a_path_wins_over_an_id(hub_cache, tmp_path, monkeypatch):
     store_in_cache(hub_cache, "org/name", SINGLE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert refused("org/name") == "org/name holds no .safetensors file: give the directory of a model"
+    assert refused("org/name") == "org/name has no .safetensors file: give the directory of a model"
     assert refused(Path("org/other"), SourceNotFoundError).startswith("org/other: no such file or directory")
 
 
@@ -138,7 +138,7 @@ def test_files_without_an_index_are_compared_with_the_commit_in_the_cache(hub, h
 
 def test_files_without_an_index_are_ranked_with_a_warning_where_the_hub_cannot_be_asked(hub_cache):
     store_in_cache(hub_cache, "org/name", LOOSE)
-    with pytest.warns(UserWarning, match="only the hub can say whether one is missing"):
+    with pytest.warns(UserWarning, match="only the hub can say whether a file is missing"):
         assert is_the_model("org/name")
 
 
@@ -187,7 +187,7 @@ def test_what_says_how_the_weights_were_quantized_comes_with_them(file, hub, tmp
 def test_offline_and_not_in_the_cache(hub_cache):
     message = refused("org/name", SourceNotFoundError)
     assert message == (
-        "org/name is neither a path nor in the cache of the hub, and HF_HUB_OFFLINE is set: unset it, or download the "
+        "org/name is neither a path nor a model in the cache of the hub, and HF_HUB_OFFLINE is set: unset it, or download the "
         "model elsewhere and give its directory"
     )
 
@@ -201,13 +201,13 @@ def test_offline_and_incomplete_names_the_missing_shard(hub_cache):
     assert "HF_HUB_OFFLINE is set" in message
     (snapshot / INDEX).unlink()
     (snapshot / FIRST).unlink()
-    assert "holds no .safetensors file" in refused("org/name")
+    assert "has no .safetensors file" in refused("org/name")
 
 
 def test_a_blob_that_is_gone_is_a_missing_shard(hub_cache):
     snapshot = store_in_cache(hub_cache, "org/name", SHARDED)
     (snapshot / SECOND).resolve().unlink()
-    assert f"names {SECOND}, which is not there" in refused("org/name")
+    assert f"names files that are missing, {SECOND}" in refused("org/name")
 
 
 def test_no_such_model(hub):
@@ -237,9 +237,9 @@ def test_a_hub_that_fails_says_so_and_what_has_arrived_is_kept(hub, hub_cache):
     hub.repositories["org/name"] = SHARDED
     hub.errors[SECOND] = (403, "")
     message = refused("org/name", SourceNotFoundError)
-    assert message.startswith("org/name is neither a path nor in the cache of the hub, and http://127.0.0.1")
-    assert message.endswith("try again later; what has arrived is kept")
-    assert f"names {SECOND}, which is not there" in refused("org/name")
+    assert message.startswith("org/name is neither a path nor a model in the cache of the hub, and http://127.0.0.1")
+    assert message.endswith("try again later; downloaded files are kept")
+    assert f"names files that are missing, {SECOND}" in refused("org/name")
     hub.errors.clear()
     assert is_the_model("org/name")
 
@@ -247,7 +247,7 @@ def test_a_hub_that_fails_says_so_and_what_has_arrived_is_kept(hub, hub_cache):
 def test_a_hub_that_does_not_answer(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda _: None)  # between several attempts
-    assert "http://127.0.0.1:9 did not give it (" in refused("org/name", SourceNotFoundError)
+    assert "http://127.0.0.1:9 did not send it (" in refused("org/name", SourceNotFoundError)
 
 
 def test_a_disk_that_is_full(hub, monkeypatch):
@@ -266,9 +266,9 @@ def test_a_disk_that_is_full(hub, monkeypatch):
     ("files", "expected"),
     [
         (("pytorch_model.bin", "README.md"), "only pickled weights (pytorch_model.bin), which can run code"),
-        (("m-Q4_K_M.gguf",), "holds GGUF files (m-Q4_K_M.gguf): download the one you want and give its path"),
-        (("unet/model.safetensors",), "holds no .safetensors file itself, but unet does"),
-        (("README.md",), "holds no .safetensors file: is it a model?"),
+        (("m-Q4_K_M.gguf",), "has GGUF files (m-Q4_K_M.gguf): download the one you want and give its path"),
+        (("unet/model.safetensors",), "has no .safetensors file itself, but unet does"),
+        (("README.md",), "has no .safetensors file: is it a model?"),
         (
             ("a" + INDEX[5:], "b" + INDEX[5:]),
             "has several indices (a.safetensors.index.json, b.safetensors.index.json)",
@@ -284,12 +284,12 @@ def test_a_repository_without_safetensors_is_refused_before_anything_is_download
 @pytest.mark.parametrize("document", [b"{", b"[]", b'{"weight_map": 3}', b'{"weight_map": {"w": []}}'])
 def test_an_index_on_the_hub_that_is_none(document, hub):
     hub.repositories["org/name"] = {INDEX: document, FIRST: SHARDED[FIRST]}
-    assert "is no index of a sharded checkpoint" in refused("org/name")
+    assert "is not an index of a sharded checkpoint" in refused("org/name")
 
 
 def test_an_index_on_the_hub_cannot_reach_outside_of_the_snapshot(hub, hub_cache):
     hub.repositories["org/name"] = {INDEX: json.dumps({"weight_map": {"w": "../../../x.safetensors"}}).encode()}
-    assert "which is no .safetensors file inside of its directory" in refused("org/name")
+    assert "which is not a .safetensors file inside its directory" in refused("org/name")
     assert hub.downloaded() == [INDEX]
 
 

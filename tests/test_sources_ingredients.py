@@ -55,7 +55,7 @@ def test_a_model_of_an_unknown_method_has_no_weights_but_those_with_names_of_par
     tensors = {f"{OWNER}.qweight": BYTES} | {n: FLOATS.clone() for n in (stray, "embed.pos_embed", "a.weight")}
     path = saved(tmp_path, tensors, quantization_config={"quant_method": "spinquant"})
     assert set(matrices(path)) == {"embed.pos_embed", "a.weight"}
-    assert reasons(path)[stray].startswith("no parameter by its name, in a model quantized by spinquant")
+    assert reasons(path)[stray].startswith("not a parameter by its name, in a model quantized by spinquant")
 
 
 BESIDE = ("weight_mask_ema", "importance", "fisher", "exp_avg", "hessian", "weight_absmax", "lora_a", "smooth_scale")
@@ -94,7 +94,7 @@ def test_codes_with_something_unknown_beside_them_are_not_read(stranger, format)
     assert set(matrices(stored | {"a.bias": torch.ones(64), "a.input_scale": torch.ones(())})) == {"a.weight"}
     source = stored | {f"a.{stranger}": torch.randn(64)}
     assert matrices(source) == {}
-    assert f"with {stranger} beside the codes" in reasons(source)["a.qweight"]
+    assert f"but the layer also has {stranger}, " in reasons(source)["a.qweight"]
 
 
 def test_an_importance_matrix_of_llama_cpp_is_no_model(tmp_path):
@@ -107,7 +107,7 @@ def test_an_importance_matrix_of_llama_cpp_is_no_model(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(Exception, match="holds an importance matrix, statistics of a model: give the model itself"):
+    with pytest.raises(Exception, match="has an importance matrix, statistics of a model: give the model itself"):
         open_source(path, Filters())
 
 
@@ -150,7 +150,7 @@ def test_everything_of_a_layer_goes_with_its_codes_but_not_what_is_beside_plain_
 
 def test_parameters_that_fsdp_has_flattened_are_not_passed_over():
     source = {"_fsdp_wrapped_module._flat_param": torch.randn(4096), "a.weight": torch.randn(32, 20)}
-    with pytest.raises(SourceError, match="as one line of numbers, as FSDP keeps them"):
+    with pytest.raises(SourceError, match="as one flat tensor of FSDP"):
         open_source(source, Filters())
 
 
@@ -159,7 +159,7 @@ def test_a_rotation_in_a_module_of_its_own_inside_a_quantized_layer_is_no_weight
     stored, _ = awq(trained(64, 64), 32)
     source = stored | {"a.R1_weight_output.weight": torch.randn(64, 64), "b.weight": torch.randn(32, 20)}
     assert set(matrices(source)) == {"b.weight"}
-    assert "with R1_weight_output.weight beside the codes" in reasons(source)["a.qweight"]
+    assert "but the layer also has R1_weight_output.weight, " in reasons(source)["a.qweight"]
     adapted = stored | {"a.lora_A.weight": torch.randn(8, 64), "a.lora_B.weight": torch.randn(64, 8)}
     assert set(matrices(adapted)) == {"a.weight"}
 
@@ -175,7 +175,7 @@ def test_what_lies_above_codes_that_are_not_read_is_a_weight_only_by_its_name(na
     source = {"block.inner.q.qweight": torch.ones(64, 32, dtype=torch.int8), "block.inner.q.s": torch.rand(64, 16)}
     source |= {name: torch.randn(32, 32)} | weights(block__norm__weight=(20, 30), other__theta=(20, 30))
     assert set(matrices(source)) == {"block.norm.weight", "other.theta"}
-    assert "no parameter by its name" in reasons(source)[name]
+    assert "not a parameter by its name" in reasons(source)[name]
 
 
 COPIED = ("shadow.a.weight", "ema_weights.a.weight", "swa.a.weight", "hessian_diag.a.weight", "imatrix.a.weight")

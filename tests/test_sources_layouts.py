@@ -91,7 +91,7 @@ def test_without_a_word_from_the_module_the_sibling_tells_rows():
     model = nn.Module()
     model.experts = Experts(2, 4, 3, told=False)
     assert parts(matrices(model))["experts.gate_up_proj[1].up"] == (3, 4)
-    assert notes(model) == {"experts.gate_up_proj": "gate is taken to come first, as is usual"}
+    assert notes(model) == {"experts.gate_up_proj": "gate is assumed to come first, as usual"}
     model.config = Config(model_type="some_moe")
     assert notes(model) == {}
 
@@ -116,7 +116,7 @@ def test_gate_and_up_that_cannot_be_told_apart_are_ranked_as_stored_and_noted(sh
     found = parts(matrices(source))
     assert [found[f"experts.gate_up_proj[{e}]"] for e in range(2)] == [shape[1:]] * 2
     assert notes(source) == {
-        "experts.gate_up_proj": "gate and up cannot be told apart by module, model type or shapes: ranked as stored"
+        "experts.gate_up_proj": "module, model type and shapes do not say which half is gate and which is up: ranked as stored"
     }
 
 
@@ -292,8 +292,8 @@ def test_in_a_state_dict_a_convolution_is_known_by_its_name():
     assert found["patch_embed.proj.weight"] == (6, 12)
     assert found["other[5]"] == (4, 3)
     assert notes(source) == {
-        "encoder.conv1.weight": "taken for a convolution by its name",
-        "other": "3 dimensions, taken for a stack of matrices",
+        "encoder.conv1.weight": "treated as a convolution because of its name",
+        "other": "3 dimensions, treated as a stack of matrices",
     }
 
 
@@ -326,7 +326,9 @@ def test_pieces_below_min_dim_are_skipped_on_their_own(tmp_path):
 
 def test_a_parameter_may_not_be_called_like_a_part_of_another():
     both = weights(**{"e": (2, 16, 20), "e[1]": (16, 16), "w": (16, 16)})
-    message = r"a parameter and a part of another are both called 'e\[1\]': rename one, leave one out with exclude="
+    message = (
+        r"a parameter and a part of another one have the same name 'e\[1\]': rename one, leave one out with exclude="
+    )
     with pytest.raises(SourceError, match=message):
         matrices(both)
     assert set(matrices(both, Filters(exclude=r"^e$"))) == {"e[1]", "w"}

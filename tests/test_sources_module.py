@@ -233,13 +233,13 @@ def test_a_nested_tensor_is_skipped_by_name(layout):
     nested = torch.nested.nested_tensor([torch.randn(20, 30), torch.randn(10, 30)], layout=layout)
     found = open_source({"a": torch.randn(20, 30), "n": nested}, Filters())
     assert [m.key for m in found.matrices] == ["a"]
-    assert reasons({"a": torch.randn(20, 30), "n": nested}) == {"n": "nested: of several shapes"}
+    assert reasons({"a": torch.randn(20, 30), "n": nested}) == {"n": "nested: it has several shapes"}
 
 
 def test_a_lazy_parameter_is_skipped_until_it_has_a_shape():
     model = nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 16))
     assert set(matrices(model)) == {"1.weight"}
-    assert reasons(model) == dict.fromkeys(["0.weight", "0.bias"], "lazy and without a shape yet: run the model once")
+    assert reasons(model) == dict.fromkeys(["0.weight", "0.bias"], "lazy, without a shape yet: run the model once")
     assert open_source(model, Filters()).num_parameters == 272
 
 
@@ -286,7 +286,7 @@ def test_a_float8_weight_is_multiplied_by_the_scale_that_its_module_keeps(keep, 
     assert torch.equal(found["a.weight"].load(), expected)
     assert reasons(model) == {
         f"a.{name}": f"scales or zero points of quantized weights ({name}), not a weight",
-        "b.weight": "float8 without a scale, where other weights of the model have one: its values may be codes",
+        "b.weight": "float8 without a scale, although other weights of the model have one: its values may be codes",
     }
     assert open_source(model, Filters()).num_parameters == 512
 
@@ -371,15 +371,15 @@ def test_the_fingerprint_follows_names_shapes_and_dtypes_and_no_values():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"a": torch.ones(2, 2), "b": 3.0}, "the mapping holds 'b': float, but names and tensors are wanted"),
-        ({"w": np.ones((2, 2))}, "the mapping holds 'w': ndarray"),
-        ({"w": None}, r"the mapping holds 'w': NoneType.*pass model\.state_dict\(\)"),
-        ({1: torch.ones(2, 2)}, "the mapping holds 1: Tensor"),
+        ({"a": torch.ones(2, 2), "b": 3.0}, "the mapping has 'b': float, but names and tensors are expected"),
+        ({"w": np.ones((2, 2))}, "the mapping has 'w': ndarray"),
+        ({"w": None}, r"the mapping has 'w': NoneType.*pass model\.state_dict\(\)"),
+        ({1: torch.ones(2, 2)}, "the mapping has 1: Tensor"),
         ({"state_dict": {"w": torch.ones(2, 2)}, "epoch": 3}, r"'state_dict': dict.*source\['state_dict'\]"),
-        ({}, "the mapping holds no parameter with two or more dimensions, so there is nothing to rank"),
-        ({"norm": torch.ones(9)}, "the mapping holds no parameter with two or more dimensions"),
-        (nn.LayerNorm(9), "LayerNorm holds no parameter with two or more dimensions"),
-        (nn.Sequential(), "Sequential holds no parameter"),
+        ({}, "the mapping has no parameter with two or more dimensions, so there is nothing to rank"),
+        ({"norm": torch.ones(9)}, "the mapping has no parameter with two or more dimensions"),
+        (nn.LayerNorm(9), "LayerNorm has no parameter with two or more dimensions"),
+        (nn.Sequential(), "Sequential has no parameter"),
     ],
 )
 def test_sources_that_hold_no_weights_are_refused(source, message):

@@ -109,12 +109,12 @@ def test_a_mask_beside_a_weight_is_applied_and_scores_leave_both_out():
     assert torch.equal(found.load(), weight * mask)
     scored = {"a.weight": weight, "a.mask_scores": torch.rand(40, 30)}
     assert matrices(scored) == {}
-    assert "by a rule that no file tells" in reasons(scored)["a.weight"]
+    assert "by a rule that a file does not contain" in reasons(scored)["a.weight"]
 
 
 def test_a_weight_that_is_there_whole_and_in_parts_is_refused():
     state = dict(pruned(nn.Linear(40, 30)).state_dict()) | {"weight": torch.randn(30, 40)}
-    with pytest.raises(Exception, match=r"'weight' is there twice, as it is and in parts \('weight_orig'\)"):
+    with pytest.raises(Exception, match=r"'weight' is stored twice, as a whole and in parts \('weight_orig'\)"):
         open_source(state, EVERYTHING)
 
 

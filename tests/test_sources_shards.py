@@ -43,7 +43,7 @@ def test_a_missing_number_is_an_error_in_every_spelling(spelling, first, tmp_pat
     for lost in (files[1], files[2]):
         content = lost.read_bytes()
         lost.unlink()
-        with pytest.raises(SourceNotFoundError, match=r"has 2 of 3 shards .*is not there: finish the download"):
+        with pytest.raises(SourceNotFoundError, match=r"has 2 of 3 shards .*is missing: finish the download"):
             open_source(tmp_path, Filters())
         lost.write_bytes(content)
 
@@ -52,7 +52,7 @@ def test_a_gap_shows_where_names_do_not_say_how_many_there_are(tmp_path):
     files = shards(tmp_path, "model-{:05d}.safetensors")
     assert len(matrices(tmp_path)) == 3
     files[1].unlink()
-    with pytest.raises(SourceNotFoundError, match="number 2 among them is not there"):
+    with pytest.raises(SourceNotFoundError, match="number 2 is missing"):
         open_source(tmp_path, Filters())
 
 
@@ -67,7 +67,7 @@ def test_an_index_under_another_name_counts(index, tmp_path):
     for path in (tmp_path, tmp_path / index):
         assert set(matrices(path)) == {"a.weight"}
     (tmp_path / index).write_text(json.dumps({"weight_map": mapping | {"b.weight": "y.safetensors"}}))
-    with pytest.raises(SourceNotFoundError, match=r"names y\.safetensors, which is not there"):
+    with pytest.raises(SourceNotFoundError, match=r"names files that are missing, y\.safetensors"):
         open_source(tmp_path, Filters())
 
 
@@ -80,7 +80,7 @@ def test_an_index_is_one_by_what_it_lists(index, tmp_path):
     (tmp_path / index).write_text(
         json.dumps({"weight_map": {"a.weight": "x.safetensors", "b.weight": "y.safetensors"}})
     )
-    with pytest.raises(SourceNotFoundError, match=r"names y\.safetensors, which is not there"):
+    with pytest.raises(SourceNotFoundError, match=r"names files that are missing, y\.safetensors"):
         open_source(tmp_path, Filters())
 
 
@@ -89,7 +89,7 @@ def test_a_gap_shows_with_single_digits_too(spelling, tmp_path):
     files = shards(tmp_path, spelling + ".safetensors")
     assert len(matrices(tmp_path)) == 3
     files[1].unlink()
-    with pytest.raises(SourceNotFoundError, match="number 2 among them is not there"):
+    with pytest.raises(SourceNotFoundError, match="number 2 is missing"):
         open_source(tmp_path, Filters())
     assert len(matrices(files[0])) == 1  # the advice: the path of one file
 
@@ -108,7 +108,7 @@ def test_a_file_that_a_program_has_not_finished_is_missing(ending, tmp_path):
 POINTERS = {
     "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n": "a pointer of Git LFS.*git lfs pull",
     "/annex/objects/SHA256E-s5--0.safetensors\n": "a pointer of git-annex",
-    "<!DOCTYPE html><html><body>Sign in</body></html>": "a page of a web site",
+    "<!DOCTYPE html><html><body>Sign in</body></html>": "a web page",
 }
 
 
@@ -152,7 +152,7 @@ def parts(directory: Path, names: list[str], total: int = 2) -> list[Path]:
 
 def test_the_header_of_gguf_tells_what_its_name_does_not(tmp_path):
     (renamed,) = parts(tmp_path, ["model.gguf"])
-    with pytest.raises(SourceNotFoundError, match=r"it is part 1 of 2, but only 1 of them would be read: put all"):
+    with pytest.raises(SourceNotFoundError, match=r"it is part 1 of 2, but only 1 of the parts were found: put all"):
         open_source(renamed, Filters())
     renamed.unlink()
     first, second = parts(tmp_path, ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"])

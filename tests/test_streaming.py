@@ -124,7 +124,7 @@ def test_a_checkpoint_that_turns_out_damaged_leaves_an_earlier_ranking_as_it_was
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert "model-00002-of-00002.safetensors is no readable safetensors file" in err
+    assert "model-00002-of-00002.safetensors is not a readable safetensors file" in err
     assert target.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir() if "json" in path.name) == [
         "model.safetensors.index.json",

@@ -1,1 +1,1 @@
-"""Files and text of strangers: sizes, patterns and JSON that are safe to read; files written all at once."""
+"""Safe reading of untrusted files (limits on sizes, regular expressions, JSON), and atomic writing of files."""

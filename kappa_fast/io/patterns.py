@@ -1,9 +1,9 @@
-"""Regular expressions from files, searched in a time that no pattern can make long.
+"""Regular expressions from untrusted files, searched in a limited time.
 
 ``re`` backtracks: on a name of 40 letters ``(a+)+z`` takes minutes, and a config may hold such a pattern for every
-module. Patterns that cannot backtrack far are left to ``re``. For the others all positions that a part of the pattern
-can end at are kept at once, as the bits of an integer (K. Thompson, Regular expression search algorithm, CACM 11,
-1968), and the number of steps is limited.
+module. Patterns that backtrack little are searched with ``re``. For the others a set of positions, the bits of an
+integer, is advanced through the pattern (K. Thompson, Regular expression search algorithm, CACM 11, 1968), and the
+number of steps is limited.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any
 
 from .limits import LONGEST_PATTERN
 
-# Private modules of the standard library: what ``re`` itself parses with, from Python 3.11 on.
+# Private modules of the standard library, with which ``re`` itself parses from Python 3.11 on.
 _parser: Any = __import__("re._parser", fromlist=["parse"])
 _compiler: Any = __import__("re._compiler", fromlist=["compile"])
 
-MOST_STEPS = 20_000_000  # of all patterns of one list together; a step takes about 0.2 us
-DEEPEST = 50  # parts inside of parts
-FAR = 16  # a repetition of up to so many backtracks little
+MOST_STEPS = 20_000_000  # steps of all patterns in one list together; a step takes about 0.2 us
+DEEPEST = 50  # nesting depth of the parts of a pattern
+FEW_REPEATS = 16  # a repetition with at most this many rounds backtracks little
 
 _CHARACTERS = ("LITERAL", "NOT_LITERAL", "ANY", "IN")
-Step = Callable[[int, "_Text"], int]  # from positions to positions, each a bit
+Step = Callable[[int, "_Text"], int]  # maps a set of positions (a bit for each) to the positions behind a match
 
 
 class PatternError(ValueError):
-    """It is no regular expression, or one that cannot be searched in a limited time."""
+    """The text is not a regular expression, or is one that cannot be searched in a limited time."""
 
 
 class Steps:
-    """What a search may still take; shared by the patterns of one list."""
+    """How many steps the patterns of one list may still take together."""
 
     def __init__(self) -> None:
         self.left = MOST_STEPS
@@ -40,44 +40,44 @@ class Steps:
     def take(self) -> None:
         self.left -= 1
         if self.left < 0:
-            raise PatternError("the patterns take more steps than those of any real file")
+            raise PatternError("the patterns take more steps than the patterns of any real file")
 
 
 class Pattern:
     """A regular expression, searched in a limited time."""
 
     def __init__(self, text: str, steps: Steps | None = None) -> None:
-        """steps: shared with other patterns.
+        """steps: the budget, shared with other patterns.
 
         Raises:
-            PatternError: it is no expression, longer than any in a real file, or refers back to what it has found.
+            PatternError: ``text`` is not a regular expression, is longer than LONGEST_PATTERN, or has a backreference.
         """
         self.text, self._steps = text, steps or Steps()
-        self._plain, self._far, self._step = _understood(text)
+        self._plain, self._backtracking, self._step = _compiled(text)
 
     def matches(self, name: str) -> bool:
-        """Whether the name begins with it, as by ``re.match``.
+        """Return whether the pattern matches at the beginning of the name, as ``re.match`` does.
 
         Raises:
-            PatternError: that takes too long.
+            PatternError: the search takes more steps than are left.
         """
-        if self._far < 3:
+        if self._backtracking < 3:
             return self._plain.match(name) is not None
         return self._step(1, _Text(name, self._steps)) != 0
 
     def search(self, name: str) -> bool:
-        """Whether it is somewhere in the name, as by ``re.search``.
+        """Return whether the pattern matches anywhere in the name, as ``re.search`` does.
 
         Raises:
-            PatternError: that takes too long.
+            PatternError: the search takes more steps than are left.
         """
-        if self._far < 2:
+        if self._backtracking < 2:
             return self._plain.search(name) is not None
         return self._step((1 << len(name) + 1) - 1, _Text(name, self._steps)) != 0
 
 
-def searched(text: str) -> Pattern | re.Pattern[str]:
-    """The pattern, in a limited time if it can be; what only ``re`` can search has come from the user, from no file."""
+def compile_pattern(text: str) -> Pattern | re.Pattern[str]:
+    """Compile a pattern that the user has given, not a file: ``re`` searches what ``Pattern`` does not support."""
     try:
         return Pattern(text)
     except PatternError:
@@ -85,7 +85,7 @@ def searched(text: str) -> Pattern | re.Pattern[str]:
 
 
 class _Text:
-    """A name, and at which of its positions each kind of character stands."""
+    """The text that is searched, and at which of its positions each kind of character is."""
 
     def __init__(self, name: str, steps: Steps) -> None:
         self.name, self.steps = name, steps
@@ -100,22 +100,22 @@ class _Text:
 
 
 @cache
-def _understood(text: str) -> tuple[re.Pattern[str], float, Step]:
-    """The pattern as ``re`` has it, how many parts of it backtrack far, and its steps."""
+def _compiled(text: str) -> tuple[re.Pattern[str], float, Step]:
+    """Return the pattern compiled by ``re``, its measure of backtracking, and the pattern as a Step."""
     if len(text) > LONGEST_PATTERN:
         raise PatternError(f"it has {len(text)} characters, more than {LONGEST_PATTERN}")
     try:
         plain = re.compile(text)
         tree = _parser.parse(text)
-        return plain, _far(tree), _sequence(tree, tree.state, plain.flags, 0)
+        return plain, _backtracking(tree), _sequence(tree, tree.state, plain.flags, 0)
     except (re.error, OverflowError, RecursionError) as error:
         raise PatternError(str(error) or type(error).__name__) from error
 
 
-def _far(tree: Any) -> float:
-    """How many repetitions may backtrack far; what has a few ways to match is a quarter of one.
+def _backtracking(tree: Any) -> float:
+    """Return how many repetitions may backtrack far; a part with only a few ways to match counts a quarter.
 
-    A repetition of anything but a single run of characters counts as three: the ways multiply with each round.
+    A repetition of anything but single characters counts three: each round multiplies the ways to match.
     """
     found = 0.0
     for operation, value in tree:
@@ -123,20 +123,20 @@ def _far(tree: Any) -> float:
         if name in ("MAX_REPEAT", "MIN_REPEAT"):
             least, most, inner = value
             several = most > 1 and any(str(part) not in _CHARACTERS for part, _ in inner)
-            found += 3 if several else 1 if most - least > FAR else (most > least) / 4
-            found += _far(inner)
+            found += 3 if several else 1 if most - least > FEW_REPEATS else (most > least) / 4
+            found += _backtracking(inner)
         elif name == "SUBPATTERN":
-            found += _far(value[3])
+            found += _backtracking(value[3])
         elif name == "BRANCH":
-            found += 1 / 4 + sum(map(_far, value[1]))
+            found += 1 / 4 + sum(map(_backtracking, value[1]))
         elif name in ("ASSERT", "ASSERT_NOT"):
-            found += _far(value[1])
+            found += _backtracking(value[1])
     return found
 
 
 def _sequence(tree: Any, state: Any, flags: int, depth: int) -> Step:
     if depth > DEEPEST:
-        raise PatternError(f"it has more than {DEEPEST} parts inside of parts")
+        raise PatternError(f"its parts are nested more than {DEEPEST} deep")
     steps = [_step(operation, value, state, flags, depth + 1) for operation, value in tree]
 
     def step(at: int, text: _Text) -> int:
@@ -171,7 +171,7 @@ def _step(operation: Any, value: Any, state: Any, flags: int, depth: int) -> Ste
         )
     if name in ("ASSERT", "ASSERT_NOT"):
         return _asserted(name == "ASSERT", value, _sequence(value[1], state, flags, depth))
-    raise PatternError(f"it uses {name}, which takes time without limit")
+    raise PatternError(f"it uses {name}, which can take unlimited time")
 
 
 def _united(masks: Any) -> int:
@@ -183,7 +183,7 @@ def _united(masks: Any) -> int:
 
 def _repeated(least: int, most: int, inner: Step) -> Step:
     def step(at: int, text: _Text) -> int:
-        longest = len(text.name) + 1  # more repetitions than that reach nothing new
+        longest = len(text.name) + 1  # more repetitions reach no new position
         for _ in range(min(least, longest)):
             text.steps.take()
             at = inner(at, text)
@@ -200,11 +200,11 @@ def _repeated(least: int, most: int, inner: Step) -> Step:
 
 
 def _asserted(wanted: bool, value: Any, inner: Step) -> Step:
-    """Look-ahead, and look-behind of a fixed length."""
+    """Return the Step of a look-ahead, or of a look-behind of a fixed length."""
     direction, tree = value
     shortest, longest = tree.getwidth()
     if direction < 0 and shortest != longest:
-        raise PatternError("it looks behind over a varying length")
+        raise PatternError("it has a look-behind of varying length")
     back = shortest if direction < 0 else 0
 
     def holds(i: int, text: _Text) -> bool:

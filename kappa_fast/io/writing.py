@@ -1,4 +1,4 @@
-"""Files written all at once, with the rights of what they replace, and on the disk when the call returns."""
+"""Atomic and durable writing of files; a file that is replaced keeps its permissions."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ ATTEMPTS = 5
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file all at once: whoever reads it sees the old one or the new one, never half.
+    """Write a file atomically: a reader sees the old content or the new content, never a part of it.
 
-    What it replaces keeps its rights: a file that only its owner may read stays so.
+    The new file has the permissions of the file that it replaces, and is on the disk when the call returns.
 
     Raises:
         RankingFileError: the file cannot be written there.
     """
     try:
-        # A link stays a link: what it points at is replaced.
+        # A link stays a link: its target is replaced.
         target = Path(os.path.realpath(path))
         before = _stat(target)
         if before is not None and not stat.S_ISREG(before.st_mode) and not stat.S_ISDIR(before.st_mode):
-            # Root could replace /dev/null by a file.
+            # Otherwise root would replace /dev/null with a file.
             raise RankingFileError(f"cannot write {path}: it is a device or a pipe; give the name of a file")
         temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
         try:
             rights = 0o666 if before is None else stat.S_IMODE(before.st_mode) & 0o777
             with open(create(temporary, rights), "wb") as file:
                 if before is not None and hasattr(os, "fchmod"):
-                    os.fchmod(file.fileno(), rights)  # whatever the umask takes from a new file
+                    os.fchmod(file.fileno(), rights)  # the umask may have removed some from the new file
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -45,32 +45,32 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
         reason = getattr(error, "strerror", None) or error
         raise RankingFileError(f"cannot write {path}: {reason}; choose a file that can be written") from error
 
 
 def create(path: Path, mode: int) -> int:
-    """A handle of a new file: what lies there already, a link included, is neither opened nor followed.
+    """Create a file and return its descriptor; an existing file or link is neither opened nor followed.
 
     Raises:
-        OSError: it cannot be made, or is there.
+        OSError: the file cannot be created, or exists already.
     """
     return os.open(path, _NEW, mode)
 
 
 def make_folders(folder: Path, mode: int = 0o777) -> None:
-    """Make a folder and what is missing above it, and bring their names to the disk.
+    """Create a folder and its missing parents, and sync their names to the disk.
 
-    mode: of the new ones, less the umask.
+    mode: permissions of the new folders, less the umask.
 
     Raises:
-        OSError: one cannot be made.
+        OSError: a folder cannot be created.
     """
     for attempt in range(ATTEMPTS):
         try:
             return _make_folders(folder, mode)
-        except FileNotFoundError:  # somebody removes them meanwhile
+        except FileNotFoundError:  # another process has removed a parent meanwhile
             if attempt == ATTEMPTS - 1:
                 raise
 
@@ -89,8 +89,8 @@ def _make_folders(folder: Path, mode: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):  # not on Windows, and not on every file system
+    """Sync the names in a folder to the disk, where the system supports it."""
+    with contextlib.suppress(OSError):  # Windows and some file systems do not support it
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -1,1 +1,1 @@
-"""From the names of entries to the parameters of a model: wrappers, pieces, names on disk and of llama.cpp."""
+"""Matching of ranked entries with the parameters of a model: wrappers, parts, names on disk and of llama.cpp."""

@@ -1,7 +1,7 @@
-"""The names that the tensors of a checkpoint will have in the model, where transformers gives them others.
+"""The parameters that the tensors of a checkpoint become in the model, where transformers renames or fuses them.
 
-Most checkpoints of mixtures of experts hold one tensor for every expert and projection, which transformers fuses while
-it loads them. A ranking that is to be trained with should speak of the parameters that will be there.
+Most checkpoints of mixtures of experts hold one tensor per expert and projection, which transformers fuses into one
+parameter when it loads them. A ranking that is used for training needs the names of these parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .conversion import Conversion
 
 log = logging.getLogger("kappa_fast")
 
-# Types whose checkpoints have the names of the model, so that nothing need be imported to know; others are looked up.
+# Model types whose checkpoints have the names of the model. Other types are looked up, which imports transformers.
 _NAMED_ALIKE = frozenset(
     (
         *("albert", "arcee", "bert", "bloom", "codegen", "cohere", "cohere2", "deberta", "deberta-v2", "distilbert"),
@@ -38,51 +38,50 @@ _NAMED_ALIKE = frozenset(
     )
 )
 _LAYER = re.compile(r"\.\d+\.")
-_BARE = re.compile(r"(?<!Head)(?<!Heads)Model$")
-# What most models with a head call the model below it.
+_BARE = re.compile(r"(?<!Head)(?<!Heads)Model$")  # classes without a head
+# The prefix of the base model in most models with a head.
 _BASE = re.compile(r"(?:model\.(?!model\.)|backbone\.|transformer\.(?:h|blocks)\.)")
 _EXPERT = re.compile(r"\.experts?\.\d+\.")
 
 
 def places_of(inventory: Inventory) -> dict[str, Place | Division]:
-    """By their names on disk, the tensors that the model has: under which name, or as a part of which parameter.
+    """Return, by the name of each tensor on disk, the parameter (and part) or the parameters that it becomes.
 
-    Or as which parameters, where a tensor is divided.
-
-    Empty where config.json names no model of transformers' own, where transformers is not installed, and for models
-    whose names do not change: without experts on their own and without models inside the model, nothing is imported.
-    Tensors that are permuted on their way keep the name they have.
+    Empty if config.json does not name a model of transformers, if transformers is not installed, or if the names do not
+    change. transformers is imported only if a checkpoint has one tensor per expert, a nested config or an unusual name.
+    Tensors that loading permutes have no place.
     """
     if not _may_be_renamed(inventory):
         return {}
     model = architecture(inventory.config, f"the config.json of {inventory.metadata.get('path')}")
     if model is None:
         return {}
-    parts = _Parts(Conversion(model, lambda name: name))
-    # Scales have no place in the model, and only their names look as if they had.
+    finder = _Places(Conversion(model, lambda name: name))
+    # Scales are not parameters of the model, although their names resemble those of parameters.
     weights = [stored for stored in inventory.tensors if "scales" not in stored.roles]
-    found = _placed(parts, weights, "")
+    found = _placed(finder, weights, "")
     prefix = ""
-    while 2 * len(found) < len(weights) and (word := _shared_word(weights, prefix)):  # of a module that held the model
+    # A module around the model, from which the checkpoint was saved, adds a prefix to all names.
+    while 2 * len(found) < len(weights) and (word := _shared_word(weights, prefix)):
         prefix += word
-        inner = _placed(parts, weights, prefix)
+        inner = _placed(finder, weights, prefix)
         found = inner if len(inner) > len(found) else found
     return _unambiguous(found, inventory)
 
 
-def _placed(parts: _Parts, weights: Sequence[Stored], prefix: str) -> dict[str, Place | Division]:
-    """The places that there are, for names without this prefix."""
+def _placed(finder: _Places, weights: Sequence[Stored], prefix: str) -> dict[str, Place | Division]:
+    """Return the places of the tensors whose names without ``prefix`` have one."""
     found: dict[str, Place | Division] = {}
     for stored in weights:
         names = (stored.name.removeprefix(prefix), *stored.names[1:])
-        place = parts.place(replace(stored, names=names) if prefix else stored)
+        place = finder.place(replace(stored, names=names) if prefix else stored)
         if place is not None:
             found[stored.name] = place
     return found
 
 
 def _shared_word(weights: Sequence[Stored], prefix: str) -> str:
-    """The word that comes next in all names, with its dot; "" if they differ."""
+    """Return the word that follows ``prefix`` in all names, with its dot; "" if the names differ there."""
     words = {stored.name.removeprefix(prefix).partition(".")[0] for stored in weights}
     ends = any("." not in stored.name.removeprefix(prefix) for stored in weights)
     return f"{words.pop()}." if len(words) == 1 and not ends else ""
@@ -99,16 +98,16 @@ def _may_be_renamed(inventory: Inventory) -> bool:
 
 
 def _has_usual_prefix(names: Sequence[str], config: Mapping[str, Any]) -> bool:
-    """Whether layers are called as is usual in the architecture: "model.layers.0" or "bert.layer.0" if it has a head.
+    """Return whether layers have the usual prefix: "model.layers.0" or "bert.layer.0" in a model with a head.
 
-    It need not be sure: what is unusual is looked up.
+    A wrong False costs only a look-up.
     """
     layers = [name for name in names if _LAYER.search(name)]
     if not layers or not config["architectures"]:
         return True
     kind = str(config["model_type"]).replace("-", "_")
     words = [name.split(".")[:2] for name in layers]
-    if any(len(second) > 2 and second in kind for _, second in words):  # the base model lies in something else
+    if any(len(second) > 2 and second in kind for _, second in words):  # another module contains the base model
         return False
     of_base = [name for name, (first, _) in zip(layers, words, strict=True) if _BASE.match(name) or first in kind]
     if _BARE.search(str(config["architectures"][0])):
@@ -117,7 +116,10 @@ def _has_usual_prefix(names: Sequence[str], config: Mapping[str, Any]) -> bool:
 
 
 def described_by(source: object) -> torch.nn.Module | None:
-    """The model that the config.json of a ranked checkpoint describes, if the checkpoint is still there; no values."""
+    """Build the model of a ranked checkpoint from its config.json, on the meta device; None if it cannot be built.
+
+    source: ``Ranking.metadata["source"]``, which has the path of the checkpoint.
+    """
     path = source.get("path") if isinstance(source, Mapping) else None
     if not isinstance(path, str):
         return None
@@ -129,15 +131,15 @@ def described_by(source: object) -> torch.nn.Module | None:
     return architecture(config, str(folder / "config.json")) if isinstance(config, dict) else None
 
 
-class _Parts:
-    """Places as the parameters of the model are cut into matrices, with the labels that these have."""
+class _Places:
+    """Finds places of tensors among the matrices into which ranking splits the parameters of the model."""
 
     def __init__(self, conversion: Conversion) -> None:
         self._conversion = conversion
-        self._parts: dict[str, dict[str, Part]] = {}  # by parameter and by the text of the full index
+        self._parts: dict[str, dict[str, Part]] = {}  # by parameter, then by the repr of the full index
 
     def place(self, stored: Stored) -> Place | Division | None:
-        """Where the tensor is in the model, None if nowhere or in no place that an index could name."""
+        """Return the place or places of a tensor in the model; None if no index selects it."""
         if (division := self._conversion.division(stored.name, stored.shape)) is not None:
             return division
         try:
@@ -145,7 +147,7 @@ class _Parts:
         except OptionError as error:
             log.info("%s", error)
             return None
-        except IndexError:  # larger than the parameter that it should be a part of
+        except IndexError:  # the tensor is larger than the parameter of which it should be a part
             return None
         if place is None:
             return None
@@ -166,13 +168,13 @@ class _Parts:
 
 
 def _full(index: Index, shape: tuple[int, ...]) -> tuple[object, ...]:
-    """The index with a number or (start, stop, step) for every dimension: equal for what selects the same."""
+    """Return the index with a number or (start, stop, step) for every dimension, for comparison."""
     padded = (*index, *(slice(None) for _ in range(len(shape) - len(index))))
     return tuple(p.indices(size) if isinstance(p, slice) else p for p, size in zip(padded, shape, strict=True))
 
 
 def _unambiguous(places: dict[str, Place | Division], inventory: Inventory) -> dict[str, Place | Division]:
-    """Without those that two tensors claim, and those whose name another tensor has on disk."""
+    """Return the places that only one tensor has, and whose name no other tensor has on disk."""
     each = {n: [p] if isinstance(p, Place) else [part for _, part in p.parts] for n, p in places.items()}
     claims = Counter(place.name + place.label for claimed in each.values() for place in claimed)
     same = {name for name, (place, *more) in each.items() if not more and (place.name, place.index) == (name, ())}

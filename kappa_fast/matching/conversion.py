@@ -1,4 +1,7 @@
-"""Names on disk to names in memory by transformers' own table: ``experts.3.w1.weight`` is part of ``gate_up_proj``."""
+"""Where tensors of a checkpoint end up in a model of transformers, by its conversion table.
+
+For example, ``experts.3.w1.weight`` becomes a part of ``experts.gate_up_proj``.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ from .pieces import box_of, index_of
 
 
 class Conversion:
-    """The table for one model, as its loader uses it."""
+    """The conversion table of transformers for one model."""
 
     def __init__(self, model: nn.Module, plain_name: Callable[[str], str]) -> None:
-        """model: a transformers model, or wrappers around one.
+        """model: a transformers model, or a wrapper around one.  plain_name: removes from a name what wrappers add.
 
         Raises:
-            MissingExtraError: transformers is not installed.  OptionError: there is no transformers model inside.
+            MissingExtraError: transformers is not installed.  OptionError: ``model`` contains no transformers model.
         """
         try:
             from transformers import PreTrainedModel
@@ -35,7 +38,7 @@ class Conversion:
         found = next(((n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)), None)
         if found is None:
             raise OptionError(
-                "the model is none of transformers', so names of a checkpoint cannot be resolved to its own"
+                "the model is not a transformers model, so names of a checkpoint cannot be matched with its parameters"
             )
         self._prefix, self._model = found
         transforms = get_model_conversion_mapping(self._model)
@@ -44,26 +47,26 @@ class Conversion:
         self._dividing = [c for c in self._converters if len(c.target_patterns) > 1 and len(c.source_patterns) == 1]
         named = list(self._model.named_parameters(remove_duplicate=False))
         self._parameters = {plain_name(name): parameter for name, parameter in named}
-        # Of a tied weight a file may have another name than the first, which is what it is called in a ranking.
+        # A file may have any name of a tied weight; a ranking has the first.
         first = {id(parameter): plain_name(name) for name, parameter in self._model.named_parameters()}
         self._first = {plain_name(name): first[id(parameter)] for name, parameter in named}
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         self._homes: dict[str, Home] | None = None
 
     def place(self, name: str, shape: tuple[int, ...]) -> Place | None:
-        """Where the tensor ``name`` of a checkpoint, a matrix of this shape, ends up; None if nowhere.
+        """Return the place of the tensor ``name``, of this shape, of a checkpoint; None if the model does not have it.
 
-        A weight that a module computes, and a buffer, has a place too.
+        Weights that a module computes, and buffers, have places too.
 
         Raises:
-            OptionError: it is permuted on its way, so that no index finds it.
+            OptionError: loading permutes the tensor, so that no index selects it.
         """
         from transformers.core_model_loading import apply_renamings, rename_source_key
 
         prefix = self._model.base_model_prefix or None
         target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._parameters)
         if target not in self._parameters:
-            home = self._home(target) if pattern is None else None  # of a weight that is computed, or of a buffer
+            home = self._home(target) if pattern is None else None  # a computed weight or a buffer has one
             return (
                 None if home is None else Place(f"{self._prefix}.{target}" if self._prefix else target, (), home=home)
             )
@@ -77,7 +80,7 @@ class Conversion:
         return Place(f"{self._prefix}.{target}" if self._prefix else target, index, home=home)
 
     def division(self, name: str, shape: tuple[int, ...]) -> Division | None:
-        """How the tensor ``name`` of a checkpoint is divided by rows among parameters; None if it is not."""
+        """Return how the rows of the tensor ``name`` of a checkpoint are divided among parameters; None if not."""
         if not self._dividing or not shape:
             return None
         from transformers.core_model_loading import rename_source_key
@@ -103,7 +106,7 @@ class Conversion:
 
 
 def _index(converter: Any, pattern: str, name: str, shape: tuple[int, ...], target: tuple[int, ...]) -> Index:
-    """What to index the converted tensor with to get the tensor of ``name``, by following the operations."""
+    """Return the index that selects the tensor ``name`` in the converted parameter, by following the operations."""
     box: list[int | slice] = [slice(0, size) for size in shape]
     sizes: list[int] = list(shape)
     for operation in converter.operations:
@@ -121,15 +124,16 @@ def _index(converter: Any, pattern: str, name: str, shape: tuple[int, ...], targ
         else:
             raise OptionError(
                 f"{name!r} is loaded through {kind}, after which no slice of the parameter is that tensor: "
-                "rank the loaded model itself"
+                "rank the loaded model"
             )
     return index_of(box_of(tuple(box), target), target)
 
 
 def _rows(operations: Iterable[Any], count: int, sizes: Sequence[int]) -> list[slice] | None:
-    """Which of the rows of a tensor go into each of several parameters; None where that is not all that is done.
+    """Return which rows of a tensor go into each parameter; None if the operations do more than divide rows.
 
-    sizes: rows of the parameters. The order of the rows within one has no say in its singular values.
+    count: rows of the tensor.  sizes: rows of each parameter. The order of rows within a parameter is ignored: it does
+    not change the singular values.
     """
     kinds = [(type(o).__name__, getattr(o, "dim", 0), getattr(o, "inverse", False)) for o in operations]
     if kinds and kinds[-1][0] == "PermuteForRope":
@@ -144,18 +148,21 @@ def _rows(operations: Iterable[Any], count: int, sizes: Sequence[int]) -> list[s
 
 
 def _number(pattern: str, name: str) -> int:
-    """The number that stands for the ``*`` of the pattern: of the expert."""
+    """Return the number of the expert: the part of the name that matches the ``*`` of the pattern."""
     plain = pattern.replace(r"\.", ".").strip("^$")  # some patterns of the table escape their dots
     found = re.search(re.escape(plain).replace(r"\*", rf"(\d{{1,{MOST_DIGITS}}})(?!\d)"), name)
     if found is None:
-        raise OptionError(f"{name!r} does not say which expert it belongs to: rank the loaded model itself")
+        raise OptionError(f"{name!r} does not say which expert it belongs to: rank the loaded model")
     return int(found.group(1))
 
 
 def resolve_names(
     model: nn.Module, shapes: Mapping[str, tuple[int, int]], plain_name: Callable[[str], str]
 ) -> dict[str, Place]:
-    """Places for all names that have one; ``plain_name`` takes what wrappers add out of the names of the model."""
+    """Return the place of each name that has one.
+
+    shapes: by the names of a checkpoint.  plain_name: removes from a name of the model what wrappers add.
+    """
     conversion = Conversion(model, plain_name)
     places = {name: conversion.place(name, shape) for name, shape in shapes.items()}
     return {name: place for name, place in places.items() if place is not None}

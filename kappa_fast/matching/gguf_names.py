@@ -1,8 +1,8 @@
-"""Names of llama.cpp to the parameters of a model, by the table of its own package gguf.
+"""The parameters of a model that the tensor names of llama.cpp stand for, for matching a ranking of a GGUF file.
 
-The table has, for every tensor of GGUF (``blk.3.attn_q``), the names that models have for it
-(``model.layers.3.self_attn.q_proj``), and those of all architectures together: which of them the model at hand has
-decides. Rows that llama.cpp has permuted do not matter where a whole matrix is meant.
+The table of the package gguf maps the names of parameters (``model.layers.3.self_attn.q_proj``) to the name of the
+tensor in GGUF (``blk.3.attn_q``). The tables of all architectures are searched for the parameters that the model has.
+llama.cpp permutes the rows of some matrices, which does not matter where a whole matrix is selected.
 """
 
 from __future__ import annotations
@@ -25,78 +25,82 @@ from ..sources.layouts import layout_of
 from ..sources.tensors import model_types_in
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_ALONE = re.compile(rf"(?<=\.experts)\.(\d{{1,{MOST_DIGITS}}})(?=\.)")
+_EXPERT = re.compile(rf"(?<=\.experts)\.(\d{{1,{MOST_DIGITS}}})(?=\.)")
 _HALF = re.compile(r"(?<=\.ffn_)(gate|up)(?=_exps$)")
 _WEIGHT = ".weight"
 
 
 def is_from_gguf(selection: Selection) -> bool:
-    """Whether a GGUF file was ranked, so that names are llama.cpp's."""
+    """Return whether the selection comes from a ranking of a GGUF file, which has the names of llama.cpp."""
     source = selection.settings.get("source")
     return isinstance(source, Mapping) and source.get("format") == "gguf"
 
 
 def resolve_gguf(model: nn.Module, entries: Sequence[TensorKappa], parameters: Mapping[str, str]) -> dict[str, Place]:
-    """Places, by key, of the entries whose names are those of llama.cpp and that have one place in the model.
+    """Return, by key, the places of the entries that have the name of a GGUF tensor and one place in the model.
 
-    ``parameters``: the names of the model as it has them, by their plain ones.
+    ``parameters``: the full names of the model's parameters, by their plain names.
 
     Raises:
         MissingExtraError: the package gguf is not installed.
     """
-    homes = _homes(model, parameters)
+    by_gguf_name = _by_gguf_name(model, parameters)
     layouts = _Layouts(model, parameters)
     found = {}
     for entry in entries:
-        if (place := _place(entry, homes, layouts)) is not None:
+        if (place := _place(entry, by_gguf_name, layouts)) is not None:
             found[entry.key] = place
     return found
 
 
-Homes = Mapping[tuple[str, int | None], set[str]]  # plain names, by the name in GGUF and the number of the expert
+# The plain names of parameters, by their name in GGUF and the number of the expert.
+ByGgufName = Mapping[tuple[str, int | None], set[str]]
 
 
-def _place(entry: TensorKappa, homes: Homes, layouts: _Layouts) -> Place | None:
+def _place(entry: TensorKappa, by_gguf_name: ByGgufName, layouts: _Layouts) -> Place | None:
     name = entry.name.removesuffix(_WEIGHT)
-    whole = homes.get((name, None), set())
+    whole = by_gguf_name.get((name, None), set())
     if len(whole) == 1:
         (parameter,) = whole
-        # The model may have its halves elsewhere, or its experts transposed: what counts is what they are.
+        # The model may order gate and up differently, or store experts transposed: parts are found by their labels.
         return Place(parameter, entry.index) if len(entry.index) < 2 else layouts.part(parameter, entry.part)
     expert = entry.index[0] if entry.index else None
     if not isinstance(expert, int) or len(entry.index) > 1:
         return None
-    alone = homes.get((name, expert), set())
-    if len(alone) == 1:
-        return Place(next(iter(alone)), ())
+    separate = by_gguf_name.get((name, expert), set())
+    if len(separate) == 1:
+        return Place(next(iter(separate)), ())
     half = _HALF.search(name)
-    fused = homes.get((_HALF.sub("gate_up", name), None), set()) if half else set()
+    fused = by_gguf_name.get((_HALF.sub("gate_up", name), None), set()) if half else set()
     if half is None or len(fused) != 1:
         return None
     (parameter,) = fused
     return layouts.part(parameter, f"[{expert}].{half[1]}")
 
 
-def _homes(model: nn.Module, parameters: Mapping[str, str]) -> Homes:
-    """For every name of GGUF the parameters that may be meant; of experts on their own, with their number."""
+def _by_gguf_name(model: nn.Module, parameters: Mapping[str, str]) -> ByGgufName:
+    """Return for every GGUF name the parameters that it may stand for."""
     bases = {getattr(module, "base_model_prefix", "") for module in model.modules()}
-    homes: dict[tuple[str, int | None], set[str]] = defaultdict(set)
+    found: dict[tuple[str, int | None], set[str]] = defaultdict(set)
     for name in parameters:
         for layer, expert, spelled in _spellings(name.removesuffix(_WEIGHT), bases):
             for stem in _stems(spelled):
-                homes[stem.replace("blk.0.", f"blk.{layer}.", 1), expert].add(name)
-    return homes
+                found[stem.replace("blk.0.", f"blk.{layer}.", 1), expert].add(name)
+    return found
 
 
 def _spellings(name: str, bases: set[Any]) -> Iterator[tuple[str, int | None, str]]:
-    """Layer, expert, and how the table may have the name: in layer 0, without the expert and what is around it."""
+    """Yield layer, expert, and a form in which the table may have the name.
+
+    The form has layer 0, and lacks the number of the expert, ``language_model.`` or the prefix of the base model.
+    """
     numbers = list(_NUMBER.finditer(f".{name}."))
     layer = numbers[0][0] if numbers else "0"
     inner = _NUMBER.sub("0", f".{name}.", count=1)
     expert = None
-    if (alone := _ALONE.search(inner)) is not None:
-        expert = int(alone[1])
-        inner = inner[: alone.start()] + inner[alone.end() :]
+    if (numbered := _EXPERT.search(inner)) is not None:
+        expert = int(numbered[1])
+        inner = inner[: numbered.start()] + inner[numbered.end() :]
     inner = inner.strip(".")
     text = inner.replace("language_model.", "", 1)
     shorter = {text.removeprefix(f"{base}.") for base in bases if isinstance(base, str) and base}
@@ -105,7 +109,7 @@ def _spellings(name: str, bases: set[Any]) -> Iterator[tuple[str, int | None, st
 
 
 class _Layouts:
-    """How the fused parameters of a model are cut into matrices."""
+    """The parts into which fused parameters of a model are split, by their labels."""
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, str]) -> None:
         self._model, self._parameters = model, parameters
@@ -125,19 +129,19 @@ class _Layouts:
 
 
 def _never(index: Index, device: torch.device | None = None) -> torch.Tensor:
-    raise AssertionError("only the shape is asked for")
+    raise AssertionError("the layout needs only the shape")
 
 
 @cache
 def _stems(spelled: str) -> frozenset[str]:
-    """What any architecture calls the tensor in GGUF."""
+    """Return the names that the tables of all architectures give the tensor in GGUF."""
     found = {table.get_name(spelled) for table in _tables()}
     return frozenset(stem for stem in found if isinstance(stem, str))
 
 
 @cache
 def _tables() -> tuple[Any, ...]:
-    """Of every architecture, for a model of one layer."""
+    """Return the table of names of every architecture, for a model of one layer."""
     try:
         import gguf
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""From the names of a selection to the parameters of the model at hand."""
+"""Matches the entries of a selection with the parameters of a model, by name and shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import OptionError
-from ..io.patterns import searched
+from ..io.patterns import compile_pattern
 from ..results.entries import Index, TensorKappa
 from ..results.names import plain_name
 from ..results.selection import Selection
@@ -20,16 +20,16 @@ from ..sources.effective import ingredients_of
 from .gguf_names import is_from_gguf, resolve_gguf
 from .pieces import Box, box_of, disjoint, index_of
 
-SHOWN = 3  # differences that an error shows
+SHOWN = 3  # examples in an error message
 
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter of the model, and what of it is selected.
+    """A parameter of the model, and which parts of it are selected.
 
-    name: as ``model.named_parameters()`` has it.  indices: what to index the parameter with to get each selected
-    piece, disjoint, in the order of memory; ``((),)`` for all of it.  entries: what selected it, indexed as the
-    parameter of the model is, empty for what an ``including`` pattern brought in.
+    name: the name in ``model.named_parameters()``.  indices: an index for each selected part; the parts are disjoint
+    and in the order of memory; ``((),)`` selects all of it.  entries: the entries of the selection that match it, with
+    indices into this parameter; empty if an ``including`` pattern has added the parameter.
     """
 
     name: str
@@ -39,21 +39,22 @@ class Target:
 
     @property
     def whole(self) -> bool:
-        """Whether all of the parameter is selected."""
+        """True if all of the parameter is selected."""
         return self.indices == ((),)
 
     @property
     def numel(self) -> int:
-        """How many weights are selected."""
+        """The number of selected weights."""
         return (
             self.parameter.numel() if self.whole else sum(box_of(i, self.parameter.shape).numel for i in self.indices)
         )
 
 
 def holds_codes(parameter: torch.Tensor) -> bool:
-    """True for parameters of quantized models, whose shape may be another than that of the weight.
+    """Return True for parameters that hold quantized codes, whose shape may differ from that of the weight.
 
-    Integers and eight-bit floats; bytes that bitsandbytes lets pass as floats; tensors that dequantize themselves.
+    Such are integers and eight-bit floats, bytes that bitsandbytes stores as floats, and tensor subclasses that have a
+    ``dequantize`` method of their own.
     """
     if not (parameter.is_floating_point() or parameter.is_complex()) or parameter.dtype.itemsize == 1:
         return True
@@ -62,16 +63,17 @@ def holds_codes(parameter: torch.Tensor) -> bool:
 
 
 def match(selection: Selection, model: nn.Module) -> list[Target]:
-    """The parameters of ``model`` that ``selection`` names, in the order of ``named_parameters()``.
+    """Return the parameters of ``model`` that ``selection`` names, in the order of ``named_parameters()``.
 
-    Names may be those of the model, with or without wrappers around it and the prefix of its base model, those of a
-    checkpoint that transformers converts while loading, or those of llama.cpp if a GGUF file was ranked. Names and
-    shapes are checked, contents are not.
+    The names may be those of the model, with or without wrappers and the prefix of the base model; those of a
+    checkpoint that transformers converts when it loads it; or those of llama.cpp if a GGUF file was ranked. Names and
+    shapes are compared, values are not.
 
     Raises:
-        OptionError: the model lacks a parameter of the selection, has it in another shape, or a part of it as codes;
-            an ``including`` pattern matches nothing.  MissingExtraError: names of a checkpoint need transformers, those
-            of llama.cpp need gguf, which is not installed.
+        OptionError: the model lacks a selected parameter, has it in another shape, or holds codes where a part of it is
+            selected; or an ``including`` pattern matches nothing.
+        MissingExtraError: the names of a checkpoint need transformers, or those of llama.cpp need gguf, and it is not
+            installed.
     """
     names = _Names(model)
     chosen: dict[str, list[tuple[Index, TensorKappa]]] = {}
@@ -83,7 +85,7 @@ def match(selection: Selection, model: nn.Module) -> list[Target]:
             if entry.index:
                 raise OptionError(
                     f"{entry.key!r} is a part of a weight that the model computes from {', '.join(map(repr, parts))}, "
-                    f"of which no part trains it alone: leave it out with excluding({entry.name!r})"
+                    f"and none of these belongs to that part alone: leave it out with excluding({entry.name!r})"
                 )
             computed |= dict.fromkeys(parts, entry)
             continue
@@ -92,10 +94,10 @@ def match(selection: Selection, model: nn.Module) -> list[Target]:
             unknown.append(entry)
         else:
             chosen.setdefault(found, []).append((entry.index, entry))
-    moved = names.behind_a_prefix(unknown)
-    for entry in unknown if moved else ():
-        chosen.setdefault(moved[entry.name], []).append((entry.index, entry))
-    if unknown and not moved:
+    prefixed = names.match_by_prefix(unknown)
+    for entry in unknown if prefixed else ():
+        chosen.setdefault(prefixed[entry.name], []).append((entry.index, entry))
+    if unknown and not prefixed:
         total = len(selection.entries)
         if is_from_gguf(selection):
             places = resolve_gguf(model, unknown, names.plain)
@@ -123,7 +125,7 @@ def match(selection: Selection, model: nn.Module) -> list[Target]:
 
 
 class _Names:
-    """The parameters of a model, each under its first name, and all ways to call them."""
+    """The parameters of a model by their first names, and look-up by all of their other names."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = dict(model.named_parameters())
@@ -133,7 +135,7 @@ class _Names:
         plain: dict[str, set[str]] = {}
         for name, canonical in self._first.items():
             plain.setdefault(plain_name(name), set()).add(canonical)
-        # A name that fits two parameters is none of either.
+        # A plain name that two parameters share matches neither.
         self.plain = {name: next(iter(found)) for name, found in plain.items() if len(found) == 1}
         self._computed: dict[str, list[str]] = {}
         for prefix, module in model.named_modules(remove_duplicate=False):
@@ -145,7 +147,10 @@ class _Names:
         self._bases = sorted(base for base in bases if isinstance(base, str) and base)
 
     def find(self, names: Iterable[str]) -> str | None:
-        """The parameter with one of these names, or the only one with it but for the prefix of a base model."""
+        """Return the parameter with one of these names, up to wrappers and the prefix of a base model.
+
+        None if there is none, or more than one.
+        """
         given = list(names)
         for name in given:
             if name in self._first:
@@ -159,10 +164,10 @@ class _Names:
         found = {self.plain[name] for name in longer | shorter if name in self.plain}
         return found.pop() if len(found) == 1 else None
 
-    def behind_a_prefix(self, entries: Sequence[TensorKappa]) -> dict[str, str]:
-        """Parameters by the names of entries, if one prefix more, or one less, makes parameters of all of them.
+    def match_by_prefix(self, entries: Sequence[TensorKappa]) -> dict[str, str]:
+        """Return parameters by the names of the entries, if one added or removed prefix matches all of the names.
 
-        Empty unless exactly one does, and each parameter has the shape that the entry tells.
+        Empty unless exactly one prefix does, with parameters that have the shapes of the entries.
         """
         given = {entry.name: plain_name(entry.name) for entry in entries}
         if not any("." in plain for plain in given.values()):
@@ -189,12 +194,12 @@ class _Names:
         return found[0] if len(found) == 1 else {}
 
     def parts(self, names: Iterable[str]) -> list[str]:
-        """The parameters that a weight with one of these names is computed from (weight_norm, pruning and the like)."""
+        """Return the parameters from which a weight with one of these names is computed (weight_norm, pruning, ...)."""
         return next((self._computed[n] for name in names for n in (name, plain_name(name)) if n in self._computed), [])
 
     def matching(self, patterns: Iterable[str]) -> set[str]:
-        """Parameters with a name, as it is or plain, that one of the patterns matches."""
-        compiled = [searched(pattern) for pattern in patterns]
+        """Return the parameters of which a name, full or plain, matches one of the patterns."""
+        compiled = [compile_pattern(pattern) for pattern in patterns]
         return {
             canonical
             for name, canonical in self._first.items()
@@ -203,14 +208,14 @@ class _Names:
 
 
 def _from_checkpoint(model: nn.Module, names: _Names, unknown: Sequence[TensorKappa], total: int) -> dict[str, Place]:
-    """Where entries are, by key, whose names are those of a checkpoint that transformers converts while loading."""
+    """Return, by key, the places of entries with names of a checkpoint that transformers converts."""
     from .conversion import resolve_names
 
     try:
         found_by_plain = resolve_names(model, {plain_name(e.name): e.shape for e in unknown}, plain_name)
     except OptionError as error:
         raise OptionError(f"{_missing(names, unknown, total)} ({error})") from error
-    # A tensor that becomes a part of a parameter is whole: a part of it has no index there.
+    # An entry that is a part of a tensor cannot be found if the whole tensor becomes a part of a parameter.
     places = {e.name: place for e in unknown if (place := found_by_plain.get(plain_name(e.name))) is not None}
     found = {e.key: (places[e.name], e.index) for e in unknown if e.name in places}
     return {key: replace(p, index=p.index or index) for key, (p, index) in found.items() if not (p.index and index)}
@@ -223,7 +228,7 @@ def _add_from_disk(
     chosen: dict[str, list[tuple[Index, TensorKappa]]],
     total: int,
 ) -> None:
-    """Entries with other names than the parameters join the others."""
+    """Add the entries that have a place, under the names of their parameters, to ``chosen``."""
     for entry in unknown:
         place = places.get(entry.key)
         found = names.find((place.name,)) if place is not None else None
@@ -233,7 +238,7 @@ def _add_from_disk(
 
 
 def _missing(names: _Names, unknown: Sequence[TensorKappa], total: int) -> str:
-    """What the ranking has and the model lacks, and what the model has that comes closest."""
+    """Return the message that lists the entries which the model lacks, with the closest names of the model."""
     lines = []
     for entry in unknown[:SHOWN]:
         close = difflib.get_close_matches(plain_name(entry.name), names.parameters, 1, 0.5)
@@ -242,12 +247,12 @@ def _missing(names: _Names, unknown: Sequence[TensorKappa], total: int) -> str:
     coded = {name for entry in unknown for name in entry.aliases} & names.buffers
     if coded:
         return (
-            f"the model keeps {min(coded)!r} in place of the weight: it is quantized, and codes cannot be trained. "
-            "Train adapters beside them: kappa_fast.integrations.peft.lora_config(selection), without model="
+            f"the model holds {min(coded)!r} in place of the weight: it is quantized, and codes cannot be trained. "
+            "Train adapters for them: kappa_fast.integrations.peft.lora_config(selection), without model="
         )
     return (
         f"the model lacks {len(unknown)} of the {total} selected matrices: {', '.join(lines)}{more}. "
-        f"It has {_some(names.parameters)}: was the ranking made from another model?"
+        f"The model has {_some(names.parameters)}: was the ranking made from another model?"
     )
 
 
@@ -289,16 +294,16 @@ def _indices(name: str, boxes: Sequence[Box], shape: torch.Size) -> tuple[Index,
     try:
         kept = disjoint(boxes)
     except ValueError as error:
-        raise OptionError(f"the selected parts of {name!r} overlap without one holding the other: {error}") from error
+        raise OptionError(f"selected parts of {name!r} overlap, and neither contains the other: {error}") from error
     if sum(box.numel for box in kept) == shape.numel():
         return ((),)
-    # All parts of an expert are the expert: one piece, and contiguous where its halves are not.
+    # Where all parts of an expert are selected, one index selects the expert, which is contiguous in memory.
     experts: dict[Index, list[Box]] = {}
     for box in kept:
-        home: Index = tuple(r.start for r, gone in zip(box.ranges, box.dropped, strict=True) if gone)
-        experts.setdefault(home, []).append(box)
+        expert: Index = tuple(r.start for r, gone in zip(box.ranges, box.dropped, strict=True) if gone)
+        experts.setdefault(expert, []).append(box)
     found: list[Index] = []
-    for home, parts in experts.items():
-        complete = sum(box.numel for box in parts) == box_of(home, shape).numel
-        found += [home] if complete else [index_of(box, shape) for box in parts]
+    for expert, parts in experts.items():
+        complete = sum(box.numel for box in parts) == box_of(expert, shape).numel
+        found += [expert] if complete else [index_of(box, shape) for box in parts]
     return tuple(found)

@@ -1,4 +1,4 @@
-"""Pieces of a parameter as boxes: what an index selects, whether boxes overlap, what they cover together."""
+"""Parts of a parameter as boxes (a range per dimension): conversion from and to indices, overlap and containment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..results.entries import Index
 
 @dataclass(frozen=True)
 class Box:
-    """A range of places along every dimension; ``dropped`` tells which dimensions the index removed (plain ints)."""
+    """A range along every dimension; ``dropped`` says which dimensions the index removes, because it has an int."""
 
     ranges: tuple[range, ...]
     dropped: tuple[bool, ...]
@@ -22,20 +22,20 @@ class Box:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of what the index gives."""
+        """The shape of the part that the index selects."""
         return tuple(len(r) for r, gone in zip(self.ranges, self.dropped, strict=True) if not gone)
 
     def holds(self, other: Box) -> bool:
-        """Whether every place of the other is one of this."""
+        """Return whether this box contains the other one."""
         return all(_holds(a, b) for a, b in zip(self.ranges, other.ranges, strict=True))
 
     def meets(self, other: Box) -> bool:
-        """Whether some place belongs to both."""
+        """Return whether the boxes overlap."""
         return all(_meet(a, b) for a, b in zip(self.ranges, other.ranges, strict=True))
 
 
 def box_of(index: Index, shape: Sequence[int]) -> Box:
-    """The box that an index selects.
+    """Return the box that an index selects in a tensor of this shape.
 
     Raises:
         IndexError: the index does not fit the shape.
@@ -57,7 +57,7 @@ def box_of(index: Index, shape: Sequence[int]) -> Box:
 
 
 def index_of(box: Box, shape: Sequence[int]) -> Index:
-    """The index that selects a box, without trailing dimensions that are selected whole."""
+    """Return the index that selects a box, without trailing dimensions that are selected as a whole."""
     parts: list[int | slice] = []
     for r, gone in zip(box.ranges, box.dropped, strict=True):
         parts.append(r.start if gone else slice(r.start, r.stop, r.step if r.step != 1 else None))
@@ -67,22 +67,22 @@ def index_of(box: Box, shape: Sequence[int]) -> Index:
 
 
 def disjoint(boxes: Sequence[Box]) -> list[Box]:
-    """The boxes without those that others hold, in the order of memory.
+    """Return the boxes that no other box contains, in the order of memory.
 
     Raises:
-        ValueError: two boxes overlap and neither holds the other.
+        ValueError: two boxes overlap and neither contains the other.
     """
     kept: dict[int | None, list[Box]] = {}
     for box in sorted(boxes, key=lambda b: -b.numel):
-        # Experts apart: a model has hundreds in one parameter, and only those of the same number can meet.
-        home = box.ranges[0].start if box.ranges and len(box.ranges[0]) == 1 else None
-        rivals = [b for key in kept for b in kept[key] if home is None or key in (home, None)]
+        # Boxes are grouped by expert: a parameter has hundreds, and boxes of different experts cannot overlap.
+        expert = box.ranges[0].start if box.ranges and len(box.ranges[0]) == 1 else None
+        rivals = [b for key in kept for b in kept[key] if expert is None or key in (expert, None)]
         if any(rival.holds(box) for rival in rivals):
             continue
         meeting = next((rival for rival in rivals if rival.meets(box)), None)
         if meeting is not None:
             raise ValueError(f"{meeting.ranges} and {box.ranges}")
-        kept.setdefault(home, []).append(box)
+        kept.setdefault(expert, []).append(box)
     return sorted((b for found in kept.values() for b in found), key=lambda b: [r.start for r in b.ranges])
 
 

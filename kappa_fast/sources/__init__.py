@@ -1,4 +1,4 @@
-"""Where weights come from. open_source() turns any of them into matrices, and a reason for everything left out."""
+"""Reading of weights: open_source() returns the matrices of a model, and the skipped tensors with the reasons."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..results.entries import Index, Skipped
 from ..results.names import group_of, layer_of
 from .admission import Neighbors, admit, by_evidence
 from .base import Division, Home, Inventory, Matrix, Place, Source, Stamp, Stored
-from .boundary import reading, unforeseen
+from .boundary import reading, unexpected_error
 from .called import as_computed
 from .checkpoint import read_checkpoint
 from .codes import ON_META
-from .divided import divided
+from .divided import divide
 from .filters import Filters
 from .gguf import is_gguf, read_gguf
 from .hub import HubId, hub_id, snapshot
@@ -39,7 +39,7 @@ __all__ = ["Filters", "Matrix", "PlacesOf", "Source", "open_source"]
 
 _LOG = logging.getLogger(__name__)
 
-PlacesOf = Callable[[Inventory], Mapping[str, Place | Division]]  # by the first name of a tensor
+PlacesOf = Callable[[Inventory], Mapping[str, Place | Division]]  # the result is by the first name of a tensor
 
 
 def open_source(
@@ -50,17 +50,21 @@ def open_source(
     without_values: bool = False,
     quiet: bool = False,
 ) -> Source:
-    """The matrices of a model: no values are read yet, and nothing is changed.
+    """Return the matrices of a model; no values are read, and the source is not changed.
 
-    ``places_of`` tells which tensors of a checkpoint have another name in the model: they get that one, and keep their
-    own as an alias. A text that is no path but may be the id of a model on the hub (org/name or org/name@revision) is
-    looked for in the hub's local cache, and downloaded if it is not complete there, with bars on stderr unless
-    ``quiet``. For a plan, ``without_values`` takes parameters on the meta device too, and downloads headers alone.
+    Args:
+        source: a module, a mapping of names to tensors, a path, or the id of a model on the hub (org/name or
+            org/name@revision). A model is downloaded unless the hub's local cache has all of it.
+        filters: the options of rank() that decide what is ranked.
+        places_of: returns which tensors of a checkpoint have another name in the model; these get the name in the
+            model, and keep their own as an alias.
+        without_values: for a plan: accept parameters on the meta device, and download only headers.
+        quiet: draw no progress bars of downloads on stderr.
 
     Raises:
-        OptionError: ``source`` is of a kind that cannot hold a model.
-        MissingExtraError: it may be an id, but huggingface_hub is not installed; or it is GGUF, but gguf is not.
-        SourceNotFoundError: there is no such path or model, or an index names a shard that is not there.
+        OptionError: ``source`` has a type that cannot hold a model.
+        MissingExtraError: a package that the source needs (huggingface_hub, gguf) is not installed.
+        SourceNotFoundError: there is no such path or model, or a shard that an index names is missing.
         SourceError: the source cannot be read, has no parameter with two or more dimensions, or two with one name.
         NotImplementedError: a parameter is sharded.
     """
@@ -68,12 +72,12 @@ def open_source(
         return _opened(_read(source, filters, without_values, quiet), filters, places_of, without_values)
     with reading(source):
         found = _opened(_read(source, filters, without_values, quiet), filters, places_of, without_values)
-        return replace(found, matrices=tuple(replace(m, load=_Guarded(m)) for m in found.matrices))
+        return replace(found, matrices=tuple(replace(m, load=_GuardedLoad(m)) for m in found.matrices))
 
 
 def _opened(inventory: Inventory, filters: Filters, places_of: PlacesOf | None, without_values: bool) -> Source:
-    inventory, places = divided(inventory, places_of(inventory) if places_of is not None else {})
-    inventory = _at_home(inventory, places)
+    inventory, places = divide(inventory, places_of(inventory) if places_of is not None else {})
+    inventory = _with_model_facts(inventory, places)
     around = Neighbors.of(_renamed(inventory, places))
     matrices: list[Matrix] = []
     skipped: list[Skipped] = []
@@ -83,13 +87,13 @@ def _opened(inventory: Inventory, filters: Filters, places_of: PlacesOf | None, 
     candidates = [t for t in inventory.tensors if len(t.shape) >= 2 or t.error is not None]
     if not candidates:
         raise SourceError(
-            f"{_called(inventory)} holds no parameter with two or more dimensions, so there is nothing to rank: "
+            f"{_description(inventory)} has no parameter with two or more dimensions, so there is nothing to rank: "
             "pass the model itself, or the directory with its weights"
         )
     for found in candidates:
         place = places.get(found.name)
         stored = found if place is None else replace(found, names=tuple(dict.fromkeys((place.name, *found.names))))
-        reason, evidence = _weighed(stored, around, filters, without_values)
+        reason, evidence = _decide(stored, around, filters, without_values)
         _LOG.debug("%s %s: %s", stored.name, stored.shape, f"skipped, {reason}" if reason else f"taken, {evidence}")
         if reason is not None:
             skipped.append(Skipped(stored.name + (place.label if place else ""), stored.shape, reason))
@@ -139,25 +143,25 @@ def _types_of(tensors: Sequence[Stored]) -> set[str]:
     return {kind for stored in tensors for kind in stored.model_types}
 
 
-def _weighed(stored: Stored, around: Neighbors, filters: Filters, without_values: bool) -> tuple[str | None, str]:
-    """Why a tensor is left out, or None and the evidence that it is a weight."""
+def _decide(stored: Stored, around: Neighbors, filters: Filters, without_values: bool) -> tuple[str | None, str]:
+    """Return the reason why a tensor is left out, or None and the evidence that it is a weight."""
     chosen = filters.reason(stored, around)
     if stored.error is not None and chosen is not None:
-        return chosen, ""  # what cannot be read may be left out
+        return chosen, ""  # the options may leave out a tensor that cannot be read
     admission = admit(stored, around, without_values)
     return admission.reason or chosen, admission.evidence
 
 
-def _at_home(inventory: Inventory, places: Mapping[str, Place]) -> Inventory:
-    """With what the model that config.json describes tells of the tensors of a checkpoint, as it would tell itself."""
+def _with_model_facts(inventory: Inventory, places: Mapping[str, Place]) -> Inventory:
+    """Add to the tensors of a checkpoint what the model that config.json describes says about them."""
     homes = {name: place.home for name, place in places.items() if place.home is not None}
     if not homes:
         return inventory
-    tensors = [_known(t, homes[t.name]) if t.name in homes and t.parent is None else t for t in inventory.tensors]
+    tensors = [_with_facts(t, homes[t.name]) if t.name in homes and t.parent is None else t for t in inventory.tensors]
     return replace(inventory, tensors=tensors, num_parameters=count_weights(tensors))
 
 
-def _known(stored: Stored, home: Home) -> Stored:
+def _with_facts(stored: Stored, home: Home) -> Stored:
     if home.is_buffer:
         reason = f"buffer of {type(home.owner).__name__} in the model that config.json describes, not a parameter"
         return replace(stored, problem=reason, roles=stored.roles | {"ingredient"})
@@ -173,9 +177,9 @@ def _known(stored: Stored, home: Home) -> Stored:
 
 
 def _renamed(inventory: Inventory, places: Mapping[str, Place]) -> Inventory:
-    """With the names of the model beside those on disk, since tensors are looked up by what their siblings are called.
+    """Add the names of the model to those on disk: tensors are looked up by the names of their siblings.
 
-    What is only a part of a parameter does not have its shape.
+    A tensor that becomes only a part of a parameter does not get its name, since it has another shape.
     """
     whole = {name: place.name for name, place in places.items() if not place.index}
     if not whole:
@@ -188,7 +192,7 @@ def _pieces(stored: Stored, place: Place | None, around: Neighbors, split: bool)
     if place is None or not place.index:
         return layout_of(stored, around.shapes, split)
     rows, columns = stored.shape
-    return Layout((Part(place.label, place.index, (rows, columns)),))  # the model fuses what is stored on its own
+    return Layout((Part(place.label, place.index, (rows, columns)),))  # the model fuses this matrix with others
 
 
 def _read(source: object, filters: Filters, without_values: bool, quiet: bool) -> Inventory:
@@ -200,21 +204,21 @@ def _read(source: object, filters: Filters, without_values: bool, quiet: bool) -
         if not os.fspath(source):
             raise OptionError("the path of the checkpoint is empty: give a .safetensors file or a directory with them")
         if isinstance(source, str) and source.startswith(("https://", "http://")):
-            raise SourceNotFoundError(f"{source} is an address: give the id of the model (org/name), or download it")
+            raise SourceNotFoundError(f"{source} is a URL: give the id of the model (org/name), or download it")
         path = Path(os.fsdecode(source))
         wanted = hub_id(source) if isinstance(source, str) and not os.path.lexists(path) else None
         if wanted is not None:
             return _limited((headers_of(wanted) if without_values else None) or _from_hub(wanted, quiet))
         return _limited(read_gguf(path) if is_gguf(path) else read_checkpoint(path))
     raise OptionError(
-        f"source is of type {type(source).__name__}, which is no model: give an nn.Module, a mapping of names to "
+        f"source is of type {type(source).__name__}, which is not a model: give an nn.Module, a mapping of names to "
         "tensors, a .safetensors or .gguf file, a directory with them, or the id of a model on the hub"
     )
 
 
 def _limited(inventory: Inventory) -> Inventory:
-    """The same, if it is not more than any model has."""
-    where = _called(inventory)
+    """Return the inventory; raise SourceError if its numbers or sizes exceed a limit."""
+    where = _description(inventory)
     check_limit(where, "the number of tensors", len(inventory.tensors), MOST_TENSORS)
     for stored in inventory.tensors:
         name = stored.name[:60]
@@ -234,18 +238,18 @@ def _check_keys(matrices: Sequence[Matrix]) -> None:
     twice = [key for key, count in keys.items() if count > 1]
     if twice:
         raise SourceError(
-            f"a parameter and a part of another are both called {twice[0]!r}: rename one, leave one out with exclude=, "
-            "or rank with fused='stored'"
+            f"a parameter and a part of another one have the same name {twice[0]!r}: rename one, leave one out with "
+            "exclude=, or rank with fused='stored'"
         )
 
 
-def _called(inventory: Inventory) -> str:
+def _description(inventory: Inventory) -> str:
     metadata = inventory.metadata
     return str(metadata.get("path") or metadata.get("class") or f"the {metadata['kind']}")
 
 
 def _matrix(stored: Stored, part: Part, place: Place | None) -> Matrix:
-    assert stored.dtype is not None  # the filters have refused those without
+    assert stored.dtype is not None  # admit() refuses tensors without a dtype
     index = () if place and place.index else part.index
     return Matrix(
         name=stored.name,
@@ -259,15 +263,15 @@ def _matrix(stored: Stored, part: Part, place: Place | None) -> Matrix:
         device=stored.device,
         load=partial(_load, stored, index),
         quantization=stored.quantization,
-        overhead=stored.overhead + _cut_off(stored, part),
+        overhead=stored.overhead + _discarded_bytes(stored, part),
         prefetch=None if stored.prefetch is None else partial(stored.prefetch, index),
         location=stored.location,
         stamp=None if stored.stamp is None else _part_of(stored.stamp, part, index),
     )
 
 
-def _cut_off(stored: Stored, part: Part) -> int:
-    """Bytes of a matrix that is made, dequantized for instance, of which only a part is wanted."""
+def _discarded_bytes(stored: Stored, part: Part) -> int:
+    """Return the size of the whole matrix if it has to be computed (dequantized, ...) for a part of it; else 0."""
     assert stored.dtype is not None
     whole = math.prod(stored.shape[-2:])
     made = stored.quantization is not None or stored.overhead > 0
@@ -275,13 +279,13 @@ def _cut_off(stored: Stored, part: Part) -> int:
 
 
 def _part_of(stamp: Stamp, part: Part, index: Index) -> Stamp:
-    """The index and the shape tell one part of a tensor from another, whatever they are called."""
+    """Return the stamp of a part of a tensor: the index and the shape identify the part, its label does not matter."""
     places = [f"{i.start}:{i.stop}:{i.step}" if isinstance(i, slice) else str(i) for i in index]
     return Stamp(stamp.files, f"{stamp.what} [{', '.join(places)}] {part.shape[0]}x{part.shape[1]}")
 
 
-class _Guarded:
-    """Loads a matrix of a file: whatever is wrong with what lies there is a SourceError that names the tensor."""
+class _GuardedLoad:
+    """``Matrix.load`` of a matrix in a file; every unexpected error becomes a SourceError that names the tensor."""
 
     def __init__(self, matrix: Matrix) -> None:
         self._load, self._key = matrix.load, matrix.key
@@ -293,10 +297,10 @@ class _Guarded:
         except (KappaError, Warning):
             raise
         except Exception as error:
-            # What a device says is not about the file, and a wave that runs out of memory is tried again in halves.
+            # Errors of a device do not concern the file; a wave that runs out of memory is tried again in two halves.
             if (device is not None and device.type != "cpu") or is_out_of_memory(error):
                 raise
-            raise unforeseen(self._where, repr(self._key), error) from error
+            raise unexpected_error(self._where, repr(self._key), error) from error
 
 
 def _load(stored: Stored, index: Index, device: torch.device | None = None) -> torch.Tensor:

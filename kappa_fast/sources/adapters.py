@@ -1,6 +1,6 @@
-"""Adapters of PEFT in a model: where they are, whether they have been trained, and the weights that they make.
+"""Finds PEFT adapters in a model, tells whether they have been trained, and merges them into copies of the weights.
 
-The classes of PEFT are known by what they all have, so that it need not be imported.
+The classes of PEFT are recognized by their attributes, so that PEFT need not be imported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NO_MERGE = "the adapters of {} cannot be merged into it: adapters='base' ranks i
 
 @dataclass(frozen=True)
 class Adapted:
-    """A weight and the layer of PEFT around it that changes it; ``copied`` if the layer uses another one instead."""
+    """A weight and the PEFT layer that changes it; ``copied`` is the copy that the layer uses instead, if any."""
 
     layer: Any
     weight: torch.Tensor
@@ -32,7 +32,7 @@ class Adapted:
 
 
 def adapted_in(model: torch.nn.Module) -> str | None:
-    """The name of the first module that PEFT has put around the model or one of its layers, None if there is none."""
+    """Return the name of the first module of PEFT in the model; None if there is none."""
     for name, module in model.named_modules():
         around = any(k.__name__ == "PeftModel" and k.__module__.startswith("peft.") for k in type(module).__mro__)
         if around or _is_layer(module) or _is_saved(module):
@@ -41,7 +41,7 @@ def adapted_in(model: torch.nn.Module) -> str | None:
 
 
 def has_trained_adapters(model: torch.nn.Module) -> bool:
-    """Whether adapters that are in use change a weight beside which they lie. At most one layer is tried."""
+    """Return whether the active adapters change a weight. At most one layer is merged to find out."""
     found = list(_adapted(model))
     lora = [a.layer for a in found if a.copied is None and hasattr(a.layer, "lora_B")]
     if any(_moved(layer) for layer in lora) or any(
@@ -58,10 +58,12 @@ def has_trained_adapters(model: torch.nn.Module) -> bool:
 
 
 def merged(model: torch.nn.Module, tensors: Sequence[Stored], held: Mapping[str, torch.Tensor]) -> list[Stored]:
-    """The tensors with the adapters in use added to those that have some, as merge_and_unload() would store them.
+    """Return the tensors with the active adapters merged, as PEFT's merge_and_unload() would store them.
 
     Args:
-        held: by the names of ``tensors``, the parameter that each of them is.
+        model: the model.
+        tensors: the tensors of the model.
+        held: the parameters of the model, by the names of ``tensors``.
     """
     found = list(_adapted(model))
     layers = {identity(adapted.weight): adapted for adapted in found}
@@ -72,7 +74,7 @@ def merged(model: torch.nn.Module, tensors: Sequence[Stored], held: Mapping[str,
         if weight is not None and (adapted := layers.get(identity(weight))) is not None:
             made.append(_made(stored, adapted))
         elif stored.evidence.startswith(COMPUTED) and (adapted := around.get(id(stored.parent))) is not None:
-            # The layer adds the adapters to what it computes; merging would add them to what it computes that from.
+            # The layer adds the adapters to the computed weight; merging would add them to the weight's parts.
             made.append(replace(stored, problem=NO_MERGE.format(type(adapted.layer).__name__)))
         else:
             made.append(stored)
@@ -102,7 +104,7 @@ def _take_copied(copied: torch.Tensor, index: Index, device: torch.device | None
 
 
 def _take_added(stored: Stored, adapted: Adapted, index: Index, device: torch.device | None = None) -> torch.Tensor:
-    """Beside codes: the dequantized weight, and what LoRA adds to it."""
+    """``Stored.take`` of a quantized weight with LoRA: the dequantized weight plus the product of the factors."""
     weight = stored.take(index, device)
     with torch.no_grad():
         for adapter in _in_use(adapted.layer):
@@ -119,7 +121,7 @@ def _take_merged(stored: Stored, adapted: Adapted, index: Index, device: torch.d
 
 
 def _adapted(model: torch.nn.Module) -> Iterator[Adapted]:
-    """The outermost layer around each weight that adapters in use change."""
+    """Yield each weight that active adapters change, with the outermost PEFT layer around it."""
     inner: set[int] = set()
     for module in model.modules():
         if _is_saved(module) and module._active_adapter and not getattr(module, "_disable_adapters", False):
@@ -139,7 +141,7 @@ def _adapted(model: torch.nn.Module) -> Iterator[Adapted]:
 
 
 def _held(base: Any, leaf: str) -> object:
-    """The tensor under a name; the first of what it is computed from, since to compute it may move buffers."""
+    """Return the tensor named ``leaf``, or the first part of a parametrized one: computing it may change buffers."""
     computed = getattr(base, "parametrizations", {})
     if leaf in computed:
         return next(iter(computed[leaf].parameters()), None)
@@ -171,7 +173,7 @@ def _is_saved(module: Any) -> bool:
 
 
 def _in_use(layer: Any) -> list[str]:
-    """Its adapters that its output has and its base weight has not."""
+    """Return the adapters of a layer that are active and not merged into its base weight."""
     if layer.disable_adapters:
         return []
     known = {name for words in layer.adapter_layer_names for name in _names(getattr(layer, words, None))}
@@ -183,14 +185,14 @@ def _names(holder: Any) -> Iterator[str]:
 
 
 def _moved(layer: Any) -> bool:
-    """Whether the second factor of a LoRA in use is not zero, as it is at the beginning."""
+    """Return whether the second factor of an active LoRA is not zero; it is initialized with zeros."""
     factors = (getattr(layer, words, {}) for words in ("lora_B", "lora_embedding_B"))
     weights = [getattr(f[n], "weight", f[n]) for f in factors for n in _in_use(layer) if n in f]
     return any(bool(weight.detach().count_nonzero()) for weight in weights)
 
 
 def _merge(adapted: Adapted) -> torch.Tensor | None:
-    """The weight after a copy of the layer has merged its adapters into it; None where it cannot."""
+    """Return the weight that a copy of the layer has after merging its adapters; None if merging is not supported."""
     try:
         layer = copy.deepcopy(adapted.layer)
         layer.merge(safe_merge=False)

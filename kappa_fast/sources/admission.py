@@ -1,7 +1,6 @@
-"""Where a tensor becomes a weight to rank: the one place that decides it, with the evidence or the reason against it.
+"""Decides whether a tensor is a weight, from what its reader found and from the other tensors of the model.
 
-Readers say what they know (``Stored.evidence``, ``.problem``, ``.error``, ``.roles``, ``.parent``); here it is weighed
-against what lies beside the tensor. The options of rank() come later, in ``filters.py``.
+The result is the evidence for, or the reason against. The options of rank() are applied in ``filters.py``.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from .base import Inventory, Stored
 
 @dataclass(frozen=True)
 class Neighbors:
-    """What the other tensors of a model tell about one of them.
+    """Facts about all tensors of a model, for the decision about each of them.
 
     Attributes:
-        shapes: of everything that has a name, buffers (with shape ()) too.
-        scales: companions of quantized weights.
-        embedding_shapes: of everything that is called an embedding.
-        in_peft: whether PEFT has wrapped the model.
+        shapes: the shapes of all tensors by all of their names; those of buffers are ().
+        scales: the names of the companions of quantized weights.
+        embedding_shapes: the shapes of all embeddings.
+        in_peft: True if PEFT has wrapped the model.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -32,14 +31,14 @@ class Neighbors:
 
     @classmethod
     def of(cls, inventory: Inventory) -> Neighbors:
-        """Look at all tensors once."""
+        """Collect the facts about all tensors of an inventory."""
         shapes: dict[str, tuple[int, ...]] = {name: () for name in inventory.buffers}
         shapes |= {name: stored.shape for stored in inventory.tensors for name in stored.names}
         scales: set[str] = set()
         embeddings: set[tuple[int, ...]] = set()
         for stored in inventory.tensors:
             beside = {c for name in stored.names for c in codes.companions(name, shapes)}
-            # Zero points are never weights, also beside a weight that was calibrated and is not quantized yet.
+            # Zero points are never weights, even those of a weight that was calibrated but is not quantized yet.
             scales |= beside if codes.may_be_codes(stored.dtype) else {c for c in beside if c.endswith("_zero_point")}
             if "embedding" in stored.roles or classes.is_called_embedding(stored, shapes):
                 embeddings.add(stored.shape)
@@ -48,11 +47,11 @@ class Neighbors:
 
 @dataclass(frozen=True)
 class Admission:
-    """What became of a tensor.
+    """The decision about a tensor.
 
     Attributes:
-        evidence: what makes it a weight, in a few words; "" if it is none.
-        reason: why it is none, or None.
+        evidence: why the tensor is a weight, in a few words; "" if it is not a weight.
+        reason: why the tensor is not a weight; None if it is a weight.
     """
 
     evidence: str = ""
@@ -64,11 +63,11 @@ def admit(stored: Stored, around: Neighbors, without_values: bool = False) -> Ad
 
     Args:
         stored: a tensor with two or more dimensions.
-        around: the others.
-        without_values: take what is on the meta device too.
+        around: facts about the other tensors.
+        without_values: accept tensors on the meta device.
 
     Raises:
-        SourceError: it is a weight, but cannot be read (``Stored.error``).
+        SourceError: the tensor is a weight, but cannot be read (``Stored.error``).
     """
     if stored.error is not None:
         raise stored.error
@@ -87,7 +86,7 @@ def _reason(stored: Stored, around: Neighbors, without_values: bool) -> str | No
         found = {c for name in stored.names for c in codes.companions(name, around.shapes)}
         if found:
             return codes.codes_reason(found)
-    # In a module what is here is a parameter, whatever its name; a file holds buffers too, and only names tell.
+    # The tensors of a module are parameters, whatever their names; a file has buffers too, recognized by their names.
     if stored.parent is None and any(names.is_buffer(name) for name in stored.names):
         return "mask or other buffer, not a weight"
     if reason := codes.dtype_reason(stored.dtype):
@@ -102,7 +101,7 @@ def _reason(stored: Stored, around: Neighbors, without_values: bool) -> str | No
 
 
 def _is_stack_of_biases(stored: Stored, around: Neighbors) -> bool:
-    """A bias [experts, width] beside a weight [experts, ., .]."""
+    """Return True for a bias [experts, width] of a weight [experts, ., .]."""
     for name in stored.names:
         for ending, of_weight in (("_bias", ""), (".bias", ".weight"), ("_bias", "_weight")):
             shape = around.shapes.get(name.removesuffix(ending) + of_weight, ()) if name.endswith(ending) else ()
@@ -120,11 +119,11 @@ def _evidence(stored: Stored) -> str:
         return f"codes{owner} in a known format: {stored.quantization}"
     if owner:
         return "parameter" + owner
-    return f"floats called {stored.name.rpartition('.')[2]!r}, and nothing beside them says otherwise"
+    return f"floats named {stored.name.rpartition('.')[2]!r}, and no other tensor says otherwise"
 
 
 def by_evidence(admitted: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """The names under each piece of evidence; one pattern (``layers.*.weight``) for those that all share theirs.
+    """Return the names of the tensors with each evidence; one pattern (``layers.*.weight``) if a group shares it.
 
     Args:
         admitted: name and evidence of each tensor.

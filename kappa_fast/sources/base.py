@@ -1,4 +1,4 @@
-"""What a source hands to the next stage: matrices to rank, and everything it left out with the reason."""
+"""The data types of sources: tensors as readers find them, matrices to rank, and skipped tensors with reasons."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ import torch
 from ..errors import SourceError
 from ..results.entries import Index, Skipped
 
-COMPUTED = "computed by"  # how evidence begins of a weight that a module computes from its parameters
+COMPUTED = "computed by"  # the beginning of the evidence of a weight that a module computes from its parameters
 Role = Literal["adapter", "embedding", "head", "router", "scales", "ingredient"]
 
 
 class Take(Protocol):
-    """Reads a part of a tensor, detached. See ``Stored.take``."""
+    """A function that reads a part of a tensor, detached. See ``Stored.take``."""
 
     def __call__(self, index: Index, device: torch.device | None = None) -> torch.Tensor: ...
 
 
 class Load(Protocol):
-    """Reads a matrix. See ``Matrix.load``."""
+    """A function that reads a matrix. See ``Matrix.load``."""
 
     def __call__(self, device: torch.device | None = None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class FileState:
-    """A file as it was when its header was read: whatever is done to the file later changes one of these."""
+    """The identity of a file when its header was read; every later change of the file changes one of the values."""
 
     path: str
     device: int
@@ -45,10 +45,10 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path, found: os.stat_result | None = None) -> FileState:
-        """The present state of what the path leads to, ``found`` if it is known already.
+        """Return the present state of the file at ``path`` (links resolved); ``found`` is its stat, if known already.
 
         Raises:
-            OSError: there is nothing.
+            OSError: there is no such file.
         """
         found = os.stat(path) if found is None else found
         return cls(
@@ -56,9 +56,10 @@ class FileState:
         )
 
     def has_same_content(self, found: os.stat_result) -> bool:
-        """Whether it is surely what it was: a program can set mtime back, as rsync and tar do, and not ctime.
+        """Return whether ``found`` proves that the content is unchanged.
 
-        So other rights and new links count as changes too.
+        Programs such as rsync and tar set mtime back, but cannot set ctime, so ctime is compared too. New permissions
+        and hard links change ctime, and therefore count as changes.
         """
         known = (self.device, self.inode, self.size, self.mtime_ns, self.ctime_ns)
         return known == (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -66,10 +67,10 @@ class FileState:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What identifies values without reading them.
+    """An identification of values that needs no reading of the values.
 
-    files: all files that they come from (weights, and scales if those are elsewhere).
-    what: which part of these files, and how it is read; equal for equal values.
+    files: all files from which the values come (of the weights, and of the scales if they are in other files).
+    what: the part of these files and how it is read; equal for equal values.
     """
 
     files: tuple[FileState, ...]
@@ -77,9 +78,9 @@ class Stamp:
 
     @classmethod
     def joined(cls, parts: Sequence[Stamp | None], how: str) -> Stamp | None:
-        """Of values made from several tensors, codes and their scales for instance; None if one has no stamp.
+        """Return the stamp of values made from several tensors, such as codes and scales; None if one has no stamp.
 
-        how: what is made of them, such as the format; another format must not find what this one has left.
+        how: how the values are made, such as the format; other formats must not find values that this one cached.
         """
         known = [part for part in parts if part is not None]
         if not known or len(known) < len(parts):
@@ -90,39 +91,39 @@ class Stamp:
 
 @cache
 def release_of(package: str) -> str:
-    """Name and version of an installed package, for stamps of what it dequantizes: a later one may correct itself."""
+    """Return name and version of an installed package, for the stamps of what it dequantizes: versions may differ."""
     try:
         return f"{package} {version(package)}"
-    except PackageNotFoundError:  # a copy on the path
+    except PackageNotFoundError:  # the package is on sys.path without being installed
         return package
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a reader finds it, before anything is decided about it.
+    """A tensor as a reader finds it, before it is decided whether it is ranked.
 
     Attributes:
-        names: all names of the tensor, without the wrappers of PEFT; the first is the one it is called by.
-        take: ``take(index)`` reads that part of it, detached. With ``device``, codes are moved there before they are
-            dequantized; what is not quantized comes where it is.
-        problem: why its values are no weights, or None.
-        error: why it cannot be read though it is a weight, or None; raised unless the options leave it out.
-        parent: the module that owns it, where there is one.
-        model_types: ``config.model_type`` of the model around it, then that of the text model in it; () if unknown.
-        roles: what it is for, as far as the model itself tells; names may tell more.
-        quantization: how it was quantized, such as "mxfp4", where ``take`` dequantizes; ``shape`` and ``dtype`` are
-            then those of the dequantized weight. None for values that are weights as they stand.
-        overhead: bytes that ``take`` needs at its peak beside what it returns, for the whole tensor, or for one index
-            of the first dimension where there are three.
-        prefetch: ``prefetch(index)`` has the operating system read ahead what ``take(index)`` will want; it neither
-            waits nor takes memory nor raises. None where there is nothing to read.
-        location: the file and the offset in it where the values begin, for reading in the order of the disk.
-        stamp: what identifies the values without reading them, None if nothing does.
-        out_of_sight: True for a weight of the model whose values are nowhere to be read; a warning counts these.
-        unfollowed: True where nobody knows whether its layer multiplies with these values or computes others from them;
-            a warning counts these.
-        evidence: what makes it a weight, where that is more than ``parent`` and ``quantization`` tell: the rule of a
-            format, or how a module makes it. For ``metadata["evidence"]`` and the log.
+        names: all names of the tensor, without the wrappers of PEFT; results show the first.
+        take: ``take(index)`` reads that part of the tensor, detached. With ``device``, codes are moved there before
+            they are dequantized; a tensor that is not quantized stays on its own device.
+        problem: why the values are not weights, or None.
+        error: why this weight cannot be read, or None; raised unless the options leave the weight out.
+        parent: the module that owns the tensor, or None.
+        model_types: ``config.model_type`` of the model, then that of its text model; () if unknown.
+        roles: the purposes of the tensor that the model states; its names may tell more.
+        quantization: the format, such as "mxfp4", if ``take`` dequantizes; ``shape`` and ``dtype`` are then those of
+            the dequantized weight. None if the values are not quantized.
+        overhead: bytes that ``take`` needs at its peak in addition to its result, for the whole tensor, or for one
+            index of the first dimension if the tensor has three.
+        prefetch: ``prefetch(index)`` asks the operating system to read ahead what ``take(index)`` will read; it does
+            not wait, allocate or raise. None if nothing has to be read.
+        location: the file and the offset where the values begin, for reading in the order of the disk.
+        stamp: identifies the values without reading them; None if that is impossible.
+        out_of_sight: True for a weight of the model whose values cannot be read; a warning counts such weights.
+        unfollowed: True if it is unknown whether the layer multiplies with these values or computes others from them;
+            a warning counts such weights.
+        evidence: why the tensor is a weight, if ``parent`` and ``quantization`` do not say all: the rule of a format,
+            or how a module computes it. For ``metadata["evidence"]`` and the log.
     """
 
     names: tuple[str, ...]
@@ -155,9 +156,9 @@ class Stored:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of a checkpoint is in the model: the parameter, what to index it with, the label of that part.
+    """Where a tensor of a checkpoint ends up in the model: the parameter, an index into it, the label of that part.
 
-    home: what holds the parameter, for those that are stored as the model has them; None for others.
+    home: what the model says about the parameter, if the tensor is stored as the model has it; else None.
     """
 
     name: str
@@ -168,17 +169,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Division:
-    """A tensor of a checkpoint that becomes several parameters of the model: the rows of each, and its place."""
+    """How a tensor of a checkpoint becomes several parameters of the model: the rows and the place of each."""
 
     parts: tuple[tuple[slice, Place], ...]
 
 
 @dataclass(frozen=True)
 class Home:
-    """What a model tells of a parameter: the module that owns it, what that is for, the types of the model around it.
+    """What a model says about a parameter or buffer: the module that owns it, its roles, the types of the model.
 
-    ``Stored`` has the same under ``parent``, ``roles`` and ``model_types``. Of a buffer, which is no parameter, it says
-    so with ``is_buffer``.
+    ``Stored`` has the same as ``parent``, ``roles`` and ``model_types``. ``is_buffer`` is True for buffers.
     """
 
     owner: torch.nn.Module
@@ -189,16 +189,16 @@ class Home:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Everything that a reader found.
+    """The result of a reader: all tensors of a source.
 
     Attributes:
-        tensors: in the order of the model.
-        num_parameters: weights of the whole model, each tensor counted once.
-        metadata: what is known about the source, in plain JSON.
-        in_memory: False where ``take`` brings a tensor into memory that was not there before.
-        buffers: names of what lies beside the tensors and is no candidate itself.
-        in_peft: whether PEFT has wrapped the model, which makes more names those of adapters.
-        config: what config.json says, for checkpoints.
+        tensors: all tensors, in the order of the model.
+        num_parameters: the number of weights of the whole model; each tensor is counted once.
+        metadata: facts about the source, in plain JSON.
+        in_memory: False if ``take`` reads tensors into memory; True if they are in memory already.
+        buffers: names of tensors that are not candidates for ranking.
+        in_peft: True if PEFT has wrapped the model, so that more names are those of adapters.
+        config: the content of config.json, for checkpoints.
     """
 
     tensors: Sequence[Stored]
@@ -212,14 +212,14 @@ class Inventory:
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """One matrix to rank: where it is, and how to get at its values. Two are equal only if they are the same object.
+    """One matrix to rank: its name and shape, and how to read its values. Matrices compare by identity.
 
-    ``load()`` returns a 2-D tensor of shape ``shape`` in ``dtype``, on the device where the weight lives: a view where
-    the storage allows one, detached, never to be written to. It may be called more than once. Quantized weights
-    (``quantization`` says how) are dequantized by it: ``load(device)`` moves their codes there first.
-    ``prefetch()`` has the operating system read ahead what ``load()`` will want, if anything has to be read;
-    ``location`` is where that begins, a file and an offset.
-    ``stamp`` identifies the values of this matrix without reading them, where something does.
+    ``load()`` returns a detached 2-D tensor of shape ``shape`` in ``dtype`` on the device of the weight, as a view if
+    the storage allows it; callers must not write to it. ``load()`` may be called more than once. It dequantizes
+    quantized weights (``quantization`` is the format); ``load(device)`` moves their codes to ``device`` first.
+    ``prefetch()`` asks the operating system to read ahead what ``load()`` will read; None if nothing has to be read.
+    ``location`` is the file and the offset where these values begin.
+    ``stamp`` identifies the values of this matrix without reading them; None if that is impossible.
     """
 
     name: str
@@ -233,7 +233,7 @@ class Matrix:
     device: torch.device
     load: Load = field(repr=False)
     quantization: str | None = None
-    overhead: int = 0  # bytes that load() needs at its peak beside the matrix
+    overhead: int = 0  # bytes that load() needs at its peak in addition to the matrix
     prefetch: Callable[[], None] | None = field(default=None, repr=False)
     location: tuple[str, int] | None = None
     stamp: Stamp | None = field(default=None, repr=False)
@@ -249,19 +249,19 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Source:
-    """All matrices of a model, in the order of the model, and what was left out.
+    """All matrices of a model, in the order of the model, and all skipped tensors.
 
     ``num_parameters`` counts every parameter of the model once (tied ones too), ranked or not: the denominator of
     ``select(max_params=<fraction>)``. ``metadata`` goes into ``Ranking.metadata["source"]`` and is plain JSON.
-    ``absent``: those of ``skipped`` that are weights of the model without values to read (packed, on the meta device).
-    ``unfollowed``: the names of weights that are ranked as they are held, though their layer has a forward() that
-    cannot be followed and may compute others from them.
+    ``absent``: the entries of ``skipped`` that are weights whose values cannot be read (packed, on the meta device).
+    ``unfollowed``: the names of weights that are ranked as stored, although it is unknown whether their layer
+    computes others from them in its forward().
     """
 
     matrices: tuple[Matrix, ...]
     skipped: tuple[Skipped, ...]
     num_parameters: int
     metadata: Mapping[str, Any]
-    in_memory: bool = True  # False where load() brings a tensor into memory that was not there before
+    in_memory: bool = True  # False if load() reads tensors into memory; True if they are in memory already
     absent: tuple[Skipped, ...] = ()
     unfollowed: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Where what a reader did not foresee becomes a SourceError: files of strangers find every way to fail."""
+"""Turns every unexpected exception in the readers of untrusted files into a SourceError."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ LONGEST = 300  # characters of a path or a reason in a message
 
 @contextlib.contextmanager
 def reading(where: str | os.PathLike[str], field: str = "") -> Iterator[None]:
-    """The body reads a file. Whatever it raises that is no error of kappa_fast becomes one, with what was raised as its
-    cause, which ``--debug`` shows: it may as well be a mistake of kappa_fast.
+    """Turn an unexpected exception of the body, which reads a file, into a SourceError.
+
+    The exception may be a bug of kappa_fast, so it is kept as the cause, which ``--debug`` shows.
 
     Raises:
-        SourceError: the body raised something else, warnings and interruptions aside.
+        SourceError: the body raised an exception that is neither a KappaError nor a Warning.
     """
     try:
         yield
     except (KappaError, Warning):
         raise
     except Exception as error:
-        raise unforeseen(where, field, error) from error
+        raise unexpected_error(where, field, error) from error
 
 
-def unforeseen(where: str | os.PathLike[str], field: str, error: Exception) -> SourceError:
-    """The error for something that went wrong while that was read."""
+def unexpected_error(where: str | os.PathLike[str], field: str, error: Exception) -> SourceError:
+    """Return the SourceError for an unexpected exception while ``field`` of the file ``where`` was read."""
     path = os.fsdecode(where)
     what = f"{field} of {_shortened(path)}" if field else _shortened(path)
     if is_out_of_memory(error):
         return SourceError(
-            f"{what} cannot be read: there is not enough memory for it; free some, raise the limit of the process, or "
+            f"{what} cannot be read: there is not enough memory; free some, raise the memory limit of the process, or "
             "give a single shard"
         )
     reason = getattr(error, "strerror", None) or str(error)
     if not isinstance(error, OSError):
         reason = f"{type(error).__name__}: {reason}"
     return SourceError(
-        f"{what} cannot be read ({_shortened(reason)}): check the file and your rights to it, or download it again; "
-        "if it is sound, report this with the traceback (--debug shows it)"
+        f"{what} cannot be read ({_shortened(reason)}): check the file and its permissions, or download it again; "
+        "if the file is valid, report this with the traceback (--debug shows it)"
     )
 
 

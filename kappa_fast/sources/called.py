@@ -1,9 +1,9 @@
-"""Weights that a layer computes in its own forward(): standardized, masked or scaled before the layer multiplies.
+"""Weights that a layer computes in its own forward(): standardized, masked or scaled before the multiplication.
 
-A layer that has a forward() of its own may multiply with another matrix than the parameter that it holds. A copy of the
-layer is called with an input of ones, and what it multiplies the input with is its weight. The layer itself is not
-called. Where the copy multiplies with several matrices, or with one that depends on the input or on chance, the weight
-has no condition number and is refused by name.
+A layer with its own forward() may multiply with a matrix that differs from its parameter. A copy of the layer is called
+with an input of ones; the matrix with which it multiplies the input is the weight. The layer itself is not called. If
+the copy multiplies with several matrices, or with one that is random or depends on the input, the weight has no
+condition number and is skipped with that reason.
 """
 
 from __future__ import annotations
@@ -26,45 +26,46 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..results.entries import Index
 from .base import COMPUTED, Stored
 from .classes import looks_up
-from .effective import PARAMETRIZATIONS, RANDOM, Asked, Effective, alone
-from .products import Made, Products
-from .twins import Convert, copied, twin_of
+from .effective import PARAMETRIZATIONS, RANDOM, ComputedTake, Effective, exclusive
+from .products import Origin, Products
+from .twins import Convert, copied, copy_module
 
 _BUILT_IN = (nn.Linear, _ConvNd)
-_OF_INPUT = "made anew from each input, so that it has no single condition number"
+_OF_INPUT = "it depends on the input, so that it has no single condition number"
 
 
 def weight_in_forward(module: nn.Module, computed: Effective | None = None) -> Effective | str | None:
-    """The weight that a layer computes in its own forward(); None where it multiplies with its parameter.
+    """Return the weight that a layer computes in its own forward().
 
     Args:
         module: the layer.
-        computed: what it computes from others before its forward().
+        computed: the weight that the layer computes before its forward(), if it does.
 
     Returns:
-        A text where the forward() is one that cannot be followed, so that nobody knows.
+        None if the layer multiplies with its parameter; a note if the forward() cannot be followed, so that the weight
+        is unknown.
     """
     leaf = computed.leaf if computed is not None else _leaf_of(module)
     if leaf is None or not _has_own_forward(module) or (computed is not None and computed.problem is not None):
         return None
-    called = _Called(module, leaf)
-    found = called.looked_at()
+    take = _ForwardTake(module, leaf)
+    found = take.observe()
     if found is None:
-        return f"{_how(module)} cannot be followed: ranked as the parameter stands"
-    if found == _Seen():
+        return f"{_how(module)} cannot be followed: the parameter is ranked as stored"
+    if found == _Observed():
         return None
     like = found.weight if found.weight is not None else _own(module, leaf)
     how = _how(module) if computed is None else f"{computed.how}, {_how(module)}"
     device = computed.device if computed is not None else _own(module, leaf).device
     ingredients = (leaf,) if computed is None else computed.ingredients
     problem = f"computed by {how}: {found.problem}" if found.problem is not None else None
-    return Effective(leaf, ingredients, how, tuple(like.shape), like.dtype, device, called, problem)
+    return Effective(leaf, ingredients, how, tuple(like.shape), like.dtype, device, take, problem)
 
 
 def as_computed(stored: Stored, owner: nn.Module) -> Stored:
-    """A weight of a file as the layer of the model that it belongs to would compute it from what is stored.
+    """Return a weight of a file as its layer computes it from the stored values.
 
-    owner: that layer, without values.
+    owner: the layer, on the meta device.
     """
     made = weight_in_forward(owner) if stored.name.endswith("weight") and stored.quantization is None else None
     if isinstance(made, str):
@@ -76,13 +77,13 @@ def as_computed(stored: Stored, owner: nn.Module) -> Stored:
         or made.shape != stored.shape
     ):
         return stored
-    called = _CalledWith(owner, stored)
-    if made.problem is None and not called.works():
+    take = _FileForwardTake(owner, stored)
+    if made.problem is None and not take.works():
         reason = f"computed by {made.how} from more than the stored weight: rank the model"
         return replace(stored, problem=reason)
     return replace(
         stored,
-        take=called,
+        take=take,
         problem=made.problem,
         overhead=4 * stored.numel * stored.dtype.itemsize,
         evidence=f"{COMPUTED} {made.how}",
@@ -97,15 +98,15 @@ def _how(module: nn.Module) -> str:
 def _own(module: nn.Module, leaf: str) -> torch.Tensor:
     found: torch.Tensor | None = module._parameters.get(leaf)
     found = module._buffers.get(leaf) if found is None else found
-    return vars(module)[leaf] if found is None else found  # as hooks have set it
+    return vars(module)[leaf] if found is None else found  # a hook has set the attribute
 
 
 def _leaf_of(module: nn.Module) -> str | None:
-    """What the module calls the one weight that it may compute another from; None if it is no layer of its own."""
+    """Return the name of the only weight that a layer has; None if it has none, several, or children with weights."""
     if isinstance(module, torch.jit.ScriptModule) or PARAMETRIZATIONS in module._modules:
         return None
     if not isinstance(module, _BUILT_IN) and any(True for child in module.children() for _ in child.parameters()):
-        return None  # what its children multiply with is theirs
+        return None  # the children multiply with their own weights
     every: dict[str, Any] = {**module._buffers, **module._parameters}
     own = {"weight": every["weight"]} if every.get("weight") is not None else {}
     own = own or {n: t for n, t in module._parameters.items() if t is not None and t.dim() >= 2}
@@ -118,7 +119,7 @@ def _leaf_of(module: nn.Module) -> str | None:
 def _has_own_forward(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "adapter_layer_names") or looks_up(module):
         return False
-    if getattr(module, "quantization_scheme", None) is not None:  # compressed-tensors: its own room reads these
+    if getattr(module, "quantization_scheme", None) is not None:  # compressed-tensors: see quantized/
         return False
     if "forward" in vars(module) and "_hf_hook" not in vars(module):
         return True
@@ -127,7 +128,7 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 
 def _is_of_torch(module: str) -> bool:
-    """Whether a method is one of the ordinary layers; those for training with rounded weights compute theirs."""
+    """Return whether the module defines ordinary layers of torch; those for quantized training compute their weight."""
     return module.startswith("torch.nn.modules.")
 
 
@@ -140,60 +141,60 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _wide_on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 for floats, so that a cast of the weight to a wider dtype is no other weight."""
+    """Return a float32 tensor for floats: then a cast of the weight to float32 returns the weight itself."""
     return torch.empty_like(tensor, dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype, device="meta")
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What a copy of a layer multiplied its input with.
+class _Observed:
+    """With what a copy of a layer multiplied its input.
 
     Attributes:
-        weight: the one matrix that was computed, of the shape of the parameter; None if it is the parameter itself.
-        problem: why there is no such matrix.
+        weight: the computed matrix, in the shape of the parameter; None if it is the parameter itself.
+        problem: why there is no single matrix; None if there is one.
     """
 
     weight: torch.Tensor | None = None
     problem: str | None = None
 
 
-class _Called(Asked):
+class _ForwardTake(ComputedTake):
     """``Stored.take`` of a weight that a layer computes in its forward()."""
 
-    def looked_at(self) -> _Seen | None:
-        """What the layer multiplies with, without values if it does not ask for them; None if nothing is seen.
+    def observe(self) -> _Observed | None:
+        """Return with what the layer multiplies its input; None if nothing was observed.
 
-        Values are taken where it asks for them, as one does that chooses what to compute by its mask.
+        The meta device is tried first; values are used if the layer needs them, for example to evaluate a mask.
         """
-        with alone():
-            seen = self._seen(_on_meta)
-            if seen is not None and seen.weight is not None and self._seen(_wide_on_meta) == _Seen():
-                return _Seen()
+        with exclusive():
+            seen = self._observe(_on_meta)
+            if seen is not None and seen.weight is not None and self._observe(_wide_on_meta) == _Observed():
+                return _Observed()
             whole = not any(t.is_meta for t in (*self._module.parameters(), *self._module.buffers()))
             if seen is None and whole:
-                seen = self._seen(copied)
+                seen = self._observe(copied)
         return seen
 
-    def _seen(self, convert: Convert) -> _Seen | None:
-        """None if nothing was seen, because the layer fails or works in other ways."""
+    def _observe(self, convert: Convert) -> _Observed | None:
+        """Return None if nothing was observed, because the layer raises or uses other operations."""
         try:
-            return self._asked(convert, self._seen_of)
-        except Exception:  # what users write may fail in any way
+            return self._on_copy(convert, self._observe_copy)
+        except Exception:  # code of users may raise anything
             return None
 
     def _result(self, twin: Any) -> Any:
-        seen = self._seen_of(twin)
+        seen = self._observe_copy(twin)
         if seen is None or seen.weight is None:
-            raise ValueError("it hands another weight to torch each time")
+            raise ValueError("forward() multiplies with another matrix than before")
         return seen.weight
 
-    def _seen_of(self, twin: Any) -> _Seen | None:
+    def _observe_copy(self, twin: Any) -> _Observed | None:
         with parametrize.cached() if PARAMETRIZATIONS in twin._modules else contextlib.nullcontext():
-            return seen_in(twin, super()._result(twin))
+            return observe_products(twin, super()._result(twin))
 
 
-class _CalledWith:
-    """The same for a weight of a file and a layer without values."""
+class _FileForwardTake:
+    """``Stored.take`` of a weight that a layer on the meta device computes from a stored tensor."""
 
     def __init__(self, owner: nn.Module, stored: Stored) -> None:
         self._owner, self._stored = owner, stored
@@ -204,30 +205,30 @@ class _CalledWith:
         return made[index].clone() if index else made
 
     def works(self) -> bool:
-        """Whether the stored weight is enough."""
+        """Return whether the weight can be computed from the stored tensor alone."""
         try:
             return not self._made(torch.ones(self._stored.shape, dtype=self._stored.dtype)).is_meta
-        except Exception:  # what users write may fail in any way
+        except Exception:  # code of users may raise anything
             return False
 
     def _made(self, values: torch.Tensor) -> torch.Tensor:
-        with alone(), torch.no_grad():
-            twin = twin_of(self._owner, lambda t: t.detach())
+        with exclusive(), torch.no_grad():
+            twin = copy_module(self._owner, lambda t: t.detach())
             leaf = _leaf_of(self._owner) or "weight"
             vars(twin)["_parameters"][leaf] = values.detach().clone()
-            seen = seen_in(twin, vars(twin)["_parameters"][leaf])
+            seen = observe_products(twin, vars(twin)["_parameters"][leaf])
         if seen is None or seen.weight is None:
-            raise ValueError(f"{type(self._owner).__name__} computes no weight from {self._stored.name!r}")
+            raise ValueError(f"{type(self._owner).__name__} does not compute a weight from {self._stored.name!r}")
         return seen.weight
 
 
-def seen_in(twin: Any, weight: torch.Tensor) -> _Seen | None:
-    """What a copy of a layer multiplies its input with, instead of this weight; None if it cannot be found out."""
+def observe_products(twin: Any, weight: torch.Tensor) -> _Observed | None:
+    """Call a copy of a layer, and return with what it multiplied its input; None if nothing was observed."""
     more = _more_arguments(twin.forward, weight.device)
     for shape in _inputs(twin, weight):
         given = weight.new_ones(shape)
         before = _states()
-        # Modes of the caller, such as a counter of operations, see nothing of it.
+        # Modes of the caller, such as a counter of operations, must not observe this call.
         with _disable_current_modes(), Products(weight, (given, *more.values())) as products, _quiet():
             twin.forward(given, **more)
         if products.operands:
@@ -236,41 +237,42 @@ def seen_in(twin: Any, weight: torch.Tensor) -> _Seen | None:
     return None
 
 
-def _judged(products: Products, weight: torch.Tensor, drawn: bool, flat: bool) -> _Seen:
-    others = [o for o in products.operands if not o.as_it_stands]
-    made_of = Made.NOTHING
+def _judged(products: Products, weight: torch.Tensor, drawn: bool, flat: bool) -> _Observed:
+    others = [o for o in products.operands if not o.is_weight]
+    origin = Origin.NOTHING
     for operand in others:
-        made_of |= operand.made_of
+        origin |= operand.origin
     if not others:
         return _used(products, weight, flat)
-    if made_of & Made.INPUT or products.is_steered:
-        return _Seen(problem=_OF_INPUT)
-    if made_of & Made.CHANCE:
-        return _Seen(problem=RANDOM)
+    if origin & Origin.INPUT or products.depends_on_input:
+        return _Observed(problem=_OF_INPUT)
+    if origin & Origin.CHANCE:
+        return _Observed(problem=RANDOM)
     if drawn:
-        return _Seen(problem="it draws random numbers of Python or NumPy, which may go into it")
+        return _Observed(problem="the forward() draws random numbers of Python or NumPy, on which it may depend")
     if len({o.tensor.untyped_storage()._cdata for o in others}) > 1 or len(others) < len(products.operands):
-        return _Seen(problem="it multiplies with several matrices made of it, which have no condition number together")
+        return _Observed(problem="the layer multiplies with several matrices, which have no common condition number")
     found = _shaped(others[0].tensor, weight, flat)
     if found is None:
-        return _Seen(problem=f"it multiplies with {tuple(others[0].tensor.shape)} instead of {tuple(weight.shape)}")
-    return _Seen(found)
+        shapes = f"{tuple(others[0].tensor.shape)} instead of {tuple(weight.shape)}"
+        return _Observed(problem=f"the layer multiplies with a matrix of shape {shapes}")
+    return _Observed(found)
 
 
-def _used(products: Products, weight: torch.Tensor, flat: bool) -> _Seen:
-    """What is said of a parameter that is multiplied with itself: whole, in pieces that are all there, or in part.
+def _used(products: Products, weight: torch.Tensor, flat: bool) -> _Observed:
+    """Return the result for a layer that multiplies with its parameter: a problem if it uses only a part of it.
 
-    flat: as for ``_shaped``. Of a stack of matrices a call need not use all.
+    flat: as for ``_shaped``. A call need not use all matrices of a stack.
     """
     views = {(o.tensor.storage_offset(), o.tensor.shape, o.tensor.stride()): o.tensor for o in products.operands}
     if (weight.dim() > 2 and not flat) or _entries_of(list(views.values())) >= weight.numel():
-        return _Seen()
+        return _Observed()
     shape = tuple(next(iter(views.values())).shape)
-    return _Seen(problem=f"it multiplies with {shape}, a part of {tuple(weight.shape)}")
+    return _Observed(problem=f"the layer multiplies with a part of shape {shape} of {tuple(weight.shape)}")
 
 
 def _entries_of(views: list[torch.Tensor]) -> int:
-    """How many entries of a storage these have; of views with gaps, those that several have count more than once."""
+    """Return how many entries of a storage the views cover; entries of overlapping views with gaps count repeatedly."""
     gaps = sum(view.numel() for view in views if not _is_dense(view))
     found, end = 0, 0
     dense = [(int(v.storage_offset()), v.numel()) for v in views if _is_dense(v)]
@@ -281,14 +283,14 @@ def _entries_of(views: list[torch.Tensor]) -> int:
 
 
 def _is_dense(view: torch.Tensor) -> bool:
-    """Whether its entries lie side by side, in whatever order of the dimensions."""
+    """Return whether the entries of a view are contiguous, in any order of the dimensions."""
     return 1 + sum((n - 1) * stride for n, stride in zip(view.shape, view.stride(), strict=True)) == view.numel()
 
 
 def _shaped(operand: torch.Tensor, weight: torch.Tensor, flat: bool) -> torch.Tensor | None:
-    """An operand in the shape of the weight, as far as the two differ in dimensions of 1 or lie the other way round.
+    """Return the operand in the shape of the weight if they differ in dimensions of 1 or a transposition; else None.
 
-    flat: it is a convolution, which is ranked as one row for each output, in whatever order its columns are.
+    flat: True for a convolution, which is ranked as a matrix with one row per output; its columns may be in any order.
     """
     if operand.shape == weight.shape:
         return operand
@@ -303,7 +305,7 @@ def _shaped(operand: torch.Tensor, weight: torch.Tensor, flat: bool) -> torch.Te
 
 
 def _more_arguments(forward: Callable[..., Any], device: torch.device) -> dict[str, torch.Tensor]:
-    """What a forward() wants beside its input: the number 1, which may be a factor or an index."""
+    """Return the required arguments of a forward() after its input, each 1, which may be a factor or an index."""
     _, *others = inspect.signature(forward).parameters.values()
     wanted = [p for p in others if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return {p.name: torch.ones((), dtype=torch.int64, device=device) for p in wanted}
@@ -311,24 +313,24 @@ def _more_arguments(forward: Callable[..., Any], device: torch.device) -> dict[s
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Whatever a copy of a layer raises or warns of is no news to the caller."""
+    """Suppress exceptions and warnings of a copy of a layer."""
     with warnings.catch_warnings(), contextlib.suppress(Exception):
         warnings.simplefilter("ignore")
         yield
 
 
 def _states() -> list[object]:
-    """Of the generators that torch does not see."""
+    """Return the states of the random number generators of Python and NumPy."""
     state: Any = np.random.get_state()
     return [random.getstate(), state[1].tobytes(), *state[2:]]
 
 
 def _inputs(layer: Any, weight: torch.Tensor) -> Iterator[tuple[int, ...]]:
-    """Shapes of inputs that the layer may take, the smallest first."""
+    """Yield shapes of inputs that the layer may accept, the smallest first."""
     if weight.dim() == 2:
         either = tuple(dict.fromkeys((weight.shape[1], weight.shape[0])))
         sizes = (int(layer.in_features),) if isinstance(layer, nn.Linear) else either
-        # Of groups, each has rows and an input of its own.
+        # In a layer with groups, each group has its own rows and its own input.
         counts = sorted({n for n in vars(layer).values() if type(n) is int and n > 1 and weight.shape[0] % n == 0})
         yield from (shape for size in sizes for shape in ((1, size), (1, 1, size)))
         yield from (shape for n in counts for size in sizes for shape in ((1, n, size), (1, 1, n, size)))

@@ -1,4 +1,4 @@
-"""Weights from safetensors: one file, or a directory with or without an index. Values are read matrix by matrix."""
+"""Reads weights from safetensors: one file, or a directory with or without an index; values matrix by matrix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import SourceError, SourceNotFoundError
-from ..io.documents import parsed, read_document
+from ..io.documents import parse_json, read_document
 from ..io.limits import (
     LARGEST_CONFIG,
     LARGEST_INDEX,
@@ -28,15 +28,15 @@ from .boundary import reading
 from .files import DataFile, Region
 from .names import has_adapters
 from .ownership import without_ingredients
-from .pointers import what_stands_there
+from .pointers import pointer_kind
 from .quantized import weights_of
 from .quantized.comfy import joined
 from .quantized.config import quantization_config, unknown_method
-from .reparametrized import put_together
-from .shards import INDEX_ENDING, check_complete, check_finished, chosen_index, companions_of, is_index, is_numbered
+from .reparametrized import combine_parts
+from .shards import INDEX_ENDING, check_complete, check_finished, chosen_index, is_index, is_numbered, shard_position
 from .tensors import count_weights, digest_of_headers, model_types_in, own_names
 
-LONGEST_HEADER = 100_000_000  # bytes that safetensors reads
+LONGEST_HEADER = 100_000_000  # bytes; the library safetensors does not read longer headers
 INDEX = "model" + INDEX_ENDING
 SINGLE = "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -46,7 +46,7 @@ CONVERT = (
     "save_file({k: v.clone().contiguous() for k, v in weights.get('state_dict', weights).items()}, sys.argv[2])"
 )
 
-# What safetensors calls its dtypes; one that is missing here is skipped with that reason.
+# The names of dtypes in safetensors; tensors of other dtypes are skipped.
 DTYPES: dict[str, str] = {
     "F64": "float64",
     "F32": "float32",
@@ -71,17 +71,17 @@ DTYPES: dict[str, str] = {
 
 
 def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) -> Inventory:
-    """What a .safetensors file or a directory of them holds; only headers are read.
+    """Return the tensors of a .safetensors file or of a directory with such files; only headers are read.
 
-    ``file_of`` says where the bytes of a file come from, if not from the file itself.
+    ``file_of`` returns the object that reads the bytes of a file, if they come from elsewhere.
 
     Raises:
-        SourceNotFoundError: the path or a shard that the index names does not exist.
-        SourceError: it is no model, damaged, pickled, or its index is wrong.
+        SourceNotFoundError: the path, or a shard that the index names, does not exist.
+        SourceError: the path is not a model, is damaged or pickled, or its index is wrong.
     """
     if not os.path.exists(path):
         if os.path.islink(path):
-            raise SourceNotFoundError(f"{path} is a link that leads nowhere: give the directory of the model itself")
+            raise SourceNotFoundError(f"{path} is a broken link: give the directory of the model itself")
         raise SourceNotFoundError(
             f"{path}: no such file or directory; a model on the hub has an id such as org/name, without ./ before it"
         )
@@ -89,11 +89,11 @@ def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) 
     try:
         files, expected = _files_of(path)
     except PermissionError as error:
-        raise SourceError(f"{path} cannot be read ({error.strerror}): ask for the right to, or copy it") from error
+        raise SourceError(f"{path} cannot be read ({error.strerror}): change its permissions, or copy it") from error
     config = _config(directory / "config.json")
     model_types = model_types_in(config)
     tensors: dict[str, Stored] = {}
-    homes: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     headers: list[dict[str, str]] = []
     for file in files:
         shard = Shard(file_of(file))
@@ -102,13 +102,13 @@ def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) 
         for item in items:
             if item.name in tensors:
                 raise SourceError(
-                    f"{item.name!r} is in both {homes[item.name]} and {file}: remove the stale file; or, if each of "
-                    "several processes has saved its part of it, join the parts first"
+                    f"{item.name!r} is in both {paths[item.name]} and {file}: remove the stale file; or, if several "
+                    "processes have each saved a part of the tensor, join the parts first"
                 )
-            tensors[item.name], homes[item.name] = item, file
+            tensors[item.name], paths[item.name] = item, file
         headers.append(shard.header)
     for name, file in (expected or {}).items():
-        if homes.get(name) != file:
+        if paths.get(name) != file:
             raise SourceError(
                 f"the index of {directory} says that {name!r} is in {file.name}, but it is not: download it again"
             )
@@ -122,7 +122,7 @@ def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) 
         "fingerprint": digest_of_headers(found),
     }
     quantization = quantization_config(directory, config)
-    weights = put_together(weights_of(found, quantization, joined(headers)))
+    weights = combine_parts(weights_of(found, quantization, joined(headers)))
     weights = without_ingredients(weights, unknown_method(quantization))
     return Inventory(
         weights, count_weights(weights), metadata, in_memory=False, in_peft=has_adapters(tensors), config=config
@@ -130,9 +130,7 @@ def read_checkpoint(path: Path, file_of: Callable[[Path], DataFile] = DataFile) 
 
 
 def check_files(directory: Path) -> bool:
-    """Whether the names of the files show that none is missing; without an index or numbers nobody can tell.
-
-    Raises what ``read_checkpoint`` would for the names alone.
+    """Return True if an index or the numbers in the names of the files prove that no file is missing.
 
     Raises:
         SourceNotFoundError: a shard is missing.
@@ -143,7 +141,7 @@ def check_files(directory: Path) -> bool:
 
 
 class Shard:
-    """One safetensors file. Whether it is sound is for the library safetensors to say; values are read as ranges."""
+    """One safetensors file. The library safetensors validates the header; values are read as byte ranges."""
 
     def __init__(self, file: DataFile) -> None:
         self.path = file.path
@@ -151,7 +149,7 @@ class Shard:
         self._file = file
 
     def tensors(self, expected: Mapping[str, Path] | None) -> list[Stored]:
-        """Everything in the file; what an index does not list carries that problem.
+        """Return all tensors of the file; those that the index (``expected``) does not list get a problem.
 
         Raises:
             SourceError: the file is damaged, or cannot be read.
@@ -163,29 +161,29 @@ class Shard:
             note = f"in {self.path.name}, but not listed in the index" if stray else None
             dtype = getattr(torch, DTYPES.get(entry["dtype"], ""), None)
             shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
-            # What has no dtype here is skipped before anybody reads it.
+            # Tensors without a dtype in torch are skipped, so that uint8 is never used for reading.
             region = Region(self._file, name, offset, shape, dtype or torch.uint8)
             item = Stored((name,), shape, dtype, torch.device("cpu"), region.take, note)
             found.append(region.described(item))
         return found
 
     def _header(self) -> tuple[dict[str, Any], int]:
-        """The header without its metadata, and where in the file the values begin."""
+        """Return the header without its metadata, and the offset where the values begin."""
         from safetensors import SafetensorError, safe_open
 
         size = torch.zeros(1, dtype=torch.int64)
         try:
-            if self._file.size >= size.nbytes:  # safetensors has its own words for a shorter one
+            if self._file.size >= size.nbytes:  # safetensors raises its own error for a shorter file
                 self._file.read(0, size)
-            # It refuses headers that are no JSON, too long, of overlapping or missing ranges, or with a name twice.
+            # safetensors refuses headers that are not JSON, are too long, or have wrong ranges or duplicate names.
             with safe_open(self.path, framework="np"):
                 pass
             text = torch.empty(int(size), dtype=torch.uint8)
             self._file.read(size.nbytes, text)
-            header = parsed(text.numpy().tobytes(), self.path, MOST_VALUES_OF_HEADER)
+            header = parse_json(text.numpy().tobytes(), self.path, MOST_VALUES_OF_HEADER)
         except OSError as error:
             raise SourceError(
-                f"{self.path} cannot be read ({error}): look after the disk and your rights to the file, or copy it"
+                f"{self.path} cannot be read ({error}): check the disk and the permissions of the file, or copy it"
             ) from error
         except SourceError:
             raise
@@ -195,30 +193,30 @@ class Shard:
                     f"{self.path} has a header of {int(size)} bytes, and the library safetensors reads headers of up "
                     f"to {LONGEST_HEADER}: save the model again in shards with fewer tensors"
                 ) from error
-            if (pointer := what_stands_there(self.path)) is not None:
+            if (pointer := pointer_kind(self.path)) is not None:
                 raise SourceError(f"{self.path} is {pointer}") from error
             raise SourceError(
-                f"{self.path} is no readable safetensors file ({error}): truncated or damaged, download it again"
+                f"{self.path} is not a readable safetensors file ({error}): truncated or damaged, download it again"
             ) from error
         self.header = header.pop("__metadata__", None) or {}
         return header, size.nbytes + int(size)
 
 
 def _files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
-    """The files to read, in order, and where an index says that each tensor is; None without an index."""
+    """Return the files to read, in order, and the file of each tensor by the index; None without an index."""
     if not path.is_dir():
         if is_index(path.name) and path.is_file():
             return _listed(path)
         if path.name.endswith(".safetensors") and path.is_file():
-            if part := companions_of(path):
+            if part := shard_position(path):
                 warn(
-                    f"{path} is shard {part}: only what it holds is ranked, and shares of the parameters are shares of "
-                    "that; give the directory to rank the model",
+                    f"{path} is shard {part}: only its tensors are ranked, and fractions of the parameters refer to "
+                    "this shard; give the directory to rank the model",
                     stacklevel=2,
                 )
             return [path], None
         raise _not_safetensors(path)
-    # A pipe is no file, and opening one would never end.
+    # Opening a pipe would wait forever, so only regular files are considered.
     indices = sorted(p for p in path.glob("*.safetensors.index*.json") if is_index(p.name) and p.is_file())
     names = [p.name for p in path.iterdir()]
     indices = indices or _by_content(path, names)
@@ -237,7 +235,7 @@ def _files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
 
 
 def _by_content(directory: Path, names: Iterable[str]) -> list[Path]:
-    """Indices under names that no program gives them: they list safetensors files."""
+    """Return indices with unusual names, which are recognized because they list safetensors files."""
     found = []
     for path in (
         directory / name for name in sorted(names) if "index" in name.lower() and name.lower().endswith(".json")
@@ -245,7 +243,7 @@ def _by_content(directory: Path, names: Iterable[str]) -> list[Path]:
         try:
             document = read_document(path, LARGEST_INDEX, MOST_VALUES_OF_INDEX) if path.is_file() else None
         except (OSError, ValueError):
-            continue  # whatever it is, nothing promises that it is an index
+            continue  # by its name the file need not be an index
         shards = document.get("weight_map") if isinstance(document, dict) else None
         if isinstance(shards, dict) and any(str(shard).endswith(".safetensors") for shard in shards.values()):
             found.append(path)
@@ -258,19 +256,19 @@ def _listed(index: Path) -> tuple[list[Path], dict[str, Path]]:
 
 
 def _read_index(index: Path) -> dict[str, Path]:
-    """Names and the shards they are in, all of them files of the same directory."""
+    """Return the names of the tensors with the paths of their shards, all in the directory of the index."""
     try:
         document = read_document(index, LARGEST_INDEX, MOST_VALUES_OF_INDEX)
         weight_map = document["weight_map"]
         items = [(name, shard) for name, shard in weight_map.items() if isinstance(shard, str)]
         if len(items) < len(weight_map):
-            raise TypeError("a shard is no file name")
+            raise TypeError("a shard is not a file name")
     except SourceError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ValueError) and (pointer := what_stands_there(index)) is not None:
+        if isinstance(error, ValueError) and (pointer := pointer_kind(index)) is not None:
             raise SourceError(f"{index} is {pointer}") from error
-        raise SourceError(f"{index} is no index of a sharded checkpoint ({error!r}): download it again") from error
+        raise SourceError(f"{index} is not an index of a sharded checkpoint ({error!r}): download it again") from error
     if not items:
         raise SourceError(f"{index} lists no tensors: download it again")
     shards = {shard: index.parent / shard for _, shard in items}
@@ -280,18 +278,18 @@ def _read_index(index: Path) -> dict[str, Path]:
             raise _not_safetensors(file)
         if not stays_inside(shard, index.parent) or not shard.endswith(".safetensors"):
             raise SourceError(
-                f"{index} names the shard {shard!r}, which is no .safetensors file inside of its directory: "
-                "it is not read; correct the index, or bring the files together"
+                f"{index} names the shard {shard!r}, which is not a .safetensors file inside its directory, and is not "
+                "read: correct the index, or put all files into one directory"
             )
     missing = sorted(shard for shard, file in shards.items() if not os.path.isfile(file))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise SourceNotFoundError(f"{index} names {missing[0]}{more}, which is not there: finish the download")
+        raise SourceNotFoundError(f"{index} names files that are missing, {missing[0]}{more}: finish the download")
     return {name: shards[shard] for name, shard in items}
 
 
 def stays_inside(shard: str, directory: Path) -> bool:
-    """Whether a shard lies in the directory, links resolved; the hub's cache links from snapshots to its blobs."""
+    """Return whether a shard is inside the directory, links resolved; the hub's cache has links to its blobs."""
     windows = PureWindowsPath(shard)
     if (
         not shard
@@ -308,7 +306,7 @@ def stays_inside(shard: str, directory: Path) -> bool:
         allowed += [base.parents[1] / "blobs", base.parents[2] / "blobs"]
     try:
         target = (directory / shard).resolve()
-    except (ValueError, RuntimeError, OSError):  # half a surrogate pair, which no file name can hold; a loop of links
+    except (ValueError, RuntimeError, OSError):  # a lone surrogate, which no file name can contain; a loop of links
         return False
     return any(target.is_relative_to(place) for place in allowed)
 
@@ -321,7 +319,7 @@ def _config(path: Path) -> Mapping[str, Any]:
     except SourceError:
         raise
     except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and (pointer := what_stands_there(path)) is not None:
+        if isinstance(error, ValueError) and (pointer := pointer_kind(path)) is not None:
             raise SourceError(f"{path} is {pointer}") from error
         raise SourceError(f"{path} cannot be read ({error}): repair it, or move it away to rank without it") from error
     return found if isinstance(found, dict) else {}
@@ -333,26 +331,24 @@ def _no_weights(directory: Path) -> SourceError:
         return _not_safetensors(pickled[0])
     inner = sorted(p.parent.name for p in directory.glob("*/*.safetensors"))
     if inner:
-        return SourceError(f"{directory} holds no .safetensors file itself, but {inner[0]} does: give that directory")
+        return SourceError(f"{directory} has no .safetensors file itself, but {inner[0]} has: give that directory")
     almost = sorted(p.name for p in directory.iterdir() if ".gguf" in p.name.lower())
     if almost:
         return SourceError(
-            f"{directory} holds {almost[0]}, which does not end with .gguf: give it such a name, or join the parts "
-            "of a file that was cut (cat) under such a name"
+            f"{directory} has {almost[0]}, which does not end with .gguf: rename the file, or if it was split into "
+            "parts, join these (cat) into a file that ends with .gguf"
         )
-    return SourceError(f"{directory} holds no .safetensors file: give the directory of a model")
+    return SourceError(f"{directory} has no .safetensors file: give the directory of a model")
 
 
 def _not_safetensors(path: Path) -> SourceError:
     if path.name.endswith(PICKLED):
         target = path.with_suffix(".safetensors")
         command = f"python -c {shlex.quote(CONVERT)} {shlex.quote(str(path))} {shlex.quote(str(target))}"
-        return SourceError(
-            f"{path} is pickled, which can run code when it is read; it is refused. Convert it: {command}"
-        )
+        return SourceError(f"{path} is pickled and is not read, because a pickle can run code. Convert it: {command}")
     if ".gguf" in path.name.lower():
         return SourceError(
-            f"{path} does not end with .gguf: give it such a name, or join the parts of a file that was cut (cat) "
-            "under such a name"
+            f"{path} does not end with .gguf: rename the file, or if it was split into parts, join these (cat) into a "
+            "file that ends with .gguf"
         )
-    return SourceError(f"{path} is no .safetensors file: give one, or the directory of a model")
+    return SourceError(f"{path} is not a .safetensors file: give one, or the directory of a model")

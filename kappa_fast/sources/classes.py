@@ -1,4 +1,4 @@
-"""What the class of a module tells about its parameters, where there is a class to ask."""
+"""Facts about parameters that follow from the class of the module that owns them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from . import names
 from .base import Stored
 
-# torch.export and torch.fx put containers in place of the modules that they took apart.
+# Containers that torch.export and torch.fx put in place of the original modules.
 _CONTAINERS = frozenset({"GraphModule", "InterpreterModule", "UnflattenedModule"})
 _LINEAR = re.compile(r"Linear$|^Conv1D$")
 _CONV = re.compile(r"Conv(?!er|[Nn]e|Bert)|conv(?!er|ne)")
@@ -20,10 +20,10 @@ _STACK = re.compile(r"Expert|MoE|Bilinear", re.IGNORECASE)
 
 
 def class_names(module: nn.Module | None) -> tuple[str, ...]:
-    """The names of the class of a module and of all it inherits from; () where no class tells what it does.
+    """Return the names of the class of a module and of its base classes; () if the class says nothing.
 
-    A TorchScript module knows the name of the class that it was made from. Modules that torch.export or torch.fx made,
-    and a plain nn.Module that only holds parameters, know nothing.
+    A TorchScript module has the name of its original class. The class says nothing for a plain nn.Module and for
+    modules that torch.export or torch.fx made.
     """
     if module is None or type(module) is nn.Module:
         return ()
@@ -37,21 +37,21 @@ def class_names(module: nn.Module | None) -> tuple[str, ...]:
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """True for modules whose ``weight`` their inputs are multiplied by, going by their class."""
+    """Return True for modules that multiply their input with ``weight``, by their class."""
     return any(_LINEAR.search(name) or name == _ConvNd.__name__ for name in class_names(module))
 
 
 def looks_up(module: nn.Module | None) -> bool:
-    """True for tables of vectors, going by their class."""
+    """Return True for modules that look up rows of ``weight``, by their class."""
     kinds = class_names(module)
     tables = any(kind in ("Embedding", "EmbeddingBag") for kind in kinds)
     return (tables or bool(kinds and kinds[0].endswith("Embedding"))) and not is_linear(module)
 
 
 def is_called_embedding(stored: Stored, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """True for a table by its name, unless its class or a bias beside it says that it is a projection.
+    """Return True for an embedding by its name, unless its class or a bias shows that it is a projection.
 
-    ``shapes``: of all tensors by name.
+    shapes: the shapes of all tensors, by name.
     """
     if is_linear(stored.parent):
         return False
@@ -60,7 +60,7 @@ def is_called_embedding(stored: Stored, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def convolution(module: nn.Module | None, shape: tuple[int, ...]) -> str | None:
-    """None if this is no convolution by its class, else a note, "" where there is no doubt."""
+    """Return None if the class of the module is not a convolution, else a note: "" if it is certain."""
     kinds = class_names(module)
     if _ConvNd.__name__ in kinds:
         return ""
@@ -68,9 +68,9 @@ def convolution(module: nn.Module | None, shape: tuple[int, ...]) -> str | None:
     kernel = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,) * (len(shape) - 2)
     if sizes is not None and kernel == tuple(shape[2:]):
         return ""
-    return f"taken for a convolution by its class {kinds[0]}" if kinds and _CONV.search(kinds[0]) else None
+    return f"treated as a convolution because of its class {kinds[0]}" if kinds and _CONV.search(kinds[0]) else None
 
 
 def is_stack(module: nn.Module | None) -> bool:
-    """True for modules whose parameters of three dimensions are stacks of matrices, going by their class."""
+    """Return True for modules whose three-dimensional parameters are stacks of matrices, by their class."""
     return any(_STACK.search(name) for name in class_names(module))

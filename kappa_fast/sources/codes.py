@@ -1,4 +1,4 @@
-"""Quantized weights: which tensors are codes, and which hold the scales without which codes mean nothing."""
+"""Names and dtypes of quantized weights: which tensors are codes, and which are their companions (scales, ...)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 ON_META = "on the meta device, without values: rank from the checkpoint"
 NOT_SUPPORTED = "this quantized format is not supported"
 
-# Float formats whose values are the weights. Of eight bits only those that hold a sign and a mantissa.
+# Float dtypes whose values may be weights; of the eight-bit ones only those with a sign and a mantissa.
 RANKED = frozenset(
     getattr(torch, name)
     for name in (
@@ -20,7 +20,7 @@ RANKED = frozenset(
     if hasattr(torch, name)
 )
 
-# What the name of the codes ends in, and what a companion adds to the name as a whole, or puts beside that ending.
+# The endings of names of codes. A companion appends a suffix to the name (_APPENDED) or replaces the ending (_BESIDE).
 _ENDING = re.compile(r"(?:qweight|weight_packed|weight|_blocks|(?:(?<=\.)|^)(?:W_q|bitmask))$")
 # torchao calls the parts of a.weight a._weight_qdata, a._weight_scale, ...
 _QDATA = re.compile(r"^(?P<owner>(?:.*\.)?)_(?P<weight>\w+)_qdata$")
@@ -28,7 +28,7 @@ _TORCHAO = (
     *("scale", "zero_point", "scale_and_zero", "per_tensor_scale", "act_pre_scale"),
     *("act_quant_scale", "act_quant_zero_point", "act_per_tensor_scale"),
 )
-# quanto puts the parts of a weight below it, and those of codes of less than a byte one level further down.
+# quanto calls the codes of a.weight a.weight._data, or a.weight._data._data if they have fewer than eight bits.
 _QUANTO = re.compile(r"^(?P<weight>(?:.*\.)?weight)\._data(?:\._data)?$")
 _APPENDED = (
     "_scale_inv",
@@ -68,7 +68,7 @@ _BESIDE = (
 )
 
 
-# What lies beside the codes of HQQ and beside the bits of sparse weights, and means nothing beside others.
+# Companions of the codes of HQQ and of the bits of sparse weights; for other formats these names mean nothing.
 _OF_HQQ = (
     *("scale", "zero", "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float"),
     *("quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config"),
@@ -76,22 +76,22 @@ _OF_HQQ = (
 )
 _OF_BITMASKS = ("compressed", "shape", "row_offsets", "weight_scale", "weight_zero_point")
 
-# What nothing but scales are called, so that they are known where their codes are in another file.
+# Names that only scales have: they are recognized even if their codes are in another file.
 _UNMISTAKABLE = re.compile(r"(?:(?:weight|_proj)_scale(?:_inv|_2)?|weight_global_scale)$")
 
 
 def may_be_codes(dtype: torch.dtype | None) -> bool:
-    """True for dtypes in which quantized weights are stored."""
+    """Return True for dtypes in which quantized weights are stored."""
     return dtype is not None and not dtype.is_complex and (not dtype.is_floating_point or dtype.itemsize == 1)
 
 
 def is_of_quanto(name: str) -> bool:
-    """True for what optimum-quanto calls the codes of a weight."""
+    """Return True for names that optimum-quanto gives to codes."""
     return _QUANTO.match(name) is not None
 
 
 def companions(name: str, names: Collection[str]) -> list[str]:
-    """Those of ``names`` that hold scales, zero points and the like of the codes called ``name``."""
+    """Return those of ``names`` that are scales, zero points and the like of the codes ``name``."""
     if found := _QDATA.match(name):
         return [c for part in _TORCHAO if (c := f"{found['owner']}_{found['weight']}_{part}") in names]
     if found := _QUANTO.match(name):
@@ -106,7 +106,7 @@ def companions(name: str, names: Collection[str]) -> list[str]:
 
 
 def is_orphan(name: str, names: Collection[str]) -> bool:
-    """True for scales whose codes are not there."""
+    """Return True for the name of scales if the name of their codes is not among ``names``."""
     found = _UNMISTAKABLE.search(name)
     if found is None:
         return False
@@ -116,10 +116,10 @@ def is_orphan(name: str, names: Collection[str]) -> bool:
 
 
 def role_of(name: str, companion: str) -> str:
-    """What a companion is to the codes called ``name``, such as "scale_inv", "zero_point", "qzeros" or "absmax".
+    """Return the role of a companion of the codes ``name``, such as "scale_inv", "zero_point", "qzeros" or "absmax".
 
-    The same words whether it is called after the codes or beside them: ``weight_scale`` is "scale" both to ``weight``
-    and to ``weight_packed``.
+    The role does not depend on how the codes are named: that of ``weight_scale`` is "scale" both for ``weight`` and for
+    ``weight_packed``.
     """
     if found := _QDATA.match(name):
         return companion.removeprefix(f"{found['owner']}_{found['weight']}_")
@@ -130,7 +130,7 @@ def role_of(name: str, companion: str) -> str:
 
 
 def weight_name(name: str) -> str:
-    """What the weight is called whose codes are called ``name``: the name it has in the model before quantization."""
+    """Return the name that the weight with the codes ``name`` has in the model before quantization."""
     if found := _QDATA.match(name):
         return f"{found['owner']}{found['weight']}"
     if found := _QUANTO.match(name):
@@ -142,23 +142,23 @@ def weight_name(name: str) -> str:
 
 
 def scales_reason(companion: str) -> str:
-    """Why a companion is not ranked. It speaks of the last word of the name only, so that reasons can be counted."""
+    """Return why a companion is not ranked; only the last word of its name is shown, so that equal reasons add up."""
     return f"scales or zero points of quantized weights ({_last_word(companion)}), not a weight"
 
 
 def codes_reason(companion_names: Collection[str], method: str = "") -> str:
-    """Why codes that have companions are not ranked; ``method`` is what the config calls the format."""
+    """Return why codes that have companions are not ranked; ``method`` is the name of the format in the config."""
     listed = ", ".join(sorted({_last_word(name) for name in companion_names}))
     return f"quantized codes that need their scales ({listed}); {NOT_SUPPORTED}" + (f" ({method})" if method else "")
 
 
-def strangers_reason(quantization: str, found: Collection[str]) -> str:
-    """Why codes of a known format are not dequantized: something beside them may change what they stand for."""
-    return f"quantized ({quantization}), but with {', '.join(found)} beside the codes, which that format does not have"
+def unexpected_reason(quantization: str, found: Collection[str]) -> str:
+    """Return why codes of a known format are not dequantized: the module has tensors that the format does not have."""
+    return f"quantized ({quantization}), but the layer also has {', '.join(found)}, which is not part of that format"
 
 
 def dtype_reason(dtype: torch.dtype | None) -> str | None:
-    """Why values of this dtype are no weights, or None."""
+    """Return why values of this dtype are not weights, or None."""
     if dtype is None:
         return "stored in a dtype that torch does not have"
     if dtype in RANKED:
@@ -167,8 +167,8 @@ def dtype_reason(dtype: torch.dtype | None) -> str | None:
     if dtype.is_complex:
         return f"complex numbers ({called})"
     if dtype.is_floating_point:
-        return f"{called} holds scales or packed codes, no weights: {NOT_SUPPORTED}"
-    return f"{called} values: codes, indices or a mask, no weights"
+        return f"{called} holds scales or packed codes, not weights: {NOT_SUPPORTED}"
+    return f"{called} values: codes, indices or a mask, not weights"
 
 
 def _last_word(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint whose rows become several parameters: these, as the model will have them."""
+"""Divides tensors of a checkpoint whose rows become several parameters of the model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..results.entries import Index
 from .base import Division, Inventory, Place, Stamp, Stored
 
 
-def divided(inventory: Inventory, places: Mapping[str, Place | Division]) -> tuple[Inventory, dict[str, Place]]:
-    """The inventory with the parts in the place of what is divided, and the places by the names of both."""
+def divide(inventory: Inventory, places: Mapping[str, Place | Division]) -> tuple[Inventory, dict[str, Place]]:
+    """Return the inventory with divided tensors replaced by their parts, and the places of all tensors by name."""
     found = {name: place for name, place in places.items() if isinstance(place, Place)}
     tensors: list[Stored] = []
     for stored in inventory.tensors:
@@ -35,8 +35,8 @@ def _parts(stored: Stored, division: Division) -> Iterator[tuple[Stored, Place]]
                 stored,
                 names=(place.name,),
                 shape=(number, *stored.shape[1:]),
-                take=_Rows(stored, rows),
-                prefetch=None if stored.prefetch is None else _ReadAhead(stored, rows),
+                take=_TakeRows(stored, rows),
+                prefetch=None if stored.prefetch is None else _PrefetchRows(stored, rows),
                 stamp=None if stored.stamp is None else Stamp(stored.stamp.files, f"{stored.stamp.what} {where}"),
                 overhead=stored.overhead + (math.prod(stored.shape) * itemsize if made else 0),
                 evidence=stored.evidence and f"{stored.evidence}, {where} of {stored.name}",
@@ -46,8 +46,8 @@ def _parts(stored: Stored, division: Division) -> Iterator[tuple[Stored, Place]]
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """``Stored.take`` of some rows."""
+class _TakeRows:
+    """``Stored.take`` of some rows of a tensor."""
 
     stored: Stored
     rows: slice
@@ -58,8 +58,8 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class _ReadAhead:
-    """``Stored.prefetch`` of some rows."""
+class _PrefetchRows:
+    """``Stored.prefetch`` of some rows of a tensor."""
 
     stored: Stored
     rows: slice

@@ -1,10 +1,9 @@
-"""Weights that a module computes from other parameters before it uses them: what it multiplies with is what is ranked.
+"""Weights that a module computes from parameters before its forward(): the computed weight is ranked.
 
-Two mechanisms of torch keep a weight in pieces. ``torch.nn.utils.parametrize`` keeps ``originals`` and the modules that
-turn them into the weight (weight_norm, spectral_norm, orthogonal, low-rank products, masks, anything a user writes).
-The older one is a hook that runs before each forward pass and sets a plain attribute (weight_norm, spectral_norm,
-pruning). Both are asked on a copy that shares nothing with the model, in eval mode: no parameter, buffer, hook, cache,
-gradient or random number generator of the model moves.
+torch has two mechanisms. ``torch.nn.utils.parametrize`` stores ``originals`` and modules that compute the weight from
+them (weight_norm, spectral_norm, orthogonal, low-rank products, masks, code of users). The older mechanism is a hook
+that runs before each forward pass and sets a plain attribute (weight_norm, spectral_norm, pruning). Both run on a copy
+of the module in eval mode: no parameter, buffer, hook, cache, gradient or random number generator of the model changes.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..results.entries import Index
 from . import codes
-from .twins import Convert, copied, twin_of
+from .twins import Convert, copied, copy_module
 
 PARAMETRIZATIONS = "parametrizations"
 Answer = TypeVar("Answer")
-RANDOM = "drawn anew at each use, so that it has no single condition number"
-# What older mechanisms add to the name of a weight for the pieces that they keep.
+RANDOM = "it is random at each use, so that it has no single condition number"
+# Suffixes that hooks append to the name of a weight for its parts.
 _PIECE = re.compile(r"(?:_(?:orig|g|v|u|mask|bar|raw))+")
-# Weights are computed one after the other: the state of random number generators is global.
+# One weight is computed at a time, because the state of random number generators is global.
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -44,12 +43,14 @@ class Effective:
     """A weight that a module computes.
 
     Attributes:
-        leaf: what the module calls it, such as "weight".
-        ingredients: what it is computed from, by name within the module; parameters and buffers.
-        how: the classes that compute it.
-        shape, dtype, device: of the result; shape is (0, 0) where it cannot be computed.
-        take: computes it, as ``Stored.take``.
-        problem: why it is no weight, or cannot be computed.
+        leaf: the name of the weight in the module, such as "weight".
+        ingredients: the names in the module of the parameters and buffers from which the weight is computed.
+        how: the classes that compute the weight.
+        shape: the shape of the result; (0, 0) if it cannot be computed.
+        dtype: the dtype of the result.
+        device: the device of the result.
+        take: computes the weight, as ``Stored.take`` does.
+        problem: why the result is not a weight or cannot be computed; None if it can.
     """
 
     leaf: str
@@ -63,32 +64,32 @@ class Effective:
 
 
 def effective_weights(module: nn.Module) -> Iterator[Effective]:
-    """The weights that this module computes from others of its own tensors."""
+    """Yield the weights that this module computes from its own tensors before its forward()."""
     for leaf, steps in _lists(module).items():
         tensors = _tensors(steps)
         how = ", ".join(type(step).__name__ for step in steps)
         hooked = next((type(m).__name__ for m in steps.modules() if m._forward_hooks or m._forward_pre_hooks), None)
         problem = f"computed by {how}, where {hooked} has hooks of its own: remove them to rank it" if hooked else None
         first = next(tensor for name, tensor in tensors.items() if name.startswith("original"))
-        yield _described(leaf, _within(leaf, tensors), how, first, Asked(steps, ""), problem)
+        yield _described(leaf, _within(leaf, tensors), how, first, ComputedTake(steps, ""), problem)
     for leaf, pieces in _pieces(module).items():
         hooks = [hook for hook in module._forward_pre_hooks.values() if _name_of(hook) == leaf]
         how, like = ", ".join(type(hook).__name__ for hook in hooks), vars(module)[leaf]
         if hooks:
-            yield _described(leaf, pieces, how, like, Asked(module, leaf), None)
+            yield _described(leaf, pieces, how, like, ComputedTake(module, leaf), None)
         else:
-            problem = f"computed from {', '.join(pieces)} in a way that {type(module).__name__} does not tell: make a "
-            problem += "plain parameter of it to rank it"
+            problem = f"computed from {', '.join(pieces)} by unknown code of {type(module).__name__}: make the weight "
+            problem += "a plain parameter to rank it"
             yield Effective(leaf, pieces, "", tuple(like.shape), like.dtype, like.device, _never, problem)
 
 
 def ingredients_of(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """By the name of each weight that this module computes, the names of what it is computed from."""
+    """Return, by the name of each weight that this module computes, the names of its ingredients."""
     return {leaf: _within(leaf, _tensors(steps)) for leaf, steps in _lists(module).items()} | _pieces(module)
 
 
 def _lists(module: nn.Module) -> dict[str, ParametrizationList]:
-    """What torch.nn.utils.parametrize has registered; codes under it are quantized weights, which have their room."""
+    """Return the parametrizations of a module by the name of the weight, without quantized ones (``quantized/``)."""
     found = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get(PARAMETRIZATIONS)
     return {
         leaf: steps
@@ -108,7 +109,10 @@ def _within(leaf: str, tensors: Iterable[str]) -> tuple[str, ...]:
 
 
 def _pieces(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """By what hooks set before each forward pass, a plain attribute, the tensors that its name is the beginning of."""
+    """Return, by the name of each attribute that a hook may set before a forward pass, the names of its parts.
+
+    The name of a part is that of the attribute with a suffix, such as weight_g.
+    """
     if isinstance(module, torch.jit.ScriptModule):
         return {}
     own = {name: t for name, t in {**module._parameters, **module._buffers}.items() if t is not None}
@@ -123,7 +127,7 @@ def _pieces(module: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _name_of(hook: object) -> str | None:
-    """What a hook sets, for those of torch and those built like them, with ``name`` and ``compute_weight``."""
+    """Return the name of the weight that a hook sets; None if it is neither a hook of torch nor built like one."""
     if isinstance(hook, BasePruningMethod):
         return str(hook._tensor_name)
     name = getattr(hook, "name", None)
@@ -131,39 +135,39 @@ def _name_of(hook: object) -> str | None:
 
 
 def _described(
-    leaf: str, ingredients: tuple[str, ...], how: str, like: torch.Tensor, asked: Asked, problem: str | None
+    leaf: str, ingredients: tuple[str, ...], how: str, like: torch.Tensor, take: ComputedTake, problem: str | None
 ) -> Effective:
-    """With the shape that it has, found without values where that is possible."""
+    """Return the Effective, with the shape found on the meta device if possible."""
     shape: tuple[int, ...] = (0, 0)
     dtype = like.dtype
     if problem is None:
         try:
-            found, is_random = asked.on_meta()
+            found, is_random = take.on_meta()
             shape, dtype = tuple(found.shape), found.dtype
             problem = f"computed by {how}: {RANDOM}" if is_random else None
         except Exception as error:  # what users write may fail in any way
             problem = f"computed by {how}, which fails ({type(error).__name__}: {str(error)[:80]})"
-    return Effective(leaf, ingredients, how, shape, dtype, like.device, asked, problem)
+    return Effective(leaf, ingredients, how, shape, dtype, like.device, take, problem)
 
 
 def _never(index: Index, device: torch.device | None = None) -> torch.Tensor:
-    raise AssertionError("it has a problem and is not read")
+    raise AssertionError("a weight with a problem is never read")
 
 
-class Asked:
-    """``Stored.take`` of a weight that a module computes; ``leaf`` is "" where the module is a ParametrizationList."""
+class ComputedTake:
+    """``Stored.take`` of a weight that a module computes; ``leaf`` is "" if the module is a ParametrizationList."""
 
     def __init__(self, module: nn.Module, leaf: str) -> None:
         self._module, self._leaf = module, leaf
 
     def __call__(self, index: Index, device: torch.device | None = None) -> torch.Tensor:
-        with alone():
+        with exclusive():
             values = self._compute(copied).detach()
         return values[index].clone() if index else values
 
     def on_meta(self) -> tuple[torch.Tensor, bool]:
-        """The result, and whether random numbers went into it; with values only if it depends on them."""
-        with alone(), _random_operations() as seen:
+        """Return the result on the meta device, and whether it is random; values are used only if they are needed."""
+        with exclusive(), _random_operations() as seen:
             try:
                 found = self._compute(lambda tensor: tensor.detach().to("meta"))
             except Exception:
@@ -173,17 +177,17 @@ class Asked:
         return found, seen.random
 
     def _compute(self, convert: Convert) -> torch.Tensor:
-        result = self._asked(convert, self._result)
+        result = self._on_copy(convert, self._result)
         if not isinstance(result, torch.Tensor):
-            raise TypeError(f"it gives {type(result).__name__} instead of a tensor")
+            raise TypeError(f"it returns {type(result).__name__} instead of a tensor")
         return result
 
-    def _asked(self, convert: Convert, ask: Callable[[Any], Answer]) -> Answer:
-        """What is found out from a copy."""
-        kept, parametrize._cache = parametrize._cache, {}  # of parametrize.cached(), which copies would fill
+    def _on_copy(self, convert: Convert, function: Callable[[Any], Answer]) -> Answer:
+        """Return the result of a function of a copy of the module."""
+        kept, parametrize._cache = parametrize._cache, {}  # or the copy would fill the cache of parametrize.cached()
         try:
             with torch.no_grad():
-                return ask(twin_of(self._module, convert))
+                return function(copy_module(self._module, convert))
         finally:
             parametrize._cache = kept
 
@@ -197,7 +201,7 @@ class Asked:
 
 
 class _RandomOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees whether random numbers are drawn."""
+    """Records whether random numbers are drawn."""
 
     random = False
 
@@ -211,15 +215,15 @@ def _random_operations() -> _RandomOperations:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """One weight is computed at a time, and random number generators go on where they were."""
+def exclusive() -> Iterator[None]:
+    """Hold the lock for computing a weight, and restore the random number generators afterwards."""
     with _ONE_AT_A_TIME, _generators_kept():
         yield
 
 
 @contextlib.contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Random number generators of torch (CPU and accelerators), NumPy and Python go on where they were."""
+    """Restore the random number generators of torch (CPU and accelerators), NumPy and Python afterwards."""
     ready = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = range(torch.cuda.device_count() if ready else 0)
     states = random.getstate(), np.random.get_state()

@@ -1,8 +1,8 @@
-"""Files of weights: byte ranges read into memory of their own, and read ahead by the operating system.
+"""Reads byte ranges of files of weights into memory, and has the operating system read ahead.
 
-Files are not mapped. A page of a map counts as resident memory until the map goes, and a file that is cut short while
-it is mapped ends the process (SIGBUS) where a read merely comes back short. A read copies once more, at 4 to 5 GB/s
-from the page cache on the machine of the benchmarks: a tenth of what the cheapest factorization takes.
+Files are not memory-mapped. Mapped pages count as resident memory until the file is unmapped, and truncating a mapped
+file kills the process (SIGBUS), whereas read() only returns fewer bytes. read() costs one more copy, at 4 to 5 GB/s
+from the page cache on the machine of the benchmarks: a tenth of the time of the cheapest factorization.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ..results.entries import Index
 from .base import FileState, Stamp, Stored
 
 ALL = slice(None)
-LARGEST_READ = 64 << 20  # Ctrl-C has to wait for the read that is going on
-ROWS = 4 << 20  # bytes of rows that are read at a time where only some of their columns are wanted
-# Linux takes on no more than the device's read-ahead for one call, which may be as little as this.
+LARGEST_READ = 64 << 20  # bytes; Ctrl-C takes effect between two reads
+ROWS = 4 << 20  # bytes of rows that are read at a time if only some of their columns are needed
+# Linux limits the advice of one call to the device's read-ahead, which may be as small as this.
 ADVICE = 128 << 10
 
 
 class DataFile:
-    """One file of which byte ranges are read. It is opened for each of them: a model may have more files than a
-    process may have open, and nothing is left to close.
+    """A file of which byte ranges are read.
 
-    A file that is no longer the one that was looked at first, or that changes while it is read, is refused.
+    The file is opened for each range, since a model may have more files than a process may have open. A file that has
+    changed since its state was recorded is refused.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,7 @@ class DataFile:
 
     @property
     def state(self) -> FileState:
-        """What the file was when it was first looked at.
+        """The state of the file, recorded at the first access.
 
         Raises:
             OSError: there is no such file, or it is a directory, a pipe, ...
@@ -50,7 +50,7 @@ class DataFile:
         if self._state is None:
             found = os.stat(self.path)
             if not stat.S_ISREG(found.st_mode):
-                raise OSError("it is no regular file")
+                raise OSError("it is not a regular file")
             self._state = FileState.of(self.path, found)
         return self._state
 
@@ -62,7 +62,7 @@ class DataFile:
         """Fill ``out``, a contiguous tensor on the CPU, with the bytes from ``offset`` on.
 
         Raises:
-            OSError: it cannot be read, ends too early, or has changed.
+            OSError: the file cannot be read, ends too early, or has changed.
         """
         view = memoryview(out.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         with self.opened() as file:
@@ -73,10 +73,10 @@ class DataFile:
                 if not count:
                     raise OSError(f"it ends {len(view) - done} bytes too early")
                 done += count
-            self._check(file)  # what was written in the meantime may be among what was read
+            self._check(file)  # another process may have written during the read
 
     def prefetch(self, offset: int, size: int) -> None:
-        """Have the operating system read these bytes into its cache, without waiting; where it cannot, do nothing."""
+        """Ask the operating system to read these bytes into its cache; do not wait, and ignore failures."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
         with contextlib.suppress(OSError), self.opened() as file:
@@ -86,10 +86,10 @@ class DataFile:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[io.FileIO]:
-        """The file, for reading; closed afterwards.
+        """Open the file for reading, and close it afterwards.
 
         Raises:
-            OSError: it cannot be opened, or has changed.
+            OSError: the file cannot be opened, or has changed.
         """
         with io.FileIO(self.path, opener=_without_waiting) as file:
             self._check(file)
@@ -101,9 +101,9 @@ class DataFile:
 
 
 class Region:
-    """A dense row-major array in a file: what a tensor of a checkpoint is.
+    """A dense row-major array in a file.
 
-    name: for messages.  offset: of its first byte in the file.
+    name: of the tensor, for messages.  offset: of the first byte in the file.
     """
 
     def __init__(self, file: DataFile, name: str, offset: int, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -112,20 +112,20 @@ class Region:
 
     @property
     def location(self) -> tuple[str, int]:
-        """Where it begins, for reading in the order of the file."""
+        """The file and the offset of the first byte, for reading in the order of the disk."""
         return str(self.file.path), self.offset
 
     @property
     def stamp(self) -> Stamp:
-        """What identifies the values of the whole."""
+        """The stamp of the whole array."""
         return Stamp((self.file.state,), self.name)
 
     def described(self, item: Stored) -> Stored:
-        """``item`` with what is known of the file: how to read ahead, where it begins, whether it is what it was."""
+        """Return ``item`` with the prefetch, location and stamp of this array."""
         return replace(item, prefetch=self.prefetch, location=self.location, stamp=self.stamp)
 
     def take(self, index: Index, device: torch.device | None = None) -> torch.Tensor:
-        """The array, or what ``index`` leaves of it, in memory that nobody else has, whatever ``device`` is.
+        """Read the array, or the part that ``index`` selects, into new memory of the CPU; ``device`` is ignored.
 
         Raises:
             SourceError: the file has changed, or cannot be read.
@@ -136,11 +136,11 @@ class Region:
             raise unreadable(self.name, self.file.path, error) from error
 
     def prefetch(self, index: Index) -> None:
-        """Have the operating system read what ``take(index)`` will read; it says nothing if that fails."""
+        """Ask the operating system to read ahead what ``take(index)`` will read; ignore failures."""
         self.file.prefetch(*self.span(index))
 
     def span(self, index: Index) -> tuple[int, int]:
-        """Offset and length in bytes of the rows that ``take(index)`` reads."""
+        """Return offset and length in bytes of the rows that ``take(index)`` reads."""
         offset, shape, rest = self._inner(index)
         if not rest:
             return offset, self._bytes(shape)
@@ -149,7 +149,7 @@ class Region:
         return offset + start * row, max(0, stop - start) * row
 
     def _inner(self, index: Index) -> tuple[int, tuple[int, ...], Index]:
-        """Leading integers of the index turned into an offset: what remains to be indexed, and by what."""
+        """Apply the leading integers of the index: return the offset and shape of the rest, and the index into it."""
         offset, shape, rest = self.offset, self.shape, tuple(index)
         while rest and isinstance(rest[0], int):
             shape = shape[1:]
@@ -178,7 +178,7 @@ class Region:
         return out
 
     def _bytes(self, shape: Sequence[int]) -> int:
-        """How much of the file an array of this shape takes."""
+        """Return the bytes that an array of this shape takes in the file."""
         return math.prod(shape) * self.dtype.itemsize
 
     def _whole(self, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -189,8 +189,8 @@ class Region:
 
 
 def unreadable(name: str, path: Path, error: Exception) -> SourceError:
-    """The error for a tensor that was there when the file was opened."""
-    return SourceError(f"{name!r} cannot be read from {path} ({error}): check the file, rank again")
+    """Return the error for a tensor that can no longer be read."""
+    return SourceError(f"{name!r} cannot be read from {path} ({error}): check the file, and rank again")
 
 
 def _rows(part: object, count: int) -> tuple[int, int, int]:
@@ -199,5 +199,5 @@ def _rows(part: object, count: int) -> tuple[int, int, int]:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Opening a pipe would wait for somebody who writes into it; for a file the flag means nothing."""
+    """Open a file with O_NONBLOCK: opening a pipe would wait for a writer; regular files ignore the flag."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

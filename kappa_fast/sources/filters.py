@@ -1,4 +1,4 @@
-"""Which parameters are ranked: the switches of rank(), and the reason for everything they leave out."""
+"""The options of rank() that decide which weights are ranked, with a reason for every weight that they leave out."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ _ROUTER_CLASS = re.compile(r"Router|TopKGat|MoE\w*Gate$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Filters:
-    """The options of rank() that decide what is ranked.
+    """The options of rank() that decide which weights are ranked.
 
     Attributes:
         include, exclude: a regular expression or several, searched (``re.search``) in every name of a parameter.
-        embeddings: rank embeddings and output heads.
-        routers: rank the routers of mixtures of experts.
-        fused: "split" for the parts of fused projections, "stored" for the tensors as they are.
-        min_dim, max_dim: matrices with a smaller side below, or a larger side above, are skipped.
-        adapters: "merged" takes weights with what adapters of PEFT add to them, "base" without.
+        embeddings: True ranks embeddings and output heads.
+        routers: True ranks the routers of mixtures of experts.
+        fused: "split" ranks the parts of fused projections, "stored" ranks the tensors as stored.
+        min_dim: matrices whose smaller side is below it are skipped.
+        max_dim: matrices whose larger side is above it are skipped.
+        adapters: "merged" ranks weights with PEFT adapters merged into them, "base" without.
 
     Raises:
-        OptionError: a pattern is no regular expression, or a value has the wrong type or is out of range.
+        OptionError: a pattern is not a regular expression, or a value has the wrong type or is out of range.
     """
 
     include: Patterns = None
@@ -59,7 +60,7 @@ class Filters:
             _check_size("max_dim", self.max_dim)
 
     def reason(self, stored: Stored, around: Neighbors) -> str | None:
-        """Why the options leave this weight out, or None. Sizes of parts are for ``size_reason``."""
+        """Return why the options leave this weight out, or None; ``size_reason`` checks the sizes."""
         for pattern in self.exclude or ():
             if any(re.search(pattern, name) for name in stored.names):
                 return f"excluded by the pattern {pattern!r}"
@@ -72,7 +73,7 @@ class Filters:
         return None
 
     def size_reason(self, shape: tuple[int, int]) -> str | None:
-        """Why a matrix of this shape is not ranked, or None."""
+        """Return why a matrix of this shape is not ranked, or None."""
         if min(shape) < self.min_dim:
             return f"too small: its smaller side is below min_dim={self.min_dim}"
         if self.max_dim is not None and max(shape) > self.max_dim:
@@ -81,7 +82,7 @@ class Filters:
 
 
 def is_router_module(module: torch.nn.Module) -> bool:
-    """True for modules that choose among experts, going by their class."""
+    """Return True for modules that choose among experts, by their class."""
     return any(_ROUTER_CLASS.search(name) for name in classes.class_names(module)[:1])
 
 
@@ -110,10 +111,10 @@ def _patterns(option: str, value: object) -> tuple[str, ...] | None:
     if not all(isinstance(pattern, str) for pattern in found):
         raise OptionError(f"{option}={value!r}: give a regular expression or a list of them")
     if not found and option == "include":
-        raise OptionError("include holds no pattern, so nothing would be ranked: give one, or None for everything")
+        raise OptionError("include has no pattern, so nothing would be ranked: give one, or None for everything")
     for pattern in found:
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise OptionError(f"{option}={pattern!r} is no regular expression: {error}") from error
+            raise OptionError(f"{option}={pattern!r} is not a regular expression: {error}") from error
     return found

@@ -1,7 +1,7 @@
-"""Weights from GGUF, the format of llama.cpp, dequantized by its own package gguf a few rows at a time.
+"""Reads weights from GGUF, the format of llama.cpp; its package gguf dequantizes them, a few rows at a time.
 
-Names are those of llama.cpp (blk.3.attn_q.weight), shapes those of the matrices: GGUF lists dimensions in the opposite
-order. llama.cpp permutes the rows of some q and k projections, which changes no singular value.
+Names are those of llama.cpp (blk.3.attn_q.weight). Shapes are (out, in); GGUF lists the dimensions in reverse order.
+llama.cpp permutes the rows of some q and k projections, which does not change singular values.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .files import DataFile, Region
 from .gguf_header import Header, TensorInfo, read_header
 from .names import has_adapters
 from .ownership import without_ingredients
-from .pointers import what_stands_there
+from .pointers import pointer_kind
 from .shards import check_finished
 from .tensors import count_weights, digest_of_headers, own_names
 
 ENDING = ".gguf"
 
-# What GGUF stores as it is; everything else is codes.
+# The types of GGUF that are not quantized.
 PLAIN = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -47,7 +47,7 @@ _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def is_gguf(path: Path) -> bool:
-    """True for a .gguf file, and for a directory that has some and no safetensors."""
+    """Return True for a .gguf file, and for a directory that has .gguf files and no safetensors."""
     if not path.is_dir():
         return path.name.endswith(ENDING) and path.exists()
     with contextlib.suppress(OSError):
@@ -57,19 +57,19 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path) -> Inventory:
-    """What a .gguf file holds, with the other parts of a split one, or the only model in a directory.
+    """Return the tensors of a .gguf file and of the other parts of a split model, or of the only model in a directory.
 
     Raises:
         MissingExtraError: the package gguf is not installed.
         SourceNotFoundError: a part of a split model is missing.
-        SourceError: it is damaged, or the directory holds several models.
+        SourceError: a file is damaged, or the directory has several models.
     """
     try:
         import gguf
     except ImportError as error:
         raise missing_extra("gguf", "gguf", f"reading {path}") from error
     found: dict[str, Stored] = {}
-    homes: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     architecture = None
     parts = _parts_of(path)
     headers: list[Header] = []
@@ -79,8 +79,8 @@ def read_gguf(path: Path) -> Inventory:
         architecture = architecture or header.architecture
         for item in tensors:
             if item.name in found:
-                raise SourceError(f"{item.name!r} is in both {homes[item.name]} and {part}: remove the stale file")
-            found[item.name], homes[item.name] = item, part
+                raise SourceError(f"{item.name!r} is in both {paths[item.name]} and {part}: remove the stale file")
+            found[item.name], paths[item.name] = item, part
     _check_parts(parts, headers)
     in_peft = has_adapters(found)
     own = own_names([name] for name in found)
@@ -97,7 +97,7 @@ def read_gguf(path: Path) -> Inventory:
 
 
 class Coded(Region):
-    """An array of quantized rows: shape and dtype are those of the weights, offsets and lengths those of the codes."""
+    """An array of quantized rows: shape and dtype are those of the weights, offsets and sizes those of the codes."""
 
     def __init__(self, file: DataFile, name: str, offset: int, shape: Sequence[int], kind: Any) -> None:
         super().__init__(file, name, offset, shape, torch.float32)
@@ -125,7 +125,7 @@ class Coded(Region):
 
 
 def _dequantized(codes: torch.Tensor, kind: Any) -> torch.Tensor:
-    """Rows of codes (r, bytes) as float32 (r, columns); a scale that is no number gives what is none."""
+    """Return rows of codes (r, bytes) as float32 (r, columns); a scale that is NaN gives NaN."""
     import numpy as np
     from gguf.quants import dequantize
 
@@ -134,7 +134,7 @@ def _dequantized(codes: torch.Tensor, kind: Any) -> torch.Tensor:
 
 
 def _block_of(kind: Any) -> tuple[int, int]:
-    """How many weights share a block, and how many bytes it takes."""
+    """Return the number of weights in a block, and the size of the block in bytes."""
     from gguf.constants import GGML_QUANT_SIZES
 
     block, size = GGML_QUANT_SIZES[kind]
@@ -142,7 +142,7 @@ def _block_of(kind: Any) -> tuple[int, int]:
 
 
 def _problem(kind: Any) -> str | None:
-    """Why codes of this kind cannot be dequantized, or None: one block of zeros tells."""
+    """Return why codes of this kind cannot be dequantized, or None; a block of zeros is dequantized to find out."""
     try:
         _dequantized(torch.zeros((1, _block_of(kind)[1]), dtype=torch.uint8), kind)
     except NotImplementedError:
@@ -151,20 +151,20 @@ def _problem(kind: Any) -> str | None:
 
 
 def _check_parts(parts: Sequence[Path], headers: Sequence[Header]) -> None:
-    """Refuse what the headers say is no model, or not all of one, whatever the names of the files are.
+    """Refuse files that by their headers are not a model, or not all parts of one, whatever their names are.
 
     Raises:
         SourceNotFoundError: parts are missing.
-        SourceError: it is no model, or the parts are out of order.
+        SourceError: a file is not a model, or the parts are out of order.
     """
     for part, header in zip(parts, headers, strict=True):
         if "imatrix" in (header.kind, header.architecture):
-            raise SourceError(f"{part} holds an importance matrix, statistics of a model: give the model itself")
+            raise SourceError(f"{part} has an importance matrix (statistics of a model): give the model itself")
     first, count = headers[0], max(header.parts for header in headers)
     if count > len(parts):
         raise SourceNotFoundError(
-            f"the header of {parts[0]} says that it is part {first.part + 1} of {count}, but only {len(parts)} of them "
-            "would be read: put all of them into one directory, under names that end with "
+            f"the header of {parts[0]} says that it is part {first.part + 1} of {count}, but only {len(parts)} of the "
+            "parts were found: put all of them into one directory, under names that end with "
             f"-00001-of-{count:05d}{ENDING} and so on"
         )
     if len(parts) == 1 and first.part == 0:
@@ -172,23 +172,23 @@ def _check_parts(parts: Sequence[Path], headers: Sequence[Header]) -> None:
     for part, header in zip(parts, headers, strict=True):
         if header.parts != len(parts):
             raise SourceError(
-                f"{part} would be read as one of {len(parts)} parts by its name, but its header counts {header.parts}: "
-                "give a file that is whole another name, or download all parts of one model again"
+                f"by its name, {part} is one of {len(parts)} parts, but its header says {header.parts}: rename the "
+                "file if it is a complete model, or download all parts of one model again"
             )
     numbers = [header.part for header in headers]
     if numbers != list(range(len(parts))):
         raise SourceError(
-            f"the headers of {parts[0]} and the parts beside it say that they are parts {[n + 1 for n in numbers]}, in "
-            "another order than their names: give them the names they had, or download them again"
+            f"the headers of {parts[0]} and the other parts say that they are parts {[n + 1 for n in numbers]}, which "
+            "differs from the order of their names: restore the original names, or download them again"
         )
     _check_one_model(parts, headers)
 
 
 def _check_one_model(parts: Sequence[Path], headers: Sequence[Header]) -> None:
-    """Refuse parts of different models: what each header says of the whole must be the same; later ones say little.
+    """Refuse parts of different models: the headers must not contradict each other; later parts may omit fields.
 
     Raises:
-        SourceError: they are.
+        SourceError: the headers contradict each other or the number of tensors.
     """
     said: dict[str, list[object]] = {
         "architecture": [header.architecture for header in headers],
@@ -200,20 +200,20 @@ def _check_one_model(parts: Sequence[Path], headers: Sequence[Header]) -> None:
         if len(known) > 1:
             at = [parts[values.index(value)].name for value in known[:2]]
             raise SourceError(
-                f"{parts[0]} and the parts beside it are of different models: their {what} is {known[0]!r} in {at[0]} "
-                f"and {known[1]!r} in {at[1]}: bring the parts of one model together"
+                f"{parts[0]} and the other parts belong to different models: the {what} is {known[0]!r} in {at[0]} and "
+                f"{known[1]!r} in {at[1]}: put the parts of one model into one directory"
             )
     expected = next((header.of_all_parts for header in headers if header.of_all_parts is not None), None)
     total = sum(len(header.tensors) for header in headers)
     if expected is not None and total != expected:
         raise SourceError(
-            f"the {len(parts)} parts of {parts[0]} hold {total} tensors, but its header says {expected}: download them "
+            f"the {len(parts)} parts of {parts[0]} have {total} tensors, but the header says {expected}: download them "
             "again"
         )
 
 
 def _read_part(gguf: Any, path: Path) -> tuple[list[Stored], Header]:
-    """The tensors of one file, and its header."""
+    """Return the tensors of one file, and its header."""
     file = DataFile(path)
     try:
         with file.opened() as opened, io.BufferedReader(opened) as stream:
@@ -223,14 +223,14 @@ def _read_part(gguf: Any, path: Path) -> tuple[list[Stored], Header]:
         _check_ranges(regions, file.size)
     except OSError as error:
         raise SourceError(
-            f"{path} cannot be read ({error}): look after the disk and your rights to the file, or copy it"
+            f"{path} cannot be read ({error}): check the disk and the permissions of the file, or copy it"
         ) from error
     except ValueError as error:
-        if (pointer := what_stands_there(path)) is not None:
+        if (pointer := pointer_kind(path)) is not None:
             raise SourceError(f"{path} is {pointer}") from error
         raise SourceError(
-            f"{path} is no readable GGUF file ({error}): truncated, damaged, or of a later version than the package "
-            "gguf that is installed"
+            f"{path} is not a readable GGUF file ({error}): it is truncated, damaged, or newer than the installed "
+            "package gguf"
         ) from error
     problems = {kind: _problem(kind) for kind in kinds.values() if kind.name not in PLAIN}
     stored = []
@@ -238,7 +238,7 @@ def _read_part(gguf: Any, path: Path) -> tuple[list[Stored], Header]:
         kind = kinds[region.name]
         problem = problems.get(kind)
         if kind.name not in PLAIN and re.sub(r"\.weight$", ".scale", region.name) in kinds.keys() - {region.name}:
-            problem = f"quantized codes ({kind.name}) with a scale beside them, which is not applied yet"
+            problem = f"quantized codes ({kind.name}) with a separate scale, which is not supported yet"
         stored.append(_stored(region, kind, problem))
     return stored, header
 
@@ -248,19 +248,21 @@ def _region(file: DataFile, info: TensorInfo, kind: Any) -> Region:
         return Region(file, info.name, info.offset, info.shape, PLAIN[kind.name])
     block, _ = _block_of(kind)
     if not info.shape or info.shape[-1] % block:
-        raise ValueError(f"the rows of {info.name!r} are no multiple of the {block} weights in a block of {kind.name}")
+        raise ValueError(
+            f"the rows of {info.name!r} are not a multiple of the {block} weights in a block of {kind.name}"
+        )
     return Coded(file, info.name, info.offset, info.shape, kind)
 
 
 def _check_ranges(regions: Sequence[Region], size: int) -> None:
-    """Raise ValueError for tensors that overlap, or reach beyond the end."""
+    """Raise ValueError if tensors overlap, or extend beyond the end of the file."""
     end, before = 0, ""
     for region in sorted(regions, key=lambda r: (r.offset, r.span(()))):
         start, length = region.span(())
         if start < end:
             raise ValueError(f"{before!r} and {region.name!r} overlap")
         if start + length > size:
-            raise ValueError(f"{region.name!r} reaches beyond its end")
+            raise ValueError(f"{region.name!r} extends beyond the end of the file")
         end, before = start + length, region.name
 
 
@@ -274,19 +276,19 @@ def _stored(region: Region, kind: Any, problem: str | None) -> Stored:
         take=region.take,
         problem=problem,
         quantization=f"gguf {kind.name}" if coded and problem is None else None,
-        overhead=4 * files.ROWS if coded else 0,  # codes, weights, and what lies between them
+        overhead=4 * files.ROWS if coded else 0,  # codes, weights, and intermediate results
     )
     return region.described(item)
 
 
 def _parts_of(path: Path) -> list[Path]:
-    """All files of the model, in order."""
+    """Return all files of the model, in order."""
     if path.is_dir():
         inside = sorted(p for p in path.iterdir() if p.name.endswith(ENDING))
         models = {_SPLIT.sub(r"\g<stem>-*-of-\g<count>.gguf", p.name) for p in inside}
         if len(models) > 1:
             raise SourceError(
-                f"{path} holds several GGUF models ({', '.join(sorted(models))}): give the path of one of them"
+                f"{path} has several GGUF models ({', '.join(sorted(models))}): give the path of one of them"
             )
         check_finished(path, [p.name for p in inside], [p.name for p in path.iterdir()])
         path = inside[0]
@@ -297,5 +299,5 @@ def _parts_of(path: Path) -> list[Path]:
     parts = [path.with_name(f"{found['stem']}-{i:05d}-of-{count:05d}{ENDING}") for i in range(1, count + 1)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
-        raise SourceNotFoundError(f"{path} is one of {count} parts, and {missing[0]} is not there: finish the download")
+        raise SourceNotFoundError(f"{path} is one of {count} parts, and {missing[0]} is missing: finish the download")
     return parts

@@ -1,8 +1,8 @@
-"""The header of a GGUF file: its alignment and architecture, and the name, shape, type and place of every tensor.
+"""Reads the header of a GGUF file: alignment, architecture, and the name, shape, type and offset of every tensor.
 
-The layout is that of ggml's docs/gguf.md. The package gguf has a reader too: it maps the file, keeps every string of
-the vocabulary, and follows the length of an array beyond the end of the file, which may take it forever. Here no length
-is believed that the file cannot hold.
+The layout is that of ggml's docs/gguf.md. The reader of the package gguf is not used: it maps the file, keeps every
+string of the vocabulary, and may loop forever on a wrong length of an array. This reader compares every length with the
+size of the file.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ..io.limits import MOST_PAIRS, MOST_STRINGS, MOST_TENSORS
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
-LONGEST_NAME = 1 << 16  # bytes; ggml takes no more than 64
+LONGEST_NAME = 1 << 16  # bytes; ggml itself allows 64
 MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
 
-# Bytes of the types that values may have; strings and arrays are longer the longer they are.
+# Sizes of the types of values in bytes; strings and arrays have a variable size.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 _INTEGERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 10: "Q", 11: "q"}
@@ -30,9 +30,10 @@ _COUNTS = {"split.count", "split.no", "split.tensors.count"}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """shape: as numpy would have it, the reverse of what is stored.  kind: ggml's number of the type.
+    """A tensor in a GGUF file.
 
-    offset: from the beginning of the file.
+    shape: in row-major order, the reverse of the stored order.  kind: ggml's number of the type.
+    offset: in bytes from the beginning of the file.
     """
 
     name: str
@@ -43,32 +44,32 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says about itself."""
+    """The contents of a header."""
 
     architecture: str | None
     tensors: tuple[TensorInfo, ...]
     kind: str | None = None  # general.type: "model", "adapter", "mmproj", "imatrix", ...
-    parts: int = 0  # split.count: 0 or 1 where this is the whole
+    parts: int = 0  # split.count: 0 or 1 for a model in one file
     part: int = 0  # split.no, from 0 on
     of_all_parts: int | None = None  # split.tensors.count
 
 
 def read_header(stream: BinaryIO, size: int) -> Header:
-    """The header of a file of ``size`` bytes; values of tensors are not looked at.
+    """Read the header of a file of ``size`` bytes, without the values of tensors.
 
     Raises:
-        ValueError: it is no GGUF file, of another version or byte order, ends within its header, or has two tensors of
-            one name.
-        OSError: it cannot be read.
+        ValueError: the file is not a GGUF file, has another version or byte order, ends within its header, or has two
+            tensors with one name.
+        OSError: the file cannot be read.
     """
     reader = _Reader(stream, size)
     if reader.take(4) != MAGIC:
         raise ValueError("it does not begin with GGUF")
     version = reader.number("I")
     if version & 0xFFFF == 0:
-        raise ValueError("its numbers are in the byte order of other machines")
+        raise ValueError("its numbers are big-endian, which is not supported")
     if version not in VERSIONS:
-        raise ValueError(f"it is of version {version}, and versions 2 and 3 are known")
+        raise ValueError(f"it has version {version}, and only versions 2 and 3 are supported")
     tensors, pairs = reader.number("Q"), reader.number("Q")
     alignment = ALIGNMENT
     texts: dict[str, str] = {}
@@ -87,13 +88,13 @@ def read_header(stream: BinaryIO, size: int) -> Header:
         else:
             reader.skip_value(kind)
     if alignment == 0 or alignment & (alignment - 1):
-        raise ValueError(f"general.alignment is {alignment}, which is no power of two")
+        raise ValueError(f"general.alignment is {alignment}, which is not a power of two")
     reader.expect(tensors, 8 + 4 + 4 + 8)
     found = [reader.tensor() for _ in range(tensors)]
     start = -(-reader.position // alignment) * alignment
     names = {info.name for info in found}
     if len(names) < len(found):
-        raise ValueError("two tensors have one name")
+        raise ValueError("two tensors have the same name")
     placed = (TensorInfo(info.name, info.shape, info.kind, start + info.offset) for info in found)
     return Header(
         texts.get("general.architecture"),
@@ -107,18 +108,18 @@ def read_header(stream: BinaryIO, size: int) -> Header:
 
 def _limit(field: str, found: int, limit: int) -> None:
     if found > limit:
-        raise ValueError(f"{field} is {found:,}, and more than {limit:,} are taken for damage or an attack")
+        raise ValueError(f"{field} is {found:,}, and more than {limit:,} is treated as damage or an attack")
 
 
 class _Reader:
-    """Little-endian numbers and strings, one after the other."""
+    """Reads little-endian numbers and strings, one after the other."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self._size, self.position = stream, size, 0
-        self._texts = 0  # passed over
+        self._texts = 0  # the number of skipped strings
 
     def expect(self, count: int, least: int) -> None:
-        """Refuse a count of items of at least so many bytes that the rest of the file cannot hold."""
+        """Raise ValueError if the rest of the file cannot hold ``count`` items of at least ``least`` bytes."""
         if count * least > self._size - self.position:
             raise ValueError("it ends within its header")
 
@@ -137,7 +138,7 @@ class _Reader:
     def text(self) -> str:
         length = self.number("Q")
         if length > LONGEST_NAME:
-            raise ValueError(f"a name of {length} bytes")
+            raise ValueError(f"a name has {length} bytes")
         return self.take(length).decode()
 
     def skip(self, count: int) -> None:
@@ -146,13 +147,13 @@ class _Reader:
         self.position += count
 
     def skip_texts(self, count: int) -> None:
-        """A vocabulary: hundreds of thousands of words, so nothing is done here that need not be."""
+        """Skip an array of strings; a vocabulary has hundreds of thousands, so the loop is kept short."""
         self._texts += count
         _limit("the number of texts in arrays", self._texts, MOST_STRINGS)
         self.expect(count, 8)
         read, unpack, position = self._stream.read, struct.Struct("<Q").unpack, self.position
         for _ in range(count):
-            (length,) = unpack(read(8).ljust(8, b"\xff"))  # beyond the end: a length that nothing has
+            (length,) = unpack(read(8).ljust(8, b"\xff"))  # beyond the end of the file: an impossible length
             position += 8 + length
             if position > self._size:
                 raise ValueError("it ends within its header")
@@ -176,7 +177,7 @@ class _Reader:
 
     def _size_of(self, kind: int) -> int:
         if kind not in _SIZES:
-            raise ValueError(f"a value of type {kind}, which is not known here")
+            raise ValueError(f"a value has the unknown type {kind}")
         return _SIZES[kind]
 
     def tensor(self) -> TensorInfo:

@@ -1,4 +1,4 @@
-"""Parameters that a traced graph (torch.fx, torch.export, TorchScript) computes another matrix from."""
+"""Finds parameters that a traced graph (torch.fx, torch.export, TorchScript) changes before it multiplies with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.fx
 
-# What multiplies with a parameter, or looks it up.
+# Operations that multiply with a parameter, or look it up.
 _USES = frozenset(
     (
         *("linear", "matmul", "mm", "bmm", "mv", "addmm", "addmv", "baddbmm", "einsum", "bilinear", "tensordot"),
@@ -20,7 +20,7 @@ _USES = frozenset(
         *("_transformer_encoder_layer_fwd", "_native_multi_head_attention"),
     )
 )
-# What asks for sizes and kinds, or checks them.
+# Operations that return or check sizes, dtypes and the like.
 _QUESTIONS = frozenset(
     (
         *("size", "sym_size", "dim", "ndimension", "numel", "sym_numel", "len", "is_floating_point", "device", "dtype"),
@@ -29,7 +29,7 @@ _QUESTIONS = frozenset(
         "element_size",
     )
 )
-# What passes on the same entries: their users count.
+# Operations whose result has the same entries; their users are followed.
 _VIEWS = frozenset(
     (
         *("t", "T", "mT", "numpy_T", "transpose", "swapaxes", "permute", "view", "reshape", "flatten", "contiguous"),
@@ -41,17 +41,17 @@ _VIEWS = frozenset(
 
 
 def altered_in_graphs(model: torch.nn.Module) -> dict[int, str]:
-    """By the ids of the modules that hold them: what graphs apply to matrices before they multiply with them.
+    """Return the operations that graphs apply to matrices before multiplying, by the id of the module that holds each.
 
-    Empty for models without graphs. A graph says what is done, not to which end, so this is a reason to doubt that the
-    parameter is what the layer multiplies with, and no proof.
+    Empty for models without graphs. Such an operation is a reason to doubt that the layer multiplies with the
+    parameter, but not a proof.
     """
     found: dict[int, str] = {}
-    seen: set[str] = set()  # graphs have those of their modules in them
+    seen: set[str] = set()  # a graph contains the graphs of its child modules
     for name, module in model.named_modules():
         if isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule)) and not _is_below(name, seen):
             seen.add(name)
-            # A graph of another version, or one that was freed, tells nothing.
+            # Graphs of other versions, and freed ones, are ignored.
             with contextlib.suppress(RuntimeError, AttributeError):
                 of_kind = _of_fx if isinstance(module, torch.fx.GraphModule) else _of_script
                 found |= {id(holder): how for holder, how in of_kind(module)}
@@ -90,7 +90,7 @@ def _altered_by(users: Iterable[torch.fx.Node]) -> str | None:
 
 def _name_of(node: torch.fx.Node) -> str:
     target: Any = node.target
-    if node.op in ("call_method", "call_module"):  # a module that a weight is given to, such as one that rounds it
+    if node.op in ("call_method", "call_module"):  # such as a module that rounds the weight
         return str(target)
     schema = getattr(target, "_schema", None)
     if schema is not None:
@@ -101,7 +101,7 @@ def _name_of(node: torch.fx.Node) -> str:
 def _of_script(module: Any) -> list[tuple[torch.nn.Module, str]]:
     matrices = {name for name, parameter in module.named_parameters() if parameter.dim() >= 2}
     found = []
-    graph = module.inlined_graph  # is gone with its last name, and takes the nodes along
+    graph = module.inlined_graph  # this reference keeps the nodes alive
     for node in graph.findAllNodes("prim::GetAttr"):
         path = _path_to(node)
         if ".".join(path) in matrices and (how := _altered_in_script(node.output())) is not None:
@@ -110,7 +110,7 @@ def _of_script(module: Any) -> list[tuple[torch.nn.Module, str]]:
 
 
 def _path_to(node: Any) -> list[str]:
-    """The names that lead from the module of the graph to what this node takes from it."""
+    """Return the names of the attributes that lead from the module of the graph to the value of this node."""
     path: list[str] = []
     while node.kind() == "prim::GetAttr":
         path.insert(0, node.s("name"))

@@ -1,8 +1,8 @@
-"""Models on a hub: ids such as org/name or org/name@revision become directories of the local cache.
+"""Models on the hub: turns ids such as org/name or org/name@revision into directories of the local cache.
 
-What is complete in the cache is used without a word to the network; where the names of the files do not tell, the hub
-is asked. Otherwise only what is ranked is downloaded: the index, its shards, config.json and what says how they were
-quantized, but no pickles and none of the same weights in another format.
+A model that is complete in the cache needs no connection; if the names of its files do not prove that it is complete,
+the hub is asked. Only files that ranking reads are downloaded: the index, its shards, config.json and quantization
+configs, but no pickles and no copies of the weights in other formats.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .quantized.config import FILES as QUANTIZATION_FILES
 from .shards import is_index
 
 CONFIG = "config.json"
-SMALL = (CONFIG, *QUANTIZATION_FILES)  # what says how the weights are to be read
+SMALL = (CONFIG, *QUANTIZATION_FILES)  # small files that say how to read the weights
 
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _ID = re.compile(rf"(?P<name>{_WORD}/{_WORD})(?:@(?P<revision>[^\s@]+))?")
-_FILES = (".safetensors", ".gguf", ".json", *PICKLED)  # what ends so is meant as a path
+_FILES = (".safetensors", ".gguf", ".json", *PICKLED)  # endings of paths, not of ids
 
 
 class HubId(NamedTuple):
-    """A model on a hub, and which revision of it: a branch, a tag or a commit; None for the main one."""
+    """A model on the hub and its revision: a branch, a tag or a commit; None for the main branch."""
 
     name: str
     revision: str | None
@@ -40,7 +40,7 @@ class HubId(NamedTuple):
 
 
 def hub_id(text: str) -> HubId | None:
-    """``text`` as an id, if it may be one: two words with a slash between them."""
+    """Return ``text`` as an id, or None if it cannot be one; an id is two words with a slash between them."""
     found = _ID.fullmatch(text)
     if found is None or text.endswith(_FILES) or "--" in found["name"] or ".." in text:
         return None
@@ -48,46 +48,46 @@ def hub_id(text: str) -> HubId | None:
 
 
 def snapshot(wanted: HubId, quiet: bool = False) -> Path:
-    """The directory of the model in the local cache, downloaded if it is not complete there.
+    """Return the directory of the model in the local cache; download the model if it is not complete there.
 
     Args:
         wanted: the model.
-        quiet: no bars of the download.
+        quiet: draw no progress bars.
 
     Raises:
         MissingExtraError: huggingface_hub is not installed.
-        SourceNotFoundError: there is no such model or revision, or nothing of it is here and the hub is out of reach.
-        SourceError: it is gated, incomplete and offline, or has no safetensors.
+        SourceNotFoundError: there is no such model or revision, or it is not in the cache and the hub is unreachable.
+        SourceError: the model is gated, is incomplete while the hub is unreachable, or has no safetensors.
 
     Warns:
-        UserWarning: nobody could say whether the files in the cache are all.
+        UserWarning: it is unknown whether the files in the cache are complete.
     """
-    hub = library(wanted)
+    hub = import_hub(wanted)
     cached = look_in_cache(hub, wanted)
     if cached.complete:
         assert cached.path is not None
         return cached.path
-    # Files that nobody can call complete are used if the hub does not answer: a download may have stopped before the
-    # last of them.
+    # Files without an index or numbers may be incomplete, if a download has stopped; they are used only if the hub does
+    # not answer.
     usable = cached.path if cached.lacking is None else None
     try:
         target = wanted if usable is None else HubId(wanted.name, usable.name)
-        return _download(hub, target, _Quiet.bars() if quiet else None)
+        return _download(hub, target, _silent_bars() if quiet else None)
     except KappaError:
         raise
-    except Exception as error:  # of huggingface_hub, of the HTTP client that it happens to use, of the disk
+    except Exception as error:  # raised by huggingface_hub, by its HTTP client, or by the disk
         if usable is None:
-            raise explained(wanted, cached.lacking, error) from without_secret(error)
+            raise hub_error(wanted, cached.lacking, error) from safe_cause(error)
         warn(
             f"{wanted} is ranked as it is in the cache ({usable}): its files have neither an index nor numbers, so "
-            "only the hub can say whether one is missing, and it did not answer",
+            "only the hub can say whether a file is missing, and the hub did not answer",
             stacklevel=2,
         )
         return usable
 
 
-def library(wanted: HubId) -> Any:
-    """huggingface_hub.
+def import_hub(wanted: HubId) -> Any:
+    """Import huggingface_hub.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -101,10 +101,10 @@ def library(wanted: HubId) -> Any:
 
 
 class Cached(NamedTuple):
-    """What the local cache has of a model.
+    """The state of a model in the local cache.
 
-    path: the snapshot, None if there is none.  complete: its files show that none is missing.  lacking: what is wrong
-    with it, None where only the hub could tell.
+    path: the directory of the snapshot; None if there is none.  complete: True if the files prove that none is missing.
+    lacking: an error that says what is missing; None if only the hub knows.
     """
 
     path: Path | None
@@ -113,7 +113,7 @@ class Cached(NamedTuple):
 
 
 def look_in_cache(hub: Any, wanted: HubId) -> Cached:
-    """Without a word to the network."""
+    """Return the state of a model in the local cache, without using the network."""
     try:
         found = hub.snapshot_download(wanted.name, revision=wanted.revision, local_files_only=True, allow_patterns=[])
     except (OSError, ValueError):
@@ -122,7 +122,7 @@ def look_in_cache(hub: Any, wanted: HubId) -> Cached:
     try:
         return Cached(path, check_files(path), None)
     except SourceError as error:
-        return Cached(path, False, error.with_traceback(None))  # or it would hold the callers, and what they opened
+        return Cached(path, False, error.with_traceback(None))  # a traceback would keep the callers' objects alive
 
 
 def _download(hub: Any, wanted: HubId, bars: type[Any] | None) -> Path:
@@ -138,7 +138,7 @@ def _download(hub: Any, wanted: HubId, bars: type[Any] | None) -> Path:
         )
 
     small = small_files(files, weights)
-    directory = fetch(small or weights, wanted.revision)  # by this name, or the cache would not know the branch
+    directory = fetch(small or weights, wanted.revision)  # by the name of the branch, so that the cache records it
     for name in weights:
         if is_index(name):
             weights = listed_shards(directory / name, files)
@@ -147,12 +147,16 @@ def _download(hub: Any, wanted: HubId, bars: type[Any] | None) -> Path:
 
 
 def small_files(files: Collection[str], weights: Collection[str]) -> list[str]:
-    """What is to be read of a repository beside the weights: configurations, and an index among ``weights``."""
+    """Return the small files of a repository that are needed: configs, and an index among ``weights``."""
     return [name for name in files if name in SMALL or (name in weights and is_index(name))]
 
 
 def wanted_files(wanted: HubId, files: Collection[str]) -> list[str]:
-    """An index, or files of weights, chosen as in a directory on the disk."""
+    """Return the index or the files of weights of a repository, chosen as in a directory on the disk.
+
+    Raises:
+        SourceError: there are several indices, or no .safetensors file.
+    """
     top = [name for name in files if "/" not in name]
     indices = [name for name in top if is_index(name)]
     single = [name for name in (INDEX, SINGLE) if name in top]
@@ -168,21 +172,25 @@ def wanted_files(wanted: HubId, files: Collection[str]) -> list[str]:
     inner = sorted({name.rpartition("/")[0] for name in files if name.endswith(".safetensors")})
     if inner:
         raise SourceError(
-            f"{wanted} holds no .safetensors file itself, but {inner[0]} does: download it and give that directory"
+            f"{wanted} has no .safetensors file itself, but {inner[0]} has: download it and give that directory"
         )
     others = sorted(name for name in files if name.endswith((*PICKLED, ".gguf")))
     if others and others[0].endswith(".gguf"):
-        raise SourceError(f"{wanted} holds GGUF files ({others[0]}): download the one you want and give its path")
+        raise SourceError(f"{wanted} has GGUF files ({others[0]}): download the one you want and give its path")
     if others:
         raise SourceError(
-            f"{wanted} holds no .safetensors file, only pickled weights ({others[0]}), which can run code when they "
+            f"{wanted} has no .safetensors file, only pickled weights ({others[0]}), which can run code when they "
             f"are read: look for a converted revision on its page (often {wanted.name}@refs/pr/1), or convert it"
         )
-    raise SourceError(f"{wanted} holds no .safetensors file: is it a model?")
+    raise SourceError(f"{wanted} has no .safetensors file: is it a model?")
 
 
 def listed_shards(index: Path, files: Collection[str]) -> list[str]:
-    """What an index lists, as far as the repository has it; the rest is for the reader of the index to refuse."""
+    """Return the files that an index lists and the repository has; reading the index refuses missing ones later.
+
+    Raises:
+        SourceError: the index is not valid.
+    """
     try:
         listed = set(read_document(index, LARGEST_INDEX, MOST_VALUES_OF_INDEX)["weight_map"].values())
         return sorted(name for name in files if name in listed)
@@ -190,13 +198,13 @@ def listed_shards(index: Path, files: Collection[str]) -> list[str]:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
-            f"{index} is no index of a sharded checkpoint ({error!r}): remove it, try again; if that does not help, "
-            "look for another revision of the model"
+            f"{index} is not an index of a sharded checkpoint ({error!r}): remove it and try again; if that does not "
+            "help, look for another revision of the model"
         ) from error
 
 
-def explained(wanted: HubId, lacking: SourceError | None, error: Exception) -> SourceError:
-    """What to say of an error of the hub, and what to do; ``lacking`` is what the local cache lacks."""
+def hub_error(wanted: HubId, lacking: SourceError | None, error: Exception) -> SourceError:
+    """Return the SourceError for an error of the hub; ``lacking`` says what the local cache lacks."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{wanted.name}"
@@ -213,18 +221,18 @@ def explained(wanted: HubId, lacking: SourceError | None, error: Exception) -> S
         away = "HF_HUB_OFFLINE is set: unset it, or download the model elsewhere and give its directory"
     elif isinstance(error, (errors.HfHubHTTPError, errors.LocalEntryNotFoundError)) or not isinstance(error, OSError):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        away = f"{constants.ENDPOINT} did not give it ({reason}): try again later; what has arrived is kept"
+        away = f"{constants.ENDPOINT} did not send it ({reason}): try again later; downloaded files are kept"
     else:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = "free disk space there" if full else "look after your rights to it, or set HF_HOME to another place"
+        what = "free disk space there" if full else "check its permissions, or set HF_HOME to another directory"
         away = f"it could not be written to {constants.HF_HUB_CACHE} ({error.strerror or error}): {what}"
     if lacking is not None:
         return SourceError(f"{wanted} is not complete in the cache ({lacking}), and {away}")
-    return SourceNotFoundError(f"{wanted} is neither a path nor in the cache of the hub, and {away}")
+    return SourceNotFoundError(f"{wanted} is neither a path nor a model in the cache of the hub, and {away}")
 
 
-def without_secret(error: Exception) -> Exception | None:
-    """The error as a cause; None if its text has a password or a token in it, which a traceback would show."""
+def safe_cause(error: Exception) -> Exception | None:
+    """Return the error for use as a cause; None if its text has a password or token, which tracebacks would show."""
     seen: BaseException | None = error
     while seen is not None:
         if without_secrets(str(seen)) != str(seen):
@@ -233,16 +241,13 @@ def without_secret(error: Exception) -> Exception | None:
     return error
 
 
-class _Quiet:
-    """Bars that are not drawn."""
+def _silent_bars() -> type[Any]:
+    """Return a class of progress bars that draws nothing."""
+    from tqdm import tqdm
 
-    @staticmethod
-    def bars() -> type[Any]:
-        from tqdm import tqdm
+    class SilentBar(tqdm):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            options.pop("name", None)  # an argument that huggingface_hub adds
+            super().__init__(*arguments, **{**options, "disable": True})
 
-        class Undrawn(tqdm):  # type: ignore[misc]
-            def __init__(self, *arguments: Any, **options: Any) -> None:
-                options.pop("name", None)  # huggingface_hub's own
-                super().__init__(*arguments, **{**options, "disable": True})
-
-        return Undrawn
+    return SilentBar

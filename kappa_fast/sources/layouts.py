@@ -1,7 +1,7 @@
-"""How parameters are cut into matrices: stacks of experts, fused projections, convolutions.
+"""Splits parameters into matrices: stacks of experts, fused projections, convolutions.
 
 The layout of a fused tensor comes from the module that owns it, else from config.model_type, else from the shape of its
-down_proj sibling. Where none of them tells, it is ranked as stored, and a note says so.
+down_proj sibling. A tensor of unknown layout is ranked as stored, and a note says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Along = Literal["rows", "columns"]
 
 @dataclass(frozen=True)
 class Part:
-    """One matrix of a parameter: its label, what to index the parameter with, and its shape after flattening."""
+    """One matrix of a parameter: its label, its index into the parameter, and its shape after flattening."""
 
     label: str
     index: Index
@@ -31,14 +31,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """All parts of one parameter, and a note where the layout is a guess or had to be left as it is."""
+    """All matrices of one parameter, and a note if the layout is a guess or is unknown."""
 
     parts: tuple[Part, ...]
     note: str | None = None
 
 
 class _Fused(NamedTuple):
-    """How a fused matrix is put together: the pieces one after the other, or taking turns row by row."""
+    """How a fused matrix is composed: the pieces one after the other, or ``interleaved`` row by row."""
 
     labels: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -47,7 +47,7 @@ class _Fused(NamedTuple):
 
 
 _GATE_UP = re.compile(r"(?:^|\.)(?:gate_up_proj|ffn_gate_up_exps)(?:\.weight)?$")
-# In families that call the two something else.
+# Model types with other names for gate_up_proj.
 _GATE_UP_OF = {
     "jetmoe": re.compile(r"\.mlp\.input_linear\.weight$"),
     "granitemoe": re.compile(r"\.(?:block_sparse_moe|shared_mlp)\.input_linear\.weight$"),
@@ -55,18 +55,18 @@ _GATE_UP_OF = {
 _GATE_UP_OF |= dict.fromkeys(("granitemoeshared", "granitemoehybrid", "granitemoe_swa"), _GATE_UP_OF["granitemoe"])
 _DOWN = {"gate_up_proj": "down_proj", "ffn_gate_up_exps": "ffn_down_exps", "input_linear": "output_linear"}
 
-# Experts stored transposed ([experts, in, 2 x width]): in these the columns of gate and up alternate, ...
+# Model types that store experts transposed ([experts, in, 2 x width]). Here the columns of gate and up alternate, ...
 _ALTERNATING = {"gpt_oss"}
-# ... and in these all of gate comes first. The two cannot be told apart by shape.
+# ... and here all columns of gate come first. The shapes are the same.
 _GATE_COLUMNS_FIRST = {
     *("aria", "aria_text", "llama4", "llama4_text", "openai_privacy_filter"),
-    *("qwen3_vl_moe", "qwen3_vl_moe_text"),  # so on disk
+    *("qwen3_vl_moe", "qwen3_vl_moe_text"),  # in checkpoints
 }
 
 _FUSED_QKV = re.compile(
     r"(?:^|[._])(?:query_key_value|qkv(?:_proj|_linear)?|Wqkv|W_pack|c_attn|att_proj)(?:\.weight)?$|(?:^|\.)in_proj_weight$"
 )
-# All rows of q, then those of k, then those of v. GPT-NeoX, BLOOM, Falcon, MiniMax and CodeGen alternate head by head.
+# Model types with all rows of q, then of k, then of v. GPT-NeoX, BLOOM, Falcon, MiniMax and CodeGen alternate by head.
 _QKV_ROWS = {
     "dbrx": re.compile(r"\.Wqkv\.weight$"),
     "modernbert": re.compile(r"\.Wqkv\.weight$"),
@@ -74,12 +74,12 @@ _QKV_ROWS = {
     "phi3": re.compile(r"\.qkv_proj\.weight$"),
     "phi4_multimodal": re.compile(r"\.qkv_proj\.weight$"),
 }
-# The same along columns, because Conv1D keeps its weight transposed.
+# The same along columns, because Conv1D stores its weight transposed.
 _QKV_COLUMNS = dict.fromkeys(
     ("decision_transformer", "gpt2", "imagegpt", "openai-gpt"), re.compile(r"\.c_attn\.weight$")
 )
 _KV_ROWS = {"jetmoe": re.compile(r"\.kv_proj\.weight$")}
-# The projection that follows attention: its input is as wide as q.
+# The projection after attention, whose input is as wide as q.
 _AFTER_ATTENTION = ("o_proj.weight", "out_proj.weight")
 
 _DBRX_EXPERTS = re.compile(r"^(?P<ffn>(?:.*\.)?ffn)\.experts\.mlp\.(?:w1|v1|w2)$")
@@ -87,12 +87,12 @@ _KNOWN_STACK = re.compile(r"expert|moe|_(?:ch)?exps|(?:input|output)_linear")
 
 
 def layout_of(stored: Stored, shapes: Mapping[str, tuple[int, ...]], split: bool) -> Layout:
-    """The matrices in a parameter with two or more dimensions.
+    """Return the matrices of a parameter with two or more dimensions.
 
     Args:
-        stored: the parameter; no dimension of it may be 0.
-        shapes: of all tensors by name, to look at siblings.
-        split: whether fused projections are taken apart.
+        stored: the parameter; none of its dimensions may be 0.
+        shapes: the shapes of all tensors by name, to look up siblings.
+        split: True splits fused projections into their parts.
     """
     shape = stored.shape
     flat = (shape[0], stored.numel // shape[0])
@@ -102,34 +102,34 @@ def layout_of(stored: Stored, shapes: Mapping[str, tuple[int, ...]], split: bool
         return Layout(
             (Part("", (), flat),), f"{len(shape)} dimensions of unknown meaning, flattened like a convolution"
         )
-    heights = _experts_below_each_other(stored, shapes)
-    if len(shape) == 2 and heights is None:
+    height = _rows_per_expert(stored, shapes)
+    if len(shape) == 2 and height is None:
         fused, note = _fused(stored, shape, shapes) if split else (None, None)
         return Layout(tuple(_pieces("", (), flat, fused)), note)
     fused, note = None, None
-    if heights is not None:
-        slots: list[Index] = [(slice(start, start + heights), ALL) for start in range(0, shape[0], heights)]
-        inner = (heights, shape[1])
+    if height is not None:
+        slots: list[Index] = [(slice(start, start + height), ALL) for start in range(0, shape[0], height)]
+        inner = (height, shape[1])
     else:
         slots, inner = [(expert,) for expert in range(shape[0])], (shape[1], shape[2])
         fused, note = _fused(stored, inner, shapes) if split else (None, None)
         if not classes.is_stack(stored.parent) and not _KNOWN_STACK.search(stored.name):
-            note = note or "3 dimensions, taken for a stack of matrices"
+            note = note or "3 dimensions, treated as a stack of matrices"
     parts = [part for e, slot in enumerate(slots) for part in _pieces(f"[{e}]", slot, inner, fused)]
     return Layout(tuple(parts), note)
 
 
 def _convolution(stored: Stored) -> str | None:
-    """None if it is no convolution; else a note, "" where there is no doubt."""
+    """Return None if the tensor is not a convolution, else a note: "" if it is certain."""
     if classes.class_names(stored.parent):
         return classes.convolution(stored.parent, stored.shape)
     if not names.is_convolution(stored.name):
         return None
-    return "taken for a convolution by its name" if len(stored.shape) == 3 else ""
+    return "treated as a convolution because of its name" if len(stored.shape) == 3 else ""
 
 
-def _experts_below_each_other(stored: Stored, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """DBRX keeps all experts of a layer in one 2-D parameter: the rows of one of them, as its router tells."""
+def _rows_per_expert(stored: Stored, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return the rows of one expert if a 2-D parameter stacks all experts of a layer, as in DBRX; else None."""
     found = _DBRX_EXPERTS.search(stored.name)
     router = shapes.get(f"{found['ffn']}.router.layer.weight", ()) if found else ()
     if len(stored.shape) != 2 or len(router) != 2 or stored.shape[0] % router[0]:
@@ -155,7 +155,7 @@ def _pieces(label: str, slot: Index, shape: tuple[int, int], fused: _Fused | Non
 def _fused(
     stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[_Fused | None, str | None]:
-    """How a matrix of the parameter is put together; None if it is no fused one, or with a note if nothing tells."""
+    """Return how a matrix of the parameter is composed, and a note; None if it is not fused or of unknown layout."""
     if _GATE_UP.search(stored.name) or _matches(_GATE_UP_OF, stored):
         return _gate_up(stored, shape, shapes)
     if _FUSED_QKV.search(stored.name) or _matches(_KV_ROWS, stored):
@@ -170,7 +170,7 @@ def _gate_up(
     along, alternating, note = _gate_up_layout(stored, shape, shapes)
     size = shape[0] if along == "rows" else shape[1]
     if along is None or alternating is None or size % 2:
-        return None, "gate and up cannot be told apart by module, model type or shapes: ranked as stored"
+        return None, "module, model type and shapes do not say which half is gate and which is up: ranked as stored"
     kinds = set(stored.model_types)
     up_first = "phi4_multimodal_audio" in kinds or ("phi4_multimodal" in kinds and "audio" in stored.name)
     labels = ("up", "gate") if up_first else ("gate", "up")
@@ -180,10 +180,10 @@ def _gate_up(
 def _gate_up_layout(
     stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Along | None, bool | None, str | None]:
-    """Along which dimension the halves lie, whether they alternate (None: unknown for both), and a note on a guess."""
+    """Return the dimension that has the halves, whether they alternate (None: unknown), and a note on a guess."""
     transposed = getattr(stored.parent, "is_transposed", None)
     concatenated = getattr(stored.parent, "is_concatenated", None)
-    if isinstance(transposed, bool) and isinstance(concatenated, bool):  # transformers' experts say it themselves
+    if isinstance(transposed, bool) and isinstance(concatenated, bool):  # experts of transformers have these attributes
         return "columns" if transposed else "rows", not concatenated, None
     along = _along_of_sibling(stored.name, shape, shapes)
     if along is None and stored.name.endswith("input_linear.weight"):
@@ -194,7 +194,7 @@ def _gate_up_layout(
         return along or "columns", False, None
     if along == "columns":
         return along, None, None
-    return along, False, None if stored.model_types else "gate is taken to come first, as is usual"
+    return along, False, None if stored.model_types else "gate is assumed to come first, as usual"
 
 
 def _along_of_sibling(name: str, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]) -> Along | None:
@@ -214,7 +214,7 @@ def _qkv(stored: Stored, shape: tuple[int, int], shapes: Mapping[str, tuple[int,
     if stored.name.endswith("in_proj_weight") and rows == 3 * columns and of_torch:
         return _Fused(("q", "k", "v"), (columns,) * 3, "rows")  # torch.nn.MultiheadAttention
     if _matches(_QKV_COLUMNS, stored) and columns in (2 * rows, 3 * rows):
-        labels = ("k", "v") if columns == 2 * rows else ("q", "k", "v")  # attention to an encoder has a q of its own
+        labels = ("k", "v") if columns == 2 * rows else ("q", "k", "v")  # cross-attention has a separate q
         return _Fused(labels, (rows,) * len(labels), "columns")
     if _matches(_KV_ROWS, stored) and rows % 2 == 0:
         return _Fused(("k", "v"), (rows // 2,) * 2, "rows")

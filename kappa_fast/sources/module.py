@@ -1,4 +1,4 @@
-"""Weights from a torch.nn.Module, which is only looked at."""
+"""Reads the weights of a torch.nn.Module without changing or running it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .packed import packed_weights
 from .quantized import modules, weights_of
 from .tensors import digest_of_headers, identity, is_lazy, model_types_in, own_names, sharded, store
 
-# What torch calls the parts of reparametrized weights, in modules that have lost their parametrization to a graph.
+# Names of the parts of reparametrized weights, in modules whose parametrization became a part of a traced graph.
 _PARTS = frozenset(("original", "original0", "original1", "weight_g", "weight_v", "weight_orig"))
 
 
 def read_module(model: torch.nn.Module, adapters: str = "base") -> Inventory:
-    """The parameters of a model, tied ones once with all their names; the quantized weights of its modules.
+    """Return the parameters and the quantized weights of a model; a tied one appears once, with all of its names.
 
-    A weight that a module computes from others is there as the module computes it; with ``adapters="merged"`` one that
-    PEFT has put adapters beside as both together compute it.
+    A weight that a module computes from parameters appears as the computed weight, and with ``adapters="merged"`` a
+    weight with PEFT adapters as the merged weight.
 
     Raises:
         NotImplementedError: a parameter is sharded (DTensor, FSDP, ZeRO-3).
@@ -73,7 +73,7 @@ def read_module(model: torch.nn.Module, adapters: str = "base") -> Inventory:
         if "scales" not in t.roles and (t.quantization is not None or before.names in weights)
     ]
     of_parts = {identity(held[name].tensor): held[name].tensor for name in parts if name in held}
-    hidden = [*modules.out_of_reach(model), *packed_weights(model, _shown(held))]
+    hidden = [*modules.unreadable_stacks(model), *packed_weights(model, _shown(held))]
     unseen = [replace(t, names=own_names([t.names])[t.name]) for t in hidden]
     metadata: dict[str, Any] = {
         "kind": "module",
@@ -81,7 +81,8 @@ def read_module(model: torch.nn.Module, adapters: str = "base") -> Inventory:
         "model_type": next((kind for place in places.values() for kind in place.model_types), None),
         "fingerprint": digest_of_headers(stored),
     }
-    elsewhere = [made for made in computed if made.parts != made.names]  # others train under the name of the weight
+    # Training needs the names of the parameters from which a weight is computed, if they differ from its own name.
+    elsewhere = [made for made in computed if made.parts != made.names]
     if elsewhere:
         metadata["computed"] = {
             own[made.names[0]][0]: [part for part in made.parts if part in held and held[part].is_weight]
@@ -99,7 +100,7 @@ def read_module(model: torch.nn.Module, adapters: str = "base") -> Inventory:
 
 @dataclass(frozen=True)
 class _Held:
-    """A tensor of the model, and the module that has it under the name ``leaf``."""
+    """A tensor of the model, and the module that holds it under the name ``leaf``."""
 
     tensor: torch.Tensor
     holder: torch.nn.Module
@@ -108,15 +109,15 @@ class _Held:
 
 
 def _held(model: torch.nn.Module) -> dict[str, _Held]:
-    """Every parameter, weights that are kept as buffers, and what belongs to the codes of quantized ones, by name."""
+    """Return by name: all parameters, weights that are buffers, and the companions of quantized weights."""
     found: dict[str, _Held] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
         own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
         found |= {start + name: _Held(tensor, module, name, True) for name, tensor in own.items()}
-        beside = modules.beside_codes(module)
+        beside = modules.quantized_attributes(module)
         found |= {start + name: _Held(tensor, module, name, False) for name, tensor in beside.items()}
-        frozen = dict(module._buffers.items()).get("weight")  # by whoever does not want an optimizer to find it
+        frozen = dict(module._buffers.items()).get("weight")  # some make a weight a buffer to hide it from optimizers
         if frozen is not None and frozen.dim() >= 2 and start + "weight" not in found:
             found[start + "weight"] = _Held(frozen, module, "weight", True)
     return found
@@ -124,7 +125,7 @@ def _held(model: torch.nn.Module) -> dict[str, _Held]:
 
 @dataclass(frozen=True)
 class _Computed:
-    """A weight that a module computes: its names, and those of its parts, for every name of the module."""
+    """A weight that a module computes: its names and those of its parts, for every name of the module."""
 
     names: tuple[str, ...]
     parts: tuple[str, ...]
@@ -132,11 +133,11 @@ class _Computed:
 
 
 def _computed(model: torch.nn.Module) -> tuple[list[_Computed], dict[int, str]]:
-    """All of them, and what is to be said of modules whose forward() cannot be followed, by their ids."""
+    """Return all computed weights, and notes on modules whose computation is unknown, by their ids."""
     unclear: dict[int, str] = {}
     prefixes: dict[int, tuple[torch.nn.Module, list[str]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if f".{PARAMETRIZATIONS}." in f".{prefix}.":  # a part of a part
+        if f".{PARAMETRIZATIONS}." in f".{prefix}.":  # the module belongs to a parametrization itself
             continue
         prefixes.setdefault(id(module), (module, []))[1].append(f"{prefix}." if prefix else "")
     found = [
@@ -153,7 +154,7 @@ def _computed(model: torch.nn.Module) -> tuple[list[_Computed], dict[int, str]]:
 
 
 def _weights_made_by(module: torch.nn.Module, unclear: dict[int, str]) -> Iterator[Effective]:
-    """``unclear`` gets a line for a module whose forward() cannot be followed, by its id."""
+    """Yield the weights that a module computes; add a note to ``unclear`` if its forward() cannot be followed."""
     before = list(effective_weights(module))
     for weight in before:
         in_forward = weight_in_forward(module, weight)
@@ -168,7 +169,7 @@ def _weights_made_by(module: torch.nn.Module, unclear: dict[int, str]) -> Iterat
 def _made(
     item: _Computed, names: tuple[str, ...], held: Mapping[str, _Held], places: list[Home], head: bool
 ) -> Iterator[tuple[str, Stored]]:
-    """The weight itself, and the parts that are no second name of it; each beside the part whose place it takes."""
+    """Yield the computed weight, then its parts of another shape; each with a name that gives its position."""
     weight, parts = item.weight, [name for name in item.parts if name in held]
     roles: set[Role] = {role for place in places for role in place.roles}
     if head:
@@ -197,9 +198,10 @@ def _made(
 
 
 def _unshared(computed: list[_Computed], held: Mapping[str, _Held]) -> tuple[list[_Computed], dict[object, str]]:
-    """Without weights that a forward() computes from a parameter that other layers have too, and how each is computed.
+    """Return the computed weights without those from a shared parameter, and the problems of these parameters.
 
-    Such a parameter is multiplied with as more than one matrix.
+    If a forward() computes a weight from a parameter that other layers use too, this parameter acts as more than one
+    matrix.
     """
     users: dict[object, set[str]] = {}
     for name, item in held.items():
@@ -210,7 +212,7 @@ def _unshared(computed: list[_Computed], held: Mapping[str, _Held]) -> tuple[lis
         if made.parts == made.names and users[identity(held[made.parts[0]].tensor)] != set(made.names)
     }
     left = [m for m in computed if m.parts != m.names or identity(held[m.parts[0]].tensor) not in how]
-    return left, {key: f"{COMPUTED} {of}, and shared with layers that use it in another way" for key, of in how.items()}
+    return left, {key: f"{COMPUTED} {of}, and shared with layers that use it differently" for key, of in how.items()}
 
 
 def _noted(stored: Stored, unclear: str | None, shared: str | None) -> Stored:
@@ -221,13 +223,13 @@ def _noted(stored: Stored, unclear: str | None, shared: str | None) -> Stored:
     leaf = stored.name.rpartition(".")[2]
     if leaf in _PARTS:
         return replace(stored, problem=f"a part of a weight ({unclear}): rank the model that the graph was made from")
-    # What is called by another name (a table, scales of channels) is mostly no matrix that a layer multiplies with.
+    # Layers rarely multiply with parameters of other names (tables, scales of channels).
     evidence = f"parameter of {type(stored.parent).__name__}: {unclear}"
     return replace(stored, evidence=evidence, unfollowed=leaf == "weight")
 
 
 def _shown(held: Mapping[str, _Held]) -> set[str]:
-    """All modules that hold a matrix, themselves or further down."""
+    """Return the names of all modules that hold a matrix, themselves or in a child."""
     shown: set[str] = set()
     for name in (n for n, item in held.items() if is_lazy(item.tensor) or item.tensor.dim() >= 2):
         owner = name.rpartition(".")[0]
@@ -251,7 +253,7 @@ def _stored(names: tuple[str, ...], item: _Held, places: list[Home], head: bool)
 
 
 def homes_of(model: torch.nn.Module) -> dict[str, Home]:
-    """By name: of parameters, tied ones under all of their names, of weights that modules compute, and of buffers."""
+    """Return the homes of parameters (under all names), of weights that modules compute, and of buffers, by name."""
     places, heads = _places(model), set(_output_heads(model))
     named = {name: identity(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     named |= {name: name for weight in _computed(model)[0] for name in weight.names}
@@ -266,7 +268,7 @@ def homes_of(model: torch.nn.Module) -> dict[str, Home]:
 
 
 def _places(model: torch.nn.Module) -> dict[str, Home]:
-    """By the name of the module that holds a parameter."""
+    """Return the homes of the parameters of each module, by the name of the module."""
     modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[str, Home] = {}
     for name, module in modules.items():
@@ -286,7 +288,7 @@ def _places(model: torch.nn.Module) -> dict[str, Home]:
 
 
 def _above(names: Iterable[str], places: Mapping[str, Home]) -> list[Home]:
-    """Of the modules that hold these parameters."""
+    """Return the homes of the parameters with these names."""
     return [places[name.rpartition(".")[0]] for name in names]
 
 
@@ -298,23 +300,23 @@ def _roles(module: torch.nn.Module, *, is_root: bool) -> Iterator[Role]:
 
 
 def _adapter_words(module: torch.nn.Module) -> tuple[str, ...]:
-    """What a layer of PEFT calls the children that it adds: every such layer lists them."""
+    """Return the names of the children that a layer of PEFT adds, which every such layer lists."""
     words = getattr(module, "adapter_layer_names", ())
     return tuple(words) if isinstance(words, (tuple, list)) else ()
 
 
 def _output_heads(model: torch.nn.Module) -> Iterator[object]:
-    """Identities of the weights of output heads, and the names of those that are computed."""
+    """Yield the identities of the weights of output heads, and the names of those that are computed."""
     names = {id(module): name for name, module in model.named_modules()}
     for module in model.modules():
         getter = getattr(type(module), "get_output_embeddings", None)
         try:
             head = getter(module) if callable(getter) else None
             if isinstance(head, torch.nn.Module) and torch.nn.utils.parametrize.is_parametrized(head, "weight"):
-                yield f"{names[id(head)]}.weight"  # its attribute would compute it, in the mode that the model is in
+                yield f"{names[id(head)]}.weight"  # reading the attribute would run the parametrization
                 continue
             weight = getattr(head, "weight", None)
-        except (AttributeError, NotImplementedError, TypeError):  # a model without one may say so in any of these ways
+        except (AttributeError, NotImplementedError, TypeError):  # models without a head raise any of these
             continue
         if isinstance(weight, torch.Tensor):
             yield identity(weight)

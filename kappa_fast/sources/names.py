@@ -1,11 +1,11 @@
-"""What the names of parameters tell: layer, group, role. Tables of the names in use; nothing here sees a tensor."""
+"""Roles of parameters (embedding, head, router, adapter, ...) by their names, from tables of the names in use."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
 
-# What PEFT puts around or beside the weights, and the first words of what its methods add to them.
+# Names of the wrappers of PEFT, and of the tensors that its methods add.
 _PEFT = re.compile(r"^base_model\.|\.base_layer\.|\.modules_to_save\.|\.original_module\.|(?:^|\.)lora_")
 _ADAPTER = re.compile(
     r"(?:^|\.)(?:lora_|lycoris_|(?:\w+_)?lora\.(?:up|down|[abAB])(?:\.|$)|hada_w[12]_|lokr_w[12](?:_|$)"
@@ -17,12 +17,12 @@ _ADAPTER_IN_PEFT = re.compile(
     r"|supertuning|tinylora|trainable_tokens|unilora|vblora|vera|waveft|xlora)(?:_|\.|$)"
 )
 
-# The component that owns the tensor, such as "embed_tokens", "word_embeddings", "pos_embed", "relative_attention_bias".
+# Names of modules that are embeddings, such as "embed_tokens", "word_embeddings", "pos_embed", ...
 _EMBEDDING = re.compile(
     r"(?:\w+_)?(?:emb|embs|embd|embed|embeds|embedding|embeddings|embedder)(?:_\w+)?|wte|wpe|\w*position_bias_table"
     r"|relative_attention_bias|rel_pos_[hw]|token_types|(?:cls|mask|class|dist)_tokens?"
 )
-# ... and what holds one of these words but projects, normalizes or cuts into patches instead of looking up.
+# ... and words in names of modules that project, normalize or cut into patches instead of looking up.
 _NO_EMBEDDING = re.compile(
     r"patch|conv|proj|norm|dense|linear|transform|mapping|dropout|rotary|time|bbox|class_embed|decoder_embed$"
 )
@@ -31,7 +31,7 @@ _HEAD = re.compile(
     r"(?:^|\.)(?:\w+_)?(?:lm_head|unembed|vocab_projector|codec_head)(?:\.(?:decoder|out_proj))?(?:\.weight)?$"
     r"|(?:^|\.)(?:embed_out|(?:predictions|mlm_score)\.decoder|pred_layer\.proj)\.weight$"
 )
-# What heads are called too, but other projections as well.
+# Names that heads and other projections have.
 _VAGUE_HEAD = re.compile(r"(?:^|\.)(?:output|decoder|output_projection|proj_out|head)\.weight$")
 
 _ROUTER = re.compile(
@@ -55,7 +55,7 @@ _BUFFER = re.compile(
 )
 
 
-# In models whose layers hand weights to functions and kernels, read in transformers 5.23.
+# Weights that layers pass to functions and kernels instead of calling the module; from the code of transformers 5.23.
 _READ_DIRECTLY = {
     "deberta": re.compile(r"\.attention\.self\.in_proj\.weight$"),
     "wavlm": re.compile(r"\.attention\.(?:[qkv]|out)_proj\.weight$"),
@@ -66,7 +66,7 @@ _READ_DIRECTLY = {
 
 
 def is_embedding(name: str) -> bool:
-    """True for tables that are looked up: of tokens, positions, segments."""
+    """Return True for tables of embeddings: of tokens, positions, segments."""
     words = [word for word in name.split(".") if word not in ("weight", "weights")]
     owner = words[-1] if words else ""
     found = _EMBEDDING.fullmatch(owner) is not None and _NO_EMBEDDING.search(owner) is None
@@ -74,12 +74,15 @@ def is_embedding(name: str) -> bool:
 
 
 def is_output_head(name: str, as_an_embedding: bool) -> bool:
-    """True for the projection onto the vocabulary; ``as_an_embedding`` tells that some embedding has the same shape."""
+    """Return True for the projection onto the vocabulary.
+
+    as_an_embedding: True if an embedding of the model has the same shape.
+    """
     return _HEAD.search(name) is not None or (as_an_embedding and _VAGUE_HEAD.search(name) is not None)
 
 
 def is_router(name: str, names: Collection[str]) -> bool:
-    """True for the router of a mixture of experts; a plain ``gate`` is one where its block is known to have experts."""
+    """Return True for the router of a mixture of experts; a plain ``gate`` is one if its block has experts."""
     if _ROUTER.search(name):
         return True
     gate = _GATE.match(name)
@@ -92,9 +95,10 @@ def is_router(name: str, names: Collection[str]) -> bool:
 
 
 def is_read_directly(name: str, names: Collection[str], model_types: Collection[str]) -> bool:
-    """True for weights of layers that are not called: what owns them reads the weight, and passes an adapter by.
+    """Return True for weights of layers whose parent reads the weight and does not call the layer.
 
-    ``names``: of all tensors. nn.MultiheadAttention has no ``in_proj.weight`` but an ``in_proj_weight``.
+    An adapter on such a layer has no effect. names: the names of all tensors; nn.MultiheadAttention is recognized by
+    its ``in_proj_weight``.
     """
     block = name.removesuffix("out_proj.weight")
     if block != name and any(block + beside in names for beside in ("in_proj_weight", "q_proj_weight")):
@@ -103,25 +107,25 @@ def is_read_directly(name: str, names: Collection[str], model_types: Collection[
 
 
 def has_adapters(names: Iterable[str]) -> bool:
-    """True if PEFT has wrapped the model that has these names."""
+    """Return True if PEFT has wrapped the model that has these names."""
     return any(_PEFT.search(name) for name in names)
 
 
 def is_adapter(name: str, in_peft: bool) -> bool:
-    """True for the tensors that PEFT adds to a model; ``in_peft`` as ``has_adapters`` found."""
+    """Return True for the tensors that PEFT adds to a model; ``in_peft`` is the result of ``has_adapters``."""
     return _ADAPTER.search(name) is not None or (in_peft and _ADAPTER_IN_PEFT.search(name) is not None)
 
 
 def is_convolution(name: str) -> bool:
-    """True for kernels of convolutions, as far as a name can tell."""
+    """Return True for names of kernels of convolutions."""
     return _CONVOLUTION.search(name) is not None
 
 
 def is_parameter(name: str) -> bool:
-    """True for the names that parameters with two or more dimensions have in torch.nn and transformers."""
+    """Return True for the names that parameters with two or more dimensions have in torch.nn and transformers."""
     return _PARAMETER.fullmatch(name.rpartition(".")[2]) is not None or is_embedding(name)
 
 
 def is_buffer(name: str) -> bool:
-    """True for masks, rotary tables and statistics, which a state dict holds beside the weights."""
+    """Return True for names of masks, rotary tables and statistics, which a state dict contains too."""
     return _BUFFER.search(name) is not None

@@ -1,7 +1,7 @@
-"""Weights that a module keeps where no parameter and no buffer shows them: packed for a kernel, or frozen into a graph.
+"""Finds weights that are neither parameters nor buffers: packed for a kernel, or frozen into a graph.
 
-What there is of torch.ao (linear and convolutional layers, recurrent ones, embeddings), of TorchScript after
-``torch.jit.freeze``, and of any layer that tells its sizes and has no matrix. They are named and counted, not read.
+These are layers of torch.ao (linear, convolutional, recurrent, embeddings), TorchScript after ``torch.jit.freeze``, and
+any layer that has attributes with its sizes but no matrix. The weights are listed and counted, but cannot be read.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import nn
 from .base import Stored
 from .quantized.modules import unread
 
-# Rows of each weight of a recurrent layer, as multiples of hidden_size.
 _RECURRENT = re.compile("LSTM|GRU|RNN")
 _PACKED = ("_packed_params", "_packed_weight_ih", "_packed_weight_hh", "param")
+# Rows of each weight of a recurrent layer, as multiples of hidden_size.
 _GATES = {"LSTM": 4, "GRU": 3}
 
 
 def packed_weights(model: nn.Module, shown: Collection[str]) -> Iterator[Stored]:
-    """What the modules of a model keep out of sight.
+    """Yield the weights of a model that are neither parameters nor buffers.
 
     Args:
         model: the whole model.
-        shown: names of all modules that hold a matrix, themselves or further down.
+        shown: the names of all modules that hold a matrix, themselves or in a child.
     """
     covered: set[str] = set()
     for name, module in model.named_modules():
@@ -40,11 +40,11 @@ def packed_weights(model: nn.Module, shown: Collection[str]) -> Iterator[Stored]
             covered.add(start)
         for leaf, shape in found:
             kind = module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
-            yield unread(start + leaf, shape, f"kept by {kind} where it cannot be read: rank the checkpoint")
+            yield unread(start + leaf, shape, f"packed by {kind}, so that it cannot be read: rank the checkpoint")
 
 
 def _sizes(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the weights of a layer, by the sizes that it tells; bias vectors are not counted."""
+    """Yield names and shapes of the weights of a layer, by its attributes with sizes; biases are left out."""
     told = vars(module)
 
     def sizes(*names: str) -> tuple[int, ...] | None:
@@ -79,16 +79,16 @@ def _recurrent(module: nn.Module, hidden: int, size: int) -> Iterator[tuple[str,
 
 
 def _frozen(module: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Constants of a graph that freezing made of weights."""
+    """Yield names and shapes of weights that torch.jit.freeze turned into constants of a graph."""
     if not module._c._has_method("forward") or any(True for _ in module.children()):
-        return  # a module that still has others calls them
+        return  # freezing leaves no children
     for node in module.graph.findAllNodes("prim::Constant", True):
         if node.hasAttribute("value") and node.kindOf("value") == "t" and node.t("value").dim() >= 2:
             yield node.output().debugName().removeprefix("self."), tuple(node.t("value").shape)
 
 
 def _objects(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Objects of a kernel, under the names that torch.ao has for them, in modules and in TorchScript ones."""
+    """Yield names and shapes of weights in packed objects of torch.ao, in modules and in TorchScript modules."""
     for leaf in _PACKED:
         packed = getattr(module, leaf, None)
         if isinstance(packed, torch.ScriptObject):
@@ -96,10 +96,10 @@ def _objects(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _shape_of(packed: torch.ScriptObject) -> tuple[int, ...]:
-    """Of the weight that was packed; (0, 0) where torch has no way back."""
+    """Return the shape of the weight in a packed object; (0, 0) if torch cannot unpack it."""
     for kind in ("linear", "conv2d", "conv3d"):
         try:
             return tuple(getattr(torch.ops.quantized, f"{kind}_unpack")(packed)[0].shape)
-        except RuntimeError:  # an object of another kind
+        except RuntimeError:  # the object is of another kind
             continue
     return (0, 0)

@@ -1,10 +1,10 @@
-"""Files that stand for others: pointers of Git LFS, git-annex and Xet, and pages that were saved in place of a file."""
+"""Recognizes files that are not the weights they are named after: pointers of Git LFS and the like, web pages."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_LONGEST = 2048  # bytes of a pointer; a file of weights may begin with anything
+_LONGEST = 2048  # bytes that are read, enough for every pointer
 
 _OF_LFS = (
     "a pointer of Git LFS, not the file itself: run `git lfs install` and `git lfs pull` in the clone, or download the "
@@ -14,17 +14,17 @@ _KINDS: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs.github.com/spec", _OF_LFS),
     (b"version https://hawser.github.com/spec", _OF_LFS),
     (b"/annex/objects/", "a pointer of git-annex, not the file itself: run `git annex get`"),
-    (b"# xet version", "a pointer of Git Xet, not the file itself: run `git xet pull`, or download the model anew"),
-    (b"<!doctype html", "a page of a web site, not the file itself: log in if need be, and download it anew"),
-    (b"<html", "a page of a web site, not the file itself: log in if need be, and download it anew"),
+    (b"# xet version", "a pointer of Git Xet, not the file itself: run `git xet pull`, or download the model again"),
+    (b"<!doctype html", "a web page, not the file itself: log in if necessary, and download the file again"),
+    (b"<html", "a web page, not the file itself: log in if necessary, and download the file again"),
 )
 
 
-def what_stands_there(path: Path) -> str | None:
-    """What a file is in place of the one that its name promises, and what to do; None if it is not one of these.
+def pointer_kind(path: Path) -> str | None:
+    """Return what a file is and what to do, if it is a pointer or a web page; else None.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         begins = file.read(_LONGEST)

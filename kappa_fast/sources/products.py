@@ -1,4 +1,4 @@
-"""What a layer multiplies its input with: the products of a forward pass, and what their operands were made of."""
+"""Records what a layer multiplies its input with in a forward pass, and from what these operands were computed."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Products of two tensors: which of the arguments they are.
+# Products of two tensors, with the positions of the two arguments.
 _PRODUCTS = {
     **dict.fromkeys(("mm", "bmm", "mv", "matmul", "linear", "mkldnn_linear"), (0, 1)),
     **dict.fromkeys(("convolution", "convolution_overrideable", "_convolution", "mkldnn_convolution"), (0, 1)),
     **dict.fromkeys(("addmm", "baddbmm", "addmv", "_addmm_activation"), (1, 2)),
 }
-_TURNED = ("mm", "addmm", "bmm", "baddbmm", "matmul", "_addmm_activation")  # whose second operand is [inputs, outputs]
-_NUMBERS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero")  # which Python or shapes may then depend on
-# Processes that wait for each other: here one of them may be alone.
+# Products whose second operand is [inputs, outputs].
+_TRANSPOSED = ("mm", "addmm", "bmm", "baddbmm", "matmul", "_addmm_activation")
+_NUMBERS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero")  # Python code or shapes may depend on the result
+# Namespaces of collective operations, which would wait for other processes.
 _COLLECTIVE = ("c10d", "_c10d_functional", "c10d_functional", "_dtensor")
 
 
-class Made(enum.Flag):
-    """What went into a tensor."""
+class Origin(enum.Flag):
+    """From what a tensor was computed."""
 
     NOTHING = 0
     WEIGHT = enum.auto()
@@ -34,31 +35,34 @@ class Made(enum.Flag):
 
 @dataclass(frozen=True)
 class Operand:
-    """What an input was multiplied with, a matrix as [outputs, inputs], and what it was made of."""
+    """A tensor with which an input was multiplied: a matrix is [outputs, inputs]; and from what it was computed.
+
+    ``is_weight`` is True for the unchanged weight, or a view of it.
+    """
 
     tensor: torch.Tensor
-    made_of: Made
-    as_it_stands: bool
+    origin: Origin
+    is_weight: bool
 
 
 class Products(TorchDispatchMode):
-    """Keeps what tensors that were made of the input alone are multiplied with, where a weight went into it."""
+    """Records the operands that a weight went into, of products with a tensor computed from the input alone."""
 
     def __init__(self, weight: torch.Tensor, given: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operands: list[Operand] = []
-        self.is_steered = False  # numbers of the input may have chosen what is computed
+        self.depends_on_input = False  # values of the input may have decided what was computed
         self._written = False
         self._weight = _storage(weight)
-        # With the tensors, so that no other one comes to lie where one of these was.
-        self._made_of = {_storage(tensor): (Made.INPUT, tensor) for tensor in given}
-        self._made_of[self._weight] = (Made.WEIGHT, weight)
+        # The tensors are kept alive, so that no other tensor can get the same storage.
+        self._made_of = {_storage(tensor): (Origin.INPUT, tensor) for tensor in given}
+        self._made_of[self._weight] = (Origin.WEIGHT, weight)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace in _COLLECTIVE:
-            raise NotImplementedError("a layer that is only looked at does not talk to other processes")
-        if func._can_decompose():  # into products, where the caller's mode has kept them together
+            raise NotImplementedError("a layer that is only traced cannot communicate with other processes")
+        if func._can_decompose():  # inference mode does not decompose composite operations by itself
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -68,52 +72,52 @@ class Products(TorchDispatchMode):
         result = func(*args, **kwargs)
         if product is None:
             product = self._of((*args, *kwargs.values()))
-            if name.startswith("new_") or name.endswith("_like"):  # takes shape, dtype and device only
-                product = Made.NOTHING
+            if name.startswith("new_") or name.endswith("_like"):  # only shape, dtype and device are used
+                product = Origin.NOTHING
         if torch.Tag.nondeterministic_seeded in func.tags:
-            product |= Made.CHANCE
-        self.is_steered |= name in _NUMBERS and bool(product & Made.INPUT)
+            product |= Origin.CHANCE
+        self.depends_on_input |= name in _NUMBERS and bool(product & Origin.INPUT)
         self._note(func, args, kwargs, result, product)
         return result
 
-    def _product(self, name: str, args: Any) -> Made | None:
-        """What is kept of a product, and what its result is made of; None if it is none with an input."""
+    def _product(self, name: str, args: Any) -> Origin | None:
+        """Record the operand of a product with an input, and return the origin of the result; None for others."""
         first, second = (args[place] for place in _PRODUCTS[name])
         made = self._of([first]), self._of([second])
         for side, (operand, of_operand, of_other) in enumerate(((first, *made), (second, *made[::-1]))):
-            if not of_other & Made.INPUT or of_other & Made.WEIGHT:
+            if not of_other & Origin.INPUT or of_other & Origin.WEIGHT:
                 continue
-            if of_operand & Made.WEIGHT:
-                turned = side == 1 and name in _TURNED
-                self._keep(operand.transpose(-1, -2) if turned and operand.dim() >= 2 else operand, of_operand)
-            return Made.INPUT
+            if of_operand & Origin.WEIGHT:
+                transposed = side == 1 and name in _TRANSPOSED
+                self._keep(operand.transpose(-1, -2) if transposed and operand.dim() >= 2 else operand, of_operand)
+            return Origin.INPUT
         return None
 
-    def _keep(self, operand: torch.Tensor, made_of: Made) -> None:
-        as_it_stands = _storage(operand) == self._weight and not self._written
-        self.operands.append(Operand(operand, made_of, as_it_stands))
+    def _keep(self, operand: torch.Tensor, origin: Origin) -> None:
+        is_weight = _storage(operand) == self._weight and not self._written
+        self.operands.append(Operand(operand, origin, is_weight))
 
-    def _of(self, values: Iterable[Any]) -> Made:
-        found = Made.NOTHING
+    def _of(self, values: Iterable[Any]) -> Origin:
+        found = Origin.NOTHING
         for tensor in tree_leaves(list(values)):
             if isinstance(tensor, torch.Tensor):
-                found |= self._made_of.get(_storage(tensor), (Made.NOTHING,))[0]
+                found |= self._made_of.get(_storage(tensor), (Origin.NOTHING,))[0]
         return found
 
-    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, made_of: Made) -> None:
+    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, origin: Origin) -> None:
         written = []
         if func._schema.is_mutable:
             given = [*zip(func._schema.arguments, args, strict=False)]
             given += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
             written = [value for a, value in given if a.alias_info is not None and a.alias_info.is_write]
         for tensor in tree_leaves([written, result]):
-            if isinstance(tensor, torch.Tensor) and made_of:
-                self._made_of[_storage(tensor)] = (self._of([tensor]) | made_of, tensor)
+            if isinstance(tensor, torch.Tensor) and origin:
+                self._made_of[_storage(tensor)] = (self._of([tensor]) | origin, tensor)
         self._written |= any(isinstance(t, torch.Tensor) and _storage(t) == self._weight for t in tree_leaves(written))
 
 
 def _storage(tensor: torch.Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # layouts without one
+    except (RuntimeError, NotImplementedError):  # sparse layouts have no storage
         return id(tensor)

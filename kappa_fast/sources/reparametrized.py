@@ -1,8 +1,7 @@
-"""Weights that a file holds in parts: weight norm, spectral norm, pruning masks, torch.nn.utils.parametrize.
+"""Combines the parts of reparametrized weights in files: weight norm, spectral norm, pruning masks.
 
-A module computes such a weight from its parts whenever it is asked for it. In a file the parts lie beside each other,
-and the known ones are put together here as torch does. What is parametrized in another way is left out by name: a file
-does not say which class computed it.
+A module computes such a weight from its parts at each use; a file has only the parts. Known parts are combined as torch
+does it. Other parametrizations are skipped with a reason, because a file does not say which class computes the weight.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from .base import Role, Stamp, Stored
 Compute = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 _PARAMETRIZED = re.compile(r"^(?P<owner>(?:.*\.)?)parametrizations\.(?P<leaf>[^.]+)\.(?P<part>.+)$")
-# Buffers of a module that multiplies its weight with a mask, and scores from which it makes one.
+# Names of masks with which a module multiplies its weight, and of scores from which it computes a mask.
 PRUNED = "pruned: weight x mask"
 _MASKS, _SCORES = ("mask", "weight_mask"), ("mask_scores", "weight_scores", "scores")
 
 
-def put_together(tensors: Sequence[Stored]) -> list[Stored]:
-    """The tensors of a file or a state dict, with one weight in place of the parts of each that is known.
+def combine_parts(tensors: Sequence[Stored]) -> list[Stored]:
+    """Return the tensors of a file or a state dict, with the main part of each known weight replaced by the weight.
 
-    The parts stay, with a reason in ``problem``; those that are no parameters get the role "ingredient".
+    The other parts stay, with a reason in ``problem``; those that are not parameters get the role "ingredient".
     """
     found = _Found(tensors)
     for name in found.names:
@@ -52,7 +51,7 @@ def put_together(tensors: Sequence[Stored]) -> list[Stored]:
 
 @dataclass(frozen=True)
 class _Combined:
-    """``Stored.take`` of a weight that is computed from all of its parts."""
+    """``Stored.take`` of a weight that is computed from its parts."""
 
     parts: Mapping[str, Stored]
     compute: Compute
@@ -66,7 +65,7 @@ class _Combined:
 
 
 class _Found:
-    """The tensors in their order, each by all of its names, and what becomes of them."""
+    """The tensors in their order, with look-up by all names; the methods replace and mark tensors."""
 
     def __init__(self, tensors: Sequence[Stored]) -> None:
         self.tensors = list(tensors)
@@ -78,7 +77,7 @@ class _Found:
 
     @property
     def names(self) -> list[str]:
-        """What each is called; it may have further names, as wrappers leave them, under which it is the same."""
+        """The first name of each usable tensor."""
         return [t.name for t in self.tensors if t.name in self._at]
 
     def get(self, name: str) -> Stored | None:
@@ -88,29 +87,29 @@ class _Found:
         return self.tensors[self._at[name]]
 
     def pruned_or_spectral(self, name: str) -> None:
-        """torch.nn.utils.prune and torch.nn.utils.spectral_norm both keep ``name_orig``."""
+        """Combine the parts of torch.nn.utils.prune or torch.nn.utils.spectral_norm, which both have ``name_orig``."""
         parts = {part: f"{name}_{part}" for part in ("orig", "mask", "u", "v") if f"{name}_{part}" in self._at}
         if parts.keys() == {"orig", "mask"} and self[parts["orig"]].shape == self[parts["mask"]].shape:
             self._combine(name, {"original": parts["orig"], "mask": parts["mask"]}, _masked, PRUNED, ("mask",))
         elif parts.keys() == {"orig", "u", "v"}:
             self._spectral(name, parts["orig"], parts["u"], parts["v"])
         elif len(parts) > 1:
-            self._leave(parts.values(), "how they make one weight is not known")
+            self._leave(parts.values(), "how to combine them is not known")
 
     def weight_norm(self, name: str, g: str, v: str) -> None:
-        """G V / |V|, torch.nn.utils.weight_norm and its successor among the parametrizations."""
+        """Combine g V / |V|, of torch.nn.utils.weight_norm and torch.nn.utils.parametrizations.weight_norm."""
         direction, length = self[v].shape, self[g].shape
         dim = _norm_dim(direction, length)
         if dim is not None:
             self._combine(name, {"original": v, "g": g}, _WeightNorm(dim), "weight norm: g V / |V|")
         elif len(direction) >= 2:
-            self._leave((g, v), "the lengths of weight norm do not fit the directions")
+            self._leave((g, v), "the lengths of the weight norm do not match its directions")
 
     def parametrized(self, name: str, of_it: Mapping[str, str]) -> None:
-        """What torch.nn.utils.parametrize keeps: originals, and the tensors of each parametrization by number."""
+        """Combine the parts of torch.nn.utils.parametrize: originals, and tensors of numbered parametrizations."""
         original = of_it.get("original")
         if original is not None and self[original].quantization is not None:
-            return  # codes that were parametrized, and are dequantized already
+            return  # the original was quantized, and is dequantized already
         if of_it.keys() == {"original0", "original1"}:
             self.weight_norm(name, of_it["original0"], of_it["original1"])
         elif of_it.keys() == {"original", "0.mask"} and self[of_it["original"]].shape == self[of_it["0.mask"]].shape:
@@ -121,21 +120,21 @@ class _Found:
             self._leave(of_it.values(), "a file does not say what computes the weight: rank the model")
 
     def masked(self, name: str) -> None:
-        """A module that has a mask of the shape of its weight beside it multiplies them."""
+        """Combine a weight with a mask of the same shape in the same module: the module multiplies them."""
         weight, owner = self[name], name.removesuffix("weight")
         if weight.quantization is not None or len(weight.shape) < 2 or not _floats(weight):
             return
         alike = {leaf for leaf in (*_MASKS, *_SCORES) if (t := self.get(owner + leaf)) and t.shape == weight.shape}
         mask, scores = ([leaf for leaf in of if leaf in alike] for of in (_MASKS, _SCORES))
         if scores:
-            self._leave((name, owner + scores[0]), "scores choose what remains of it, by a rule that no file tells")
+            self._leave((name, owner + scores[0]), "scores select entries, by a rule that a file does not contain")
         elif mask:
             self._combine(name, {"original": name, "mask": owner + mask[0]}, _masked, PRUNED, ("mask",))
 
     def _spectral(self, name: str, original: str, u: str, v: str) -> None:
         dim = _spectral_dim(self[original], self[u], self[v])
         if dim is None:
-            self._leave((original, u, v), "how they make one weight is not known")
+            self._leave((original, u, v), "how to combine them is not known")
             return
         parts = {"original": original, "u": u, "v": v}
         self._combine(name, parts, _Spectral(dim), "spectral norm: weight / sigma", ("u", "v"))
@@ -148,8 +147,8 @@ class _Found:
         plain = self.get(name)
         if plain is not None and plain is not main:
             error = SourceError(
-                f"{name!r} is there twice, as it is and in parts ({main.name!r}): remove one of them, or leave it out "
-                f"with exclude={name!r}"
+                f"{name!r} is stored twice, as a whole and in parts ({main.name!r}): remove one of them, or leave it "
+                f"out with exclude={name!r}"
             )
             self.tensors[self._at[name]] = replace(plain, error=error)
             return
@@ -158,7 +157,7 @@ class _Found:
             main,
             names=tuple(dict.fromkeys((name, *main.names))),
             take=_Combined(parts, compute),
-            overhead=3 * size,  # the parts, and a product that is not the result yet
+            overhead=3 * size,  # the parts, and an intermediate product
             prefetch=_Prefetch(tuple(parts.values())) if main.prefetch is not None else None,
             stamp=Stamp.joined([part.stamp for part in parts.values()], evidence),
             evidence=f"computed as torch does ({evidence})",
@@ -200,7 +199,7 @@ def _floats(stored: Stored) -> bool:
 
 
 def _norm_dim(shape: tuple[int, ...], lengths: tuple[int, ...]) -> int | None:
-    """The dimension along which there is a length for each slice, -1 for one length in all; None if it does not fit."""
+    """Return the dimension with one length per slice, -1 for one length of the whole; None if the shapes do not fit."""
     if len(shape) < 2:
         return None
     if math.prod(lengths) == 1:
@@ -212,7 +211,7 @@ def _norm_dim(shape: tuple[int, ...], lengths: tuple[int, ...]) -> int | None:
 
 
 def _spectral_dim(original: Stored, u: Stored, v: Stored) -> int | None:
-    """The dimension that u belongs to: the first, but for transposed convolutions."""
+    """Return the dimension of ``u``: 0, or 1 for transposed convolutions; None if the shapes do not fit."""
     fitting = [
         dim
         for dim in range(min(2, len(original.shape)))
@@ -229,7 +228,7 @@ def _masked(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _WeightNorm:
-    dim: int  # -1 for one length of the whole
+    dim: int  # -1: one length of the whole weight
 
     def __call__(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return torch._weight_norm(parts["original"], parts["g"], self.dim)

@@ -1,4 +1,4 @@
-"""Which files make up a checkpoint: indices, numbered shards in all spellings, and what shows that one is missing."""
+"""Finds the files of a sharded checkpoint by their names, and refuses directories in which files are missing."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from pathlib import Path
 from ..errors import SourceError, SourceNotFoundError
 
 INDEX_ENDING = ".safetensors.index.json"
-# model.safetensors.index.json, and with the variant before the last ending, as diffusers writes it.
+# model.safetensors.index.json, or with a variant before the last ending, as diffusers writes it.
 _INDEX = re.compile(r".*\.safetensors\.index(?:\.[\w-]+)?\.json")
-# model-00001-of-00002.safetensors; the variant may come before or behind, the separators and zeros vary.
+# model-00001-of-00002.safetensors; a variant may come before or after the numbers; separators and zeros vary.
 _NUMBERED = re.compile(
     r"(?P<stem>.*?)(?<![0-9])(?P<number>[0-9]{1,9})[-_.]?of[-_.]?(?P<count>[0-9]{1,9})(?![0-9])(?P<rest>.*)\.safetensors",
     re.IGNORECASE,
 )
-# model-00001.safetensors: how many there are is not said, but a gap shows.
+# model-00001.safetensors: the number of files is unknown, but a gap in the numbers shows that one is missing.
 _COUNTED = re.compile(
     r"(?P<stem>.*?)(?P<number>0[0-9]{1,8}|[0-9]{2,9}|(?:(?<=[-_.])|(?<=part)|(?<=rank)|(?<=shard))[0-9])\.safetensors"
 )
-# What programs call a file that they have not finished.
+# Endings of files that a program has not finished downloading.
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp", ".!qB")
 
 
 def is_index(name: str) -> bool:
-    """True for what indices of sharded checkpoints are called."""
+    """Return True for names of indices of sharded checkpoints."""
     return _INDEX.fullmatch(name) is not None
 
 
 def is_numbered(name: str) -> bool:
-    """True for a shard whose name says how many there are."""
+    """Return True for names of shards that contain the number of shards."""
     return _NUMBERED.fullmatch(name) is not None
 
 
-def companions_of(path: Path) -> str | None:
-    """For one of several numbered shards "1 of 2"; None for a file that is whole by its name."""
+def shard_position(path: Path) -> str | None:
+    """Return, for example, "1 of 2" if the name is that of one of several shards, else None."""
     found = _NUMBERED.fullmatch(path.name)
     if found is None or int(found["count"]) < 2:
         return None
@@ -43,14 +43,14 @@ def companions_of(path: Path) -> str | None:
 
 
 def check_complete(files: Sequence[Path], beside: Iterable[str] = ()) -> None:
-    """Refuse a set of files without an index whose names show that one of them is missing.
+    """Refuse a set of files without an index if their names show that a file is missing.
 
     Args:
-        files: what would be read.
-        beside: names of everything else in the directory.
+        files: the files that would be read.
+        beside: the names of all files in the directory.
 
     Raises:
-        SourceNotFoundError: numbers are missing, or a file is not finished.
+        SourceNotFoundError: a number is missing, or the download of a file is not finished.
     """
     directory = files[0].parent
     numbers: dict[tuple[str, str, int], set[int]] = {}
@@ -67,23 +67,23 @@ def check_complete(files: Sequence[Path], beside: Iterable[str] = ()) -> None:
         if missing:
             raise SourceNotFoundError(
                 f"{directory} has {len(present)} of {count} shards {stem}-*{rest}.safetensors, number {missing[0]} is "
-                "not there: finish the download"
+                "missing: finish the download"
             )
     for stem, present in counted.items():
         gaps = sorted(set(range(min(1, min(present)), min(max(present), 100_000))) - present)
         if len(present) > 1 and gaps:
             raise SourceNotFoundError(
-                f"{directory} has {len(present)} files {stem}*.safetensors, and number {gaps[0]} among them is not "
-                "there: finish the download, or give the path of the file you want"
+                f"{directory} has {len(present)} files {stem}*.safetensors, of which number {gaps[0]} is missing: "
+                "finish the download, or give the path of the file you want"
             )
     check_finished(directory, [file.name for file in files], beside)
 
 
 def check_finished(directory: Path, files: Collection[str], beside: Iterable[str]) -> None:
-    """Refuse a directory in which a program has not finished a file of weights.
+    """Refuse a directory with an unfinished download of a file of weights.
 
     Raises:
-        SourceNotFoundError: so it is.
+        SourceNotFoundError: there is such a file.
     """
     for name in sorted(beside):
         ending = next((e for e in _UNFINISHED if name.endswith(e)), None)
@@ -95,7 +95,7 @@ def check_finished(directory: Path, files: Collection[str], beside: Iterable[str
 
 
 def chosen_index(directory: Path, indices: Sequence[Path]) -> Path:
-    """The only index of a directory.
+    """Return the only index of a directory.
 
     Raises:
         SourceError: there are several.

@@ -1,4 +1,4 @@
-"""Weights from a mapping of names to tensors (a state dict), and what modules and mappings have in common."""
+"""Reads the weights of a state dict, and holds helpers that all readers share."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .names import has_adapters, is_buffer
 from .ownership import is_unread, without_ingredients
 from .quantized import weights_of
 from .quantized.live import weights_in
-from .reparametrized import put_together
+from .reparametrized import combine_parts
 
-# Attributes in which quantized parameters keep what their codes need.
+# Attributes in which quantized parameters keep their scales.
 _OF_PARAMETER = ("quant_state", "SCB")
 
 
 def read_mapping(weights: Mapping[str, torch.Tensor]) -> Inventory:
-    """The tensors of a state dict; those that share their memory and shape are one tensor with several names.
+    """Return the tensors of a state dict; entries with the same memory and shape are one tensor with several names.
 
     Raises:
-        SourceError: a key is no text, or a value no tensor.
+        SourceError: a key is not a string, or a value is not a tensor.
         NotImplementedError: a tensor is sharded.
     """
     groups: dict[object, list[str]] = {}
@@ -37,7 +37,7 @@ def read_mapping(weights: Mapping[str, torch.Tensor]) -> Inventory:
     own = own_names(groups.values(), saved=True)
     stored = [store(own[names[0]], weights[names[0]]) for names in groups.values()]
     metadata = {"kind": "mapping", "model_type": None, "fingerprint": digest_of_headers(stored)}
-    tensors = without_ingredients(put_together(weights_of(stored, None)))
+    tensors = without_ingredients(combine_parts(weights_of(stored, None)))
     return Inventory(tensors, count_weights(tensors), metadata, in_peft=has_adapters(weights))
 
 
@@ -49,20 +49,20 @@ def store(
     roles: frozenset[Role] = frozenset(),
     holder: torch.nn.Module | None = None,
 ) -> Stored:
-    """A tensor in memory as the rest of the room wants it; one that carries its scales is dequantized.
+    """Return a tensor in memory as a Stored, which dequantizes a tensor that carries its scales.
 
     Args:
-        names: all names of it.
-        tensor: itself.
-        parent, model_types, roles: for Stored.
-        holder: the module that has it among its parameters, where that is not ``parent``.
+        names: all names of the tensor.
+        tensor: the tensor itself.
+        parent, model_types, roles: see ``Stored``.
+        holder: the module that has the tensor among its parameters, if that is not ``parent``.
 
     Raises:
-        SourceError: its scales do not fit.
-        NotImplementedError: it is sharded.
+        SourceError: the scales of the tensor do not fit.
+        NotImplementedError: the tensor is sharded.
     """
     if is_lazy(tensor) or tensor.is_nested:
-        why = "nested: of several shapes" if tensor.is_nested else "lazy and without a shape yet: run the model once"
+        why = "nested: it has several shapes" if tensor.is_nested else "lazy, without a shape yet: run the model once"
         return Stored(names, (0, 0), tensor.dtype, tensor.device, _taker(tensor), why, parent, model_types, roles)
     refuse_sharded(names[0], tensor)
     shape, why_not = tuple(tensor.shape), _problem(tensor)
@@ -71,19 +71,19 @@ def store(
 
 
 def is_lazy(tensor: torch.Tensor) -> bool:
-    """True for a parameter that gets its shape with the first input."""
+    """Return True for a parameter that gets its shape with the first input."""
     return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
 
 
 def own_names(groups: Iterable[Collection[str]], *, saved: bool = False) -> dict[str, tuple[str, ...]]:
-    """For the first name of each group of tied names, all of them without the wrappers of PEFT.
+    """Return, by the first name of each tensor, all names of the tensor without the wrappers of PEFT.
 
-    Where two different tensors would get the same name, the later one keeps the wrappers in it.
+    If two different tensors would get the same name, the later one keeps the wrappers in its name.
 
     Args:
         groups: the names of each tensor of a model.
-        saved: the model is not there, and what else may have been around it when it was saved (compile, DDP, FSDP) is
-            taken off too; the names that it was saved under come last.
+        saved: True for saved names: the wrappers of torch.compile, DDP and FSDP are removed too, and the names under
+            which the tensor was saved come last.
     """
     tied = [tuple(names) for names in groups]
     every = [name for names in tied for name in names]
@@ -110,10 +110,10 @@ def identity(tensor: torch.Tensor) -> object:
 
 
 def refuse_sharded(name: str, tensor: torch.Tensor) -> None:
-    """Raise for weights of which this process holds only a part.
+    """Raise for a weight of which this process holds only a part.
 
     Raises:
-        NotImplementedError: the tensor is a DTensor, belongs to FSDP1, or to ZeRO-3 and is not gathered.
+        NotImplementedError: the tensor is a DTensor, belongs to FSDP1, or to ZeRO-3 without being gathered.
     """
     kind = next((c.__name__ for c in type(tensor).__mro__ if c.__name__ in ("DTensor", "ShardedTensor")), None)
     if kind is None and (type(tensor).__name__ == "FlatParameter" or hasattr(tensor, "_is_flat_param")):
@@ -126,7 +126,7 @@ def refuse_sharded(name: str, tensor: torch.Tensor) -> None:
 
 
 def sharded(what: str, kind: str) -> str:
-    """The message for weights that are spread over processes in one of the usual ways."""
+    """Return the message for a weight that is sharded over processes; ``kind`` names the method."""
     return (
         f"{what} is sharded over several processes ({kind}), which is not supported yet: "
         "rank the checkpoint directory, or the model before it is sharded or after it is gathered"
@@ -134,9 +134,9 @@ def sharded(what: str, kind: str) -> str:
 
 
 def count_weights(tensors: Iterable[Stored]) -> int:
-    """How many weights a checkpoint or state dict holds: floats, dequantized or not, and codes that have scales.
+    """Return the number of weights in a checkpoint or state dict: floats, dequantized or not, and codes with scales.
 
-    Scales are none, and neither is what else lies beside weights (``ownership.py``).
+    Scales do not count, nor do other tensors that are not parameters (``ownership.py``).
     """
     tensors = list(tensors)
     names = {name for t in tensors for name in t.names}
@@ -153,16 +153,16 @@ def count_weights(tensors: Iterable[Stored]) -> int:
 
 
 def digest_of_headers(tensors: Iterable[Stored]) -> str:
-    """SHA-256 over names, shapes and dtypes in any order: tells models apart, not their values.
+    """Return the SHA-256 of names, shapes and dtypes, in sorted order; values do not enter.
 
-    Of several names the first one counts: a file has no second name for a tied weight.
+    Of several names only the first one enters, since a file has no second name for a tied weight.
     """
     lines = sorted(f"{t.name} {t.shape} {t.dtype}\n" for t in tensors)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def model_types_in(config: object) -> tuple[str, ...]:
-    """``model_type`` of a config, an object or what JSON made of one, and then that of its ``text_config``."""
+    """Return ``model_type`` of a config (an object or a dict), and then that of its ``text_config``."""
 
     def get(holder: object, key: str) -> object:
         return holder.get(key) if isinstance(holder, Mapping) else getattr(holder, key, None)
@@ -176,14 +176,14 @@ def _taker(tensor: torch.Tensor) -> Take:
 
 
 def _no_tensor(name: object, value: object) -> str:
-    what = f"the mapping holds {name!r}: {type(value).__name__}, but names and tensors are wanted"
+    what = f"the mapping has {name!r}: {type(value).__name__}, but names and tensors are expected"
     if isinstance(value, Mapping):
         return f"{what}: pass the inner mapping, source[{name!r}], if those are the weights"
     return f"{what}: pass model.state_dict() or what safetensors.torch.load_file() returns"
 
 
 def _problem(tensor: torch.Tensor) -> str | None:
-    """Why the values of a tensor in memory are no weights as they stand, or None."""
+    """Return why the values of a tensor in memory are not weights, or None."""
     found = [attribute for attribute in _OF_PARAMETER if getattr(tensor, attribute, None) is not None]
     if found:
         return codes.codes_reason(found)

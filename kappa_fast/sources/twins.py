@@ -1,7 +1,7 @@
-"""Copies of modules that can be called in place of the modules: nothing that they do reaches the model.
+"""Copies of modules that can be run without changing the modules.
 
-Parameters are converted, buffers and everything else that may be written to are copied, hooks are left out, and a
-method or a reference that leads back to a module leads to its copy.
+Parameters are converted; buffers and all other mutable attributes are copied; hooks are left out; methods and
+references to a module are replaced by those to its copy.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ _HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_always_called"),
     *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
 )
-# What cannot be copied in a way that means anything, or belongs to the whole process.
-# Half a copy of a graph would lead from its nodes to those of the original, and walking over them would never end.
+# Objects that are shared with the copy: they cannot be copied, or belong to the whole process. A partial copy of a
+# graph would mix its nodes with those of the original, and iterating over it would never end.
 _SHARED = (
     *(types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type, logging.Logger, threading.Thread),
     *(torch.fx.Graph, torch.fx.Node),
 )
-_DEEPEST = 3  # objects within objects; containers are followed as deep as they go
+_DEEPEST = 3  # nesting depth of objects that are copied; the depth of containers is not limited
 
 
 class UnreachableError(Exception):
-    """A copy of the module would not do what the module does."""
+    """The module cannot be copied: the copy would behave differently."""
 
 
-def twin_of(module: nn.Module, convert: Convert) -> Any:
-    """A copy of a module in eval mode.
+def copy_module(module: nn.Module, convert: Convert) -> Any:
+    """Return a copy of a module in eval mode.
 
     Args:
-        module: which one; modules that it refers to without having them as children are copied too.
-        convert: what becomes of a parameter, and of a buffer or another tensor before that is cloned.
+        module: the module; modules to which its attributes refer are copied too, even if they are not its children.
+        convert: is applied to parameters, and to buffers and other tensors before these are cloned.
 
     Raises:
-        UnreachableError: a function that is none of its methods has been put in place of its forward().
+        UnreachableError: the forward() of an instance was replaced by a function that is not one of its methods.
     """
     return _Copier(convert).module(module)
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """What users write may work in place."""
+    """Return a detached copy of a tensor: code of users may work in place."""
     return tensor.detach().clone()
 
 
@@ -62,10 +62,13 @@ class _Copier:
         self._convert = convert
         self._on_meta = convert(torch.empty(0)).is_meta
         self._known: dict[int, Any] = {}
-        self._kept: list[object] = []  # an id is one of these as long as they are there
+        self._kept: list[object] = []  # keeps the originals alive, so that their ids stay unique
 
     def module(self, module: nn.Module, elsewhere: bool = False) -> Any:
-        """``elsewhere``: it is none of the layer's own, so that its parameters may be large; they are not cloned."""
+        """Return the copy of a module.
+
+        elsewhere: the module is not a child of the layer; its parameters, which may be large, are not cloned.
+        """
         if id(module) in self._known:
             return self._known[id(module)]
         made: Any = object.__new__(type(module))
@@ -89,12 +92,12 @@ class _Copier:
         return made
 
     def _forward(self, module: nn.Module, made: Any) -> None:
-        """What accelerate has put around a forward() is left out with the hooks that it is for."""
+        """Copy a forward() that belongs to the instance, without the wrapper that accelerate adds for its hooks."""
         own = vars(module).get("_old_forward" if "_hf_hook" in vars(module) else "forward")
         if own is None:
             return
         if not isinstance(own, types.MethodType) or own.__self__ is not module:
-            raise UnreachableError("another function was put in its place")
+            raise UnreachableError("forward() was replaced by another function")
         vars(made)["forward"] = types.MethodType(own.__func__, made)
 
     def _remember(self, original: object, made: Any) -> Any:
@@ -110,7 +113,7 @@ class _Copier:
         return None if tensor is None else self._known[id(tensor)]
 
     def value(self, value: Any, depth: int = _DEEPEST) -> Any:
-        """A copy of an attribute, and of what it holds."""
+        """Return a copy of an attribute, and of the objects that it contains."""
         if id(value) in self._known:
             return self._known[id(value)]
         if isinstance(value, nn.Module):
@@ -143,7 +146,7 @@ class _Copier:
         return made
 
     def _object(self, value: Any, depth: int) -> Any:
-        """An object of any kind, which may not like to be copied."""
+        """Return a copy of an object of any class, or the object itself if copying fails."""
         slots = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
         if type(value).__module__ == "builtins" or not (hasattr(value, "__dict__") or slots):
             return value

@@ -1,7 +1,7 @@
-"""Quantized weights, dequantized when they are read: codes and their companions become one Stored for each weight.
+"""Replaces the codes of quantized weights and their companions by weights that are dequantized when they are read.
 
-A family of formats is one file with an object that recognizes it by names, shapes and dtypes (``Family``). What no
-family recognizes stays as it was found, and is skipped with the reason by ``sources/codes.py``.
+Each family of formats is a file with a class that recognizes them by names, shapes and dtypes (``Family``). Codes that
+no family recognizes are left as they are, and skipped with a reason from ``sources/codes.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import SourceError
 from .. import codes
 from ..base import Stored
-from ..ownership import by_owner, strangers
+from ..ownership import by_owner, unexpected_tensors
 from .bitsandbytes import STATE, TABLES, Bitsandbytes
 from .comfy import Comfy
 from .compressed import NVFP4, CompressedInts
@@ -29,20 +29,20 @@ from .recipe import Candidate, Family, Recipe, compose
 from .sparse import Sparse
 from .torchao import Torchao
 
-_WORDS = re.compile(r"[\w.]*")  # a name that is an expression for itself
+_WORDS = re.compile(r"[\w.]*")  # names that need no escaping in a regular expression
 
 __all__ = ["FAMILIES", "weights_of"]
 
-LONE_FP8 = "float8 without a scale, where other weights of the model have one: its values may be codes"
+LONE_FP8 = "float8 without a scale, although other weights of the model have one: its values may be codes"
 
-# The first that recognizes codes takes them.
+# The first family that recognizes codes reads them.
 FAMILIES: tuple[Family, ...] = (
     *(
         Comfy(),
         Bitsandbytes(),
         Torchao(),
         Quanto(),
-    ),  # whose codes have names or dtypes that others would take for theirs
+    ),  # the families below would mistake the codes of these for their own
     *(FP8(), MXFP4(), NVFP4(), PackedInts(), CompressedInts(), MLX()),
     *(HQQ(), Sparse()),
 )
@@ -53,16 +53,17 @@ def weights_of(
     config: Mapping[str, Any] | Callable[[Stored], Mapping[str, Any]] | None,
     header: Mapping[str, str] | None = None,
 ) -> list[Stored]:
-    """The tensors with codes replaced by the weights they stand for, in the same order; no values of weights are read.
+    """Return the tensors with codes replaced by the weights that they encode; no values of weights are read.
 
     Args:
         found: all tensors of a checkpoint or a state dict.
-        config: its ``quantization_config``, None or empty if it has none, or what gives that of each tensor.
-        header: what the headers of its files say beside names and shapes.
+        config: its ``quantization_config``, None or empty if it has none, or a function that returns that of a tensor.
+        header: the metadata in the headers of its files.
 
     Returns:
-        As many as were given: companions (scales, zero points) stay, with the role "scales". What has a companion that
-        is missing or does not fit, or is there twice, as codes and plain, says so in ``Stored.error``.
+        A tensor for each of ``found``, in the same order. Companions (scales, zero points) stay, with the role
+        "scales". ``Stored.error`` says if a companion is missing or does not fit, or if a weight appears twice, as
+        codes and unquantized.
     """
     by_name = {name: t for t in found if t.problem is None for name in t.names}
     undecided = [t for t in found if t.problem is None and t.quantization is None and "scales" not in t.roles]
@@ -72,7 +73,7 @@ def weights_of(
     ]
     companions = {id(companion) for candidate in candidates for companion in candidate.companions.values()}
     replaced: dict[int, Stored] = {}
-    # What was dequantized before has its scales with it; in a state dict they lie beside it as well.
+    # Tensors that carry their scales are dequantized already; a state dict may list these scales once more.
     complete = (name for t in found if t.quantization is not None for name in t.names)
     scales = {companion for name in complete for companion in codes.companions(name, by_name)}
     own = {name for c in candidates for t in (c.codes, *c.companions.values()) for name in t.names}
@@ -100,8 +101,8 @@ def weights_of(
             if candidate.companions and (method := method_of(candidate.config)):
                 replaced[id(stored)] = replace(stored, problem=codes.codes_reason(candidate.names, method))
             continue
-        if found_beside := _strangers(candidate, own, owned):
-            replaced[id(stored)] = replace(stored, problem=codes.strangers_reason(recipe.quantization, found_beside))
+        if unexpected := _unexpected_tensors(candidate, own, owned):
+            replaced[id(stored)] = replace(stored, problem=codes.unexpected_reason(recipe.quantization, unexpected))
             scales.update(candidate.names)
             continue
         replaced[id(stored)] = compose(stored, recipe)
@@ -120,21 +121,21 @@ def weights_of(
 
 
 def _recognized(candidate: Candidate) -> Recipe | str | None:
-    """What the first family that knows the codes makes of them; nothing if they were made by an unknown method."""
+    """Return the result of the first family that recognizes the codes; None if the quantization method is unknown."""
     if unknown_method(candidate.config):
         return codes.codes_reason(candidate.names, method_of(candidate.config)) if candidate.companions else None
     return next((r for family in FAMILIES if (r := family.recognize(candidate)) is not None), None)
 
 
-def _strangers(candidate: Candidate, own: Collection[str], owned: Mapping[str, Sequence[str]]) -> list[str]:
-    """What lies beside codes and is none of a format's; a module's attributes say less, and its class more."""
+def _unexpected_tensors(candidate: Candidate, own: Collection[str], owned: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the names of tensors that the format does not have; not for modules, whose class identifies the format."""
     if candidate.codes.parent is not None:
         return []
-    return sorted({s for name in candidate.codes.names for s in strangers(name, own, owned)})
+    return sorted({s for name in candidate.codes.names for s in unexpected_tensors(name, own, owned)})
 
 
 def _unreadable(candidate: Candidate, error: SourceError) -> Stored:
-    """Under the name of the weight too, by which the options may leave it out."""
+    """Return the codes with the error, and also under the name of the weight, by which ``exclude`` may find them."""
     name = candidate.plain_name
     message = str(error)
     if not error.says_exclude:
@@ -144,14 +145,14 @@ def _unreadable(candidate: Candidate, error: SourceError) -> Stored:
 
 
 def _lacks_scales(candidate: Candidate, replaced: Collection[int], companions: Collection[int]) -> bool:
-    """True for FP8 without scales, in a model whose other FP8 weights have some."""
+    """Return True for FP8 without scales that the config does not list as unquantized."""
     stored = candidate.codes
     known = id(stored) in replaced or id(stored) in companions
     return stored.dtype in FORMATS and not known and not is_left_plain(candidate.plain_name, candidate.config)
 
 
 def _may_be_codes(stored: Stored, by_name: Mapping[str, Stored]) -> bool:
-    """Also for bytes that pass as floats: bitsandbytes' quant_storage, HQQ's view_as_float."""
+    """Return True for codes, even if stored as floats (bitsandbytes' quant_storage, HQQ's view_as_float)."""
     if codes.may_be_codes(stored.dtype):
         return True
     return any(
@@ -175,4 +176,4 @@ def _check_single(candidate: Candidate, by_name: Mapping[str, Stored]) -> None:
     for name in candidate.codes.names:
         plain = codes.weight_name(name)
         if plain != name and plain in by_name:
-            raise SourceError(f"{plain!r} is there twice, as it is and as the codes {name!r}: remove one of them")
+            raise SourceError(f"{plain!r} is stored twice, unquantized and as the codes {name!r}: remove one of them")

@@ -1,8 +1,8 @@
 """bitsandbytes: four bits in blocks of the flattened weight (nf4, fp4), eight bits with a scale for each row.
 
-The package itself is not needed. Its kernels differ among themselves: on a CPU with AVX-512, bitsandbytes 0.50 takes
-the wrong scales where the rows are no multiple of the block, and elsewhere it compiles with torch.compile. What is
-computed here is what its kernels for GPUs compute: the value of the code times the scale, in float32, then rounded.
+The result is that of its GPU kernels: the value of the code times the scale, in float32, then rounded. The package is
+not needed, and its CPU kernels are not used: on a CPU with AVX-512, bitsandbytes 0.50 uses wrong scales if the rows are
+not a multiple of the block.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ TABLES: dict[str, tuple[float, ...]] = {
         *(-0.3333333432674408, -0.5, -0.1666666716337204, -0.25),
     ),
 }
-PER_127 = 7.874015718698502e-3  # 1 / 127 as int8_vectorwise_dequant() has it
+PER_127 = 7.874015718698502e-3  # 1 / 127, as rounded in int8_vectorwise_dequant()
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STATE = "quant_state.bitsandbytes__"
 NESTED = ("nested_absmax", "nested_quant_map")
 
-_CHUNK = 1 << 20  # weights that are looked up at a time, so that the work is done in the cache
+_CHUNK = 1 << 20  # weights that are looked up at a time, so that they fit into the processor's cache
 _LARGEST_STATE = 1 << 16  # bytes of JSON
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """What the JSON beside four-bit codes says: how they are to be read.
+    """The layout of four-bit codes, from the JSON that is stored with them.
 
     Attributes:
         kind: "nf4" or "fp4".
-        size: weights that share a scale; they follow each other in the flattened weight.
-        shape: of the weight.
-        dtype: that the weight had before, and has again when it is dequantized.
-        nested_size: scales that share a scale, 0 where the scales are not quantized themselves.
-        nested_offset: what is added to every scale then.
+        size: the number of consecutive weights of the flattened weight that share a scale.
+        shape: the shape of the weight.
+        dtype: the dtype of the weight before quantization and after dequantization.
+        nested_size: the number of scales that share a scale; 0 if the scales are not quantized.
+        nested_offset: the offset that is added to every dequantized scale.
     """
 
     kind: str
@@ -69,12 +69,12 @@ class Blocks:
 
     @property
     def count(self) -> int:
-        """How many blocks there are; the last one may be incomplete."""
+        """The number of blocks; the last one may be incomplete."""
         return -(-self.numel // self.size)
 
     @property
     def peak(self) -> int:
-        """Bytes for each weight of a matrix beside codes and result: of a chunk, an int32 for two and a float32."""
+        """Bytes per weight beside codes and result: a chunk needs an int32 for two weights and a float32 for each."""
         matrix = self.numel // (self.shape[0] if len(self.shape) == 3 else 1)
         return -(-7 * min(matrix, _CHUNK) // matrix)
 
@@ -85,15 +85,16 @@ class Blocks:
 
 
 def dequantize_4bit(codes: torch.Tensor, scales: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-    """The weights in a run of whole blocks, or in one that ends with the weight.
+    """Dequantize consecutive blocks; only the last block of the weight may be incomplete.
 
     Args:
-        codes: two to a byte, the first in the upper half; bytes of any dtype, in any shape.
-        scales: float32, one for each block of the run.
-        blocks: how to read them.
+        codes: two per byte, the first in the upper half; of any dtype and shape.
+        scales: float32, one for each block.
+        blocks: the layout of the codes.
 
     Returns:
-        One dimension, ``blocks.dtype``, on the device of the codes: rounded once from the float32 product.
+        The weights, one-dimensional, in ``blocks.dtype``, on the device of the codes: rounded once from the float32
+        product.
     """
     packed = codes.contiguous().view(torch.uint8).flatten()
     table = torch.tensor(TABLES[blocks.kind], dtype=torch.float32, device=codes.device)
@@ -107,18 +108,18 @@ def dequantize_4bit(codes: torch.Tensor, scales: torch.Tensor, blocks: Blocks) -
         values[: whole * blocks.size].view(-1, blocks.size).mul_(scales[first : first + whole, None])
         values[whole * blocks.size :].mul_(scales[first + whole : first + whole + 1])
         found[start : start + step] = values.view(-1, 2)
-        del values  # or it would be there while the next ones are looked up
+        del values  # free the memory before the next chunk is looked up
     return found.flatten()
 
 
 def dequantize_scales(codes: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-    """The scales of blocks whose scales are quantized themselves ("double quantization"), in float32.
+    """Dequantize the scales of blocks ("double quantization") to float32.
 
     Args:
         codes: uint8, one for each block.
         table: float32, the 256 values of the codes.
         scales: float32, one for every ``blocks.nested_size`` codes.
-        blocks: how to read them.
+        blocks: the layout of the codes.
     """
     index = torch.arange(codes.numel(), device=codes.device) // blocks.nested_size
     return table[codes.flatten().int()] * scales.flatten()[index] + torch.tensor(
@@ -127,15 +128,15 @@ def dequantize_scales(codes: torch.Tensor, table: torch.Tensor, scales: torch.Te
 
 
 def dequantize_8bit(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Rows of int8 times a scale for each row over 127, in float32, as ``int8_vectorwise_dequant`` has it."""
+    """Return rows of int8 times the scale of the row over 127, in float32, as ``int8_vectorwise_dequant`` does."""
     return codes.float().mul_(scales.to(codes.device, torch.float32).view(-1, 1)).mul_(PER_127)
 
 
 def unpacked_from_cpu(codes: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The codes as they were before bitsandbytes arranged them for its product on CPUs.
+    """Return the codes in the usual order, from the order that bitsandbytes uses for its product on CPUs.
 
-    In evaluation mode, the first forward pass of a Linear4bit on a CPU with AVX-512 for bfloat16 replaces its codes: of
-    32 rows and two columns, the first half of the codes goes into the lower halves of 32 bytes.
+    In evaluation mode, the first forward pass of a Linear4bit on a CPU with AVX-512 for bfloat16 reorders its codes: of
+    each 32 rows and two columns, the codes of the first 16 rows become the lower halves of 32 bytes.
 
     Args:
         codes: uint8 of shape (rows, columns / 2).
@@ -153,16 +154,16 @@ def unpacked_from_cpu(codes: torch.Tensor, shape: tuple[int, ...]) -> torch.Tens
 
 @dataclass(frozen=True)
 class Scales:
-    """Scales of all blocks of one weight, in parts: ``(first, last)`` gives float32 on the device they are on."""
+    """The scales of one weight: a call with ``(first, last)`` returns those of a range of blocks, in float32."""
 
     absmax: Stored
     blocks: Blocks
-    nested: tuple[Stored, Stored] | None = None  # scales and values of the codes in absmax
+    nested: tuple[Stored, Stored] | None = None  # scales and values of the codes in absmax, if it is quantized
 
     def __call__(self, first: int, last: int) -> torch.Tensor:
         if self.nested is None:
             return self.absmax.take((slice(first, last),)).float()
-        # From a code on that is the first of its scale, so that a run of blocks may start anywhere.
+        # Reading starts at the first code of a nested scale, and the codes before ``first`` are dropped.
         size = self.blocks.nested_size
         start = first // size * size
         absmax, table = (item.take(()) for item in self.nested)
@@ -171,12 +172,12 @@ class Scales:
 
 
 class Bitsandbytes:
-    """Recognizes both formats by what lies beside the codes, in files, state dicts and modules."""
+    """Recognizes both formats by their companions, in files, state dicts and modules."""
 
     name = "bitsandbytes"
 
     def recognize(self, candidate: Candidate, /) -> Recipe | None:
-        """See ``recipe.Family``.
+        """See ``Family``.
 
         Raises:
             SourceError: a companion is missing, or does not fit.
@@ -194,14 +195,14 @@ class Bitsandbytes:
 
 
 def blocks_of(name: str, state: Stored, kind: str) -> Blocks:
-    """What the JSON in ``quant_state.bitsandbytes__<kind>`` says; it is the only companion that is read.
+    """Return the layout of codes from the JSON in ``quant_state.bitsandbytes__<kind>``.
 
     Raises:
-        SourceError: it is no JSON, or says something that cannot be.
+        SourceError: ``state`` is not JSON, or describes an impossible layout.
     """
     try:
         if state.dtype != torch.uint8 or not 0 < state.numel <= _LARGEST_STATE:
-            raise ValueError(f"{state.dtype} of shape {state.shape} is no text")
+            raise ValueError(f"{state.dtype} of shape {state.shape} is not a text")
         return _blocks(json.loads(bytes(state.take(()).flatten().tolist())), kind)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(
@@ -224,10 +225,10 @@ def _blocks(said: Mapping[str, Any], kind: str) -> Blocks:
 
 
 def four_bits(candidate: Candidate, blocks: Blocks, state: Stored | None = None) -> Recipe:
-    """The recipe for a weight of four bits.
+    """Return the recipe for a weight of four bits.
 
     Raises:
-        SourceError: a companion is missing, or its size is not what the state says.
+        SourceError: a companion is missing, or its size contradicts the state.
     """
     codes, beside = candidate.codes, candidate.companions
     wanted = {"absmax": blocks.count}
@@ -239,7 +240,7 @@ def four_bits(candidate: Candidate, blocks: Blocks, state: Stored | None = None)
         if beside[role].numel != count or len(beside[role].shape) != 1:
             raise refuse(candidate, beside[role], f"{count} values are expected")
     if (beside["absmax"].dtype == torch.uint8) != bool(blocks.nested_size):
-        raise refuse(candidate, beside["absmax"], "uint8 is for scales that are quantized themselves")
+        raise refuse(candidate, beside["absmax"], "only quantized scales are uint8")
     assert codes.dtype is not None
     if codes.numel * codes.dtype.itemsize != -(-blocks.numel // 2):
         raise refuse(candidate, beside["absmax"], f"a weight of shape {blocks.shape} has two codes in a byte")
@@ -248,7 +249,7 @@ def four_bits(candidate: Candidate, blocks: Blocks, state: Stored | None = None)
 
 
 def recipe_of(codes: Stored, scales: Scales, blocks: Blocks, state: Stored | None) -> Recipe:
-    """How to make the weight, or each matrix of a stack, from codes and scales whose sizes have been checked."""
+    """Return the recipe of a weight, or of each matrix of a stack; the sizes of codes and scales must be checked."""
     where = codes.device
     if len(blocks.shape) != 3:
         matrix = blocks.shape if len(blocks.shape) == 2 else (blocks.shape[0], blocks.numel // blocks.shape[0])
@@ -256,7 +257,7 @@ def recipe_of(codes: Stored, scales: Scales, blocks: Blocks, state: Stored | Non
         if scales.nested is not None:
             read |= dict(zip(NESTED, scales.nested, strict=True))
         if state is not None:
-            read["state"] = state  # known already, but what the weight is depends on it
+            read["state"] = state  # for the stamp: the weight depends on the state
 
         def dequantize(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
             absmax = inputs["absmax"]
@@ -280,18 +281,18 @@ def recipe_of(codes: Stored, scales: Scales, blocks: Blocks, state: Stored | Non
             return dequantize_4bit(inputs["codes"], inputs["scales"], blocks).view(blocks.shape[1:])
 
         return Recipe(blocks.description, blocks.shape, blocks.dtype, inputs, of_expert, blocks.peak)
-    # A block that reaches into the next expert: the blocks that an expert touches are dequantized where they are.
-    whole = Stored(codes.names, blocks.shape, blocks.dtype, where, _Straddling(codes, scales))
+    # Blocks extend across experts: all blocks that an expert overlaps are dequantized on the device of the codes.
+    whole = Stored(codes.names, blocks.shape, blocks.dtype, where, _AcrossExperts(codes, scales))
     return Recipe(
         blocks.description, blocks.shape, blocks.dtype, {"weights": whole}, lambda i: i["weights"], blocks.peak
     )
 
 
 def eight_bits(candidate: Candidate) -> Recipe:
-    """The recipe for rows of int8.
+    """Return the recipe for rows of int8.
 
     Raises:
-        SourceError: the scales do not fit, or the codes are arranged for one kind of GPU.
+        SourceError: the scales do not fit, or the codes are in the order of one kind of GPU.
     """
     codes, scales = candidate.codes, candidate.companions["SCB"]
     if len(codes.shape) != 2 or scales.numel != codes.shape[0]:
@@ -299,7 +300,7 @@ def eight_bits(candidate: Candidate) -> Recipe:
     arrangement = candidate.companions.get("format")
     if arrangement is not None and arrangement.take(()).flatten().tolist() != [0]:
         raise SourceError(
-            f"{candidate.name!r} is arranged for one kind of GPU ({arrangement.name} is not 0): load the model with "
+            f"{candidate.name!r} is in the order of one kind of GPU ({arrangement.name} is not 0): load the model with "
             "bitsandbytes below 0.45 and save it again"
         )
 
@@ -315,7 +316,7 @@ def _dequantize_rows(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Bytes of a flattened tensor, cut into equal parts."""
+    """``Stored.take`` of the bytes of a flattened tensor, with one row for each of ``count`` experts."""
 
     of: Stored
     count: int
@@ -323,7 +324,7 @@ class _Rows:
     def __call__(self, index: Index, device: torch.device | None = None) -> torch.Tensor:
         first, last = _range(index, self.count)
         rows = self.of.shape[0] // self.count
-        if self.of.shape[0] % self.count:  # of a dtype so wide that an element has bytes of two parts
+        if self.of.shape[0] % self.count:  # an element of a wide dtype contains bytes of two experts
             whole = self.of.take(()).contiguous().view(torch.uint8).flatten()
             size = whole.numel() // self.count
             part = whole[first * size : last * size]
@@ -335,7 +336,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _ScalesOf:
-    """The scales of one expert, or of all."""
+    """``Stored.take`` of the scales of one expert, or of all."""
 
     scales: Scales
     count: int
@@ -348,8 +349,8 @@ class _ScalesOf:
 
 
 @dataclass(frozen=True)
-class _Straddling:
-    """The weights of one expert, or of all, where blocks reach from one into the next."""
+class _AcrossExperts:
+    """``Stored.take`` of the weights of one expert, or of all, if blocks extend from one expert into the next."""
 
     codes: Stored
     scales: Scales

@@ -1,9 +1,9 @@
-"""ComfyUI: a marker beside every quantized weight, or in the header of the file, names its format.
+"""ComfyUI: a marker for every quantized weight, as a tensor or in the header of the file, names the format.
 
-``weight.comfy_quant`` is JSON in bytes, such as {"format": "nvfp4"}; ``_quantization_metadata`` of the header has the
-same for each layer. The layouts are those of comfy-kitchen: block scales of mxfp8 and nvfp4 are stored as cuBLAS wants
-them, in tiles of 128 x 4 (its documentation, "1D block scaling factors layout"), and of two four-bit codes in a byte
-the first is the upper half. Values are worked out in float32.
+``weight.comfy_quant`` is JSON in bytes, such as {"format": "nvfp4"}; ``_quantization_metadata`` in the header has the
+same for each layer. The layouts are those of comfy-kitchen: block scales of mxfp8 and nvfp4 are stored in the tiles of
+128 x 4 of cuBLAS (its documentation, "1D block scaling factors layout"); of two four-bit codes in a byte the first is
+the upper half. Values are computed in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...errors import SourceError
-from ...io.documents import parsed
+from ...io.documents import parse_json
 from ..base import Stored
 from .recipe import Candidate, Recipe, refuse
 from .unpack import e2m1, scale_values, times_blocks
@@ -26,23 +26,23 @@ HEADER = "_quantization_metadata"
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 BLOCK = {"mxfp8": 32, "nvfp4": 16}
 TILE = (128, 4)
-# What markers say beside the format without changing what the weight is.
-_OF_NO_MATTER = {"format", "full_precision_matrix_mult", "orig_dtype", "group_size"}
+# Keys of markers that are supported, or do not change the weight.
+_SUPPORTED_KEYS = {"format", "full_precision_matrix_mult", "orig_dtype", "group_size"}
 _LARGEST = 4096  # bytes of a marker
 
 
 class Comfy:
-    """Recognized by the marker alone."""
+    """Recognizes weights by the marker."""
 
     name = "comfyui"
 
     def recognize(self, candidate: Candidate, /) -> Recipe | str | None:
-        """Raises SourceError for markers that contradict each other or the tensors, and for scales that do not fit."""
-        said = _said(candidate)
-        if said is None:
+        """See ``Family``. Raises SourceError if markers contradict each other or the tensors, or scales do not fit."""
+        marker = _marker(candidate)
+        if marker is None:
             return None
-        kind = said.get("format")
-        more = sorted(key for key, value in said.items() if key not in _OF_NO_MATTER and value)
+        kind = marker.get("format")
+        more = sorted(key for key, value in marker.items() if key not in _SUPPORTED_KEYS and value)
         if more or kind not in (*FLOAT8, *BLOCK, "int8_tensorwise", "int8_blockwise"):
             what = f"{kind}" + (f" with {', '.join(more)}" if more else "")
             return f"quantized codes of ComfyUI ({what}); this quantized format is not supported"
@@ -53,17 +53,17 @@ class Comfy:
             raise candidate.missing("weight_scale")
         if kind in BLOCK:
             return _in_tiles(candidate, scale, kind)
-        return _scaled(candidate, scale, kind, said)
+        return _scaled(candidate, scale, kind, marker)
 
 
-def _said(candidate: Candidate) -> Mapping[str, Any] | None:
-    """What the marker beside the weight says, or the header about its layer."""
+def _marker(candidate: Candidate) -> Mapping[str, Any] | None:
+    """Return the marker of the weight, from its tensor or from the header; None if it has none."""
     layer = candidate.plain_name.removesuffix(".weight")
     found = []
     marker = candidate.find(MARKER)
     if marker is not None:
         if marker.dtype != torch.uint8 or not 0 < marker.numel <= _LARGEST:
-            raise refuse(candidate, marker, "JSON in bytes is expected")
+            raise refuse(candidate, marker, "JSON as uint8 is expected")
         found.append(_object(repr(marker.name), bytes(marker.take(()).flatten().tolist())))
     layers = _layers(candidate.header[HEADER]) if HEADER in candidate.header else {}
     if isinstance(layers.get(layer), Mapping):
@@ -83,10 +83,10 @@ def _layers(header: str) -> Mapping[str, Any]:
 
 
 def joined(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """What the headers of the files of one checkpoint say together: each may speak of its own layers.
+    """Merge the headers of the files of a checkpoint; each may describe its own layers.
 
     Raises:
-        SourceError: one that speaks of layers is damaged.
+        SourceError: the description of layers in a header is damaged.
     """
     found = {key: text for header in headers for key, text in header.items()}
     said = dict.fromkeys(header[HEADER] for header in headers if HEADER in header)
@@ -97,35 +97,35 @@ def joined(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 def _object(where: str, text: bytes) -> Mapping[str, Any]:
     try:
-        found = parsed(text, where)
+        found = parse_json(text, where)
         if not isinstance(found, Mapping):
-            raise TypeError("no JSON object")
+            raise TypeError("not a JSON object")
     except SourceError:
         raise
     except (ValueError, TypeError) as error:
         raise SourceError(
-            f"{where} should say how weights were quantized, and is damaged ({error}): download the file again"
+            f"{where} should describe how weights were quantized, but is damaged ({error}): download the file again"
         ) from error
     return found
 
 
 def _contradicted(candidate: Candidate, kind: object, what: str) -> SourceError:
     return SourceError(
-        f"the marker of {candidate.name!r} says {kind!r}, but the codes are of {what}: correct one of them, or "
+        f"the marker of {candidate.name!r} says {kind!r}, but the codes have {what}: correct one of them, or "
         "download the file again"
     )
 
 
-def _scaled(candidate: Candidate, scale: Stored, kind: str, said: Mapping[str, Any]) -> Recipe:
-    """FP8 or int8 with one scale, one for each row, or one for each square block."""
+def _scaled(candidate: Candidate, scale: Stored, kind: str, marker: Mapping[str, Any]) -> Recipe:
+    """Return the recipe for FP8 or int8 with one scale, one for each row, or one for each square block."""
     codes = candidate.codes
     stored_in = (FLOAT8[kind], torch.uint8) if kind in FLOAT8 else (torch.int8,)
     if codes.dtype not in stored_in:
-        raise _contradicted(candidate, kind, str(codes.dtype).removeprefix("torch."))
+        raise _contradicted(candidate, kind, f"dtype {str(codes.dtype).removeprefix('torch.')}")
     if scale.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise refuse(candidate, scale, "a float32 is expected")
+        raise refuse(candidate, scale, "a float32, float16 or bfloat16 is expected")
     rows, columns = codes.shape
-    size = said.get("group_size", 128)
+    size = marker.get("group_size", 128)
     size = size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else 128
     block, counts = (rows, columns), (1, 1)
     if kind == "int8_blockwise":
@@ -148,7 +148,7 @@ def _in_tiles(candidate: Candidate, scale: Stored, kind: str) -> Recipe:
     codes, packed = candidate.codes, kind == "nvfp4"
     fitting = (torch.uint8,) if packed else (torch.float8_e4m3fn, torch.uint8)
     if codes.dtype not in fitting:
-        raise _contradicted(candidate, kind, str(codes.dtype).removeprefix("torch."))
+        raise _contradicted(candidate, kind, f"dtype {str(codes.dtype).removeprefix('torch.')}")
     rows, columns = codes.shape[0], codes.shape[1] * (2 if packed else 1)
     blocks = columns // BLOCK[kind]
     expected = (-(-rows // TILE[0]) * TILE[0], -(-blocks // TILE[1]) * TILE[1])
@@ -174,7 +174,7 @@ def _in_tiles(candidate: Candidate, scale: Stored, kind: str) -> Recipe:
 
 
 def from_tiles(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Block scales in rows and columns: within a tile of 128 x 4, row 32 j + i is at 16 i + 4 j."""
+    """Return block scales in rows and columns; in a tile of 128 x 4, row 32 j + i begins at 16 i + 4 j."""
     high, wide = scale.shape[0] // TILE[0], scale.shape[1] // TILE[1]
     tiles = scale.contiguous().view(torch.uint8).reshape(high, wide, 32, 4, 4)
     plain = tiles.permute(0, 3, 2, 1, 4).reshape(scale.shape)[:rows, :columns]

@@ -1,8 +1,8 @@
-"""compressed-tensors (llm-compressor, vLLM): packed and plain integers, and NVFP4; modelopt's NVFP4 as well.
+"""compressed-tensors (llm-compressor, vLLM): packed and plain integers, and NVFP4; also NVFP4 of modelopt.
 
 Integers follow ``dequantize`` of compressed_tensors: (code - zero point) * scale in the dtype of the scales. NVFP4 has
-E4M3 scales for 16 weights each, and a scale for the whole: ``weight_global_scale`` of compressed-tensors divides,
-``weight_scale_2`` of modelopt multiplies; both are worked out in float32. FP8 is in ``fp8.py``, MXFP4 in ``mxfp4.py``.
+an E4M3 scale for each 16 weights, and one scale for the matrix: ``weight_global_scale`` of compressed-tensors divides,
+``weight_scale_2`` of modelopt multiplies; both are computed in float32. FP8 is in ``fp8.py``, MXFP4 in ``mxfp4.py``.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from .packed import FLOATS, checked_groups
 from .recipe import Candidate, Recipe, fills_tiles, in_unknown_order, refuse
 from .unpack import WORD, affine, block_size, e2m1, fields, times_blocks
 
-BITS = (2, 4, 8)  # three bits were packed in two ways under one name
+BITS = (2, 4, 8)  # three bits have two layouts with the same name
 NVFP4_BLOCK = 16
 _METHODS = {"", "compressed-tensors"}
 
 
 class CompressedInts:
-    """``weight_packed`` in int32 (pack-quantized) or ``weight`` in int8 (int-quantized) with ``weight_scale``."""
+    """Recognizes ``weight_packed`` in int32 (pack-quantized) or ``weight`` in int8 (int-quantized) with scales."""
 
     name = "compressed-tensors"
 
     def recognize(self, candidate: Candidate, /) -> Recipe | None:
-        """Raises SourceError for a companion that is missing, though the config promises one, or that does not fit."""
+        """See ``Family``. Raises SourceError if a companion does not fit, or is missing although the config has one."""
         codes, config = candidate.codes, candidate.config
         packed = codes.dtype == torch.int32 and candidate.name.endswith("weight_packed")
         plain = codes.dtype == torch.int8 and candidate.name.endswith("weight")
@@ -56,7 +56,8 @@ def _ints(candidate: Candidate, scale: Stored, zero: Stored | None, packed: bool
         stated = whole_number(scheme, "num_bits")
         fitting = [b for b in (BITS if stated is None else (stated,)) if -(-shape[-1] * b // WORD) == codes.shape[-1]]
         if len(fitting) != 1:
-            raise refuse(candidate, candidate.companions["shape"], f"{stated or 'so many'} bits a weight do not fit")
+            why = f"{stated} bits per weight do not fit" if stated else "no number of bits per weight fits"
+            raise refuse(candidate, candidate.companions["shape"], why)
         bits = fitting[0]
         if bits not in BITS:
             return None
@@ -67,7 +68,7 @@ def _ints(candidate: Candidate, scale: Stored, zero: Stored | None, packed: bool
     if order is not None and (order.shape != shape[-1:] or order.dtype not in (torch.int32, torch.int64)):
         raise refuse(candidate, order, f"the group of each of {shape[-1]} inputs as an int32 is expected")
     if group is None:
-        raise refuse(candidate, scale, f"{groups} groups of {shape[-1]} inputs leave open which belongs to which")
+        raise refuse(candidate, scale, f"{groups} groups of {shape[-1]} inputs do not determine the size of a group")
     if zero is not None:
         _check_zero(candidate, scale, zero, bits if packed else None)
     elif scheme.get("symmetric") is False:
@@ -92,21 +93,21 @@ def _ints(candidate: Candidate, scale: Stored, zero: Stored | None, packed: bool
 
 
 def _logical_shape(candidate: Candidate) -> tuple[int, ...]:
-    """What ``weight_shape`` says, which has to be read: packing rounds the number of columns up to whole words."""
+    """Return the shape in ``weight_shape``; it has to be read, since packing rounds columns up to whole words."""
     stored = candidate.find("shape")
     if stored is None:
         raise candidate.missing("weight_shape")
     rank = len(candidate.codes.shape)
     if stored.shape != (rank,) or stored.dtype not in (torch.int32, torch.int64):
-        raise refuse(candidate, stored, f"{rank} sizes as integers are expected")
+        raise refuse(candidate, stored, f"{rank} integers are expected")
     shape = tuple(int(size) for size in stored.take(()))
     if shape[:-1] != candidate.codes.shape[:-1] or shape[-1] < 1:
-        raise refuse(candidate, stored, f"it says {shape}")
+        raise refuse(candidate, stored, f"the shape in it is {shape}")
     return shape
 
 
 def _groups(candidate: Candidate, scale: Stored, shape: tuple[int, ...]) -> int:
-    """Scales along the columns; there is one row of them for all rows, or one for each."""
+    """Return the number of scales along the columns; there is one row of scales for all rows, or one for each."""
     above = shape[:-1]
     if scale.shape in (above, (*above, 1)) or (scale.numel == 1 and len(shape) == 2):
         return 1
@@ -116,7 +117,7 @@ def _groups(candidate: Candidate, scale: Stored, shape: tuple[int, ...]) -> int:
 
 
 def _check_zero(candidate: Candidate, scale: Stored, zero: Stored, bits: int | None) -> None:
-    """Zero points are int8 and shaped like scales; packed ones are packed along the rows."""
+    """Raise SourceError unless zero points are int8 in the shape of the scales, or packed along the rows."""
     if bits is None or zero.dtype == torch.int8:
         good = zero.dtype == torch.int8 and zero.shape == scale.shape
     else:
@@ -145,25 +146,25 @@ def _dequantize_ints(
     scale, zero = inputs["scale"].reshape(-1, groups), inputs.get("zero")
     codes = fields(inputs["codes"], bits, columns) if packed else inputs["codes"]
     if zero is not None and zero.dtype == torch.int32:
-        zero = fields(zero.t(), bits, scale.shape[0]).t()  # as the codes, from 0 on
-    elif packed:  # codes from 0 on, and zero points around 0
+        zero = fields(zero.t(), bits, scale.shape[0]).t()  # unsigned, as the codes
+    elif packed:  # codes are unsigned, zero points are signed
         middle = torch.full((1, 1), 1 << (bits - 1), dtype=torch.int32, device=codes.device)
         zero = middle if zero is None else zero.reshape(-1, groups).int() + middle
     elif zero is not None:
         zero = zero.reshape(-1, groups)
     order = inputs.get("g_idx")
-    if order is None or int(order.max()) == -1:  # -1 throughout: never set
+    if order is None or int(order.max()) == -1:  # all are -1: the order was never set
         return affine(codes, scale, zero, group)
     return affine(codes, scale, zero, checked_groups(order, groups, name))
 
 
 class NVFP4:
-    """Four-bit floats in uint8 with E4M3 scales and one float32 for the whole."""
+    """Recognizes four-bit floats in uint8 with E4M3 scales and one float32 scale for the matrix."""
 
     name = "nvfp4"
 
     def recognize(self, candidate: Candidate, /) -> Recipe | None:
-        """Raises SourceError for scales that do not fit the codes."""
+        """See ``Family``. Raises SourceError if the scales do not fit the codes."""
         codes = candidate.codes
         whole, divides = candidate.find("global_scale"), True
         if not candidate.name.endswith("weight_packed"):
@@ -177,7 +178,7 @@ class NVFP4:
             or scale.shape != (*above, half * 2 // NVFP4_BLOCK)
             or half * 2 % NVFP4_BLOCK
         ):
-            raise refuse(candidate, scale, f"an E4M3 scale for {NVFP4_BLOCK} weights, two in a byte, is expected")
+            raise refuse(candidate, scale, f"an E4M3 scale for each {NVFP4_BLOCK} weights (8 bytes) is expected")
         if not divides and method_of(candidate.config) == "" and fills_tiles(scale.shape):
             raise in_unknown_order(candidate, "modelopt")
         if whole.dtype != torch.float32 or (whole.numel != 1 and whole.shape != codes.shape[: len(codes.shape) - 2]):

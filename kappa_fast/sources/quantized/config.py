@@ -1,4 +1,4 @@
-"""What a checkpoint says about how it was quantized: ``quantization_config`` of config.json, or files of their own."""
+"""Reads how a checkpoint was quantized, from ``quantization_config`` in config.json or from separate files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ...io.documents import read_document
 from ...io.limits import LARGEST_CONFIG, MOST_PATTERNS, check_limit
 from ...io.patterns import Pattern, PatternError, Steps
 
-# Older tools wrote these; what they say is what quantization_config says today. The first one that is there counts.
+# Files of older tools, with what quantization_config has today. The first one that exists is read.
 AUTO_GPTQ = "quantize_config.json"
 FILES = (AUTO_GPTQ, "quant_config.json", "hf_quant_config.json")
-# Methods of which some format at least is read; what others have made of a weight nobody here can know.
+# Methods of which at least one format can be read.
 METHODS = frozenset(
     {
         *(
@@ -34,12 +34,12 @@ METHODS = frozenset(
         *("gptq", "awq", "auto-round", "intel/auto-round", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
     }
 )
-# Where configs list the modules that keep their weights as they were.
+# Keys under which configs list the modules that were not quantized.
 _PLAIN = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
 
 
 def quantization_config(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How the weights in a directory were quantized; empty if nothing says so.
+    """Return how the weights in a directory were quantized; empty if no file says it.
 
     Raises:
         SourceError: the file that should say it is damaged.
@@ -59,45 +59,45 @@ def quantization_config(directory: Path, config: Mapping[str, Any]) -> Mapping[s
 
 
 def is_of_mlx(found: object) -> bool:
-    """mlx-lm writes ``quantization`` into config.json, and the same once more as ``quantization_config``."""
+    """Return whether a part of config.json was written by mlx-lm, as ``quantization`` or ``quantization_config``."""
     return isinstance(found, Mapping) and "quant_method" not in found and {"bits", "group_size"} <= found.keys()
 
 
 def method_of(config: Mapping[str, Any]) -> str:
-    """The name of the method, such as "gptq"; "" if the config is empty or does not say."""
+    """Return the name of the method in lower case, such as "gptq"; "" if the config does not have it."""
     method = config.get("quant_method")
     return method.lower() if isinstance(method, str) else ""
 
 
 def unknown_method(config: Mapping[str, Any]) -> str:
-    """The name of the method if it is none whose files are read here; "" if it is, or if nothing is said."""
+    """Return the name of the method if none of its formats can be read; else, or without a name, ""."""
     method = method_of(config)
     return "" if method in METHODS else method
 
 
 def whole_number(config: Mapping[str, Any], *keys: str) -> int | None:
-    """The first of these settings that is a whole number."""
+    """Return the first of these settings that is an integer, or None."""
     found = [config.get(key) for key in keys]
     return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
 
 
 def is_left_plain(name: str, config: Mapping[str, Any]) -> bool:
-    """True if the config says that the module of the weight called ``name`` was not quantized.
+    """Return True if the config says that the module of the weight ``name`` was not quantized.
 
     Raises:
-        SourceError: a pattern of it cannot be understood, or searched in a limited time.
+        SourceError: a pattern in the config is not valid, or cannot be searched in a limited time.
     """
     return _lists_of(config).plain.covers(name.removesuffix(".weight"))
 
 
 def scheme_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What compressed-tensors' ``config_groups`` say about the weight called ``name``; empty if nothing does.
+    """Return what ``config_groups`` of compressed-tensors say about the weight ``name``; empty if they say nothing.
 
-    A group whose targets name the module comes before one that names it by a regular expression, and that before one
-    that names its class: only the first two can be told from names, so the first group with a class is taken.
+    Groups that list the module by name come first, then groups with a matching regular expression, then groups that
+    list a class. The class of a module is not known from its name, so the first group with a class is used.
 
     Raises:
-        SourceError: as ``is_left_plain``.
+        SourceError: as for ``is_left_plain``.
     """
     groups = _lists_of(config).groups
     module = name.removesuffix(".weight")
@@ -112,7 +112,7 @@ def scheme_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class _Listed:
-    """Modules that a list in a config names: by themselves, by what is around them, or by patterns."""
+    """A list of modules in a config: by their names, by names of parents, or by patterns."""
 
     def __init__(self, items: Iterable[object], field: str) -> None:
         texts = [item for item in items if isinstance(item, str)]
@@ -136,12 +136,12 @@ class _Listed:
     def _refused(self, text: str, error: PatternError) -> SourceError:
         return SourceError(
             f"quantization_config: {text[:100]!r} in {self._field} cannot be searched for ({error}): correct it in the "
-            "config of the checkpoint, or take it out and rank with exclude= what it names",
+            "config of the checkpoint, or remove it and leave its modules out with exclude=",
             says_exclude=True,
         )
 
     def fits(self, module: str, *, wildcards: bool = False) -> bool:
-        """Whether a pattern fits the beginning of a name; ``wildcards``: those of modelopt too."""
+        """Return whether a pattern matches the beginning of a name; with ``wildcards`` those of modelopt count too."""
         for text, pattern in self._patterns:
             if wildcards or text.startswith("re:"):
                 try:
@@ -152,7 +152,7 @@ class _Listed:
         return False
 
     def covers(self, module: str) -> bool:
-        """Whether the module, or one that it is in, or a part of its name between two dots, is listed."""
+        """Return whether the list has the module, a parent of it, or any consecutive words of its name."""
         words = module.split(".")
         if self.names and any(
             ".".join(words[i:j]) in self.names for i in range(len(words)) for j in range(i + 1, len(words) + 1)
@@ -165,7 +165,7 @@ class _Listed:
 
 
 class _Lists:
-    """The lists of one config, looked up by name instead of read again for every tensor."""
+    """The parsed lists of one config, kept for all of its tensors."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         listed = [(key, config[key]) for key in _PLAIN if isinstance(config.get(key), list)]
@@ -186,7 +186,7 @@ _latest: tuple[Mapping[str, Any], _Lists] | None = None
 
 def _lists_of(config: Mapping[str, Any]) -> _Lists:
     global _latest
-    known = _latest  # one config is asked about for every tensor of a checkpoint
+    known = _latest  # all tensors of a checkpoint have the same config
     if known is None or known[0] is not config:
         _latest = known = (config, _Lists(config))
     return known[1]
@@ -199,11 +199,11 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} cannot be read ({error}): repair it, or move it away to rank without it") from error
-    inner = found.get("quantization", found) if isinstance(found, Mapping) else {}  # so in hf_quant_config.json
+    inner = found.get("quantization", found) if isinstance(found, Mapping) else {}  # hf_quant_config.json nests it
     if not isinstance(inner, Mapping):
         return {}
     if path.name == AUTO_GPTQ and "bits" in inner and inner.get("quant_method", "gptq") == "gptq":
-        # AutoGPTQ says neither method nor layout before it had others; then it had one more, under a key of its own.
+        # Older AutoGPTQ writes neither method nor layout; its second layout, Marlin, has a key of its own.
         layout = "marlin" if inner.get("is_marlin_format") else "gptq"
         return {"quant_method": "gptq", "checkpoint_format": layout, **inner}
     return dict(inner)

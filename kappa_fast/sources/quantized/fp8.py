@@ -1,8 +1,8 @@
-"""FP8 weights with scales: for blocks, for rows or columns, or one for the whole matrix.
+"""FP8 weights with scales for blocks, rows or columns, or with one scale.
 
-The definition is that of DeepSeek-V3's ``weight_dequant`` and of transformers' ``Fp8Dequantize``: the code as a float32
-times the scale as a float32, and ``weight_scale_inv`` multiplies too, whatever its name says. So do ``weight_scale`` of
-FBGEMM, compressed-tensors and modelopt.
+The weight is the code times the scale, both as float32, as in DeepSeek-V3's ``weight_dequant`` and transformers'
+``Fp8Dequantize``. ``weight_scale_inv`` multiplies too, despite its name, as does ``weight_scale`` of FBGEMM,
+compressed-tensors and modelopt.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _ROLES = ("scale_inv", "scale", "scale_weight")
 
 
 class FP8:
-    """Eight-bit floats with scales beside them; those without are weights as they stand."""
+    """Recognizes eight-bit floats with scales; those without scales are weights themselves."""
 
     name = "fp8"
 
     def recognize(self, candidate: Candidate, /) -> Recipe | None:
-        """Raises SourceError for a scale that is missing, though the config promises one, or that does not fit."""
+        """See ``Family``. Raises SourceError if a scale does not fit, or is missing although the config says FP8."""
         codes = candidate.codes
         kind = FORMATS.get(codes.dtype) if codes.dtype is not None else None
         if kind is None or len(codes.shape) not in (2, 3) or 0 in codes.shape:
@@ -52,12 +52,12 @@ class FP8:
             raise refuse(candidate, scale, "scales are float32, bfloat16, float16 or E8M0")
         rows, columns = _laid_out(candidate, scale)
         if min(rows, columns) == 1 and scale.name.rpartition(".")[2] == "scale":
-            return None  # DeepSeek calls the scales of blocks so, others what they have divided or multiplied by
+            return None  # only the blocks of DeepSeek have scales of this name; other formats may divide by them
         block = _block(candidate, scale, rows, columns)
         microscaled = scale.dtype in (torch.uint8, torch.float8_e8m0fnu) and block == (1, MX_BLOCK)
         if microscaled and method_of(candidate.config) == "" and fills_tiles(scale.shape):
             raise in_unknown_order(candidate, "compressed-tensors")
-        # One line of scales beside a square matrix would fit its rows and its columns.
+        # One line of scales for a square matrix may be for its rows or for its columns.
         line = max(rows, columns) if min(rows, columns) == 1 and scale.shape[-1:] != (1,) else 0
         doubtful = candidate.plain_name if codes.shape[-2:] == (line, line) else ""
         return Recipe(
@@ -71,7 +71,7 @@ class FP8:
 
 
 def describe_blocks(shape: Sequence[int], block: tuple[int, int]) -> str:
-    """In words, how the entries of a matrix share scales."""
+    """Describe how the entries of a matrix share scales."""
     rows, columns = block[0] >= shape[-2], block[1] >= shape[-1]
     if rows and columns:
         return "one scale"
@@ -83,7 +83,7 @@ def describe_blocks(shape: Sequence[int], block: tuple[int, int]) -> str:
 
 
 def _laid_out(candidate: Candidate, scale: Stored) -> tuple[int, int]:
-    """How many scales there are along the rows and the columns of one matrix."""
+    """Return the number of scales along the rows and along the columns of one matrix."""
     shape, found = candidate.codes.shape, scale.shape
     if len(shape) == 3:
         if found == (shape[0],):  # one for each expert
@@ -94,17 +94,17 @@ def _laid_out(candidate: Candidate, scale: Stored) -> tuple[int, int]:
             return found[1], 1
     elif len(found) == 2:
         if found == (1, shape[0]) and scale.name.endswith("weight_scale") and _configured(candidate, 1) is None:
-            return found[1], 1  # a row for each row: transformers turns them so for its kernel, also where it is square
+            return found[1], 1  # one scale per row: transformers transposes the scales for its kernel
         return found[0], found[1]
     elif len(found) == 1 and found[0] in (1, shape[0]):
         return found[0], 1
     if scale.numel == 1:
         return 1, 1
-    raise refuse(candidate, scale, "it has neither one scale, nor one for each row, nor a grid of blocks")
+    raise refuse(candidate, scale, "one scale, one for each row, or one for each block is expected")
 
 
 def _block(candidate: Candidate, scale: Stored, *counts: int) -> tuple[int, int]:
-    """Rows and columns of a block. Blocks are square, or equal shares, where nothing else is said."""
+    """Return the rows and columns of a block; without a config, blocks are square or divide the matrix equally."""
     shape = candidate.codes.shape[-2:]
     configured = _configured(candidate, 0), _configured(candidate, 1)
     plausible = [_plausible(*of_axis) for of_axis in zip(shape, counts, configured, strict=True)]
@@ -117,7 +117,7 @@ def _block(candidate: Candidate, scale: Stored, *counts: int) -> tuple[int, int]
         if len(plausible[axis]) != 1:
             why = f"{counts[axis]} scales along {shape[axis]} {along} "
             fixed = configured[axis]
-            why += "leave open which belongs to which" if fixed is None else f"are not those of blocks of {fixed}"
+            why += "do not determine the size of a block" if fixed is None else f"do not fit blocks of {fixed}"
             raise refuse(candidate, scale, why)
     return min(plausible[0]), min(plausible[1])
 
@@ -131,9 +131,9 @@ def _plausible(size: int, count: int, configured: int | None) -> set[int]:
 def _has_two_halves(
     shape: Sequence[int], across: int, plausible: Sequence[set[int]], configured: Sequence[int | None]
 ) -> bool:
-    """Whether two scales along the rows are those of gate and up, which transformers fuses.
+    """Return whether two scales along the rows are those of gate and up, which transformers fuses.
 
-    So they are if a block would hold both, or if nothing is said of blocks and square ones would cut the columns too.
+    They are if a block would contain both, or if no block size is configured and square blocks would split the columns.
     """
     if configured[0] is not None:
         return configured[0] >= shape[0] and shape[0] % 2 == 0
@@ -149,19 +149,21 @@ def _configured(candidate: Candidate, axis: int) -> int | None:
 
 
 def _check_line(values: torch.Tensor, name: str, largest: float, is_for_rows: bool) -> None:
-    """Refuse scales that are for the other lines: each line is scaled until its largest code is full, if not all zero.
+    """Refuse scales that belong to columns instead of rows, or the reverse.
+
+    Quantization scales each line (row or column) so that its largest code is the largest number, unless it is zero.
 
     Raises:
-        SourceError: every line of the other kind has a code of that size, and not every line of this kind.
+        SourceError: every line of the other kind reaches the largest number, and not every line of this kind does.
     """
     full = values.abs() == largest
     reached = [bool((full.any(axis) | ~values.any(axis)).all()) for axis in (1, 0)]  # rows, columns
     this, other = ("row", "column") if is_for_rows else ("column", "row")
     if reached[is_for_rows] and not reached[not is_for_rows] and bool(full.any()):
         raise SourceError(
-            f"every {other} of {name!r} reaches {largest:g} and not every {this}, so that its one line of scales is "
-            f"for {other}s, where its shape and name say {this}s: load the model dequantized and rank that, or leave "
-            f"the weight out with exclude={name!r}",
+            f"every {other} of {name!r} reaches {largest:g} and not every {this}, so that its scales are for {other}s, "
+            f"although their shape and name say {this}s: load the model dequantized and rank that, or leave the weight "
+            f"out with exclude={name!r}",
             says_exclude=True,
         )
 

@@ -1,9 +1,9 @@
-"""HQQ: codes of 1 to 8 bits with a scale and a zero point that is no integer, and what says how beside them.
+"""HQQ: codes of 1 to 8 bits with a scale and a fractional zero point, and settings as further tensors.
 
-``HQQLinear.state_dict()`` keeps its settings as small tensors: numbers, and texts as bytes. Fields of a byte lie in
-blocks of the first dimension, the highest bits first; ten of three bits share an int32. The weight is
-(code - zero) * scale in the dtype that the layer computes in, in groups along the inputs (axis 1) or down the rows
-(axis 0) (``Quantizer.dequantize``).
+``HQQLinear.state_dict()`` has its settings as small tensors: numbers, and texts as bytes. The fields of a byte, highest
+bits first, belong to consecutive blocks of the first dimension; ten fields of three bits share an int32. The weight is
+(code - zero) * scale in the compute dtype of the layer, in groups along the inputs (axis 1) or the rows (axis 0)
+(``Quantizer.dequantize``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...errors import SourceError
 from ..base import Stored
 from .recipe import Candidate, Recipe, refuse
 
-# How many codes share an element, and how many bits lie between them.
+# The number of codes in an element, and the bits of each.
 PACKINGS = {"8bit_u8": (1, 8), "4bit_u8": (2, 4), "3bit_32": (10, 3), "2bit_u8": (4, 2), "1bit_u8": (8, 1)}
 DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float16", "bfloat16", "float32")}
 SETTINGS = ("group_size", "shape", "axis", "packing", "compute_dtype", "view_as_float", "unpack_view_dtype")
@@ -25,12 +25,12 @@ _LONGEST = 64  # elements of a setting
 
 
 class HQQ:
-    """Recognized by ``W_q`` with ``scale`` and ``zero``."""
+    """Recognizes ``W_q`` with ``scale`` and ``zero``."""
 
     name = "hqq"
 
     def recognize(self, candidate: Candidate, /) -> Recipe | str | None:
-        """Raises SourceError for settings that are missing, or that the tensors contradict."""
+        """See ``Family``. Raises SourceError if settings are missing, or contradict the tensors."""
         if not candidate.name.endswith("W_q"):
             return None
         scale, zero = candidate.find("scale"), candidate.find("zero")
@@ -43,7 +43,7 @@ class HQQ:
         if packing not in PACKINGS or axis not in (0, 1) or dtype is None or _number(said["view_as_float"]):
             return f"codes of HQQ packed as {packing!r} along axis {axis}; this quantized format is not supported"
         if len(shape) != 2 or min(shape) < 1 or not scale.dtype or not scale.dtype.is_floating_point:
-            raise _damaged(candidate, f"a shape {shape}, and scales of {scale.dtype}")
+            raise _damaged(candidate, f"a weight of shape {shape} and scales of {scale.dtype}")
         return _recipe(candidate, scale, zero, said, packing, axis, dtype)
 
 
@@ -58,7 +58,7 @@ def _recipe(
 ) -> Recipe:
     rows, columns = said["shape"] or (0, 0)
     group = _number(said["group_size"])
-    if group is None:  # of a whole row, or of all rows
+    if group is None:  # a group is a whole row, or a whole column for axis 0
         group = columns if axis == 1 else rows
     if group < 1 or rows * columns % group:
         raise _damaged(candidate, f"groups of {group} in {rows} x {columns} weights")
@@ -101,12 +101,12 @@ def _dequantize(
 
 
 def _setting(candidate: Candidate, name: str) -> list[int] | None:
-    """The integers in a small tensor beside the codes; None if it is not there."""
+    """Return the integers in a small tensor with a setting; None if there is no such tensor."""
     stored = candidate.find(name)
     if stored is None:
         return None
     if stored.numel > _LONGEST or stored.dtype is None or stored.dtype.is_floating_point:
-        raise refuse(candidate, stored, "a number, or a text as bytes, is expected")
+        raise refuse(candidate, stored, "an integer, or a text as bytes, is expected")
     return [int(value) for value in stored.take(()).flatten()]
 
 
@@ -120,6 +120,6 @@ def _text(said: list[int] | None) -> str:
 
 def _damaged(candidate: Candidate, what: str) -> SourceError:
     return SourceError(
-        f"the settings beside {candidate.name!r} of shape {candidate.codes.shape} speak of {what}, which does not fit: "
+        f"the settings of {candidate.name!r} of shape {candidate.codes.shape} describe {what}, which does not fit: "
         "download it again"
     )

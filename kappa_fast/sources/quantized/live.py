@@ -1,7 +1,7 @@
-"""Weights of live models whose tensor, or the module that owns it, carries what its codes need.
+"""Quantized weights of models in memory, whose scales are attributes of the parameter or of its module.
 
-bitsandbytes' parameters, tensor subclasses that dequantize themselves (torchao, optimum-quanto), and HQQ's layers.
-Nothing here imports those packages: the objects are there already, and are only looked at.
+These are parameters of bitsandbytes, tensor subclasses that dequantize themselves (torchao, optimum-quanto), and layers
+of HQQ. These packages are not imported; the objects are recognized by their attributes.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 def weights_in(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None = None) -> Stored | None:
-    """The weight that a tensor in memory stands for, dequantized when it is taken; None if that is not known here.
+    """Return the weight that a tensor in memory encodes, with a dequantizing ``take``; None if it is not recognized.
 
     Args:
-        stored: the tensor as it is.
-        tensor: itself, with whatever attributes it has.
-        holder: the module in whose ``_parameters`` it is.
+        stored: the tensor without dequantization.
+        tensor: the tensor itself, with its attributes.
+        holder: the module in whose ``_parameters`` the tensor is.
 
     Raises:
-        SourceError: it carries a quantization state that does not fit.
+        SourceError: the quantization state of the tensor does not fit.
     """
     if stored.device.type == "meta":
         return replace(stored, problem=codes.ON_META) if stored.problem is not None else None
@@ -46,7 +46,7 @@ def weights_in(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None = 
 
 
 def _four_bits(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) -> Stored | None:
-    """A Params4bit, or a parameter whose module kept its quantization state, as FSDP and parametrizations leave it."""
+    """Recognize a Params4bit, or a parameter whose module has the quantization state (FSDP, parametrizations)."""
     states = [getattr(tensor, "quant_state", None)]
     if isinstance(holder, nn.utils.parametrize.ParametrizationList):
         states += [getattr(step, "quant_state", None) for step in holder]
@@ -70,20 +70,20 @@ def _four_bits(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) -
     if getattr(state, "packing_format_for_cpu", False):
         recipe = _packed_for_cpu(stored, tensor, state.absmax, blocks)
     else:
-        companions = {"absmax": held(f"{stored.name}.absmax", state.absmax)}
+        companions = {"absmax": plain_stored(f"{stored.name}.absmax", state.absmax)}
         if second is not None:
-            companions["nested_absmax"] = held(f"{stored.name}.nested_absmax", second.absmax)
-            companions["nested_quant_map"] = held(f"{stored.name}.nested_quant_map", second.code)
-        recipe = bnb.four_bits(Candidate(held(stored.name, tensor), companions), blocks)
+            companions["nested_absmax"] = plain_stored(f"{stored.name}.nested_absmax", second.absmax)
+            companions["nested_quant_map"] = plain_stored(f"{stored.name}.nested_quant_map", second.code)
+        recipe = bnb.four_bits(Candidate(plain_stored(stored.name, tensor), companions), blocks)
     return compose(replace(stored, problem=None), recipe)
 
 
 def _packed_for_cpu(stored: Stored, tensor: torch.Tensor, absmax: torch.Tensor, blocks: bnb.Blocks) -> Recipe:
-    """After a forward pass on a CPU: other order of codes, scales transposed and rounded to bfloat16."""
+    """Return the recipe after a forward pass on a CPU: codes in another order, scales transposed and in bfloat16."""
     rows, columns = blocks.shape
     if tensor.numel() * 2 != blocks.numel or absmax.shape != (columns // blocks.size, rows) or rows % 32:
         raise SourceError(
-            f"{stored.name!r} of shape {blocks.shape} was packed by bitsandbytes for CPUs in a way that is not known "
+            f"{stored.name!r} of shape {blocks.shape} was packed by bitsandbytes for CPUs in an unknown layout "
             f"({tuple(tensor.shape)} codes, {tuple(absmax.shape)} scales): rank the checkpoint, or the model before "
             "its first forward pass"
         )
@@ -92,12 +92,12 @@ def _packed_for_cpu(stored: Stored, tensor: torch.Tensor, absmax: torch.Tensor, 
         codes = bnb.unpacked_from_cpu(inputs["codes"], (rows, columns))
         return bnb.dequantize_4bit(codes, inputs["scales"].t().float().flatten(), blocks).view(rows, columns)
 
-    inputs = {"codes": held(stored.name, tensor), "scales": held(f"{stored.name}.absmax", absmax)}
+    inputs = {"codes": plain_stored(stored.name, tensor), "scales": plain_stored(f"{stored.name}.absmax", absmax)}
     return Recipe(blocks.description, blocks.shape, blocks.dtype, inputs, dequantize, peak=8)
 
 
 def _eight_bits(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) -> Stored | None:
-    """An Int8Params; the first forward pass moves its scales from the parameter to the state of the layer."""
+    """Recognize an Int8Params; the first forward pass moves its scales from the parameter to the layer's state."""
     if tensor.dtype != torch.int8:
         return None
     scales = getattr(tensor, "SCB", None)
@@ -106,22 +106,22 @@ def _eight_bits(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) 
     if not isinstance(scales, torch.Tensor):
         return None
     owner = stored.name.removesuffix("weight")
-    candidate = Candidate(held(stored.name, tensor), {"SCB": held(f"{owner}SCB", scales)})
+    candidate = Candidate(plain_stored(stored.name, tensor), {"SCB": plain_stored(f"{owner}SCB", scales)})
     return compose(replace(stored, problem=None), bnb.eight_bits(candidate))
 
 
 def _not_yet_quantized(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) -> Stored | None:
-    """What bitsandbytes quantizes when it is moved to a device, if ever; until then it holds the weights themselves."""
+    """Recognize a parameter that bitsandbytes quantizes when it is moved to a device; until then it has the weights."""
     known = type(tensor).__name__ in ("Params4bit", "Int8Params")
     carries = any(getattr(tensor, name, None) is not None for name in ("quant_state", "SCB"))
     whole = tensor.is_floating_point() and not getattr(tensor, "bnb_quantized", False)
     if not known or carries or not whole:
         return None
-    return replace(stored, problem=None, take=held(stored.name, tensor).take)
+    return replace(stored, problem=None, take=plain_stored(stored.name, tensor).take)
 
 
 def _of_itself(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) -> Stored | None:
-    """A tensor subclass with a way back to plain numbers of its shape and dtype."""
+    """Recognize a tensor subclass that can be dequantized to a plain tensor of its shape and dtype."""
     kind = type(tensor)
     if kind in PLAIN or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         return None
@@ -133,7 +133,7 @@ def _of_itself(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) -
         return replace(stored, problem=f"quantized or other tensor subclass {called}; {why}")
     cut = tensor.dim() == 3 and _can_be_cut(tensor)
     overhead = tensor.shape[-2:].numel() * torchao.peak_of(kind.__name__)
-    if tensor.dim() > 2 and not cut:  # the whole stack is there, of which one matrix is taken
+    if tensor.dim() > 2 and not cut:  # the whole stack is dequantized for each matrix
         overhead = tensor.numel() * (torchao.peak_of(kind.__name__) + tensor.dtype.itemsize)
     take = _Dequantized(tensor, dequantize, cut)
     return replace(stored, take=take, problem=None, quantization=called, overhead=overhead)
@@ -141,8 +141,8 @@ def _of_itself(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) -
 
 def _can_be_cut(tensor: torch.Tensor) -> bool:
     try:
-        last = tensor.detach()[tensor.shape[0] - 1]  # the first is there also where experts share their scales
-    except Exception:  # the subclass says in its own way that it does not know how
+        last = tensor.detach()[tensor.shape[0] - 1]  # indexing with 0 works even if experts share their scales
+    except Exception:  # a subclass may raise anything if it does not support indexing
         return False
     dequantize = torchao.dequantizer(last)
     same = type(last) is type(tensor.detach()) and last.shape == tensor.shape[1:]
@@ -151,7 +151,7 @@ def _can_be_cut(tensor: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Dequantized:
-    """``Stored.take`` of a tensor that dequantizes itself."""
+    """``Stored.take`` of a tensor that dequantizes itself; ``cut``: it can be indexed by expert first."""
 
     tensor: torch.Tensor
     dequantize: Callable[[torch.Tensor], torch.Tensor]
@@ -168,7 +168,7 @@ class _Dequantized:
 
 
 def _of_layer(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) -> Stored | None:
-    """HQQLinear keeps its codes in W_q and everything else in a dictionary, and dequantizes all of it at once."""
+    """Recognize an HQQLinear, which has its codes in W_q and everything else in a dictionary."""
     if holder is None or not any(c.__name__ == "HQQLinear" for c in type(holder).__mro__):
         return None
     meta = getattr(holder, "meta", None)
@@ -192,7 +192,7 @@ def _of_layer(stored: Stored, tensor: torch.Tensor, holder: nn.Module | None) ->
 
 @dataclass(frozen=True)
 class _Layer:
-    """``Stored.take`` of an HQQLinear. Its dequantize() writes to ``meta`` while it works, so a copy does the work."""
+    """``Stored.take`` of an HQQLinear; its dequantize() writes to ``meta``, so a copy of the layer is used."""
 
     name: str
     layer: nn.Module
@@ -204,15 +204,15 @@ class _Layer:
         values: torch.Tensor = worker.dequantize().detach()
         if tuple(values.shape) != self.shape:
             raise SourceError(
-                f"{self.name!r}: dequantize() of {type(self.layer).__name__} gives {tuple(values.shape)} instead of "
+                f"{self.name!r}: dequantize() of {type(self.layer).__name__} returns {tuple(values.shape)} instead of "
                 f"{self.shape}: rank the model before it is quantized, or leave it out with exclude={self.name!r}",
                 says_exclude=True,
             )
         return values[index].clone() if index else values
 
 
-def held(name: str, tensor: torch.Tensor) -> Stored:
-    """A tensor in memory under a name, as plain numbers: what a subclass says about itself is left behind."""
+def plain_stored(name: str, tensor: torch.Tensor) -> Stored:
+    """Return a tensor in memory as a Stored with a name, as a plain torch.Tensor without the subclass."""
     plain = tensor.detach().as_subclass(torch.Tensor)
 
     def take(index: Index, device: torch.device | None = None) -> torch.Tensor:
@@ -222,5 +222,5 @@ def held(name: str, tensor: torch.Tensor) -> Stored:
 
 
 def _parametrized(name: str) -> str:
-    """``a.w`` for ``a.parametrizations.w.original``."""
+    """Return ``a.w`` for ``a.parametrizations.w.original``."""
     return name.removesuffix(".original").replace("parametrizations.", "")

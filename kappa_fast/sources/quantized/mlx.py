@@ -1,8 +1,8 @@
 """MLX: codes of 2 to 8 bits in uint32 words, a scale and a bias, or a microscaling scale, for each group of inputs.
 
-``mlx.core.quantize`` of the documentation: mode "affine" is scale * code + bias, with codes that follow each other in
-the words from the lowest bit on, also across words; "mxfp4", "mxfp8" and "nvfp4" have no biases, and scales in bytes.
-What is computed here is the float32 of these products and sums, as the kernels of mlx take them before they round.
+The formats are those of ``mlx.core.quantize``. Mode "affine" is scale * code + bias; codes are consecutive from the
+lowest bit of the words on, and may extend into the next word. Modes "mxfp4", "mxfp8" and "nvfp4" have no biases, and
+scales in bytes. The result is in float32, as in the kernels of mlx before they round.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .unpack import WORD, e2m1, fields, scale_values, times_blocks
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
-# Bits of a code, and how many share a scale.
+# The bits of a code, and the number of codes that share a scale.
 MICROSCALED = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
 class MLX:
-    """``weight`` in uint32 with ``scales``, and ``biases`` in the affine mode."""
+    """Recognizes ``weight`` in uint32 with ``scales``, and ``biases`` in the affine mode."""
 
     name = "mlx"
 
     def recognize(self, candidate: Candidate, /) -> Recipe | None:
-        """Raises SourceError for companions that do not fit, or that leave bits and groups open."""
+        """See ``Family``. Raises SourceError if companions do not fit, or do not determine bits and group size."""
         codes, scales = candidate.codes, candidate.find("scales")
         if codes.dtype != torch.uint32 or len(codes.shape) not in (2, 3) or 0 in codes.shape:
             return None
@@ -56,7 +56,7 @@ def _affine(candidate: Candidate, scales: Stored) -> Recipe:
     if scales.dtype not in FLOATS:
         raise refuse(candidate, scales, "scales are float16, bfloat16 or float32")
     if (biases.shape, biases.dtype) != (scales.shape, scales.dtype):
-        raise refuse(candidate, biases, f"biases like the scales, {scales.shape}, are expected")
+        raise refuse(candidate, biases, f"biases of the shape {scales.shape} and dtype of the scales are expected")
     bits, group = _bits_and_group(candidate, scales)
     columns = scales.shape[-1] * group
     return Recipe(
@@ -70,7 +70,7 @@ def _affine(candidate: Candidate, scales: Stored) -> Recipe:
 
 
 def _bits_and_group(candidate: Candidate, scales: Stored) -> tuple[int, int]:
-    """What the config says, if it fits; without one, what alone fits the shapes."""
+    """Return the bits and the group size in the config if they fit, or else the only ones that fit the shapes."""
     words, groups = candidate.codes.shape[-1], scales.shape[-1]
     fitting = [(b, g) for b in BITS for g in GROUPS if words * WORD == groups * g * b]
     settings = settings_of(candidate)
@@ -81,23 +81,23 @@ def _bits_and_group(candidate: Candidate, scales: Stored) -> tuple[int, int]:
         raise refuse(
             candidate,
             scales,
-            f"{bits} bits in groups of {group} are what the config says, and {words} words with {groups} scales "
-            f"are {_listed(fitting)}: correct 'quantization' in config.json, or the file",
+            f"the config says {bits} bits in groups of {group}, but {words} words with {groups} scales fit "
+            f"{_listed(fitting)}: correct 'quantization' in config.json, or the file",
         )
     if len(fitting) == 1:
         return fitting[0]
     raise SourceError(
-        f"nothing says how {candidate.name!r} of shape {candidate.codes.shape} was quantized by mlx: {words} words "
-        f"with {groups} scales are {_listed(fitting)}; give the checkpoint's directory with its config.json"
+        f"no config says how {candidate.name!r} of shape {candidate.codes.shape} was quantized by mlx: {words} words "
+        f"with {groups} scales fit {_listed(fitting)}; give the checkpoint's directory with its config.json"
     )
 
 
 def _listed(fitting: list[tuple[int, int]]) -> str:
-    return " or ".join(f"{bits} bits in groups of {group}" for bits, group in fitting) or "those of no known setting"
+    return " or ".join(f"{bits} bits in groups of {group}" for bits, group in fitting) or "no known setting"
 
 
 def settings_of(candidate: Candidate) -> Mapping[str, Any]:
-    """What the config says about this weight: its module may have settings of its own."""
+    """Return the settings of this weight in the config, in which its module may have settings of its own."""
     config = candidate.config
     own = config.get(candidate.plain_name.removesuffix(".weight"))
     return {**config, **own} if isinstance(own, Mapping) else config
@@ -113,10 +113,10 @@ def _microscaled(candidate: Candidate, scales: Stored) -> Recipe:
     words, groups = codes.shape[-1], scales.shape[-1]
     mode = next((m for m, (bits, group) in MICROSCALED.items() if words * WORD == groups * group * bits), None)
     if mode is None or said not in (None, mode):
-        told = f"mode {said!r} is what the config says" if said else "no mode of mlx"
-        raise refuse(candidate, scales, f"{words} words with {groups} scales in bytes fit {mode or 'nothing'}; {told}")
+        told = f"the config says mode {said!r}" if said else "the config has no mode"
+        raise refuse(candidate, scales, f"{words} words with {groups} scales in bytes fit {mode or 'no mode'}; {told}")
     if candidate.find("biases") is not None:
-        raise refuse(candidate, candidate.companions["biases"], f"mode {mode!r} has none")
+        raise refuse(candidate, candidate.companions["biases"], f"mode {mode!r} has no biases")
     group = MICROSCALED[mode][1]
     return Recipe(
         quantization=f"mlx {mode}",

@@ -1,7 +1,7 @@
-"""Modules that keep quantized weights: what belongs to their codes beside the parameters, and what is out of reach.
+"""Finds codes and scales in modules that hold quantized weights, and weights in modules that cannot be read.
 
-The codes of most formats are buffers, with scales beside them as parameters, buffers or plain attributes. What is found
-here goes through the same families as the tensors of a checkpoint.
+The codes of most formats are buffers; their scales are parameters, buffers or plain attributes. The tensors found here
+are recognized by the same families of formats as those of a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import nn
 from .. import codes
 from ..base import Stored
 
-# Classes whose buffers are those of the checkpoint. gptqmodel's other kernels rearrange them under the same names when
-# the model is loaded, and nothing in the buffers tells.
+# Classes whose buffers are as in the checkpoint. Other kernels of gptqmodel reorder the buffers when the model is
+# loaded, under the same names.
 _AS_STORED = re.compile(r"(?:Torch|TritonV2)(?:Quant)?Linear|Awq(?:Torch|GEMM)(?:Quant)?Linear|WQLinear_GEMM")
 _AWQ = ("Awq", "AWQ", "WQLinear")
-# Classes of formats that no family reads, by name: all that they hold is codes, code books and scales.
+# Classes of unsupported formats, which hold only codes, code books and scales.
 _UNREAD = {
     "BitLinear": "bitnet",
     "EetqLinear": "eetq",
@@ -34,19 +34,19 @@ _UNREAD = {
     "SINQLinear": "sinq",
     "VQuantLinear": "vptq",
 }
-# Classes of transformers that keep scales the other way round than the weight, for the kernel they call.
-_TURNED = {
+# Classes of transformers that transpose scales, for the kernel that they call.
+_TRANSPOSED = {
     "CompressedTensorsFP8Linear": ("weight_scale",),  # [1, out] beside [out, in]
     "FbgemmFp8Llama4TextExperts": ("down_proj_scale",),  # [experts, out, 1] beside [experts, in, out]
 }
-# Attributes under which transformers' Mxfp4GptOssExperts keeps objects of triton_kernels in place of parameters.
+# Attributes of transformers' Mxfp4GptOssExperts that are objects of triton_kernels instead of parameters.
 _STACKS = ("gate_up_proj", "down_proj")
 
 
-def beside_codes(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers and plain attributes of a module that are codes, or belong to codes, by their names in the module."""
+def quantized_attributes(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers and plain attributes of a module that are codes or their companions, by their names."""
     own: dict[str, torch.Tensor] = {n: t for n, t in module._parameters.items() if t is not None}
-    buffers = {n: t for n, t in module._buffers.items() if t is not None}  # TorchScript's are no dictionaries
+    buffers = {n: t for n, t in module._buffers.items() if t is not None}  # TorchScript has no dictionaries
     if not any(codes.may_be_codes(t.dtype) for t in (*own.values(), *buffers.values())):
         return {}
     attributes = {n: t for n, t in vars(module).items() if isinstance(t, torch.Tensor)}
@@ -60,13 +60,13 @@ def beside_codes(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def as_on_disk(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A view of a tensor of a module as checkpoints have it, where the module has turned it."""
-    turned = any(name in _TURNED.get(c.__name__, ()) for c in type(module).__mro__)
-    return tensor.transpose(-1, -2) if turned and tensor.dim() >= 2 else tensor
+    """Return a tensor of a module as checkpoints have it: a transposed view if the module has transposed it."""
+    transposed = any(name in _TRANSPOSED.get(c.__name__, ()) for c in type(module).__mro__)
+    return tensor.transpose(-1, -2) if transposed and tensor.dim() >= 2 else tensor
 
 
 def problem_of(module: nn.Module, name: str) -> str | None:
-    """Why the tensor of this name in a module is no weight, whatever is beside it; None if its class is no reason."""
+    """Return why a tensor of a module is not a weight because of the module's class, or None."""
     kinds = [c.__name__ for c in type(module).__mro__]
     unread = next((kind for kind in kinds if kind in _UNREAD), None)
     if unread is not None and name != "bias":
@@ -77,9 +77,9 @@ def problem_of(module: nn.Module, name: str) -> str | None:
 
 
 def is_scale(module: nn.Module, name: str) -> bool:
-    """True for what compressed-tensors keeps beside a weight that it has calibrated and not compressed yet.
+    """Return True for scales and zero points of a weight that compressed-tensors has calibrated but not compressed.
 
-    The weight is as it was, and rounded in every forward pass; zero points may come in float8, as if they were codes.
+    Such a weight is unchanged, and is rounded in every forward pass; zero points may be float8, as codes are.
     """
     own = dict(module._parameters.items())
     weight = own.get("weight")
@@ -90,13 +90,13 @@ def is_scale(module: nn.Module, name: str) -> bool:
 
 
 def config_of(module: nn.Module | None, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the config of the model says about quantization, corrected by what the module knows better.
+    """Return the quantization config of the model, corrected by the attributes of the module.
 
-    gptqmodel changes the zero points of GPTQ while it loads, and compressed-tensors has a scheme for every module.
+    gptqmodel changes the zero points of GPTQ when it loads, and compressed-tensors has a scheme for every module.
     """
     found = dict(config)
     version = getattr(module, "qzero_format", None)
-    if any(c.__name__.startswith(_AWQ) for c in type(module).__mro__):  # gptqmodel's have a version too, of no meaning
+    if any(c.__name__.startswith(_AWQ) for c in type(module).__mro__):  # in gptqmodel these have a meaningless version
         found |= {"quant_method": "awq"}
     elif callable(version):
         found |= {"quant_method": "gptq", "checkpoint_format": "gptq" if version() == 1 else "gptq_v2"}
@@ -108,7 +108,7 @@ def config_of(module: nn.Module | None, config: Mapping[str, Any]) -> Mapping[st
 
 
 def config_in(config: object) -> Mapping[str, Any]:
-    """``quantization_config`` of a model's config, an object or what JSON made of one; empty if it has none."""
+    """Return ``quantization_config`` of a model's config, which may be an object or a dict; empty if it has none."""
     found: Any = getattr(config, "quantization_config", None)
     if found is None:
         text = getattr(config, "text_config", None)
@@ -118,8 +118,8 @@ def config_in(config: object) -> Mapping[str, Any]:
     return dict(found) if isinstance(found, Mapping) else {}
 
 
-def out_of_reach(model: nn.Module) -> Iterator[Stored]:
-    """Stacks of experts that are in no tensor of the model, but in an object of one kernel."""
+def unreadable_stacks(model: nn.Module) -> Iterator[Stored]:
+    """Yield stacks of experts that are not tensors of the model, but objects of a kernel."""
     for name, module in model.named_modules():
         kind, start = type(module).__name__, f"{name}." if name else ""
         for stack in _STACKS:
@@ -130,10 +130,10 @@ def out_of_reach(model: nn.Module) -> Iterator[Stored]:
 
 
 def unread(name: str, shape: Iterable[Any], reason: str) -> Stored:
-    """A weight of which nothing but its place and size is known, for ``skipped`` and the number of parameters."""
+    """Return a weight of which only name and shape are known, for ``skipped`` and the number of parameters."""
 
     def take(index: object, device: torch.device | None = None) -> torch.Tensor:
-        raise AssertionError(f"{name!r} has a problem and is not read")
+        raise AssertionError(f"{name!r} has a problem, and is never read")
 
     sizes = tuple(int(size) for size in shape)
     return Stored((name,), sizes, None, torch.device("cpu"), take, reason, out_of_sight=True)

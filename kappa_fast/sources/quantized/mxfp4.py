@@ -1,8 +1,8 @@
-"""MXFP4 and MXFP6: floats of four (E2M1) or six bits (E2M3), 32 of which share a power of two (E8M0).
+"""MXFP4 and MXFP6: floats of four (E2M1) or six bits (E2M3), of which 32 share a power of two (E8M0) as a scale.
 
-As the OCP Microscaling Formats define them. MXFP4 is stored in three ways: gpt-oss' experts (``_blocks`` and
-``_scales``), ``mxfp4-pack-quantized`` of compressed-tensors, and the experts that FP8 checkpoints keep in int8
-(``expert_dtype`` of the config). MXFP6 is ``mxfp6-pack-quantized``.
+The formats are those of the OCP Microscaling Formats specification. MXFP4 has three layouts: experts of gpt-oss
+(``_blocks`` and ``_scales``), ``mxfp4-pack-quantized`` of compressed-tensors, and experts of FP8 checkpoints in int8
+(``expert_dtype`` of the config). MXFP6 is ``mxfp6-pack-quantized`` of compressed-tensors.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ BLOCK = 32
 
 
 class MXFP4:
-    """Recognized by the names of their companions."""
+    """Recognizes both formats by the names and dtypes of codes and scales."""
 
     name = "mxfp4"
 
     def recognize(self, candidate: Candidate, /) -> Recipe | None:
-        """Raises SourceError for scales that do not fit the codes."""
+        """See ``Family``. Raises SourceError if the scales do not fit the codes."""
         codes = candidate.codes
         if codes.dtype == torch.uint8 and candidate.name.endswith("_blocks") and len(codes.shape) == 4:
             return _of_gpt_oss(candidate)
@@ -58,7 +58,7 @@ class MXFP4:
 
 
 def _of_gpt_oss(candidate: Candidate) -> Recipe | None:
-    """``convert_moe_packed_tensors`` of transformers: rows of 16 bytes, and the result is transposed."""
+    """Return the recipe of ``convert_moe_packed_tensors`` of transformers: rows of 16 bytes, result transposed."""
     codes, scale = candidate.codes, candidate.find("scales")
     if scale is None:
         return None
@@ -74,7 +74,7 @@ def _dequantize(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _dequantize_six(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Four codes in three bytes, the lowest bits first; E2M3 of the specification, section 5.3.2."""
+    """Dequantize four codes in three bytes, lowest bits first; E2M3 of the specification, section 5.3.2."""
     packed = inputs["codes"]
     three = packed.view(packed.shape[0], -1, 3).int()
     word = three[..., 0] | three[..., 1] << 8 | three[..., 2] << 16
@@ -85,7 +85,7 @@ def _dequantize_six(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _dequantize_blocks(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    # bfloat16 has the exponents of float32, so that scales and products are exact.
+    # Scales and products are exact in bfloat16, which has the exponents of float32.
     scale = scale_values(inputs["scale"]).to(torch.bfloat16)
     values = e2m1(inputs["codes"], torch.bfloat16).mul_(scale[..., None])
     return values.flatten(1).t()

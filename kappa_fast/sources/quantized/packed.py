@@ -1,8 +1,8 @@
 """GPTQ and AWQ: integers of a few bits in int32 words, with a scale and a zero point for each group of inputs.
 
-GPTQ follows ``PackableQuantLinear.dequantize_weight`` of gptqmodel and the QuantLinear of AutoGPTQ before it, AWQ
-``dequantize_gemm`` of AutoAWQ: (code - zero point) * scale, in the dtype of the scales (float16 as a rule). Both store
-the transposed weight. Which is which can be told by shape: GPTQ packs along the inputs, AWQ along the outputs.
+GPTQ follows ``PackableQuantLinear.dequantize_weight`` of gptqmodel and the earlier QuantLinear of AutoGPTQ; AWQ follows
+``dequantize_gemm`` of AutoAWQ: (code - zero point) * scale, in the dtype of the scales (usually float16). Both store
+the transposed weight. The shapes differ: GPTQ packs along the inputs, AWQ along the outputs.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from .unpack import WORD, affine, block_size, fields
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 GPTQ_BITS = (2, 3, 4, 8)
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the field of a word that holds each column
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # for each column, its field in a word
 _METHODS = {"", "gptq", "awq", "auto-round", "intel/auto-round"}
-# What configs call the layouts that are read here; others store other things under the same names. A version is not
-# a word in every config: llm-compressor's and AutoRound's are numbers.
+# The names of supported layouts in configs; other layouts use the same names of tensors for other contents. Some
+# configs (llm-compressor, AutoRound) have numbers of versions instead.
 _LAYOUTS = {"none", "gptq", "gptq_v2", "gemm", "exllama"}
 _LAYOUTS |= {f"auto_round:{word}" for word in ("auto_gptq", "gptq", "auto_awq", "awq")}
 _NUMBERS = re.compile(r"[\d.]+")
-_FEW = 32  # so many equal zero points are no coincidence
+_FEW = 32  # fewer equal zero points may be a coincidence
 
 
 class PackedInts:
-    """``qweight`` with ``scales`` and ``qzeros``, and GPTQ's ``g_idx``."""
+    """Recognizes ``qweight`` with ``scales`` and ``qzeros``, and GPTQ's ``g_idx``."""
 
     name = "gptq, awq"
 
     def recognize(self, candidate: Candidate, /) -> Recipe | None:
-        """Raises SourceError for a companion that is missing, though the config promises one, or that does not fit."""
+        """See ``Family``. Raises SourceError if a companion does not fit, or is missing although the config has one."""
         codes, config = candidate.codes, candidate.config
         if not candidate.name.endswith("qweight") or codes.dtype != torch.int32 or len(codes.shape) != 2:
             return None
@@ -67,7 +67,7 @@ def _gptq(candidate: Candidate, scales: Stored, zeros: Stored) -> Recipe:
     groups, outputs = scales.shape
     if candidate.codes.shape[1] != outputs:
         raise refuse(candidate, scales, "as many columns as qweight has are expected")
-    # Not from the config: layers may differ from it ("dynamic").
+    # Layers may differ from the config ("dynamic"), so the bits follow from the shapes.
     bits = next((b for b in GPTQ_BITS if zeros.shape[1] * WORD == outputs * b), None)
     if bits is None or candidate.codes.shape[0] * WORD % bits:
         raise refuse(candidate, zeros, f"{outputs} zero points of 2, 3, 4 or 8 bits do not fill it")
@@ -80,7 +80,7 @@ def _gptq(candidate: Candidate, scales: Stored, zeros: Stored) -> Recipe:
             raise refuse(candidate, order, f"the group of each of {inputs} inputs as an int32 is expected")
         read["g_idx"] = order
     elif group is None:
-        raise refuse(candidate, scales, f"{groups} groups of {inputs} inputs leave open which belongs to which")
+        raise refuse(candidate, scales, f"{groups} groups of {inputs} inputs do not determine the size of a group")
     size = (
         f"groups of {group}" if group is not None and groups > 1 else f"{groups} groups" if groups > 1 else "one group"
     )
@@ -110,7 +110,8 @@ def _awq(candidate: Candidate, scales: Stored, zeros: Stored) -> Recipe:
         raise refuse(candidate, zeros, f"{outputs} zero points of 4 bits do not fill it")
     group = _group_size(candidate, scales, codes.shape[0], groups)
     if group is None or codes.shape[0] % group:
-        raise refuse(candidate, scales, f"{groups} groups of {codes.shape[0]} inputs leave open which belongs to which")
+        why = f"{groups} groups of {codes.shape[0]} inputs do not determine the size of a group"
+        raise refuse(candidate, scales, why)
     return Recipe(
         quantization=f"awq 4 bits, groups of {group}",
         shape=(outputs, codes.shape[0]),
@@ -122,19 +123,19 @@ def _awq(candidate: Candidate, scales: Stored, zeros: Stored) -> Recipe:
 
 
 def _group_size(candidate: Candidate, scales: Stored, inputs: int, groups: int) -> int | None:
-    """Inputs in a group; None where it cannot be told. Raises SourceError where the config says something else."""
+    """Return the inputs in a group, or None if unknown. Raises SourceError if the config contradicts the shapes."""
     configured = whole_number(candidate.config, "group_size", "q_group_size")
     if configured == -1:
         configured = inputs
     found = block_size(inputs, groups, configured)
     layers_differ = bool(candidate.config.get("dynamic"))
     if configured is not None and not layers_differ and -(-inputs // max(configured, 1)) != groups:
-        raise refuse(candidate, scales, f"groups of {configured} inputs are what the config says")
+        raise refuse(candidate, scales, f"the config says groups of {configured} inputs")
     return found if found is not None or not layers_differ else block_size(inputs, groups, None)
 
 
 def _zero_offset(config: Mapping[str, Any]) -> int | None:
-    """What is added to a stored zero point: 1 in the first version of GPTQ's format, 0 in the second, None: unknown."""
+    """Return what is added to a stored zero point: 1 in version 1 of GPTQ's format, 0 in version 2, None if unknown."""
     stated = {str(config.get(key)).lower() for key in ("checkpoint_format", "format")}
     if "gptq_v2" in stated:
         return 0
@@ -160,23 +161,23 @@ def _dequantize_gptq(
         offset = _offset_of(zeros, bits, name)
     else:
         _check_version(zeros, bits, name, offset, symmetric)
-    # In the first version 0 is stored as the largest zero point.
+    # Version 1 stores the zero point 0 as the largest code.
     zeros = (zeros.int() + offset) & ((1 << bits) - 1)
-    if isinstance(groups, torch.Tensor) and group is not None and _in_turn(groups, group):
+    if isinstance(groups, torch.Tensor) and group is not None and _are_consecutive(groups, group):
         groups = group
     return affine(codes, scales, zeros, groups if groups is not None else codes.shape[1])
 
 
-def _in_turn(order: torch.Tensor, group: int) -> bool:
-    """Whether the inputs are in the order of their groups, as they are unless desc_act says otherwise."""
+def _are_consecutive(order: torch.Tensor, group: int) -> bool:
+    """Return whether the inputs of each group are consecutive, as without desc_act."""
     return torch.equal(order, (torch.arange(len(order), device=order.device) // group).to(order.dtype))
 
 
 def checked_groups(order: torch.Tensor, groups: int, name: str) -> torch.Tensor:
-    """``order`` (``g_idx``) if it names only groups that have scales.
+    """Return ``order`` (``g_idx``) if its groups are exactly those that have scales.
 
     Raises:
-        SourceError: it does not.
+        SourceError: they are not.
     """
     low, high = int(order.min()), int(order.max())
     if 0 <= low <= high < groups:
@@ -184,40 +185,42 @@ def checked_groups(order: torch.Tensor, groups: int, name: str) -> torch.Tensor:
         if used == groups:
             return order
         raise SourceError(
-            f"g_idx of {name!r} puts its inputs into {used} groups, but there are scales for {groups}, each for some "
+            f"g_idx of {name!r} has inputs in {used} groups, but there are scales for {groups}, each of which needs "
             "inputs: correct g_idx, or download the file again"
         )
     raise SourceError(
-        f"g_idx of {name!r} names groups from {low} to {high}, but there are scales for {groups}: download it again"
+        f"g_idx of {name!r} has groups from {low} to {high}, but there are scales for {groups}: download it again"
     )
 
 
 def _offset_of(zeros: torch.Tensor, bits: int, name: str) -> int:
-    """Symmetric quantization has its zero point in the middle, which tells the version where nothing else does."""
+    """Return the offset of symmetric zero points, which are in the middle of the range, without help of a config."""
     middle = 1 << (bits - 1)
     low, high = int(zeros.min()), int(zeros.max())
     if low == high and low in (middle - 1, middle):
         return middle - low
     raise SourceError(
-        f"nothing says whether the zero points of {name!r} are those of GPTQ's first or second version, which differ "
-        "by 1: give the checkpoint's directory with its config.json"
+        f"the zero points of {name!r} may be those of version 1 or 2 of GPTQ's format, which differ by 1, and no "
+        "config says which: give the checkpoint's directory with its config.json"
     )
 
 
 def _check_version(zeros: torch.Tensor, bits: int, name: str, offset: int, symmetric: bool) -> None:
-    """Refuse symmetric zero points of the version that the config does not say.
+    """Refuse symmetric zero points of another version than the config says.
 
-    Symmetric quantization puts them in the middle: stored as that less 1 in the first version, as that in the second.
-    Anything else is asymmetric, and tells nothing.
+    Symmetric zero points are in the middle of the range; version 1 stores them less 1. Asymmetric ones prove nothing.
+
+    Raises:
+        SourceError: the zero points are those of the other version.
     """
     middle = 1 << (bits - 1)
     low, high = int(zeros.min()), int(zeros.max())
     if low == high == middle - 1 + offset and (symmetric or zeros.numel() >= _FEW):
         says, means = ("gptq", "gptq_v2") if offset else ("gptq_v2", "gptq")
         raise SourceError(
-            f"all zero points of {name!r} are stored as {low}, the middle as the format {means!r} has it, but the "
-            f"config says {says!r}: set checkpoint_format in quantization_config to {means!r}, or, if that is not so, "
-            "download the file again"
+            f"all zero points of {name!r} are stored as {low}, which is the middle in the format {means!r}, but the "
+            f"config says {says!r}: set checkpoint_format in quantization_config to {means!r}, or, if the config is "
+            "right, download the file again"
         )
 
 

@@ -1,9 +1,8 @@
-"""Weights of optimum-quanto in eight bits: qint8 and the three qfloat8, with a scale for each row.
+"""Eight-bit weights of optimum-quanto: qint8 and the three qfloat8 formats, with a scale for each row.
 
-``QModuleMixin`` saves them as ``weight._data`` and ``weight._scale``; axis 0 is the one that it quantizes along. The
-weight is scale x code in the dtype of the scale (``QBytesDequantizer``). The dtype of the codes says which of the
-formats it is, as ``quanto_qmap.json`` beside the file does. Codes of four and two bits are ``weight._data._data`` with
-``weight._shift``.
+``QModuleMixin`` saves them as ``weight._data`` and ``weight._scale``, quantized along axis 0. The weight is
+scale x code in the dtype of the scale (``QBytesDequantizer``); the dtype of the codes identifies the format. Codes of
+four and two bits are ``weight._data._data`` with ``weight._shift``; these are not supported.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ _KINDS = {torch.int8: "qint8", **{dtype: f"qfloat8 {kind}" for dtype, kind in FO
 
 
 class Quanto:
-    """Recognized by ``weight._data`` with ``weight._scale``."""
+    """Recognizes ``weight._data`` with ``weight._scale``."""
 
     name = "quanto"
 
     def recognize(self, candidate: Candidate, /) -> Recipe | str | None:
-        """Raises SourceError for scales that are missing, or that are not one for each row."""
+        """See ``Family``. Raises SourceError if scales are missing, or if there is not one for each row."""
         if not codes.is_of_quanto(candidate.name):
             return None
         stored, scale = candidate.codes, candidate.find("scale")
         kind = _KINDS.get(stored.dtype) if stored.dtype is not None else None
         if kind is None or candidate.find("shift") is not None:
-            return f"codes of quanto in less than eight bits; {codes.NOT_SUPPORTED}"
+            return f"codes of quanto with fewer than eight bits; {codes.NOT_SUPPORTED}"
         if len(stored.shape) != 2:
             return f"codes of quanto for a convolution; {codes.NOT_SUPPORTED}"
         if scale is None:

@@ -1,4 +1,4 @@
-"""What a family of quantized formats says about a weight, and the Stored that is made of it."""
+"""How the families of quantized formats describe a weight (Recipe), and the Stored that is built from a Recipe."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..base import Stamp, Stored
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tensor that may be codes, and what lies beside it.
+    """A tensor that may be codes, with its companions.
 
     Attributes:
-        codes: as the reader found it, in a dtype that codes have.
-        companions: by what they are to the codes, see ``codes.role_of``.
+        codes: the tensor as the reader found it, in a dtype of codes.
+        companions: scales, zero points and the like, by their roles (``codes.role_of``).
         config: the ``quantization_config`` of the model; empty if there is none.
-        header: what the headers of the files say beside names and shapes; torchao says there what it has stored.
+        header: the metadata in the headers of the files, in which torchao and ComfyUI describe their formats.
     """
 
     codes: Stored
@@ -41,15 +41,15 @@ class Candidate:
 
     @property
     def names(self) -> list[str]:
-        """Of the companions."""
+        """The names of the companions."""
         return [companion.name for companion in self.companions.values()]
 
     def find(self, *roles: str) -> Stored | None:
-        """The first companion that is one of these to the codes."""
+        """Return the companion with the first of these roles that there is, or None."""
         return next((self.companions[role] for role in roles if role in self.companions), None)
 
     def missing(self, what: str) -> SourceError:
-        """The error for a companion that has to be there."""
+        """Return the error for a required companion that is missing."""
         return SourceError(
             f"{self.name!r} of shape {self.codes.shape} holds quantized codes, but {what!r} beside it is missing: give "
             "the directory if it is in another file, else download it again"
@@ -58,18 +58,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one weight is made of its codes.
+    """How a weight is computed from its codes.
 
     Attributes:
         quantization: the format in a few words, such as "gptq 4 bits, groups of 128".
-        shape: of the weight: (out, in), or (experts, ., .) for a stack of matrices.
-        dtype: of what ``dequantize`` returns.
-        inputs: the tensors that are read, by the names that ``dequantize`` knows them by. In a stack, those with the
-            experts as their first dimension are cut there, and the others read whole.
-        dequantize: makes one matrix, of the last two sizes of ``shape``, of the inputs.
-        peak: bytes for each weight that ``dequantize`` needs at its peak beside inputs and result.
-        detail: what the values depend on beside the inputs. Needed where ``dequantize`` closes over something; of a
-            function, or a partial one, its keywords tell.
+        shape: the shape of the weight: (out, in), or (experts, ., .) for a stack of matrices.
+        dtype: the dtype of the result of ``dequantize``.
+        inputs: the tensors that are read, by the keys that ``dequantize`` uses. In a stack, tensors whose first
+            dimension is that of the experts are read expert by expert, and the others as a whole.
+        dequantize: computes one matrix, of the last two sizes of ``shape``, from the inputs.
+        peak: bytes per weight that ``dequantize`` needs at its peak in addition to inputs and result.
+        detail: identifies everything else that the values depend on. It is required if ``dequantize`` is a closure; for
+            a function or a ``partial`` the default is the keywords.
     """
 
     quantization: str
@@ -82,7 +82,7 @@ class Recipe:
 
 
 def refuse(candidate: Candidate, companion: Stored, why: str) -> SourceError:
-    """The error for a companion that does not fit the codes."""
+    """Return the error for a companion that does not fit the codes."""
     found, about = candidate.codes, companion
     return SourceError(
         f"{about.name!r} of shape {about.shape}, {_dtype_name(about)}, does not fit the codes {found.name!r} of shape "
@@ -91,16 +91,16 @@ def refuse(candidate: Candidate, companion: Stored, why: str) -> SourceError:
 
 
 def fills_tiles(shape: tuple[int, ...]) -> bool:
-    """Whether block scales of this shape may lie in tiles of 128 x 4, as cuBLAS wants them; then nothing tells."""
+    """Return whether block scales of this shape may be in tiles of 128 x 4 (cuBLAS); the shape does not prove it."""
     return len(shape) == 2 and shape[0] % 128 == 0 and shape[1] % 4 == 0
 
 
 def in_unknown_order(candidate: Candidate, method: str) -> SourceError:
-    """The error for block scales that may be in rows or in tiles."""
+    """Return the error for block scales that may be in rows or in tiles."""
     return SourceError(
-        f"the scales of {candidate.name!r} of shape {candidate.codes.shape} may lie in rows ({method}) or in tiles of "
-        "128 x 4 (ComfyUI), and nothing says which: give the checkpoint's directory with its config.json, or the file "
-        "with its comfy_quant markers"
+        f"the scales of {candidate.name!r} of shape {candidate.codes.shape} may be in rows ({method}) or in tiles of "
+        "128 x 4 (ComfyUI), and the file does not say which: give the checkpoint's directory with its config.json, or "
+        "the file with its comfy_quant markers"
     )
 
 
@@ -109,10 +109,11 @@ def _dtype_name(stored: Stored) -> str:
 
 
 class Family(Protocol):
-    """Formats that have something in common.
+    """A family of related formats.
 
-    ``recognize`` returns None for what is not of the family, a text with the reason for what is of it and cannot be
-    dequantized, and raises SourceError for what is damaged: a companion that is missing, or has a wrong shape or dtype.
+    ``recognize`` returns None if the candidate does not belong to the family, and a reason if it does but cannot be
+    dequantized. It raises SourceError if the candidate is damaged: a companion is missing, or has a wrong shape or
+    dtype.
     """
 
     name: str
@@ -121,9 +122,8 @@ class Family(Protocol):
 
 
 def compose(stored: Stored, recipe: Recipe) -> Stored:
-    """The weight in place of its codes: under its plain name, with that of the codes among the aliases."""
-    # Readers give a Stored what else they know of it; that of the companions is to be combined with it here. The
-    # location stays that of the codes: their companions are small, and mostly next to them.
+    """Return the weight that replaces its codes, under its name in the model; the name of the codes is an alias."""
+    # The location stays that of the codes: their companions are small, and usually stored next to them.
     names = (*(codes.weight_name(name) for name in stored.names), *stored.names)
     matrix = recipe.shape[-2] * recipe.shape[-1]
     read = sum(_nbytes(item) // (item.shape[0] if _per_expert(item, recipe) else 1) for item in recipe.inputs.values())
@@ -141,7 +141,7 @@ def compose(stored: Stored, recipe: Recipe) -> Stored:
 
 
 def _stamp(recipe: Recipe) -> Stamp | None:
-    """What identifies the values: those of the inputs, and all that decides what is made of them (config, headers)."""
+    """Return the stamp of the weight: the stamps of the inputs, and everything that dequantization depends on."""
     function: Any = recipe.dequantize
     detail = recipe.detail
     if detail is None:
@@ -149,7 +149,7 @@ def _stamp(recipe: Recipe) -> Stamp | None:
         if isinstance(function, partial):
             function, keywords = function.func, function.keywords
         if getattr(function, "__closure__", None) is not None:
-            return None  # it may depend on anything
+            return None  # a closure may depend on anything
         detail = str(sorted(keywords.items()))
     how = f"{recipe.quantization} {recipe.shape} {recipe.dtype} {detail}"
     return Stamp.joined([item.stamp for item in recipe.inputs.values()], how)
@@ -157,7 +157,7 @@ def _stamp(recipe: Recipe) -> Stamp | None:
 
 @dataclass(frozen=True)
 class _Taker:
-    """``Stored.take`` of a quantized weight: reads the codes of one matrix, moves them, dequantizes them."""
+    """``Stored.take`` of a quantized weight: reads the codes of one matrix, moves them and dequantizes them."""
 
     recipe: Recipe
 
@@ -179,7 +179,7 @@ class _Taker:
 
 
 def _prefetch(recipe: Recipe, index: Index) -> None:
-    """``Stored.prefetch``: what ``_Taker`` reads for the index."""
+    """``Stored.prefetch`` of a quantized weight: reads ahead what ``_Taker`` reads for the index."""
     expert = index[0] if len(recipe.shape) == 3 and index and isinstance(index[0], int) else None
     for stored in recipe.inputs.values():
         if stored.prefetch is not None:
@@ -187,13 +187,13 @@ def _prefetch(recipe: Recipe, index: Index) -> None:
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # From pinned memory a copy runs beside everything else, on the stream that dequantizes.
+    # A copy from pinned memory is asynchronous, on the stream that dequantizes.
     pinned = device.type == "cuda" and tensor.device.type == "cpu"
     return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
 
 
 def _part(tensor: torch.Tensor, index: Index) -> torch.Tensor:
-    return tensor[index].clone() if index else tensor  # a copy, or the rest of the tensor would stay in memory
+    return tensor[index].clone() if index else tensor  # a view would keep the whole tensor in memory
 
 
 def _per_expert(stored: Stored, recipe: Recipe) -> bool:

@@ -1,8 +1,7 @@
-"""Sparse weights of compressed-tensors: the values that are not zero, and a bit for each place that has one.
+"""Sparse weights of compressed-tensors: ``sparse-24-bitmask`` (two values in every four) and ``sparse-bitmask``.
 
-``sparse-24-bitmask`` (two values in every four) and ``sparse-bitmask``: ``compressed`` holds the values in the order of
-the rows, ``bitmask`` a bit for each weight, eight to a byte from the lowest on, each row beginning with a byte of its
-own, ``shape`` the shape of the weight (``BitmaskTensor`` and ``Sparse24BitMaskTensor``).
+``compressed`` has the nonzero values row by row. ``bitmask`` has a bit for each weight, the lowest bit of a byte first;
+each row begins with a new byte. ``shape`` is the shape of the weight (``BitmaskTensor``, ``Sparse24BitMaskTensor``).
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from .recipe import Candidate, Recipe, refuse
 
 
 class Sparse:
-    """Recognized by ``bitmask`` in bytes with ``compressed`` beside it."""
+    """Recognizes sparse weights by ``bitmask`` in uint8 with ``compressed``."""
 
     name = "sparse"
 
     def recognize(self, candidate: Candidate, /) -> Recipe | str | None:
-        """Raises SourceError for values or a shape that do not fit the bits."""
+        """See ``Family``. Raises SourceError if the values or the shape do not fit the bits."""
         mask, values, stored = candidate.codes, candidate.find("compressed"), candidate.find("shape")
         if not candidate.name.endswith("bitmask") or mask.dtype != torch.uint8 or values is None:
             return None
@@ -33,12 +32,12 @@ class Sparse:
         if stored is None:
             raise candidate.missing("shape")
         if stored.numel != 2 or stored.dtype not in (torch.int32, torch.int64):
-            raise refuse(candidate, stored, "two sizes as integers are expected")
+            raise refuse(candidate, stored, "two integers are expected")
         rows, columns = (int(size) for size in stored.take(()).flatten())
         if rows < 1 or columns < 1 or mask.shape != (rows, -(-columns // 8)):
-            raise refuse(candidate, stored, f"it says {(rows, columns)}, which has a byte for eight weights of a row")
+            raise refuse(candidate, stored, f"it is {(rows, columns)}, which needs one byte for eight weights of a row")
         if values.numel > rows * columns:
-            raise refuse(candidate, values, f"more values than the {rows * columns} weights")
+            raise refuse(candidate, values, f"there are more values than the {rows * columns} weights")
         halves = values.shape == (rows, columns // 2) and columns % 4 == 0
         return Recipe(
             quantization="sparse 2:4 (bitmask)" if halves else "sparse (bitmask)",
@@ -56,8 +55,8 @@ def _filled(inputs: Mapping[str, torch.Tensor], *, name: str, shape: tuple[int, 
     places = bits.flatten(1)[:, : shape[1]].bool()
     if int(places.sum()) != values.numel():
         raise SourceError(
-            f"{name!r} has a bit for {int(places.sum())} of {math.prod(shape)} weights, but there are "
-            f"{values.numel()} values: download it again, or leave it out with exclude={name!r}",
+            f"{name!r} has bits for {int(places.sum())} of {math.prod(shape)} weights, but there are "
+            f"{values.numel()} values: download the file again, or leave the weight out with exclude={name!r}",
             says_exclude=True,
         )
     whole = torch.zeros(shape, dtype=values.dtype, device=values.device)

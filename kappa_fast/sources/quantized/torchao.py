@@ -1,7 +1,7 @@
-"""torchao: tensors that dequantize themselves, in models and as its safetensors files keep them.
+"""torchao: tensor subclasses that dequantize themselves, in models and in safetensors files of torchao.
 
-In a file a quantized weight ``q_proj.weight`` is the tensors ``q_proj._weight_qdata``, ``q_proj._weight_scale`` and so
-on; what kind of tensor they make together is JSON in the header of the file (torchao.prototype.safetensors).
+In a file a quantized weight ``q_proj.weight`` consists of tensors ``q_proj._weight_qdata``, ``q_proj._weight_scale``
+and so on; JSON in the header of the file says which subclass they form (torchao.prototype.safetensors).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...errors import SourceError, missing_extra
-from ...io.documents import parsed
+from ...io.documents import parse_json
 from ...results.entries import Index
 from .. import codes
 from ..base import Stored, release_of
@@ -24,7 +24,7 @@ from .recipe import Candidate, Recipe
 
 CODES = "qdata"
 
-# Bytes for each weight that dequantize() takes beside its result, as measured; of those not listed _PEAK.
+# Measured bytes per weight that dequantize() needs in addition to its result; _PEAK for classes that are not listed.
 _PEAKS = {"NVFP4Tensor": 29, "NF4Tensor": 13, "MXTensor": 3, "IntxUnpackedToInt8Tensor": 3}
 _PEAK = 9
 
@@ -32,10 +32,10 @@ Dequantize = Callable[[torch.Tensor], torch.Tensor]
 
 
 def dequantizer(tensor: torch.Tensor) -> Dequantize | None:
-    """The way from a tensor subclass back to plain numbers, or None if it has none.
+    """Return a function that dequantizes a tensor subclass, or None if there is none.
 
-    Its own ``dequantize``, or ``get_original_weight`` of torchao's NF4Tensor. torchao's Int4Tensor, which only its
-    kernels for GPUs can read, is unpacked here.
+    The function is ``dequantize`` of the subclass, or ``get_original_weight`` of torchao's NF4Tensor. For torchao's
+    Int4Tensor, which only its GPU kernels can read, it is ``_int4``.
     """
     kind = type(tensor)
     if callable(getattr(kind, "get_original_weight", None)):
@@ -48,45 +48,48 @@ def dequantizer(tensor: torch.Tensor) -> Dequantize | None:
 
 
 def peak_of(kind: str) -> int:
-    """Bytes for each weight that a kind of tensor needs while it is dequantized, beside the result."""
+    """Return the bytes per weight that a tensor subclass needs while it is dequantized, in addition to the result."""
     return _PEAKS.get(kind, _PEAK)
 
 
 def refusal(tensor: torch.Tensor, dequantize: Dequantize) -> str | None:
-    """Why ``dequantize`` would not give plain numbers of its shape and dtype, as tried without values; or None."""
+    """Return why ``dequantize`` does not return a plain tensor of the same shape and dtype, or None.
+
+    It is tried on the meta device.
+    """
     try:
         empty = tensor.detach().to("meta")
         found = dequantize(empty)
-    except Exception as error:  # subclasses fail in ways of their own
+    except Exception as error:  # a subclass may raise anything
         return f"dequantize() fails: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     if type(found) is not torch.Tensor or found.shape != tensor.shape or found.dtype != tensor.dtype:
-        return f"dequantize() gives {type(found).__name__} of shape {tuple(found.shape)}, {found.dtype}"
+        return f"dequantize() returns {type(found).__name__} of shape {tuple(found.shape)}, {found.dtype}"
     return None
 
 
 def _int4(tensor: Any) -> torch.Tensor:
-    """Two signed codes to a byte, the first in the lower half; code times scale plus zero point, rounded once.
+    """Dequantize an Int4Tensor: code times scale plus zero point, in float32, rounded once.
 
-    ``scale`` and ``zero_point`` are [groups, rows], of experts [experts, groups, rows]: what
-    ``int4_row_quantize_zp`` of MSLK (once FBGEMM) computes, on whose kernels torchao counts.
+    A byte has two signed codes, the first in the lower half. ``scale`` and ``zero_point`` are [groups, rows], or
+    [experts, groups, rows], as ``int4_row_quantize_zp`` of MSLK (formerly FBGEMM) computes them for torchao's kernels.
     """
     packed = tensor.qdata.view(torch.int8)
-    values = torch.stack([(packed << 4) >> 4, packed >> 4], -1).flatten(-2).float()  # shifts of int8 keep the sign
+    values = torch.stack([(packed << 4) >> 4, packed >> 4], -1).flatten(-2).float()  # shifts of int8 extend the sign
     scale, zero = (t.float().transpose(-1, -2).unsqueeze(-1) for t in (tensor.scale, tensor.zero_point))
     grouped = values.view(*scale.shape[:-1], -1)
     return grouped.mul_(scale).add_(zero).flatten(-2).to(tensor.dtype)
 
 
 class Torchao:
-    """Recognizes the tensors of a file by their names and what the header says about them."""
+    """Recognizes the tensors of a file by their names and the header."""
 
     name = "torchao"
 
     def recognize(self, candidate: Candidate, /) -> Recipe | str | None:
-        """See ``recipe.Family``.
+        """See ``Family``.
 
         Raises:
-            SourceError: a part is missing, or the header says something that torchao does not understand.
+            SourceError: a part is missing, or the description in the header is not valid.
             MissingExtraError: torchao is not installed.
         """
         if not candidate.name.endswith("_" + CODES):
@@ -95,8 +98,8 @@ class Torchao:
         said = candidate.header.get(name)
         if said is None:
             raise SourceError(
-                f"{candidate.name!r} is quantized by torchao, and how is said in the header of its file, which does "
-                f"not mention {name!r}: give the path of the checkpoint as torchao wrote it"
+                f"{candidate.name!r} is quantized by torchao, but the header of its file does not describe {name!r}: "
+                "give the path of the checkpoint as torchao wrote it"
             )
         if importlib.util.find_spec("torchao") is None:
             raise missing_extra("torchao", "torchao", f"{name!r}, quantized by torchao,")
@@ -106,10 +109,10 @@ class Torchao:
 
 def _description(name: str, said: str) -> Mapping[str, Any]:
     try:
-        description = parsed(said.encode("utf-8", "surrogatepass"), name)
+        description = parse_json(said.encode("utf-8", "surrogatepass"), name)
         kind, parts = description["_type"], description["_tensor_data_names"]
         if not isinstance(kind, str) or not isinstance(parts, list) or not isinstance(description["_data"], dict):
-            raise TypeError("no description of a tensor")
+            raise TypeError("not a description of a tensor")
     except SourceError:
         raise
     except (ValueError, KeyError, TypeError) as error:
@@ -142,7 +145,7 @@ def _recipe(name: str, description: Mapping[str, Any], candidate: Candidate) -> 
             return _dequantized(name, one, stacked)[0]
 
         return Recipe(kind, shape, dtype, parts, of_expert, peak)
-    if experts:  # the parts cannot be told apart by expert
+    if experts:  # the parts cannot be split by expert
         every = Stored((name,), shape, dtype, candidate.codes.device, _Whole(name, description, parts))
         return Recipe(kind, shape, dtype, {"weights": every}, lambda i: i["weights"], (peak + dtype.itemsize) * experts)
     return Recipe(kind, shape, dtype, parts, lambda inputs: _dequantized(name, description, inputs), peak)
@@ -151,7 +154,7 @@ def _recipe(name: str, description: Mapping[str, Any], candidate: Candidate) -> 
 def _of_one_expert(
     name: str, description: Mapping[str, Any], shape: tuple[int, ...], parts: Mapping[str, Stored]
 ) -> Mapping[str, Any] | None:
-    """The description of a stack of one; None if experts share what they are dequantized with."""
+    """Return the description of a stack with one expert; None if experts share scales or the like."""
     one = copy.deepcopy(dict(description))
     if "shape" in one["_data"]:
         one["_data"]["shape"] = [1, *shape[1:]]
@@ -170,18 +173,22 @@ def _of_one_expert(
 
 
 def _made(name: str, description: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The tensor that a description and its parts make together."""
+    """Build the tensor subclass from its description and its parts.
+
+    Raises:
+        SourceError: torchao does not know the subclass, or cannot build it.
+    """
     from torchao.prototype.safetensors.safetensors_utils import ALLOWED_TENSORS_SUBCLASSES, object_from_dict
 
     if description["_type"] not in ALLOWED_TENSORS_SUBCLASSES:
         raise SourceError(
-            f"{name!r} is quantized by torchao as {description['_type']}, which the torchao that is installed does not "
-            "know: install a newer one, or rank the model before it is quantized"
+            f"{name!r} is quantized by torchao as {description['_type']}, which the installed version of torchao does "
+            "not know: install a newer one, or rank the model before it is quantized"
         )
     filled = {"_type": description["_type"], "_data": {**description["_data"], **parts}}
     try:
         made: torch.Tensor = object_from_dict(filled)
-    except Exception as error:  # whatever a constructor says about arguments from a file
+    except Exception as error:  # a constructor may raise anything for arguments from a file
         raise _unreadable(name, error) from error
     return made
 
@@ -189,13 +196,13 @@ def _made(name: str, description: Mapping[str, Any], parts: Mapping[str, torch.T
 def _dequantized(name: str, description: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     tensor = _made(name, description, parts)
     dequantize = dequantizer(tensor)
-    assert dequantize is not None  # it had one when it was empty
+    assert dequantize is not None  # _recipe() has checked the same class on the meta device
     return dequantize(tensor)
 
 
 @dataclass(frozen=True)
 class _Whole:
-    """The weights of one expert, or of all, where only the whole stack can be dequantized."""
+    """``Stored.take`` of the weights of one expert, or of all, if only the whole stack can be dequantized."""
 
     name: str
     description: Mapping[str, Any]
@@ -208,5 +215,5 @@ class _Whole:
 
 def _unreadable(name: str, error: Exception) -> SourceError:
     return SourceError(
-        f"{name!r} is quantized by torchao, but its parts make no tensor ({error!r}): download the checkpoint again"
+        f"{name!r} is quantized by torchao, but its parts are not valid ({error!r}): download the checkpoint again"
     )

@@ -1,4 +1,4 @@
-"""From codes to numbers: bit fields in integers, eight- and four-bit floats, scales for blocks of them."""
+"""Unpacking of codes: bit fields in integers, eight- and four-bit floats, scales of blocks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ _TYPICAL_BLOCKS = tuple(1 << k for k in range(3, 13))
 
 
 def fields(words: torch.Tensor, bits: int, count: int, order: Sequence[int] = ()) -> torch.Tensor:
-    """The first ``count`` unsigned fields of ``bits`` bits along the last dimension of int32 words.
+    """Return the first ``count`` unsigned fields of ``bits`` bits along the last dimension of int32 words.
 
     Args:
-        words: of shape (..., words), lowest bits first. A field may begin in one word and end in the next, as it does
-            with three bits.
-        order: which field of its word each one is, for words that hold theirs in another order than that.
+        words: of shape (..., words), lowest bits first. If ``bits`` does not divide 32, as with three bits, a field may
+            begin in one word and end in the next.
+        bits: bits of a field.
+        count: number of fields.
+        order: the position in its word of each field, if it is not from the lowest bits on.
 
     Returns:
         uint8 of shape (..., count).
@@ -41,14 +43,14 @@ def _across_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     first, offset = at // WORD, at % WORD
     unsigned = words.to(torch.int64) & 0xFFFFFFFF
     found = unsigned.index_select(-1, first).bitwise_right_shift_(offset)
-    second = (first + 1).clamp_(max=words.shape[-1] - 1)  # where a field ends in its word, the mask cuts this off
+    second = (first + 1).clamp_(max=words.shape[-1] - 1)  # unused by fields that end in their first word
     found |= unsigned.index_select(-1, second).bitwise_left_shift_(WORD - offset)
     return found.bitwise_and_((1 << bits) - 1).to(torch.uint8)
 
 
 def e2m1(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The two four-bit floats in each byte, the lower half first; of shape (..., 2 * bytes)."""
-    # Both halves of a byte are looked up at once, as one integer that is as wide as two floats.
+    """Return the two four-bit floats in each byte, the lower half first; the shape is (..., 2 * bytes)."""
+    # Both halves of a byte are looked up together, as one integer that is as wide as two floats.
     table, byte = torch.tensor(E2M1, dtype=dtype), torch.arange(256)
     pair = torch.int64 if dtype.itemsize == 4 else torch.int32
     pairs = torch.stack((table[byte & 15], table[byte >> 4]), dim=-1).view(pair).view(256).to(packed.device)
@@ -57,17 +59,17 @@ def e2m1(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def scale_values(scale: torch.Tensor) -> torch.Tensor:
-    """Scales as float32; bytes, and torch.float8_e8m0fnu, are E8M0: 2**(byte - 127), and 255 is NaN."""
+    """Return scales as float32; uint8 and torch.float8_e8m0fnu are E8M0: 2**(byte - 127), and 255 is NaN."""
     if scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
     return scale.to(torch.float32)
 
 
 def times_blocks(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """``values`` (rows, columns) times the scale of their block, in place; blocks at the edges may be cut off.
+    """Multiply ``values`` (rows, columns) by the scale of their block, in place; blocks at the edges may be incomplete.
 
     Args:
-        values: what is scaled.
+        values: the values to scale.
         scale: of shape (ceil(rows / block[0]), ceil(columns / block[1])).
         block: rows and columns that share a scale.
     """
@@ -84,15 +86,15 @@ def times_blocks(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, in
 def affine(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, group: torch.Tensor | int
 ) -> torch.Tensor:
-    """``(codes - zero) * scale`` in the dtype of the scales, each column with those of its group.
+    """Return ``(codes - zero) * scale`` in the dtype of the scales; the columns of a group share scale and zero point.
 
-    All differences of integers of up to eight bits are exact in every float that scales come in.
+    Differences of integers of up to eight bits are exact in every dtype of scales.
 
     Args:
         codes: integers of shape (rows, columns), of one byte each.
         scale: of shape (rows or 1, groups).
         zero: integers that broadcast with ``scale``, or None for zeros.
-        group: how many columns in a row make a group, or which group each column is in: (columns,), integers.
+        group: the number of consecutive columns in a group, or the group of each column: (columns,), integers.
     """
     values, columns = codes.to(scale.dtype), codes.shape[1]
     shift = None if zero is None else zero.to(scale.dtype).expand(-1, scale.shape[1])
@@ -113,9 +115,9 @@ def affine(
 
 
 def block_sizes(size: int, count: int, configured: int | None) -> set[int]:
-    """How many of ``size`` entries may share a scale if there are ``count`` scales; empty if nothing fits.
+    """Return the possible numbers of entries that share a scale, for ``count`` scales of ``size`` entries.
 
-    What is configured, if it fits; else powers of two from 8 on, and equal shares.
+    A configured size is the only one, if it fits; else powers of two from 8 on, and equal division, are possible.
     """
     if count == 1:
         return {size}
@@ -126,6 +128,6 @@ def block_sizes(size: int, count: int, configured: int | None) -> set[int]:
 
 
 def block_size(size: int, count: int, configured: int | None) -> int | None:
-    """The only one of ``block_sizes``, or None."""
+    """Return the block size if ``block_sizes`` has exactly one, else None."""
     plausible = block_sizes(size, count, configured)
     return plausible.pop() if len(plausible) == 1 else None
