@@ -53,7 +53,11 @@ class BackendError(KappaError, RuntimeError):
 
 
 class ComputeError(KappaError, RuntimeError):
-    """A matrix could not be processed (out of memory for a single matrix, a library routine that failed)."""
+    """A matrix could not be processed (``out_of_memory``, or a library routine that failed)."""
+
+    def __init__(self, message: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
 
 
 class ProcessGroupError(KappaError, RuntimeError):

@@ -1,4 +1,4 @@
-"""rank(): the stages in order. source -> matrices -> waves -> spectrum -> Ranking."""
+"""rank(): opens the source, orders its matrices, resolves them, and returns the Ranking."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 from .cache import CacheOption, cache_directory, opened_cache
 from .distributed.ranks import joined
 from .execution.executor import Executor, usable_device
-from .execution.progress import ProgressOption, shown, tracking
+from .execution.progress import ProgressOption, shown
 from .execution.run import Run
+from .execution.top import BudgetedTop
 from .execution.waves import parse_bytes
 from .machine import signals as stops
 from .machine.torch_state import undisturbed
 from .matching.checkpoint_names import places_of
 from .options import Options, Score
 from .results.entries import TensorKappa
-from .results.interruption import Interrupted
 from .results.ranking import Ranking
 from .sources import open_source
 from .sources.adapters import has_trained_adapters
@@ -126,29 +126,25 @@ def rank(
             _warn_unfollowed(opened)
             if adapters is None and isinstance(source, torch.nn.Module):
                 _warn_adapters(source)
+            order = BudgetedTop.of(opened.matrices, options.top, options.top_per_group)
             executor = Executor(
                 opened, backend, usable_device(device), parse_bytes(memory_budget), proofs=options.proofs
             )
             if ranks is not None:
                 ranks.agree(opened, _what_must_agree(options, executor, directory))
                 ranks.after_the_first()
-            with opened_cache(directory, opened.matrices) as store:
+            with opened_cache(directory, opened.matrices) as results_cache:
                 if ranks is not None:
                     ranks.opened()
-                run = Run(opened, options, executor, store, ranks)
+                run = Run(opened, options, executor, results_cache, ranks)
                 try:
-                    with tracking(progress, len(opened.matrices), run.operations) as run.tracker:
-                        executor.notify = run.tracker.note
-                        run.resolve()
+                    with run.reporting(progress):
+                        run.resolve(order)
                     if ranks is not None:
-                        ranks.finished(store)
+                        ranks.finished(results_cache)
                 except KeyboardInterrupt as stop:
-                    total = len(opened.matrices)
-                    done = f"interrupted: {len(run.entries)} of {total} matrices are done (see .partial)"
-                    partial = run.ranking(time.perf_counter() - started, partial=True)
-                    resumable = store is not None and store.keeps
-                    raise Interrupted(done, partial, total=total, resumable=resumable) from stop
-        ranking = run.ranking(time.perf_counter() - started, partial=False)
+                    raise run.interrupted(time.perf_counter() - started) from stop
+        ranking = run.ranking(time.perf_counter() - started)
     _warn_unproven(ranking, certify)
     return ranking
 

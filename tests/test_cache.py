@@ -47,9 +47,9 @@ PLAIN = list(rank(WEIGHTS))
 
 
 def counting(original, shapes):
-    def work(backend, given, *rest):
+    def work(backend, given, **options):
         shapes.extend(tuple(w.shape) for w in given)
-        return original(backend, given, *rest)
+        return original(backend, given, **options)
 
     return work
 
@@ -308,11 +308,11 @@ def test_of_a_wave_only_what_is_unknown_is_worked_on(tmp_path, monkeypatch):
     rank({key: WEIGHTS[key] for key in ("layers.1.w", "layers.4.w", "zero")}, cache=tmp_path)
     original, sizes = kappa_fast.execution.run.resolve, []
 
-    def crowded(backend, given, *rest):
+    def crowded(backend, given, **options):
         sizes.append(len(given))
         if len(given) == 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(backend, given, *rest)
+        return original(backend, given, **options)
 
     monkeypatch.setattr(TorchBackend, "side_by_side", False)
     monkeypatch.setattr("kappa_fast.execution.run.resolve", crowded)

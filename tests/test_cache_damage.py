@@ -311,6 +311,17 @@ def test_a_directory_without_the_right_to_write_is_one_warning(tmp_path):
         assert list(rank(WEIGHTS, cache=tmp_path / "cache")) == PLAIN
 
 
+@pytest.mark.parametrize("options", [{}, {"top": 1}, {"top": 1, "certify": "selection"}])
+def test_warnings_of_the_cache_point_at_who_called_rank(options, cache, tmp_path):
+    for path in results(cache):
+        path.write_text("damaged")
+    (tmp_path / "v1").write_text("a file")
+    for directory, message in ((cache, "damaged or foreign files"), (tmp_path, "results cannot be kept")):
+        with pytest.warns(UserWarning, match=message) as caught:
+            rank(WEIGHTS, cache=directory, **options)
+        assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_a_file_where_a_folder_of_the_cache_belongs_is_one_warning(tmp_path):
     (tmp_path / "v1").write_text("a file")
     with pytest.warns(UserWarning, match="results cannot be kept"):
@@ -345,11 +356,11 @@ def test_a_document_is_one_line_of_json_that_others_can_read():
 def test_a_run_that_is_interrupted_where_nothing_can_be_kept_does_not_promise_to_go_on(tmp_path, monkeypatch):
     resolve, calls = kappa_fast.execution.run.resolve, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return resolve(*arguments)
+        return resolve(*arguments, **options)
 
     monkeypatch.setattr(kappa_fast.execution.run, "resolve", interrupted)
     monkeypatch.setattr(os, "write", failing(OSError(errno.ENOSPC, "No space left on device")))
@@ -361,9 +372,9 @@ def test_a_run_that_is_interrupted_where_nothing_can_be_kept_does_not_promise_to
 def test_a_cache_that_is_deleted_during_a_run_does_not_disturb_it(cache, monkeypatch):
     resolve = kappa_fast.execution.run.resolve
 
-    def deleting(*arguments):
+    def deleting(*arguments, **options):
         shutil.rmtree(cache, ignore_errors=True)
-        return resolve(*arguments)
+        return resolve(*arguments, **options)
 
     monkeypatch.setattr(kappa_fast.execution.run, "resolve", deleting)
     other = {name: weight + 1 for name, weight in WEIGHTS.items()}

@@ -37,12 +37,12 @@ from kappa_fast.cli import main
 memos.RACY_NS = -10**12
 resolve, waves = kappa_fast.execution.run.resolve, []
 
-def waiting(*arguments):
+def waiting(*arguments, **options):
     waves.append(1)
     if len(waves) == 3:
         print("ready", file=sys.stderr, flush=True)
         time.sleep(60)
-    return resolve(*arguments)
+    return resolve(*arguments, **options)
 
 kappa_fast.execution.run.resolve = waiting
 main()
@@ -273,11 +273,11 @@ def test_a_journal_stays_where_the_results_could_not_be_written(tmp_path):
 def test_an_interruption_keeps_what_was_in_hand_and_the_same_call_goes_on(tmp_path, monkeypatch):
     original, calls = kappa_fast.execution.run.resolve, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr("kappa_fast.execution.run.resolve", interrupted)
     with pytest.raises(kappa_fast.Interrupted) as stop:
@@ -293,11 +293,11 @@ def test_an_interruption_keeps_what_was_in_hand_and_the_same_call_goes_on(tmp_pa
 def test_a_failure_keeps_what_was_done_before_it(tmp_path, monkeypatch):
     original, calls = kappa_fast.execution.run.resolve, []
 
-    def failing(*arguments):
+    def failing(*arguments, **options):
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("broken")
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr("kappa_fast.execution.run.resolve", failing)
     with pytest.raises(RuntimeError, match="broken"):

@@ -36,12 +36,12 @@ import kappa_fast.execution.run
 from kappa_fast.cli import main
 resolve, waves = kappa_fast.execution.run.resolve, []
 
-def waiting(*arguments):
+def waiting(*arguments, **options):
     waves.append(1)
     if len(waves) == 3:
         print("ready", file=sys.stderr, flush=True)
         time.sleep(3)  # longer than the signal takes; a matrix in hand is finished before the command ends
-    return resolve(*arguments)
+    return resolve(*arguments, **options)
 
 kappa_fast.execution.run.resolve = waiting
 main()
@@ -429,7 +429,7 @@ def test_sigterm_is_handled_as_before_afterwards(cli, checkpoint):
 
 
 def test_ctrl_c_before_the_first_matrix_leaves_the_file_of_an_earlier_run(cli, checkpoint, tmp_path, monkeypatch):
-    def resolve(*_):
+    def resolve(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kappa_fast.execution.run.resolve", resolve)

@@ -165,7 +165,7 @@ def test_kernels_are_checked_on_the_device_for_every_class_before_they_see_a_wei
 @linux_only
 @pytest.mark.usefixtures("wanted")
 def test_an_error_in_the_source_is_not_taken_for_one_of_the_backend(monkeypatch):
-    def refuse(backend, given, *rest):
+    def refuse(backend, given, **options):
         raise kappa_fast.SourceError("the shard is damaged")
 
     monkeypatch.setattr("kappa_fast.execution.run.resolve", refuse)
@@ -188,12 +188,13 @@ def test_what_a_run_will_launch_is_compiled_once_before_its_first_wave(monkeypat
 
     gpu = torch.device("cuda", 1)
     monkeypatch.setattr(jit_cache, "warmup", warmup)
-    executor = execution.Executor(open_source(GIVEN, Filters()), "torch", CPU, None)
+    source = open_source(GIVEN, Filters())
+    executor = execution.Executor(source, "torch", CPU, None)
     monkeypatch.setattr(executor, "_backend_for", lambda device: TritonBackend(CPU))
     executor.notify = told.append
     for positions in ([0, 1], [0], [0, 1, 2]):
-        executor._warm_up(gpu, positions)
-    executor._warm_up(CPU, [0])
+        executor._warm_up(gpu, [source.matrices[i] for i in positions])
+    executor._warm_up(CPU, source.matrices[:1])
     f = torch.float32
     assert asked == [(gpu, [((20, 30), f, True), ((60, 40), f, True)]), (gpu, [((33, 33), f, True)])]
     assert told == ["compiling kernels 3/33", "ranking"] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import traceback
 from collections.abc import Callable
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_the_model_and_all_random_states_are_what_they_were(options):
 
 
 def test_the_model_is_what_it_was_after_a_failure_too(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("broken")
 
     net = model()
@@ -133,7 +134,7 @@ def test_a_score_of_ones_own_orders_the_entries():
 
 
 def test_a_matrix_that_does_not_fit_into_memory_is_named(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: not enough memory")
 
     monkeypatch.setattr("kappa_fast.execution.run.resolve", fail)
@@ -141,14 +142,30 @@ def test_a_matrix_that_does_not_fit_into_memory_is_named(monkeypatch):
         rank(weights(1))
 
 
+@pytest.mark.parametrize("options", [{}, {"top": 2}])
+def test_few_calls_lead_from_rank_to_the_ladder(options, tmp_path, monkeypatch):
+    """Every function on the way is one that a reader has to follow."""
+    resolve, ways = kappa_fast.execution.run.resolve, set[tuple[str, ...]]()
+
+    def watched(*arguments, **options):
+        frames = traceback.extract_stack()
+        ways.add(tuple(frame.name for frame in frames if frame.filename.startswith(kappa_fast.__path__[0])))
+        return resolve(*arguments, **options)
+
+    monkeypatch.setattr("kappa_fast.execution.executor.fits_one_thread", lambda _: False)  # all in this thread
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", watched)
+    rank(model(), cache=tmp_path, **options)
+    assert ways == {("rank", "resolve", "results", "_attempt", "on_wave")}
+
+
 def test_an_interruption_carries_what_is_done(monkeypatch):
     resolve, calls = kappa_fast.execution.run.resolve, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return resolve(*arguments)
+        return resolve(*arguments, **options)
 
     monkeypatch.setattr("kappa_fast.execution.run.resolve", interrupted)
     with pytest.raises(kappa_fast.Interrupted, match="2 of 6 matrices are done") as stop:

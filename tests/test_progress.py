@@ -116,7 +116,7 @@ def test_an_interruption_by_the_callable_keeps_what_is_done():
 
 @pytest.mark.parametrize("option", [0, 1, "yes", [], 3.0])
 def test_what_is_no_progress_option_is_refused_before_any_work(option, monkeypatch):
-    monkeypatch.setattr("kappa_fast.execution.run.resolve", lambda *_: pytest.fail("it worked"))
+    monkeypatch.setattr("kappa_fast.execution.run.resolve", lambda *_, **__: pytest.fail("it worked"))
     with pytest.raises(OptionError) as refusal:
         rank(GIVEN, progress=option)
     assert str(refusal.value) == f"progress={option!r}: give True, False, None or a callable that takes a Progress"
@@ -160,7 +160,7 @@ def test_the_bar_grows_with_the_proofs(terminal):
 
 
 def test_the_bar_goes_away_when_interrupted(terminal, monkeypatch):
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kappa_fast.execution.run.resolve", interrupted)

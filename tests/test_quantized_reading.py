@@ -120,7 +120,7 @@ def test_waves_count_codes_floats_and_what_dequantizing_takes():
     assert (first.nbytes, first.overhead) == (272 * 96 * 4, 272 * 96 + 3 * 4 + 272 * 96)
     assert (other.nbytes, other.overhead) == (first.nbytes, 0)
     backend = Executor(plain, "torch", CPU, None)._backend_for(CPU)
-    need, without = (Executor(s, "torch", CPU, None)._need(0, backend) for s in (quantized_source, plain))
+    need, without = (Executor(s, "torch", CPU, None)._need(s.matrices[0], backend) for s in (quantized_source, plain))
     assert need == without + first.nbytes + first.overhead
 
 

@@ -25,11 +25,8 @@ def matrix(value, log=None, before=lambda: None):
 
 def test_the_next_wave_is_loaded_while_this_one_is_used_and_the_one_after_is_not():
     loaded, second = [], threading.Event()
-
-    def waves(item):
-        return [matrix(item, loaded, second.set if item == 1 else lambda: None)]
-
-    for item, staged in one_ahead(range(5), waves, CPU):
+    waves = ([matrix(item, loaded, second.set if item == 1 else lambda: None)] for item in range(5))
+    for item, (_, staged) in enumerate(one_ahead(waves, CPU)):
         assert float(staged.ready()[0][0, 0]) == item
         if item == 0:
             assert second.wait(10)
@@ -38,8 +35,9 @@ def test_the_next_wave_is_loaded_while_this_one_is_used_and_the_one_after_is_not
 
 
 def test_one_item_and_none_work_too():
-    assert [item for item, _ in one_ahead([7], lambda item: [matrix(item)], CPU)] == [7]
-    assert list(one_ahead([], lambda item: [matrix(item)], CPU)) == []
+    wave = [matrix(7)]
+    assert [found for found, _ in one_ahead([wave], CPU)] == [wave]
+    assert list(one_ahead([], CPU)) == []
 
 
 def fail(error):
@@ -50,8 +48,9 @@ def fail(error):
 
 
 def test_an_error_comes_when_it_is_the_turn_of_its_wave():
-    staged = one_ahead([0, 1], lambda i: [matrix(i, None, fail(ValueError("damaged")) if i else lambda: None)], CPU)
-    assert next(staged)[0] == 0
+    whole, damaged = [matrix(0)], [matrix(1, None, fail(ValueError("damaged")))]
+    staged = one_ahead([whole, damaged], CPU)
+    assert next(staged)[0] is whole
     with pytest.raises(ValueError, match="damaged"):
         next(staged)
 
@@ -98,13 +97,13 @@ def test_copies_wait_for_the_streams_that_are_current_where_rank_was_called(monk
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(staging, "_copied", lambda weight, device: weight)
     elsewhere = SimpleNamespace(device=other, load=lambda device: torch.zeros(2, 2))
-    ((_, staged),) = one_ahead([0], lambda item: [elsewhere], gpu)
+    ((_, staged),) = one_ahead([[elsewhere]], gpu)
     assert log == [("copies", "cuda:0 of the caller"), ("copies", "cuda:1 of the caller")]
     assert staged.arrived == "copied"
 
 
 def test_leaving_early_ends_the_thread():
-    staged = one_ahead(range(100), lambda item: [matrix(item)], CPU)
+    staged = one_ahead(([matrix(item)] for item in range(100)), CPU)
     next(staged)
     staged.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kappa_fast_staging")]
@@ -129,24 +128,25 @@ def until(log, count):
 
 def test_this_wave_and_the_next_are_read_ahead_however_large_and_no_more():
     log: list[int] = []
-    waves = read_ahead(range(5), lambda wave: [on_disk(wave, log, 10)], ahead=1)
-    for wave in waves:
+    waves = read_ahead([[on_disk(wave, log, 10)] for wave in range(5)], ahead=1)
+    for wave, _ in enumerate(waves):
         assert until(log, min(wave + 2, 5)) == list(range(min(wave + 2, 5)))
 
 
 def test_small_waves_are_read_ahead_up_to_so_many_bytes():
     log: list[int] = []
-    waves = read_ahead(range(100), lambda wave: [on_disk(wave, log, 10)], ahead=45)
-    assert next(waves) == 0
+    given = [[on_disk(wave, log, 10)] for wave in range(100)]
+    waves = read_ahead(given, ahead=45)
+    assert next(waves) is given[0]
     assert until(log, 5) == list(range(5))
-    assert next(waves) == 1
+    assert next(waves) is given[1]
     assert until(log, 6) == list(range(6))
     waves.close()
 
 
 def test_what_lies_in_memory_is_not_read_ahead():
-    here = SimpleNamespace(prefetch=None, nbytes=0)
-    assert list(read_ahead("abc", lambda wave: [here])) == ["a", "b", "c"]
+    waves = [[SimpleNamespace(prefetch=None, nbytes=0)] for _ in range(3)]
+    assert list(read_ahead(waves)) == waves
 
 
 def test_leaving_early_ends_reading_ahead_before_the_next_matrix():
@@ -156,7 +156,7 @@ def test_leaving_early_ends_reading_ahead_before_the_next_matrix():
         started.set()
         gate.wait(10)
 
-    waves = read_ahead(range(50), lambda wave: [on_disk(wave, log, before=first), on_disk(-1, log)])
+    waves = read_ahead([on_disk(wave, log, before=first), on_disk(-1, log)] for wave in range(50))
     next(waves)
     assert started.wait(10)
     threading.Timer(0.05, gate.set).start()
@@ -167,8 +167,8 @@ def test_leaving_early_ends_reading_ahead_before_the_next_matrix():
 
 def test_the_way_into_the_next_wave_may_fail_as_the_waves_do():
     def failing():
-        yield 0
+        yield []
         raise ValueError("no more")
 
     with pytest.raises(ValueError, match="no more"):
-        list(read_ahead(failing(), lambda wave: []))
+        list(read_ahead(failing()))

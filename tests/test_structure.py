@@ -80,8 +80,7 @@ def test_imports_go_down_in_the_picture():
         for target in targets
         if room_of(name) != room_of(target) and level[room_of(target)] <= level[room_of(name)]
     }
-    # The cache still wraps the work of the executor.
-    assert up == {("kappa_fast.cache", "kappa_fast.execution.executor")}
+    assert up == set()
 
 
 def test_a_circle_would_be_found():

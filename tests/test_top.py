@@ -178,9 +178,9 @@ def resolved(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes that are resolved, as it happens."""
     original, shapes = kappa_fast.execution.run.resolve, list[tuple[int, ...]]()
 
-    def resolve(backend, weights, *rest):
+    def resolve(backend, weights, **options):
         shapes.extend(tuple(w.shape) for w in weights)
-        return original(backend, weights, *rest)
+        return original(backend, weights, **options)
 
     monkeypatch.setattr("kappa_fast.execution.run.resolve", resolve)
     return shapes
@@ -240,14 +240,22 @@ def matrices(source: dict[str, torch.Tensor]) -> Any:
     ("top", "count"), [(1, 1), (7, 7), (12, 12), (50, 12), (0.01, 1), (0.25, 3), (0.3, 3), (1.0, 12)]
 )
 def test_a_share_is_rounded_down_but_is_never_nothing(top, count):
-    (group,) = BudgetedTop.of(matrices(MODELS["mixed"]), top, per_group=False).groups
+    found = matrices(MODELS["mixed"])
+    (group,) = BudgetedTop.of(found, top, per_group=False).groups
     assert group.count == count
-    assert sorted(group.order) == list(range(12))
+    assert len(group.order) == 12
+    assert set(group.order) == set(found)
+
+
+def test_without_top_all_are_wanted_in_the_order_of_the_model():
+    found = matrices(MODELS["mixed"])
+    (group,) = BudgetedTop.of(found, None, per_group=True).groups
+    assert (group.count, group.order) == (12, found)
 
 
 def test_shapes_that_are_expected_to_be_low_come_first():
     (group,) = BudgetedTop.of(matrices(MODELS["mixed"]), 3, per_group=False).groups
-    shapes = [matrices(MODELS["mixed"])[i].shape for i in group.order]
+    shapes = [matrix.shape for matrix in group.order]
     assert shapes == [(64, 200)] * 4 + [(260, 170)] * 4 + [(180, 180)] * 4
     assert len(BudgetedTop.of(matrices(MODELS["mixed"]), 3, per_group=True).groups) == 3
 

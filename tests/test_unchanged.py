@@ -119,20 +119,20 @@ def test_a_model_in_training_is_left_as_it_was(options, way):
         assert len(rank(model, **options)) > 5
 
 
-def broken(*_: object) -> list[Any]:
+def broken(*_: object, **__: object) -> list[Any]:
     raise RuntimeError("the library is broken")
 
 
-def stopped(*_: object) -> list[Any]:
+def stopped(*_: object, **__: object) -> list[Any]:
     raise KeyboardInterrupt
 
 
 def after(calls: int, then: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
     counted: list[int] = []
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
         counted.append(1)
-        return (then if len(counted) > calls else otherwise)(*arguments)
+        return (then if len(counted) > calls else otherwise)(*arguments, **options)
 
     return call
 
@@ -263,9 +263,9 @@ def test_the_older_switch_can_be_read_during_the_work(monkeypatch):
     # torch refuses to while the newer switches say something else, and a library it calls may want to know.
     original, seen = kappa_fast.execution.run.resolve, set[str]()
 
-    def resolve(*arguments: Any) -> Any:
+    def resolve(*arguments: Any, **options: Any) -> Any:
         seen.add(torch.get_float32_matmul_precision())
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr("kappa_fast.execution.run.resolve", resolve)
     with older_switch("medium"):

@@ -21,10 +21,11 @@ import kappa_fast.execution.run
 from kappa_fast import ComputeError, Interrupted, OptionError
 from kappa_fast.backends import get_backend
 from kappa_fast.backends.torch_backend import TorchBackend
+from kappa_fast.cache import LowerBoundQuery
 from kappa_fast.execution import executor as execution
 from kappa_fast.execution import waves
+from kappa_fast.execution.step import Step
 from kappa_fast.execution.waves import cut, default_budget, parse_bytes
-from kappa_fast.machine import threads as workers
 from kappa_fast.machine.memory import is_out_of_memory
 from kappa_fast.pipeline import rank
 from kappa_fast.sources import Matrix, Source
@@ -187,11 +188,11 @@ def refusing(
     """``run.<name>`` raises for some waves; the sizes of all are noted."""
     original, sizes = getattr(kappa_fast.execution.run, name), list[int]()
 
-    def work(backend: Any, given: Sequence[torch.Tensor], *rest: Any) -> Any:
+    def work(backend: Any, given: Sequence[torch.Tensor], **options: Any) -> Any:
         sizes.append(len(given))
         if refuse(given):
             raise make()
-        return original(backend, given, *rest)
+        return original(backend, given, **options)
 
     monkeypatch.setattr(kappa_fast.execution.run, name, work)
     return sizes
@@ -224,20 +225,21 @@ def counted(count: int) -> tuple[Source, list[int]]:
 
 def test_the_weights_of_two_waves_are_there_at_a_time_and_no_more(whole):
     source, there = counted(12)
-    results = execution.Executor(source, "torch", CPU, 1).results(range(12), lambda _, backend, given: [0.0])
-    assert len(list(results)) == 12
+    step = Step(LowerBoundQuery(1.0), lambda backend, given: [0.0])
+    assert len(list(execution.Executor(source, "torch", CPU, 1).results(step, source.matrices))) == 12
     assert max(there) == 1  # beside the one that is loaded
 
 
 def test_a_wave_that_fails_leaves_its_room_to_the_halves(whole):
     source, there = counted(4)
 
-    def work(wave: Sequence[int], backend: Any, given: list[torch.Tensor]) -> list[float]:
-        if len(wave) == 4:
+    def compute(backend: Any, given: list[torch.Tensor]) -> list[float]:
+        if len(given) == 4:
             raise MemoryError
-        return [0.0] * len(wave)
+        return [0.0] * len(given)
 
-    assert len(list(execution.Executor(source, "torch", CPU, None).results(range(4), work))) == 4
+    step = Step(LowerBoundQuery(1.0), compute)
+    assert len(list(execution.Executor(source, "torch", CPU, None).results(step, source.matrices))) == 4
     assert there == [0, 1, 2, 3, 0, 1, 0, 1]
 
 
@@ -366,17 +368,18 @@ def test_exact_decompositions_share_the_budget_and_one_that_exceeds_it_runs_alon
 def test_decompositions_that_wait_for_room_are_dropped_when_the_run_is_interrupted(monkeypatch):
     """Otherwise Ctrl-C would wait for one after the other."""
     decompose, begun, waiting = exact.decompose, [], threading.Event()
-    taken = exact.Room.taken
+    taken, stops = exact.Room.taken, list[threading.Event]()
 
     def slow(a: Any, rtol: float, **options: Any) -> Any:
         begun.append(a.shape)
         assert waiting.wait(60)
         os.kill(os.getpid(), signal.SIGINT)
-        while not workers.stopping():
+        while not stops[0].is_set():
             time.sleep(0.01)
         return decompose(a, rtol, **options)
 
     def watched(room: Any, a: Any) -> Any:
+        stops.append(room.stop)
         if room._used:
             waiting.set()
         return taken(room, a)

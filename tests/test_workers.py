@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from kappa_fast import ComputeError
 from kappa_fast.machine.threads import each_on_one_thread, fits_one_thread
 
 
@@ -64,6 +65,40 @@ def test_a_failure_reaches_the_caller_and_drops_what_has_not_begun(threads):
         for _ in each_on_one_thread(task, range(1000)):
             pass
     assert len(begun) < 1000
+
+
+def test_what_waits_is_told_when_nobody_wants_the_results_any_more(threads):
+    stop = threading.Event()
+    assert len(list(each_on_one_thread(lambda i: i, range(4), stop))) == 4
+    assert not stop.is_set()
+
+    def task(i: int) -> bool:
+        return i == 0 or stop.wait(60)
+
+    results = each_on_one_thread(task, range(4), stop)
+    assert next(results) == (0, True)
+    results.close()  # it would wait for a minute
+    assert stop.is_set()
+
+
+def test_a_task_without_memory_runs_again_alone_and_once(threads):
+    begun, ended = list[int](), list[int]()
+
+    def task(i: int) -> int:
+        begun.append(i)
+        if i == 0 or (i == 1 and begun.count(i) == 1):
+            raise ComputeError("no room", out_of_memory=True)
+        assert begun.count(1) == 1 or len(ended) == 4
+        time.sleep(0.01)
+        ended.append(i)
+        return i
+
+    results = each_on_one_thread(task, [1, 2, 3, 4, 5, 0])
+    assert sorted(next(results)[0] for _ in range(5)) == [1, 2, 3, 4, 5]
+    assert ended[-1] == 1
+    with pytest.raises(ComputeError, match="no room"):
+        next(results)
+    assert (begun.count(0), begun.count(1)) == (2, 2)
 
 
 def test_an_iterator_that_is_closed_early_waits_for_its_tasks_and_drops_the_rest(threads):

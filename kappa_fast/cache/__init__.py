@@ -1,6 +1,6 @@
-"""Results kept under what their weights are: rank() asks here first, and stores here what it had to compute.
+"""The cache of results by the content of weights: a run looks up here what is known, and stores what it computed.
 
-Layout, keys and durability are described in docs/caching.md.
+docs/caching.md has the layout, the keys and what survives a failure.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from .._version import __version__
-from ..backends.base import Backend
 from ..errors import OptionError
-from ..execution.executor import Executor, Work
 from ..machine.torch_state import is_exact
 from ..sources.base import FileState, Matrix
 from ..spectrum.resolution import NUMERICS
@@ -31,7 +29,15 @@ from .journal import Journal, leftovers
 from .memos import Memo, decode_stamp, encode_stamp, is_settled, name_of
 from .records import LowerBoundQuery, Query, Record, ResolutionQuery, decode, encode
 
-__all__ = ["LowerBoundQuery", "CacheOption", "ResultCache", "ResolutionQuery", "cache_directory", "opened_cache"]
+__all__ = [
+    "CacheOption",
+    "LowerBoundQuery",
+    "Query",
+    "ResolutionQuery",
+    "ResultCache",
+    "cache_directory",
+    "opened_cache",
+]
 
 log = logging.getLogger("kappa_fast")
 
@@ -71,7 +77,7 @@ def cache_directory(cache: CacheOption) -> Path | None:
 
 
 class ResultCache:
-    """The cache as one run of rank() sees it. ``results`` may be used by one thread, what it starts by many."""
+    """The cache as one run of rank() sees it. Many threads may use ``lookup_weights`` and ``store``, one the rest."""
 
     def __init__(self, directory: Path, matrices: Sequence[Matrix]) -> None:
         self.directory = directory
@@ -80,9 +86,9 @@ class ResultCache:
         self._journal: Journal | None = None
         self._records: dict[str, Record] = {}  # by fingerprint: what this run has read or found
         self._looked_up: set[str] = set()  # fingerprints of which the result, or that there is none, has been read
-        self._prints: dict[int, str] = {}  # fingerprints by position
+        self._fingerprints: dict[Matrix, str] = {}
         self._memos: dict[FileState, Memo] = {}
-        self._hits: set[int] = set()
+        self._hits: set[Matrix] = set()
         self._damaged: dict[Path, str] = {}
         self._failure: Exception | None = None
         self._usable = True  # whether what is there is taken for the user's own
@@ -93,148 +99,117 @@ class ResultCache:
         except OSError as error:
             self._failure, self._usable = error, False
         now = time.time_ns()
-        self._stamps = {i: m.stamp for i, m in enumerate(matrices) if m.stamp is not None and is_settled(m.stamp, now)}
+        self._stamps = {m: m.stamp for m in matrices if m.stamp is not None and is_settled(m.stamp, now)}
 
     @property
     def keeps(self) -> bool:
         """Whether what is done so far will be found by the next run."""
         return self._failed() is None
 
-    def metadata(self, positions: Collection[int]) -> dict[str, int]:
-        """How many of these results came from the cache, and how many were computed."""
-        hits = sum(position in self._hits for position in positions)
-        return {"hits": hits, "computed": len(positions) - hits}
+    def metadata(self, matrices: Collection[Matrix]) -> dict[str, int]:
+        """How many results of these matrices came from the cache, and how many were computed."""
+        hits = sum(matrix in self._hits for matrix in matrices)
+        return {"hits": hits, "computed": len(matrices) - hits}
 
-    def results(
-        self, executor: Executor, positions: Sequence[int], work: Work[R], query: Query[R]
-    ) -> Generator[tuple[int, R], None, None]:
-        """As ``executor.results``; what is known is not computed, and what is computed will be known."""
-        known = set()
-        for position, found in self.remembered(positions, query):
-            known.add(position)
-            yield position, found
-        rest = [position for position in positions if position not in known]
-        if rest:
-            with contextlib.closing(executor.results(rest, partial(self._on_wave, work, query))) as computed:
-                for pair in computed:
-                    self._warn_if_nothing_is_kept()  # here, since in a thread of the executor it might end the work
-                    yield pair
+    def lookup(self, query: Query[R], matrix: Matrix) -> R | None:
+        """The result for a matrix if it is known without reading the weights, else None."""
+        text = self._fingerprints.get(matrix)
+        if text is None:
+            known = self._by_stamp(matrix)
+            if known is None:
+                return None
+            text, record = known
+            with self._lock:
+                self._fingerprints[matrix] = text
+                self._records.setdefault(text, record)
+        result = query.answer(self._records[text]) if text in self._records else None
+        if result is None:  # another run may have found out more than the memo knows
+            result = self._by_content(query, text)
+        if result is not None:
+            self._hits.add(matrix)
+        return result
 
-    def remembered(self, positions: Sequence[int], query: Query[R]) -> Iterator[tuple[int, R]]:
-        """What is known without reading weights."""
-        for position in positions:
-            found = self._remembered(position, query)
-            if found is not None:
-                self._hits.add(position)
-                yield position, found
+    def lookup_weights(
+        self, query: Query[R], matrices: Sequence[Matrix], weights: Sequence[torch.Tensor]
+    ) -> list[R | None]:
+        """The results that are known of loaded weights, by their content; None for the others."""
+        texts = [fingerprint(weight) for weight in weights]
+        results = [self._by_content(query, text) for text in texts]
+        with self._lock:
+            self._fingerprints.update(zip(matrices, texts, strict=True))
+            self._hits.update(m for m, result in zip(matrices, results, strict=True) if result is not None)
+        return results
 
-    def told(self, position: int) -> list[Any] | None:
+    def store(self, query: Query[R], matrix: Matrix, result: R) -> R:
+        """Keep a result of weights that were looked up. What is returned is what the next run will get.
+
+        That takes earlier results of the same weights into account.
+        """
+        with self._lock:
+            self._hits.discard(matrix)
+            if not is_exact():  # another thread has changed a mode meanwhile: what came of it is not for other runs
+                return result
+            text, new = self._fingerprints[matrix], query.record_of(result)
+            old = self._records.get(text)
+            record = self._records[text] = new if old is None else old.merged(new)
+            journal = self._begun_journal()
+            if journal is not None:
+                stamp = self._stamps.get(matrix)
+                journal.append([text, encode(record), None if stamp is None else encode_stamp(stamp)])
+            merged = query.answer(record)
+            return result if merged is None else merged
+
+    def exported(self, matrix: Matrix) -> list[Any] | None:
         """What this run knows of a matrix, as plain JSON for another rank; None if nothing."""
         with self._lock:
-            text = self._prints.get(position)
+            text = self._fingerprints.get(matrix)
             if text is None or text not in self._records:
                 return None
-            return [text, encode(self._records[text]), position in self._hits]
+            return [text, encode(self._records[text]), matrix in self._hits]
 
-    def learn(self, position: int, told: Sequence[Any], *, keep: bool) -> None:
-        """What ``told`` says on another rank, so that this one decides as if it had found that itself.
+    def take_over(self, matrix: Matrix, exported: Sequence[Any], *, keep: bool) -> None:
+        """What another rank has ``exported``, so that this one decides as if it had computed that itself.
 
         keep: whether this cache is to remember it of the file; what was computed lies in that rank's cache already.
         """
-        text, raw, hit = told
+        text, raw, hit = exported
         with self._lock:
             known, new = self._records.get(text), decode(raw)
-            self._prints[position] = text
+            self._fingerprints[matrix] = text
             self._records[text] = new if known is None else known.merged(new)
-            (self._hits.add if hit else self._hits.discard)(position)
+            (self._hits.add if hit else self._hits.discard)(matrix)
             if not keep:
-                self._stamps.pop(position, None)
+                self._stamps.pop(matrix, None)
 
     def leave_memos(self) -> None:
         """Another rank remembers all of it: of two that write a memo at once, the later one might win with less."""
         self._stamps.clear()
 
-    def _on_wave(
-        self,
-        work: Work[R],
-        query: Query[R],
-        positions: Sequence[int],
-        backend: Backend,
-        weights: list[torch.Tensor],
-    ) -> list[R]:
-        """A wave: by content first, and the rest as a smaller wave. In a thread of the executor."""
-        prints = [fingerprint(weight) for weight in weights]
-        known = [self._by_content(text) for text in prints]
-        answers = [None if record is None else query.answer(record) for record in known]
-        todo = [k for k, answer in enumerate(answers) if answer is None]
-        found = work([positions[k] for k in todo], backend, [weights[k] for k in todo]) if todo else []
-        with self._lock:
-            self._prints.update(zip(positions, prints, strict=True))
-            self._hits.update(p for p, answer in zip(positions, answers, strict=True) if answer is not None)
-            self._hits.difference_update(positions[k] for k in todo)
-            for k, result in zip(todo, found, strict=True):
-                answers[k] = self._keep(positions[k], prints[k], query, result)
-        return [answer for answer in answers if answer is not None]
-
-    def _keep(self, position: int, text: str, query: Query[R], found: R) -> R:
-        """Store a result. What is returned takes earlier ones into account, as the next run will."""
-        if not is_exact():  # another thread has changed a mode meanwhile: what came of it is not for other runs
-            return found
-        new = query.record_of(found)
-        old = self._records.get(text)
-        record = new if old is None else old.merged(new)
-        self._records[text] = record
-        journal = self._begun_journal()
-        if journal is not None:
-            stamp = self._stamps.get(position)
-            journal.append([text, encode(record), None if stamp is None else encode_stamp(stamp)])
-        answer = query.answer(record)
-        return found if answer is None else answer
-
-    def _remembered(self, position: int, query: Query[R]) -> R | None:
-        """The answer for a matrix if it is known without reading its values."""
-        text = self._prints.get(position)
-        if text is None:
-            known = self._by_stamp(position)
-            if known is None:
-                return None
-            text, record = known
-            with self._lock:
-                self._prints[position] = text
-                self._records.setdefault(text, record)
-        answer = query.answer(self._records[text]) if text in self._records else None
-        if answer is None:  # another run may have found out more than the memo knows
-            found = self._by_content(text)
-            answer = None if found is None else query.answer(found)
-        return answer
-
-    def _by_stamp(self, position: int) -> tuple[str, Record] | None:
-        stamp = self._stamps.get(position)
+    def _by_stamp(self, matrix: Matrix) -> tuple[str, Record] | None:
+        stamp = self._stamps.get(matrix)
         if stamp is None:
             return None
-        memo = self._memo(stamp.files[0])
-        try:
-            return memo.get(stamp)
-        except files.DamagedError as error:
-            with self._lock:
-                self._damaged[memo.path] = str(error)
-            return None
+        memo, known = self._memo(stamp.files[0]), None
+        with self._noting_damage(memo.path):
+            known = memo.get(stamp)
+        return known
 
-    def _by_content(self, text: str) -> Record | None:
-        """What this run, the memo and the result itself know, the latter read once."""
+    def _by_content(self, query: Query[R], text: str) -> R | None:
+        """The answer from what this run, the memo and the result itself know, the latter read once."""
         with self._lock:
-            if text in self._looked_up:
-                return self._records.get(text)
-        path = self._result_path(text)
-        with self._noting_damage(path):
-            found = _read_result(path, text) if self._usable else None
-            with self._lock:
-                if found is not None and text not in self._looked_up:
-                    known = self._records.get(text)
-                    self._records[text] = found if known is None else found.merged(known)
+            new = text not in self._looked_up
+        if new:
+            path = self._result_path(text)
+            with self._noting_damage(path):
+                stored = _read_result(path, text) if self._usable else None
+                with self._lock:
+                    if stored is not None and text not in self._looked_up:
+                        known = self._records.get(text)
+                        self._records[text] = stored if known is None else stored.merged(known)
         with self._lock:
             self._looked_up.add(text)
-            return self._records.get(text)
+            record = self._records.get(text)
+        return None if record is None else query.answer(record)
 
     def _memo(self, state: FileState) -> Memo:
         memo = self._memos.get(state)
@@ -285,7 +260,7 @@ class ResultCache:
 
         tag: of the run that wrote the lines, if it is not this one: then what no memo will hold goes to the disk.
         """
-        own = self._journal.tag if self._journal else ""
+        this_run = self._journal.tag if self._journal else ""
         for text, raw, stamp in {line[0]: line for line in lines}.values():
             path = self._result_path(text)
             record = decode(raw)
@@ -293,7 +268,7 @@ class ResultCache:
                 others = _read_result(path, text)
                 record = record if others is None else others.merged(record)
             body = {"format": RESULT_FORMAT, "numerics": NUMERICS, "kappa_fast": __version__, "fingerprint": text}
-            files.write(path, {**body, **encode(record)}, tag or own, durable=tag is not None and stamp is None)
+            files.write(path, {**body, **encode(record)}, tag or this_run, durable=tag is not None and stamp is None)
 
     def _settle_stamps(self, lines: Sequence[Any], tag: str) -> None:
         for text, raw, stamp in lines:
@@ -309,8 +284,8 @@ class ResultCache:
 
     def close(self) -> None:
         """Bring everything to where it belongs. Never raises because of the cache."""
-        for position, stamp in self._stamps.items():
-            text = self._prints.get(position)
+        for matrix, stamp in self._stamps.items():
+            text = self._fingerprints.get(matrix)
             if text in self._records:
                 self._memo(stamp.files[0]).put(stamp, text, self._records[text])
         if self._journal is not None:
@@ -330,18 +305,20 @@ class ResultCache:
                 "should hold was computed and written anew",
                 stacklevel=5,
             )
-        self._warn_if_nothing_is_kept()
+        if (failure := self.new_failure()) is not None:
+            warn(failure, stacklevel=5)
 
-    def _warn_if_nothing_is_kept(self) -> None:
+    def new_failure(self) -> str | None:
+        """Why nothing can be kept, in words for a warning; None where it can, or where this was asked before."""
         failure = self._failed()
-        if failure is not None and not self._warned:
-            self._warned = True
-            reason = getattr(failure, "strerror", None) or failure
-            warn(
-                f"results cannot be kept in the cache {self.directory} ({reason}): the ranking "
-                "goes on without; make room, make it writable, or give another directory",
-                stacklevel=6,
-            )
+        if failure is None or self._warned:
+            return None
+        self._warned = True
+        reason = getattr(failure, "strerror", None) or failure
+        return (
+            f"results cannot be kept in the cache {self.directory} ({reason}): the ranking "
+            "goes on without; make room, make it writable, or give another directory"
+        )
 
     def _failed(self) -> Exception | None:
         return self._failure or (self._journal.failure if self._journal is not None else None)

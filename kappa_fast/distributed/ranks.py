@@ -1,4 +1,4 @@
-"""rank() on several ranks: they join, agree, divide every step of the work, and come to the same Ranking."""
+"""The ranks of a process group that work on one call of rank(): they join, agree, and divide every step of the work."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..cache.records import Query, decode, encode
 from ..errors import OptionError, ProcessGroupError
-from ..sources.base import Source
+from ..sources.base import Matrix, Source
 from . import agreement
+from .exchange import Exchange, Step
 from .line import AGAIN, Line
-from .shares import Shares
 
 if TYPE_CHECKING:
+    import threading
+
     from torch.distributed import ProcessGroup
 
     from ..cache import ResultCache
 
 R = TypeVar("R")
-Own = Callable[[Sequence[int]], Generator[tuple[int, R], None, None]]  # this rank's results of these positions
+S = TypeVar("S", bound=Step[Any])
 
 EVERY = 0.2  # seconds between two times that results are given to the others, and theirs are fetched
 
@@ -73,11 +74,10 @@ class Ranks:
 
     def __init__(self, line: Line, group: ProcessGroup) -> None:
         self._line, self._group = line, group
+        self._numbers: dict[Matrix, int] = {}  # the same on all ranks
         self._steps = 0  # of the work, so far
-        self._read = 0  # how many of the batches of this step
-        self._batch: list[list[Any]] = []
-        self._exchanged = 0.0  # when
-        self._waited, self._done = 0.0, 0  # seconds, matrices
+        self._sent_at = 0.0
+        self._waited, self._computed = 0.0, 0  # seconds, matrices
 
     @property
     def first(self) -> bool:
@@ -90,7 +90,8 @@ class Ranks:
         Raises:
             ProcessGroupError: one of them has other versions, settings, matrices or weights than rank 0.
         """
-        told = {
+        self._numbers = {matrix: number for number, matrix in enumerate(source.matrices)}
+        mine = {
             "versions": agreement.versions(),
             "settings": json.loads(json.dumps(dict(settings))),
             "matrices": agreement.inventory(source),
@@ -99,15 +100,15 @@ class Ranks:
         large = ("matrices", "weights")
         if self.first:
             for name in large:
-                self._line.post(f"agree/{name}", told[name])
-            self._line.post("agree", {n: agreement.digest(told[n]) if n in large else told[n] for n in told})
+                self._line.post(f"agree/{name}", mine[name])
+            self._line.post("agree", {n: agreement.digest(mine[n]) if n in large else mine[n] for n in mine})
         else:
             theirs = self._line.expect("agree")
-            for name, mine in told.items():
-                if name in large and theirs[name] != agreement.digest(mine):
-                    self._refuse(name, mine, self._line.expect(f"agree/{name}"))
-                elif name not in large and theirs[name] != mine:
-                    self._refuse(name, mine, theirs[name])
+            for name, value in mine.items():
+                if name in large and theirs[name] != agreement.digest(value):
+                    self._refuse(name, value, self._line.expect(f"agree/{name}"))
+                elif name not in large and theirs[name] != value:
+                    self._refuse(name, value, theirs[name])
         with self._waiting():
             self._line.meet("agreed")
 
@@ -137,90 +138,52 @@ class Ranks:
         if self.first:
             self._line.post("opened", True)
 
-    def finished(self, store: ResultCache | None) -> None:
+    def finished(self, cache: ResultCache | None) -> None:
         """Nothing is left to be resolved: rank 0 remembers for all what the files hold."""
-        if store is not None and not self.first:
-            store.leave_memos()
+        if cache is not None and not self.first:
+            cache.leave_memos()
 
     def results(
         self,
-        positions: Sequence[int],
-        costs: Mapping[int, float],
-        own: Own[R],
-        query: Query[R],
-        store: ResultCache | None,
-    ) -> Generator[tuple[int, R], None, None]:
-        """The results of all positions, those of this rank and those of the others, as they come."""
+        compute: Callable[[S, Sequence[Matrix], threading.Event], Generator[tuple[Matrix, R], None, None]],
+        step: S,
+        matrices: Sequence[Matrix],
+        stop: threading.Event,
+    ) -> Generator[tuple[Matrix, R], None, None]:
+        """A step's result for every matrix, those that this rank computes and those of the others, as they come.
+
+        compute: gives this rank's results of a step for some matrices; it is an executor's ``results``.
+        """
         self._steps += 1
-        self._read = 0
-        open_ = set(positions)
-        if store is not None:
+        exchange: Exchange[R] = Exchange(
+            self._line, self._steps, step, {self._numbers[matrix]: matrix for matrix in matrices}
+        )
+        if step.cache is not None:
             # One rank looks up what is known without reading weights: two would not find the same at the same time.
             if self.first:
-                known = [self._told(i, found, query, store) for i, found in store.remembered(positions, query)]
-                self._line.post(self._key("known"), known)
+                exchange.post_known()
             with self._waiting():
-                yield from self._taken(self._line.expect(self._key("known")), open_, query, store)
-        shares = Shares.of({i: costs[i] for i in positions if i in open_}, self._line.size)
-        for mine in self._assigned(shares):
-            with contextlib.closing(own(mine)) as found_here:
-                for position, found in found_here:
+                known = exchange.known()
+            yield from exchange.received(known)
+        for share in exchange.assigned():
+            with contextlib.closing(compute(step, share, stop)) as computed:
+                for matrix, result in computed:
                     self._line.moved()
-                    self._batch.append(self._told(position, found, query, store))
-                    self._done += 1
-                    open_.discard(position)
-                    yield position, found
-                    if time.monotonic() - self._exchanged > EVERY:
-                        self._give()
-                        yield from self._come(open_, query, store)
-            self._give()
-        while open_:
+                    exchange.add(matrix, result)
+                    self._computed += 1
+                    yield matrix, result
+                    if time.monotonic() - self._sent_at > EVERY:
+                        self._send(exchange)
+                        yield from exchange.received_so_far()
+            self._send(exchange)
+        while exchange.open:
             with self._waiting():
-                batch = self._line.until(self._next)
-            yield from self._taken(batch, open_, query, store)
+                batch = self._line.until(exchange.next_batch)
+            yield from exchange.received(batch)
 
-    def _assigned(self, shares: Shares) -> Iterator[Sequence[int]]:
-        yield shares.first[self._line.rank]
-        while (number := self._line.count(self._key("handed out")) - 1) < len(shares.pieces):
-            yield shares.pieces[number]
-
-    def _told(self, position: int, found: R, query: Query[R], store: ResultCache | None) -> list[Any]:
-        known = None if store is None else store.told(position)
-        return [self._line.rank, position, encode(query.record_of(found)), known]
-
-    def _give(self) -> None:
-        """This rank's results, to all others."""
-        self._exchanged = time.monotonic()
-        if self._batch:
-            number = self._line.count(self._key("batches"))
-            self._line.post(self._key(f"batch/{number - 1}"), self._batch)
-            self._batch = []
-
-    def _next(self) -> list[list[Any]] | None:
-        batch: list[list[Any]] | None = self._line.find(self._key(f"batch/{self._read}"))
-        if batch is not None:
-            self._read += 1
-        return batch
-
-    def _come(self, open_: set[int], query: Query[R], store: ResultCache | None) -> Iterator[tuple[int, R]]:
-        while (batch := self._next()) is not None:
-            yield from self._taken(batch, open_, query, store)
-
-    def _taken(
-        self, batch: list[list[Any]], open_: set[int], query: Query[R], store: ResultCache | None
-    ) -> Iterator[tuple[int, R]]:
-        for rank, position, record, known in batch:
-            if position not in open_:  # this rank's own
-                continue
-            if store is not None and rank != self._line.rank and known is not None:
-                store.learn(position, known, keep=self.first)
-            found = query.answer(decode(record))
-            assert found is not None  # it was made from an answer to this query
-            open_.discard(position)
-            yield position, found
-
-    def _key(self, name: str) -> str:
-        return f"{self._steps}/{name}"
+    def _send(self, exchange: Exchange[R]) -> None:
+        self._sent_at = time.monotonic()
+        exchange.send()
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -237,18 +200,18 @@ class Ranks:
         matrices it has resolved, bytes of JSON that it has sent and received.
         """
         line = self._line
-        told = {
+        own = {
             "device": mine["device"],
             "work": mine["work"],
             "rank": {
                 "seconds": mine["seconds"],
                 "waiting": self._waited,
-                "matrices": self._done,
+                "matrices": self._computed,
                 "sent": line.sent,
                 "received": line.received,
             },
         }
-        line.post(f"metadata/{line.rank}", told)
+        line.post(f"metadata/{line.rank}", own)
         if self.first:
             every = [line.expect(f"metadata/{rank}") for rank in range(line.size)]
             counts = sorted({name for each in every for name in each["work"]})

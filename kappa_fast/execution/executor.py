@@ -1,4 +1,4 @@
-"""Carrying work out: which backend on which device, in which waves, and what happens when memory runs out."""
+"""The executor: runs a step on matrices, with a backend for each device, in waves that fit into the memory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from ..machine.torch_state import undisturbed_thread
 from ..sources.base import Matrix, Source
 from .cost import operations
 from .prefetch import Staged, one_ahead, read_ahead
+from .step import Step
 from .waves import cut, default_budget
 
 log = logging.getLogger("kappa_fast")
@@ -28,7 +30,6 @@ log = logging.getLogger("kappa_fast")
 LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 R = TypeVar("R")
-Work = Callable[[Sequence[int], Backend, list[torch.Tensor]], list[R]]  # on the positions and weights of a wave
 
 
 def usable_device(device: torch.device | str | None) -> torch.device | None:
@@ -47,14 +48,14 @@ def usable_device(device: torch.device | str | None) -> torch.device | None:
 
 @dataclass(frozen=True)
 class PlannedWave:
-    """Matrices, by position, that are worked on together; ``nbytes`` is what they are taken to need beside the weights.
+    """Matrices that are worked on together; ``nbytes`` is what they are taken to need beside the weights.
 
     side_by_side: whether each is worked on alone, by one thread of many where it is small enough.
     """
 
     device: torch.device
     side_by_side: bool
-    positions: tuple[int, ...]
+    matrices: tuple[Matrix, ...]
     nbytes: int
 
 
@@ -64,8 +65,9 @@ class Executor:
     def __init__(
         self, source: Source, backend: str, device: torch.device | None, budget: int | None, *, proofs: bool = False
     ) -> None:
-        """``proofs``: whether the work on some wave will prove intervals, which takes more memory."""
-        self._matrices, self._in_memory = source.matrices, source.in_memory
+        """``proofs``: whether a step will prove intervals, which takes more memory."""
+        self._in_memory = source.in_memory
+        self._reads_ahead = any(matrix.prefetch is not None for matrix in source.matrices)
         self._name, self._device, self._budget, self._proofs = backend, device, budget, proofs
         self._backends: dict[torch.device, Backend] = {}
         self._tried: list[Backend] = []  # with those that have been given up
@@ -73,7 +75,7 @@ class Executor:
         self._warm: set[tuple[tuple[int, int], torch.dtype]] = set()  # what kernels have been compiled for
         self.notify: Callable[[str], None] = lambda text: None  # is told what is done before any results come
         # A backend that is unknown, or that cannot work where the weights will be, fails before any work.
-        places = [self._where(matrix) for matrix in self._matrices[:1]] or [device or torch.device("cpu")]
+        places = [self._where(matrix) for matrix in source.matrices[:1]] or [device or torch.device("cpu")]
         self._backend_for(places[0])
 
     @property
@@ -95,40 +97,59 @@ class Executor:
         """Where work was done."""
         return sorted({str(device) for device in self._backends})
 
-    def planned(self, positions: Sequence[int]) -> Iterator[PlannedWave]:
+    def planned(self, matrices: Sequence[Matrix]) -> Iterator[PlannedWave]:
         """The waves that ``results`` would work on; nothing is loaded."""
-        for device, waves in self._waves(positions):
+        for device, placed in self._by_device(matrices).items():
             backend = self._backend_for(device)
-            for wave in waves:
-                need = sum(self._need(i, backend) for i in wave)
+            for wave in self._waves(device, placed):
+                need = sum(self._need(matrix, backend) for matrix in wave)
                 yield PlannedWave(device, backend.side_by_side, tuple(wave), need)
 
     def budget_on(self, device: torch.device) -> int:
         """Bytes that a wave may take there."""
         return self._budget or default_budget(device)
 
-    def results(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
-        """``work`` on every matrix, wave by wave, in the order of the disk where the weights come from one.
+    def results(
+        self, step: Step[R], matrices: Sequence[Matrix], stop: threading.Event | None = None
+    ) -> Generator[tuple[Matrix, R], None, None]:
+        """The step's result for every matrix: those that the cache knows first, the others wave by wave.
 
-        The next waves are read ahead from the disk; an accelerator gets one of them while it works on this one.
+        Waves come in the order of the disk where the weights come from one, and the next ones are read ahead from it;
+        an accelerator gets one of them while it works on this one. On a CPU the small matrices of a wave are worked on
+        side by side, one thread for each, and the large ones one by one.
+
+        stop: is set if this ends early, before it waits for what still runs.
         """
-        ordered = sorted(positions, key=lambda i: self._matrices[i].location or ("", 0))
-        for device, waves in self._waves(ordered):
-            self._warm_up(device, [i for i in ordered if self._where(self._matrices[i]) == device])
-            with contextlib.closing(self._read_ahead(waves)) as coming:
-                if self._backend_for(device).side_by_side:
-                    yield from self._on_cores(coming, work)
+        unknown = list[Matrix]()
+        for matrix in matrices:
+            if (result := step.known(matrix)) is None:
+                unknown.append(matrix)
+            else:
+                yield matrix, result
+        unknown.sort(key=lambda matrix: matrix.location or ("", 0))
+        for device, placed in self._by_device(unknown).items():
+            waves = self._waves(device, placed)
+            self._warm_up(device, placed)
+            with contextlib.closing(read_ahead(waves) if self._reads_ahead else waves) as coming:
+                if not self._backend_for(device).side_by_side:
+                    with contextlib.closing(one_ahead(coming, device)) as staged:
+                        for wave, weights in staged:
+                            yield from zip(wave, self._attempt(step, wave, weights), strict=True)
                     continue
-                with contextlib.closing(one_ahead(coming, self._matrices_of, device)) as staged:
-                    for wave, weights in staged:
-                        yield from zip(wave, self._attempt(wave, work, weights), strict=True)
+                for wave in coming:
+                    small, large = _by_threads(wave)
+                    with contextlib.closing(each_on_one_thread(partial(self._attempt, step), small, stop)) as finished:
+                        for alone, computed in finished:
+                            yield from zip(alone, computed, strict=True)
+                    for alone in large:
+                        yield from zip(alone, self._attempt(step, alone), strict=True)
 
-    def _warm_up(self, device: torch.device, positions: Sequence[int]) -> None:
+    def _warm_up(self, device: torch.device, matrices: Sequence[Matrix]) -> None:
         """Compile on all cores what waves of these matrices will launch on a GPU, instead of one by one at work.
 
         What does not compile is found again, and told, where it is launched.
         """
-        kinds = {(self._matrices[i].shape, self._matrices[i].dtype) for i in positions} - self._warm
+        kinds = {(matrix.shape, matrix.dtype) for matrix in matrices} - self._warm
         if device.type != "cuda" or self._backend_for(device).name != "triton" or not kinds:
             return
         from kappa_fast.kernels import warmup
@@ -141,49 +162,9 @@ class Executor:
         seconds = time.perf_counter() - started
         log.info("%d kernels were compiled for %s in %.1f s", len(found.compiled), device, seconds)
 
-    def _read_ahead(self, waves: Iterator[list[int]]) -> Generator[list[int], None, None]:
-        if any(matrix.prefetch is not None for matrix in self._matrices):
-            yield from read_ahead(waves, self._matrices_of)
-        else:
-            yield from waves
-
-    def _on_cores(self, waves: Iterable[list[int]], work: Work[R]) -> Generator[tuple[int, R], None, None]:
-        """On a CPU the small matrices by themselves, for one thread each, and the large ones one by one."""
-        for wave in waves:
-            single = [i for i in wave if fits_one_thread(self._matrices[i].shape)]
-            # The longest first, so that no core waits at the end.
-            single.sort(key=lambda i: operations(self._matrices[i].shape), reverse=True)
-            with contextlib.closing(self._side_by_side(single, work)) as results:
-                yield from results
-            for i in wave:
-                if not fits_one_thread(self._matrices[i].shape):
-                    yield i, self._attempt([i], work)[0]
-
-    def _side_by_side(self, positions: Sequence[int], work: Work[R]) -> Generator[tuple[int, R], None, None]:
-        """One thread for each matrix; those for which the others left no memory come again, one at a time."""
-
-        def attempt(i: int) -> R | None:
-            try:
-                return self._attempt([i], work)[0]
-            except ComputeError as error:
-                if not is_out_of_memory(error.__cause__):
-                    raise
-                return None
-
-        crowded: list[int] = []
-        with contextlib.closing(each_on_one_thread(attempt, positions)) as results:
-            for i, found in results:
-                if found is None:
-                    crowded.append(i)
-                else:
-                    yield i, found
-        for i in crowded:
-            yield from each_on_one_thread(lambda i: self._attempt([i], work)[0], [i])
-
-    def _attempt(self, wave: Sequence[int], work: Work[R], staged: Staged | None = None) -> list[R]:
+    def _attempt(self, step: Step[R], wave: Sequence[Matrix], staged: Staged | None = None) -> list[R]:
         """One wave; when memory runs out, in halves; when Triton fails, with torch if that is left to us."""
-        matrices = self._matrices_of(wave)
-        place = self._where(matrices[0])
+        place = self._where(wave[0])
         backend = self._backend_for(place)
         half = len(wave) // 2
         weights: list[torch.Tensor] = []
@@ -191,16 +172,16 @@ class Executor:
             self._waves_done += 1
         try:
             if len(wave) == 1 and place.type == "cpu" and not self._in_memory:
-                _check_fits(matrices[0])
+                _check_fits(wave[0])
             with undisturbed_thread():
-                weights = staged.ready() if staged and staged.weights else [m.load(place) for m in matrices]
-                return work(wave, backend, weights)
+                weights = staged.ready() if staged and staged.weights else [matrix.load(place) for matrix in wave]
+                return step.on_wave(backend, wave, weights)
         except Exception as error:
             if is_lost(place):
                 raise _lost(place, error) from error
             if is_out_of_memory(error) or isinstance(error, LINALG_ERROR):
                 if len(wave) == 1:
-                    raise _failure(matrices[0], error) from error
+                    raise _failure(wave[0], error) from error
                 log.info("a wave of %d matrices failed (%s); trying halves", len(wave), error)
             elif backend.name == "triton" and not isinstance(error, KappaError):
                 self._give_up(place, error)
@@ -208,7 +189,7 @@ class Executor:
             else:
                 raise
         del weights  # or they would take the room that halves are to make
-        return (self._attempt(wave[:half], work) if half else []) + self._attempt(wave[half:], work)
+        return (self._attempt(step, wave[:half]) if half else []) + self._attempt(step, wave[half:])
 
     def _give_up(self, device: torch.device, error: Exception) -> None:
         """A kernel did not compile, did not start, or computed something else than it should."""
@@ -221,21 +202,18 @@ class Executor:
         self._backends[device] = get_backend("torch", device)
         self._tried.append(self._backends[device])
 
-    def _matrices_of(self, wave: Sequence[int]) -> list[Matrix]:
-        return [self._matrices[i] for i in wave]
+    def _by_device(self, matrices: Sequence[Matrix]) -> dict[torch.device, list[Matrix]]:
+        placed: dict[torch.device, list[Matrix]] = {}
+        for matrix in matrices:
+            placed.setdefault(self._where(matrix), []).append(matrix)
+        return placed
 
-    def _waves(self, positions: Sequence[int]) -> Iterator[tuple[torch.device, Iterator[list[int]]]]:
-        """The waves of every device."""
-        by_device: dict[torch.device, list[int]] = {}
-        for i in positions:
-            by_device.setdefault(self._where(self._matrices[i]), []).append(i)
-        for device, chosen in by_device.items():
-            backend = self._backend_for(device)
-            waves = cut(chosen, lambda i, b=backend: self._need(i, b), self.budget_on(device))  # type: ignore[misc]
-            yield device, waves
+    def _waves(self, device: torch.device, matrices: Sequence[Matrix]) -> Generator[list[Matrix], None, None]:
+        backend = self._backend_for(device)
+        return cut(matrices, lambda matrix: self._need(matrix, backend), self.budget_on(device))
 
-    def _need(self, position: int, backend: Backend) -> int:
-        matrix = self._matrices[position]
+    def _need(self, matrix: Matrix, backend: Backend) -> int:
+        """Bytes that a matrix takes in a wave, beside the weights that are there anyway."""
         tall = (max(matrix.shape), min(matrix.shape))
         made = matrix.quantization is not None or matrix.overhead > 0  # by load(), which a plain weight is not
         there = matrix.device == backend.device and self._in_memory and not made
@@ -255,6 +233,13 @@ class Executor:
             self._backends[device] = get_backend(self._name, device)
             self._tried.append(self._backends[device])
         return self._backends[device]
+
+
+def _by_threads(wave: Sequence[Matrix]) -> tuple[list[list[Matrix]], list[list[Matrix]]]:
+    """Every matrix as a wave of its own: those that one thread works on, and those that all threads share."""
+    small = [matrix for matrix in wave if fits_one_thread(matrix.shape)]
+    small.sort(key=lambda matrix: operations(matrix.shape), reverse=True)  # so that no core waits at the end
+    return [[matrix] for matrix in small], [[matrix] for matrix in wave if not fits_one_thread(matrix.shape)]
 
 
 def _check_fits(matrix: Matrix) -> None:
@@ -297,8 +282,10 @@ def _lost(device: torch.device, error: Exception) -> BackendError:
 
 
 def _failure(matrix: Matrix, error: Exception) -> ComputeError:
-    what = "there is not enough memory for" if is_out_of_memory(error) else f"a library routine failed ({error}) on"
+    crowded = is_out_of_memory(error)
+    what = "there is not enough memory for" if crowded else f"a library routine failed ({error}) on"
     return ComputeError(
         f"{what} {matrix.key!r} of shape {tuple(matrix.shape)}, {matrix.dtype}: "
-        f"free memory, use another device, or leave it out with exclude={matrix.name!r}"
+        f"free memory, use another device, or leave it out with exclude={matrix.name!r}",
+        out_of_memory=crowded,
     )

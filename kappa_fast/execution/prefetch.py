@@ -11,15 +11,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from ..machine.memory import is_out_of_memory
 from ..machine.torch_state import undisturbed_thread
 from ..sources.base import Matrix
-
-T = TypeVar("T")
 
 # Beside the next wave so many bytes are read ahead: a disk must not wait where a few small waves follow a costly one.
 AHEAD = 256 << 20
@@ -86,33 +84,31 @@ def _copied(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (weight.pin_memory() if weight.device.type == "cpu" else weight).to(device, non_blocking=True)
 
 
-def one_ahead(items: Iterable[T], matrices: Any, device: torch.device) -> Generator[tuple[T, Staged], None, None]:
-    """Pairs (item, its staged weights); those of the next item are staged in a thread while this one is used.
+def one_ahead(
+    waves: Iterable[Sequence[Matrix]], device: torch.device
+) -> Generator[tuple[Sequence[Matrix], Staged], None, None]:
+    """Pairs (wave, its staged weights); those of the next wave are staged in a thread while this one is used.
 
-    Copies wait for what the current streams of the calling thread have been given.
-
-    matrices: what gives the matrices of an item. An exception in staging comes when it is that item's turn.
+    Copies wait for what the current streams of the calling thread have been given. An exception in staging comes when
+    it is that wave's turn.
     """
     pool = ThreadPoolExecutor(1, "kappa_fast_staging")
     try:
         waiting: list[Any] = []
-        for item in items:
-            chosen = matrices(item)
-            after = streams_of(chosen, device) if device.type == "cuda" else []
-            waiting.append((item, pool.submit(stage, chosen, device, after)))
+        for wave in waves:
+            after = streams_of(wave, device) if device.type == "cuda" else []
+            waiting.append((wave, pool.submit(stage, wave, device, after)))
             if len(waiting) == 2:
                 first, staged = waiting.pop(0)
                 yield first, staged.result()
                 del staged  # or the weights of this wave would stay while the next but one is staged
-        for item, staged in waiting:
-            yield item, staged.result()
+        for wave, staged in waiting:
+            yield wave, staged.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def read_ahead(
-    waves: Iterable[T], matrices: Callable[[T], Sequence[Matrix]], ahead: int = AHEAD
-) -> Generator[T, None, None]:
+def read_ahead(waves: Iterable[Sequence[Matrix]], ahead: int = AHEAD) -> Generator[Sequence[Matrix], None, None]:
     """The same waves; a thread prefetches this one, the next, and those after it up to ``ahead`` bytes in all."""
     pool = ThreadPoolExecutor(1, "kappa_fast_read_ahead")
     ended = threading.Event()
@@ -124,7 +120,7 @@ def read_ahead(
             read()
 
     source = iter(waves)
-    coming: deque[tuple[T, int]] = deque()
+    coming: deque[tuple[Sequence[Matrix], int]] = deque()
     total = 0  # bytes in it
     try:
         while True:
@@ -132,11 +128,10 @@ def read_ahead(
                 wave = next(source, None)
                 if wave is None:
                     break
-                chosen = matrices(wave)
-                coming.append((wave, sum(matrix.nbytes for matrix in chosen)))
+                coming.append((wave, sum(matrix.nbytes for matrix in wave)))
                 total += coming[-1][1]
                 with contextlib.suppress(RuntimeError):  # the system starts no thread: nothing is read ahead
-                    pool.submit(prefetch, [matrix.prefetch for matrix in chosen if matrix.prefetch is not None])
+                    pool.submit(prefetch, [matrix.prefetch for matrix in wave if matrix.prefetch is not None])
             if not coming:
                 return
             wave, size = coming.popleft()

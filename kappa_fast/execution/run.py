@@ -1,75 +1,83 @@
-"""One run of rank(): the matrices of a source are resolved, all or the likeliest first, and become entries."""
+"""One run of rank(): resolves the matrices of a source, all or the likeliest first, and makes the ranking of them."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import platform
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any
 
 import torch
 
 from .._version import __version__
-from ..backends import Backend
 from ..cache import LowerBoundQuery, ResolutionQuery, ResultCache
-from ..cache.records import Query
 from ..distributed.ranks import Ranks
 from ..errors import OptionError
 from ..machine import signals as stops
-from ..machine.threads import stopping
 from ..options import Options
 from ..results.entries import TensorKappa
+from ..results.interruption import Interrupted
 from ..results.ranking import Ranking
 from ..sources.base import Matrix, Source
 from ..spectrum.exact import Room
 from ..spectrum.ladder import resolve
 from ..spectrum.probe import lower_bounds
 from ..spectrum.resolution import Goal, Resolution
-from .cost import operations, relative_cost
-from .executor import Executor, Work
-from .progress import Tracker
+from ..texts import warn
+from .cost import operations
+from .executor import Executor
+from .progress import ProgressOption, Tracker, tracking
+from .step import Step
 from .top import BudgetedTop, TopGroup
 
-R = TypeVar("R")
+Results = Callable[[Step[Any], Sequence[Matrix], threading.Event], Generator[tuple[Matrix, Any], None, None]]
+Batch = tuple[Sequence[Matrix], Goal]  # matrices, and what they are resolved to
 
 
 class Run:
-    """One call of rank(): what is to be resolved, and the results by position of the matrix.
+    """One call of rank(), from when its matrices are known.
 
     Attributes:
         entries: the results so far.
-        operations: multiply-adds of all matrices.
-        tracker: what is told of every step; to be set before the work begins.
     """
 
-    tracker: Tracker
-
     def __init__(
-        self, source: Source, options: Options, executor: Executor, store: ResultCache | None, ranks: Ranks | None
+        self, source: Source, options: Options, executor: Executor, cache: ResultCache | None, ranks: Ranks | None
     ) -> None:
-        self.entries: dict[int, TensorKappa] = {}
-        self._source, self._options, self._executor, self._store = source, options, executor, store
-        self._ranks = ranks
+        self.entries: dict[Matrix, TensorKappa] = {}
+        self._source, self._options, self._executor = source, options, executor
+        self._cache, self._ranks = cache, ranks
+        own: Results = executor.results
+        self._results = own if ranks is None else functools.partial(ranks.results, own)
+        self._stop = threading.Event()
         # Exact decompositions are made on the CPU, whatever the device.
-        self._room = Room(executor.budget_on(torch.device("cpu")), stopping)
-        self._everything = range(len(source.matrices))
-        self.operations = self._operations(self._everything)
-        top, per_group = options.top, options.top_per_group
-        self._budgeted = None if top is None else BudgetedTop.of(source.matrices, top, per_group)
+        self._room = Room(executor.budget_on(torch.device("cpu")), self._stop)
+        self._tracker = Tracker(len(source.matrices), _operations(source.matrices), None)
 
-    def resolve(self) -> None:
-        """Resolve what the options ask for."""
-        if self._budgeted is None or callable(self._options.score):  # bounds of kappa say nothing of another score
-            self._resolve(self._everything, self._options.goal)
-        else:  # in batches of the likeliest first; a proven lower bound above the cutoff ends a matrix's way
-            for group in self._budgeted.groups:
-                self._resolve_group(group)
-        if self._budgeted is not None and self._options.certify == "selection":
-            self._prove(self._budgeted.winners(self.entries))
+    @contextlib.contextmanager
+    def reporting(self, progress: ProgressOption) -> Iterator[None]:
+        """For the body of the context, tell of the progress as that option of rank() says."""
+        with tracking(progress, len(self._source.matrices), _operations(self._source.matrices)) as self._tracker:
+            self._executor.notify = self._tracker.note
+            yield
 
-    def ranking(self, seconds: float, partial: bool) -> Ranking:
+    def resolve(self, order: BudgetedTop) -> None:
+        """Resolve what the options ask for, in this order."""
+        for matrices, goal in self._batches(order):
+            step = Step(ResolutionQuery(goal), functools.partial(resolve, goal=goal, room=self._room), self._cache)
+            with contextlib.closing(self._results(step, matrices, self._stop)) as results:
+                for matrix, resolution in results:
+                    stops.check()
+                    if self._cache is not None and (failure := self._cache.new_failure()) is not None:
+                        warn(failure, stacklevel=3)
+                    self.entries[matrix] = self._entry(matrix, resolution, goal)
+                    self._tracker.advance(1, operations(matrix.shape))
+
+    def ranking(self, seconds: float, *, partial: bool = False) -> Ranking:
         """What is resolved by now. ``seconds``: since the call began."""
         metadata = {
             "versions": {"kappa_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -83,74 +91,67 @@ class Run:
             "num_parameters": self._source.num_parameters,
             "partial": partial,
         }
-        if self._store is not None:
-            metadata["cache"] = self._store.metadata(self.entries)
+        if self._cache is not None:
+            metadata["cache"] = self._cache.metadata(self.entries)
         if self._ranks is not None and not partial:
             metadata = self._ranks.metadata(metadata)
         return Ranking(self.entries.values(), self._source.skipped, metadata)
 
-    def _operations(self, positions: Iterable[int]) -> float:
-        return sum(operations(self._source.matrices[i].shape) for i in positions)
+    def interrupted(self, seconds: float) -> Interrupted:
+        """What rank() raises on Ctrl-C. ``seconds``: since the call began."""
+        done, total = self.ranking(seconds, partial=True), len(self._source.matrices)
+        resumable = self._cache is not None and self._cache.keeps
+        message = f"interrupted: {len(done)} of {total} matrices are done (see .partial)"
+        return Interrupted(message, done, total=total, resumable=resumable)
 
-    def _prove(self, positions: Sequence[int]) -> None:
-        """Once more, with proofs: who is among the lowest is known only now."""
-        self.tracker.extend(len(positions), self._operations(positions))
-        self._resolve(positions, replace(self._options.goal, certify=True))
+    def _batches(self, order: BudgetedTop) -> Iterator[Batch]:
+        """What is resolved together; the next batch depends on the entries of those before."""
+        if callable(self._options.score):  # bounds of kappa say nothing of another score
+            yield self._source.matrices, self._options.goal
+        else:
+            for group in order.groups:
+                yield from self._batches_of(group)
+        if self._options.certify == "selection":  # once more, with proofs: who is among the lowest is known only now
+            winners = order.winners(self.entries)
+            self._tracker.extend(len(winners), _operations(winners))
+            yield winners, replace(self._options.goal, certify=True)
 
-    def _resolve_group(self, group: TopGroup) -> None:
+    def _batches_of(self, group: TopGroup) -> Iterator[Batch]:
+        """The likeliest first; a proven lower bound above the cutoff ends a matrix's way.
+
+        The size of a batch does not depend on the waves: what is resolved must not depend on memory.
+        """
         rest = list(group.order)
-        bounds: dict[int, float] | None = None
-        while rest:  # in batches whose size the waves have no say in: what is resolved must not depend on memory
+        bounds: dict[Matrix, float] | None = None
+        while True:
             cutoff = group.cutoff(self.entries)
             if bounds is None and math.isfinite(cutoff):
-                bounds = self._probe(rest, cutoff)
-                rest.sort(key=lambda i: (bounds[i], self._source.matrices[i].key))
+                bounds = self._lower_bounds(rest, cutoff)
+                rest.sort(key=lambda matrix: (bounds[matrix], matrix.key))
             batch, rest = rest[: group.count], rest[group.count :]
-            hopeless = [i for i in batch if bounds is not None and bounds[i] > cutoff]
-            self._bound(hopeless, bounds or {})
-            self._resolve([i for i in batch if i not in hopeless], replace(self._options.goal, cutoff=cutoff))
+            hopeless = [matrix for matrix in batch if bounds is not None and bounds[matrix] > cutoff]
+            self._report_bounds(hopeless, bounds or {})
+            yield [matrix for matrix in batch if matrix not in hopeless], replace(self._options.goal, cutoff=cutoff)
+            if not rest:
+                break
 
-    def _resolve(self, positions: Sequence[int], goal: Goal) -> None:
-        def work(_: Sequence[int], backend: Backend, weights: list[torch.Tensor]) -> list[Resolution]:
-            return resolve(backend, weights, goal, self._room)
+    def _lower_bounds(self, matrices: Sequence[Matrix], cutoff: float) -> dict[Matrix, float]:
+        step = Step(LowerBoundQuery(cutoff), functools.partial(lower_bounds, cutoff=cutoff), self._cache)
+        with contextlib.closing(self._results(step, matrices, self._stop)) as results:
+            return dict(results)
 
-        with contextlib.closing(self._results(positions, work, ResolutionQuery(goal), goal.certify)) as results:
-            for position, found in results:
-                stops.check()
-                self.entries[position] = self._entry(self._source.matrices[position], found, goal)
-                self.tracker.advance(1, self._operations([position]))
-
-    def _probe(self, positions: Sequence[int], cutoff: float) -> dict[int, float]:
-        def work(_: Sequence[int], backend: Backend, weights: list[torch.Tensor]) -> list[float]:
-            return lower_bounds(backend, weights, cutoff)
-
-        with contextlib.closing(self._results(positions, work, LowerBoundQuery(cutoff), False)) as found:
-            return dict(found)
-
-    def _results(
-        self, positions: Sequence[int], work: Work[R], query: Query[R], certify: bool
-    ) -> Generator[tuple[int, R], None, None]:
-        def own(positions: Sequence[int]) -> Generator[tuple[int, R], None, None]:
-            if self._store is None:
-                return self._executor.results(positions, work)
-            return self._store.results(self._executor, positions, work, query)
-
-        if self._ranks is None:
-            return own(positions)
-        costs = {i: relative_cost(self._source.matrices[i].shape, certify) for i in positions}
-        return self._ranks.results(positions, costs, own, query, self._store)
-
-    def _bound(self, positions: Sequence[int], bounds: Mapping[int, float]) -> None:
+    def _report_bounds(self, matrices: Sequence[Matrix], bounds: Mapping[Matrix, float]) -> None:
+        """Report matrices as bounded only."""
         nan = math.nan
-        for i in positions:
-            found = Resolution("bounded", nan, bounds[i], math.inf, nan, nan, "probe")
-            self.entries[i] = self._entry(self._source.matrices[i], found, Goal(0.0))
-            self.tracker.advance(1, self._operations([i]))
+        for matrix in matrices:
+            resolution = Resolution("bounded", nan, bounds[matrix], math.inf, nan, nan, "probe")
+            self.entries[matrix] = self._entry(matrix, resolution, Goal(0.0))
+            self._tracker.advance(1, operations(matrix.shape))
 
-    def _entry(self, matrix: Matrix, found: Resolution, goal: Goal) -> TensorKappa:
-        if found.status == "ok" and found.lower > goal.cutoff:
+    def _entry(self, matrix: Matrix, resolution: Resolution, goal: Goal) -> TensorKappa:
+        if resolution.status == "ok" and resolution.lower > goal.cutoff:
             nan = math.nan
-            found = Resolution("bounded", nan, found.lower, math.inf, nan, nan, found.method)
+            resolution = Resolution("bounded", nan, resolution.lower, math.inf, nan, nan, resolution.method)
         entry = TensorKappa(
             name=matrix.name,
             aliases=matrix.aliases,
@@ -161,22 +162,26 @@ class Run:
             shape=matrix.shape,
             dtype=str(matrix.dtype).removeprefix("torch."),
             numel=matrix.shape[0] * matrix.shape[1],
-            kappa=found.kappa,
-            lower=found.lower,
-            upper=found.upper,
-            sigma_max=found.sigma_max,
-            sigma_min=found.sigma_min,
-            score=found.kappa,
-            certified=found.certified,
-            method=found.method,
-            sensitivity=found.sensitivity,
-            status=found.status,
+            kappa=resolution.kappa,
+            lower=resolution.lower,
+            upper=resolution.upper,
+            sigma_max=resolution.sigma_max,
+            sigma_min=resolution.sigma_min,
+            score=resolution.kappa,
+            certified=resolution.certified,
+            method=resolution.method,
+            sensitivity=resolution.sensitivity,
+            status=resolution.status,
             quantization=matrix.quantization,
         )
         score = self._options.score
-        if callable(score) and found.status in ("ok", "rank_deficient"):
+        if callable(score) and resolution.status in ("ok", "rank_deficient"):
             entry = replace(entry, score=_scored(score, entry))
         return entry
+
+
+def _operations(matrices: Iterable[Matrix]) -> float:
+    return sum(operations(matrix.shape) for matrix in matrices)
 
 
 def _scored(score: Callable[[TensorKappa], float], entry: TensorKappa) -> float:

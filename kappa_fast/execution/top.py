@@ -1,4 +1,4 @@
-"""``top=``: which matrices are worth resolving when only the lowest condition numbers are wanted."""
+"""The order in which a run resolves matrices: with ``top=`` the likeliest first, so that others need not be."""
 
 from __future__ import annotations
 
@@ -12,41 +12,43 @@ from ..sources.base import Matrix
 
 @dataclass(frozen=True)
 class TopGroup:
-    """Matrices among which ``count`` are wanted; ``order`` holds their positions, the likeliest first."""
+    """Matrices of which the ``count`` with the lowest kappa are wanted, the likeliest first."""
 
     count: int
-    order: tuple[int, ...]
+    order: tuple[Matrix, ...]
 
-    def cutoff(self, entries: Mapping[int, TensorKappa]) -> float:
+    def cutoff(self, entries: Mapping[Matrix, TensorKappa]) -> float:
         """An upper bound of the count-th lowest kappa: whatever is proven to lie above it is not among the lowest."""
-        uppers = sorted(entries[i].upper for i in self.order if i in entries and entries[i].status == "ok")
-        return uppers[self.count - 1] if len(uppers) >= self.count else math.inf
+        uppers = sorted(entries[m].upper for m in self.order if m in entries and entries[m].status == "ok")
+        return uppers[self.count - 1] if 0 < self.count <= len(uppers) else math.inf
 
 
 @dataclass(frozen=True)
 class BudgetedTop:
-    """The whole of ``top=``: one group, or one for each group of like matrices."""
+    """The groups among which ``top=`` counts: all matrices, or those that are alike; without it all are wanted."""
 
     groups: tuple[TopGroup, ...]
 
     @classmethod
-    def of(cls, matrices: Sequence[Matrix], top: int | float, per_group: bool) -> BudgetedTop:
-        members: dict[str, list[int]] = {}
-        for i, matrix in enumerate(matrices):
-            members.setdefault(matrix.group if per_group else "", []).append(i)
+    def of(cls, matrices: Sequence[Matrix], top: int | float | None, per_group: bool) -> BudgetedTop:
+        if top is None:  # in the order of the source: nothing depends on who comes first
+            return cls((TopGroup(len(matrices), tuple(matrices)),))
+        members: dict[str, list[Matrix]] = {}
+        for matrix in matrices:
+            members.setdefault(matrix.group if per_group else "", []).append(matrix)
         groups = []
-        for positions in members.values():
-            count = top if isinstance(top, int) else max(1, int(len(positions) * top))
-            order = sorted(positions, key=lambda i: (expected_kappa(matrices[i].shape), matrices[i].key))
-            groups.append(TopGroup(min(count, len(positions)), tuple(order)))
+        for alike in members.values():
+            count = top if isinstance(top, int) else max(1, int(len(alike) * top))
+            order = sorted(alike, key=lambda matrix: (expected_kappa(matrix.shape), matrix.key))
+            groups.append(TopGroup(min(count, len(alike)), tuple(order)))
         return cls(tuple(groups))
 
-    def winners(self, entries: Mapping[int, TensorKappa]) -> list[int]:
-        """Positions of the ``count`` resolved entries with the lowest score of every group."""
-        chosen = []
+    def winners(self, entries: Mapping[Matrix, TensorKappa]) -> list[Matrix]:
+        """Of every group the ``count`` resolved matrices with the lowest score."""
+        chosen: list[Matrix] = []
         for group in self.groups:
-            resolved = [i for i in group.order if i in entries and entries[i].status == "ok"]
-            chosen += sorted(resolved, key=lambda i: (entries[i].score, entries[i].key))[: group.count]
+            resolved = [m for m in group.order if m in entries and entries[m].status == "ok"]
+            chosen += sorted(resolved, key=lambda m: (entries[m].score, entries[m].key))[: group.count]
         return chosen
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
 import torch
@@ -69,7 +69,7 @@ def default_budget(device: torch.device) -> int:
     return min(free // 4, max(LARGEST_DEFAULT, SHARE * torch.get_num_threads()))
 
 
-def cut(items: Sequence[T], size: Callable[[T], int], budget: int) -> Iterator[list[T]]:
+def cut(items: Sequence[T], size: Callable[[T], int], budget: int) -> Generator[list[T], None, None]:
     """Consecutive items whose sizes (bytes) add up to at most ``budget``; an item larger than that goes alone."""
     wave: list[T] = []
     used = 0

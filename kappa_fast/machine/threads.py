@@ -1,9 +1,6 @@
-"""Matrices side by side on the cores of a CPU, one thread each, unless a matrix is so large that all should share it.
+"""Tasks side by side on the cores of a CPU, one thread of torch in each, and which matrices are small enough for that.
 
-Several threads in one thin product spend their time waiting for each other, and without end when the machine has other
-work to do: next to three busy processes a two-layer TinyLlama took 3.6 to 4.1 s one thread each and 5 to 63 s with two
-threads in each. Which matrices are small enough depends on their shape alone, since the number of threads may change
-the last bits of a product.
+The executor and the predictions of ``planning/`` use it.
 """
 
 from __future__ import annotations
@@ -21,10 +18,12 @@ from ..errors import ComputeError
 T = TypeVar("T")
 R = TypeVar("R")
 
+# Several threads in one thin product spend their time waiting for each other, and without end when the machine has
+# other work to do: next to three busy processes a two-layer TinyLlama took 3.6 to 4.1 s one thread each and 5 to 63 s
+# with two threads in each. Which matrices are small enough depends on their shape alone, since the number of threads
+# may change the last bits of a product.
 SINGLE_THREAD_OPERATIONS = 3e10  # m n^2; such a matrix takes about 0.3 s on one core
 
-
-_of_thread = threading.local()
 _beginning = threading.Lock()
 
 
@@ -42,34 +41,30 @@ def no_thread(error: RuntimeError) -> ComputeError:
     )
 
 
-def stopping() -> bool:
-    """Whether nobody waits for the task of this thread any more."""
-    stop: threading.Event | None = getattr(_of_thread, "stop", None)
-    return stop is not None and stop.is_set()
-
-
 def fits_one_thread(shape: tuple[int, int]) -> bool:
     """Whether a matrix of this shape is worked on by one thread."""
     return float(max(shape)) * min(shape) ** 2 <= SINGLE_THREAD_OPERATIONS
 
 
-def each_on_one_thread(task: Callable[[T], R], items: Sequence[T]) -> Generator[tuple[T, R], None, None]:
+def each_on_one_thread(
+    task: Callable[[T], R], items: Sequence[T], stop: threading.Event | None = None
+) -> Generator[tuple[T, R], None, None]:
     """Pairs (item, task(item)) as they finish, at most as many at a time as torch has threads, one thread in each.
 
     An exception of a task, or one thrown into the iterator (Ctrl-C), waits for the tasks that are running and drops
-    those that are not; a task that waits for something itself asks ``stopping()``. torch's number of threads is what it
-    was, also for threads that others begin in the meantime.
+    those that are not. A task for which the others leave no memory (a ComputeError that says so) is run again alone,
+    when they are done. torch's number of threads is what it was, also for threads that others begin in the meantime.
+
+    stop: is set by such an exception, for tasks that wait for something themselves.
     """
     if not items:
         return
-    stop = threading.Event()
     count = min(usual_threads(), len(items))
     begun = threading.Barrier(count + 1)
 
     def begin() -> None:
         torch.get_num_threads()  # the first call in a thread takes the number of the process, later ones its own
         torch.set_num_threads(1)
-        _of_thread.stop = stop
         with contextlib.suppress(threading.BrokenBarrierError):
             begun.wait()
 
@@ -85,8 +80,23 @@ def each_on_one_thread(task: Callable[[T], R], items: Sequence[T]) -> Generator[
             finally:
                 begun.abort()
                 torch.set_num_threads(threads)
+        crowded = []
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            item = futures.pop(future)
+            try:
+                result = future.result()
+            except ComputeError as error:
+                if not error.out_of_memory:
+                    raise
+                crowded.append(item)
+            else:
+                yield item, result
+            del future  # an exception holds what the task had in memory
+        for item in crowded:
+            yield item, pool.submit(task, item).result()
+    except BaseException:
+        if stop is not None:
+            stop.set()
+        raise
     finally:
-        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 import torch
 
 from ..backends import Backend, get_backend
+from ..cache import ResolutionQuery
 from ..execution.cost import UNIT, growth, operations
 from ..execution.executor import Executor
+from ..execution.step import Step
 from ..machine.threads import SINGLE_THREAD_OPERATIONS, fits_one_thread
 from ..sources.base import Matrix, Source
 from ..spectrum.ladder import left_to_the_svd, resolve
-from ..spectrum.resolution import Goal
+from ..spectrum.resolution import Goal, Resolution
 
 Shape = tuple[int, int]
 Item = tuple[Shape, torch.dtype]
@@ -234,11 +236,11 @@ def _resolve_timed(backend: Backend, weight: torch.Tensor, goal: Goal, at_once: 
     """Seconds for each of ``at_once`` matrices side by side, or in one wave, ``rounds`` times over."""
     times: list[float] = []
 
-    def work(_: Sequence[int], backend: Backend, weights: list[torch.Tensor]) -> list[None]:
+    def timed(backend: Backend, weights: list[torch.Tensor]) -> list[Resolution]:
         started = clock()
-        resolve(backend, weights, goal)  # it reads numbers from the device, and so waits for it
+        resolutions = resolve(backend, weights, goal)  # it reads numbers from the device, and so waits for it
         times.extend([(clock() - started) / len(weights)] * len(weights))
-        return [None] * len(weights)
+        return resolutions
 
     shape = (weight.shape[0], weight.shape[1])
     matrices = [
@@ -258,8 +260,9 @@ def _resolve_timed(backend: Backend, weight: torch.Tensor, goal: Goal, at_once: 
     ]
     source = Source(tuple(matrices), (), 0, {})
     executor = Executor(source, backend.name, backend.device, None)
+    step = Step(ResolutionQuery(goal), timed)
     for first in range(0, len(matrices), at_once):
-        for _ in executor.results(range(first, first + at_once), work):
+        for _ in executor.results(step, matrices[first : first + at_once]):
             pass
     return times
 

@@ -1,4 +1,4 @@
-"""How the ranks of a process group would divide the work of a ranking, from predicted costs alone."""
+"""How the ranks of a process group would divide the work of a ranking, from predicted costs alone: for plan()."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Division:
         return self.share * self.ranks
 
 
-def divide(matrices: Sequence[Matrix], positions: Sequence[int], certify: bool, ranks: int) -> Division:
+def divide(matrices: Sequence[Matrix], certify: bool, ranks: int) -> Division:
     """The division of these matrices among so many ranks, as rank() would make it."""
-    costs = {i: relative_cost(matrices[i].shape, certify) for i in positions}
+    costs = {number: relative_cost(matrix.shape, certify) for number, matrix in enumerate(matrices)}
     parts = simulate(Shares.of(costs, ranks), costs, [1.0] * ranks)
     loads = [sum(costs[i] for i in part) for part in parts]
     counts = [len(part) for part in parts]
     return Division(
         ranks=ranks,
         matrices=(min(counts), max(counts)),
-        share=max(loads) / sum(loads) if positions else 1 / ranks,
+        share=max(loads) / sum(loads) if matrices else 1 / ranks,
         nbytes=max(sum(matrices[i].nbytes for i in part) for part in parts),
     )
 

@@ -245,14 +245,14 @@ def plan(
         opening = 0.0 if "to_download" in opened.metadata else time.perf_counter() - started
         matrices = opened.matrices
         executor = Executor(opened, backend, usable_device(device), parse_bytes(memory_budget), proofs=options.proofs)
-        waves = list(executor.planned(range(len(matrices))))
+        waves = list(executor.planned(matrices))
         work = Work.of(matrices, top, top_per_group, certify)
-        prediction = predict(executor, matrices, waves, work, rtol, opening) if measure and matrices else None
+        prediction = predict(executor.backend_name, waves, work, rtol, opening) if measure and matrices else None
     files = [] if opened.in_memory else _files(opened)
     size = opened.metadata.get("size", sum(file.stat().st_size for file in files))
     # Codes of quantized weights take less than the weights that they become, never more than their files.
     to_read = min(sum(m.nbytes for m in matrices), size)
-    parts = [counted(item_of(matrices[i]) for i in part) for part in work.floor]
+    parts = [counted(map(item_of, part)) for part in work.floor]
     return Plan(
         groups=_groups(matrices),
         skipped=opened.skipped,
@@ -268,7 +268,7 @@ def plan(
         to_download=opened.metadata.get("to_download", 0),
         reading=_reading(files, to_read) if measure and files else None,
         floor=None if named is None else floor_of(named, *parts),
-        division=None if ranks is None else divide(matrices, work.possible, work.certify, ranks),
+        division=None if ranks is None else divide(work.possible, work.certify, ranks),
         in_memory=opened.in_memory,
         settings=options.settings(),
         source=opened.metadata,

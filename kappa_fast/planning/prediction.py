@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from ..execution.cost import operations
-from ..execution.executor import Executor, PlannedWave
+from ..execution.executor import PlannedWave
 from ..execution.top import BudgetedTop
 from ..machine.threads import fits_one_thread
 from ..sources.base import Matrix
@@ -44,49 +44,39 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Work:
-    """Positions of the matrices that are resolved: for certain, at most, and once more with proofs."""
+    """The matrices that are resolved: for certain, at most, and once more with proofs."""
 
-    certain: Sequence[int]
-    possible: Sequence[int]
-    selected: Sequence[int]  # what certify="selection" resolves again
+    certain: Sequence[Matrix]
+    possible: Sequence[Matrix]
+    selected: Sequence[Matrix]  # what certify="selection" resolves again
     certify: bool
 
     @classmethod
     def of(
         cls, matrices: Sequence[Matrix], top: int | float | None, per_group: bool, certify: bool | Literal["selection"]
     ) -> Work:
-        every = range(len(matrices))
-        if top is None:
-            return cls(every, every, (), certify is True)
         groups = BudgetedTop.of(matrices, top, per_group).groups
-        likeliest = [i for group in groups for i in group.order[: group.count]]
-        return cls(likeliest, every, likeliest if certify == "selection" else (), certify is True)
+        likeliest = [matrix for group in groups for matrix in group.order[: group.count]]
+        return cls(likeliest, matrices, likeliest if certify == "selection" else (), certify is True)
 
     @property
-    def floor(self) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    def floor(self) -> tuple[Sequence[Matrix], Sequence[Matrix], Sequence[Matrix]]:
         """What floor_of() wants: all, for certain, proven."""
         proven = self.selected or (self.certain if self.certify else ())
         return self.possible, self.certain, proven
 
 
-def predict(
-    executor: Executor,
-    matrices: Sequence[Matrix],
-    waves: Sequence[PlannedWave],
-    work: Work,
-    rtol: float,
-    opening: float,
-) -> Prediction:
+def predict(backend: str, waves: Sequence[PlannedWave], work: Work, rtol: float, opening: float) -> Prediction:
     """Measure what the matrices cost, and add up; ``opening`` is what finding them took, in seconds."""
 
-    def costs(positions: Iterable[int], certify: bool, seconds: float) -> dict[torch.device, Costs]:
-        chosen = set(positions)
+    def costs(matrices: Iterable[Matrix], certify: bool, seconds: float) -> dict[torch.device, Costs]:
+        chosen = set(matrices)
         goal = Goal(rtol, certify)
-        of_device: dict[torch.device, list[int]] = {}
+        of_device: dict[torch.device, list[Matrix]] = {}
         for wave in waves:
-            of_device.setdefault(wave.device, []).extend(i for i in wave.positions if i in chosen)
+            of_device.setdefault(wave.device, []).extend(matrix for matrix in wave.matrices if matrix in chosen)
         return {
-            device: calibrate(counted(item_of(matrices[i]) for i in some), executor.backend_name, device, goal, seconds)
+            device: calibrate(counted(item_of(matrix) for matrix in some), backend, device, goal, seconds)
             for device, some in of_device.items()
             if some
         }
@@ -94,8 +84,8 @@ def predict(
     share = 0.5 if work.selected else 1.0
     first = costs(work.possible, work.certify, share * SECONDS)
     again = costs(work.selected, True, share * SECONDS)
-    least, most = _total(matrices, waves, work.certain, first), _total(matrices, waves, work.possible, first)
-    proofs = _total(matrices, waves, work.selected, again)
+    least, most = _total(waves, work.certain, first), _total(waves, work.possible, first)
+    proofs = _total(waves, work.selected, again)
     ranged = len(work.certain) < len(work.possible)
     probes = PROBES * most.typical if ranged else 0.0
     every = [*first.values(), *again.values()]
@@ -107,31 +97,26 @@ def predict(
         opening=opening,
         measured=sum(found.seconds for found in every),
         shapes=tuple(sorted({sample.shape for found in every for sample in found.samples}, reverse=True)),
-        exact=_share_measured(matrices, waves, first),
+        exact=_share_measured(waves, first),
     )
 
 
-def _total(
-    matrices: Sequence[Matrix],
-    waves: Sequence[PlannedWave],
-    positions: Iterable[int],
-    costs: Mapping[torch.device, Costs],
-) -> Duration:
+def _total(waves: Sequence[PlannedWave], matrices: Iterable[Matrix], costs: Mapping[torch.device, Costs]) -> Duration:
     """Seconds for some of the matrices, wave after wave."""
-    chosen = set(positions)
+    chosen = set(matrices)
     durations: dict[tuple[torch.device, tuple[int, int], torch.dtype], Duration] = {}
     for wave in waves:
-        for i in chosen.intersection(wave.positions):
-            key = (wave.device, *item_of(matrices[i]))
-            if key not in durations:
-                durations[key] = costs[wave.device].of(*item_of(matrices[i]))
+        for matrix in wave.matrices:
+            key = (wave.device, *item_of(matrix))
+            if matrix in chosen and key not in durations:
+                durations[key] = costs[wave.device].of(*item_of(matrix))
 
     def seconds(quantile: str) -> float:
         total = 0.0
         for wave in waves:
-            kept = [i for i in wave.positions if i in chosen]
-            of = {i: float(getattr(durations[wave.device, *item_of(matrices[i])], quantile)) for i in kept}
-            total += _wave_seconds([matrices[i].shape for i in kept], list(of.values()), wave.side_by_side)
+            kept = [matrix for matrix in wave.matrices if matrix in chosen]
+            times = [float(getattr(durations[wave.device, *item_of(matrix)], quantile)) for matrix in kept]
+            total += _wave_seconds([matrix.shape for matrix in kept], times, wave.side_by_side)
         return total
 
     return Duration(*(seconds(f.name) for f in fields(Duration)))
@@ -149,15 +134,13 @@ def _wave_seconds(shapes: Sequence[tuple[int, int]], seconds: Sequence[float], s
     return sum(alone) + max(threads)
 
 
-def _share_measured(
-    matrices: Sequence[Matrix], waves: Sequence[PlannedWave], costs: Mapping[torch.device, Costs]
-) -> float:
+def _share_measured(waves: Sequence[PlannedWave], costs: Mapping[torch.device, Costs]) -> float:
     exact = total = 0.0
     for wave in waves:
         found = costs[wave.device]
         measured = {(sample.kind, *sorted(sample.shape)) for sample in found.samples}
-        for i in wave.positions:
-            item = item_of(matrices[i])
+        for matrix in wave.matrices:
+            item = item_of(matrix)
             total += operations(item[0])
             exact += operations(item[0]) if (found.kind(*item), *sorted(item[0])) in measured else 0.0
     return exact / total if total else 1.0

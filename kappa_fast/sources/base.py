@@ -210,9 +210,9 @@ class Inventory:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Matrix:
-    """One matrix to rank: where it is, and how to get at its values.
+    """One matrix to rank: where it is, and how to get at its values. Two are equal only if they are the same object.
 
     ``load()`` returns a 2-D tensor of shape ``shape`` in ``dtype``, on the device where the weight lives: a view where
     the storage allows one, detached, never to be written to. It may be called more than once. Quantized weights
@@ -231,12 +231,12 @@ class Matrix:
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    load: Load = field(repr=False, compare=False)
+    load: Load = field(repr=False)
     quantization: str | None = None
     overhead: int = 0  # bytes that load() needs at its peak beside the matrix
-    prefetch: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    prefetch: Callable[[], None] | None = field(default=None, repr=False)
     location: tuple[str, int] | None = None
-    stamp: Stamp | None = field(default=None, repr=False, compare=False)
+    stamp: Stamp | None = field(default=None, repr=False)
 
     @property
     def key(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,12 +55,12 @@ PATIENCE = 0.1  # seconds
 class Room:
     """Memory that the decompositions of a run share: side by side as far as it goes, one that needs more of it alone.
 
-    Waves are cut for what the rungs before need, and a decomposition needs 2.5 to 3 times as much. Who waits asks
-    ``stopped()`` now and then whether it is still wanted: an interrupted run should not do one after the other.
+    Waves are cut for what the rungs before need, and a decomposition needs 2.5 to 3 times as much. ``stop`` is the
+    event that ends the run: an interrupted run should not do the decompositions that wait one after the other.
     """
 
-    def __init__(self, nbytes: float = math.inf, stopped: Callable[[], bool] = lambda: False) -> None:
-        self.nbytes, self._stopped = nbytes, stopped
+    def __init__(self, nbytes: float = math.inf, stop: threading.Event | None = None) -> None:
+        self.nbytes, self.stop = nbytes, stop
         self._used = 0
         self._changed = threading.Condition()
 
@@ -75,7 +75,7 @@ class Room:
         with self._changed:
             while self._used and self._used + need > self.nbytes:
                 self._changed.wait(PATIENCE)
-                if self._stopped():
+                if self.stop is not None and self.stop.is_set():
                     raise KeyboardInterrupt
             self._used += need
         try:
