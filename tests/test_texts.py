@@ -44,7 +44,7 @@ def test_no_error_holds_what_a_terminal_obeys_nor_a_password(kind):
 
 def test_an_interruption_is_cleaned_too():
     ranking = kappa_fast.Ranking((), (), {})
-    assert str(errors.Interrupted("stop \x07", ranking)) == r"stop \x07"
+    assert str(kappa_fast.Interrupted("stop \x07", ranking)) == r"stop \x07"
 
 
 def test_a_warning_is_cleaned_and_comes_from_the_line_that_caused_it():

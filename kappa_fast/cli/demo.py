@@ -131,9 +131,9 @@ def check(ranking: Ranking, weights: Mapping[str, torch.Tensor]) -> tuple[list[C
 def _slack(weight: torch.Tensor, exact: float) -> float:
     """How far ``exact`` may be off, relatively, by the residual of a decomposition with vectors."""
     from ..backends.torch_backend import prepare_one
-    from ..spectrum.exact import from_svd
+    from ..spectrum.exact import decompose_svd
 
-    ends = from_svd(prepare_one(weight))
+    ends = decompose_svd(prepare_one(weight))
     lower = ends.largest[0] / ends.smallest[1]
     upper = ends.largest[1] / ends.smallest[0] if ends.smallest[0] > 0 else math.inf
     return max(upper / exact - 1, 1 - lower / exact, 0.0)
