@@ -13,6 +13,7 @@ from ..results.serialize import thaw
 from .colors import viridis
 from .grid import color_range, make_grid
 from .skipped import by_reason
+from .thresholds import thresholds
 
 if TYPE_CHECKING:
     from ..results.entries import TensorKappa
@@ -65,7 +66,7 @@ def page_data(ranking: Ranking, selection: Selection | None) -> dict[str, Any]:
         ],
         "selection": None if selection is None else _selection(ranking, selection),
         "parameters": _count_of_parameters(ranking.metadata),
-        "partial": bool(ranking.metadata.get("partial")),
+        "thresholds": thresholds(entries, interrupted=bool(ranking.metadata.get("partial"))),
         "colors": viridis(),
         "range": list(color_range(grid.cells)),
     }
