@@ -44,7 +44,7 @@ def launched(device: str | None, timeout: float | None, debug: bool) -> Iterator
         debug: every rank shows its own error, not only the first one those of all.
 
     Raises:
-        OptionError: a timeout without torchrun, or one that is none.
+        OptionError: a timeout is given without torchrun, or is not valid.
         typer.Exit: on another rank than the first, in place of an error that the first one prints.
     """
     if timeout is not None and not 1 <= timeout < 1e9:

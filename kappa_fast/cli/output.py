@@ -60,7 +60,7 @@ class Output:
         what: what the JSON holds, in a word.  taken: files that must not be written over.
 
         Raises:
-            OptionError: a name is none of a file, or both go to stdout.  RankingFileError: nothing can be written.
+            OptionError: a path is not the name of a file, or both go to stdout.  RankingFileError: nothing can be written.
         """
         self._json, self._csv = json, csv
         to_stdout = [path for path in (json, csv) if path is not None and str(path) == "-"]
@@ -139,7 +139,7 @@ def check_writable(path: Path, option: str = "--json", what: str = "ranking") ->
     """Find out now, not after an hour of work, that the result cannot be written (it replaces the file at once).
 
     Raises:
-        OptionError: it is no name of a file.  RankingFileError: nothing can be written there.
+        OptionError: the path is not the name of a file.  RankingFileError: nothing can be written there.
     """
     target = Path(os.path.realpath(path))
     if os.path.exists(target) and not os.path.isfile(target):

@@ -199,7 +199,9 @@ def _esft(selection: Selection, model: nn.Module | None) -> str:
             advice = r"rank with include=r'\.experts\b', and select with unit='expert'"
             if selection.include:
                 advice = f"select without including({selection.include[0]!r})"
-            raise OptionError(f"ESFT's configuration names experts only, and {entry.key!r} is none: {advice}")
+            raise OptionError(
+                f"ESFT's configuration names experts only, and {entry.key!r} is not in an expert: {advice}"
+            )
         experts.setdefault(str(layer), set()).add(int(expert.rpartition("[")[2].rstrip("]")))
     # ESFT looks up every layer that has experts, also those of which none is trained.
     layers = {layer_of(name) for name, _ in model.named_parameters()} if model is not None else set(map(int, experts))
@@ -278,7 +280,7 @@ def _rows(name: str, index: Index) -> tuple[int, int] | None:
     step = None if isinstance(first, int) else first.step
     if len(index) > 1 or step not in (None, 1):
         raise OptionError(
-            f"a part of {name!r} is selected that is no range of its first dimension, and Axolotl knows no other: "
+            f"the selected part of {name!r} is not a range of its first dimension, and Axolotl can express only such ranges: "
             "select with unit='expert'"
         )
     return rows

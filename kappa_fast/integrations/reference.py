@@ -128,7 +128,7 @@ def _stored(condition_file: str, model: nn.Module) -> dict[str, float] | None:
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     foreign = [name for name in numbers if name not in names]
     if foreign or not numbers:
-        example = f"{foreign[0]!r} is no parameter of it" if foreign else "it is empty"
+        example = f"{foreign[0]!r} is not a parameter of it" if foreign else "it is empty"
         raise OptionError(
             f"{condition_file} belongs to another model ({example}): give recompute=True, or another condition_file"
         )

@@ -238,7 +238,7 @@ def restore(model: nn.Module) -> None:
     afterwards. A model that nothing is applied to stays as it is.
 
     Raises:
-        OptionError: ``model`` is no module.
+        OptionError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"restore() takes the model, not a {type(model).__name__}")

@@ -81,7 +81,7 @@ def wrap_with(
 ) -> Any:
     """wrap() for an optimizer that is also an instance of ``mixin``, if one is given."""
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
-        raise OptionError(f"optimizer_cls={optimizer_cls!r} is no torch.optim.Optimizer class")
+        raise OptionError(f"optimizer_cls={optimizer_cls!r} is not a torch.optim.Optimizer class")
     if issubclass(optimizer_cls, _Selected):  # the class of an optimizer that wrap() made
         optimizer_cls = optimizer_cls._base
     patterns = patterns_without_decay(no_decay)
@@ -116,7 +116,7 @@ def _pieces(optimizer_cls: type[Optimizer], target: Target) -> Pieces | None:
     indices, name = target.indices, target.name
     if _is_muon(optimizer_cls):
         if target.parameter.ndim < 2:
-            raise OptionError(f"Muon works on matrices, and {name!r} is none: leave it out with excluding()")
+            raise OptionError(f"Muon works on matrices, and {name!r} is not one: leave it out with excluding()")
         if target.parameter.ndim > 2 or not target.whole:
             if is_sharded(target.parameter):
                 raise OptionError(

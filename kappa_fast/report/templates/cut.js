@@ -28,7 +28,7 @@ const kappaSpan = [
   kappasOfRegular.reduce((most, kappa) => Math.max(most, kappa), 1),
 ];
 
-// For each kind of budget: whether it can be used, its first value, the way from the slider's 0..1 to values and back.
+// For each kind of budget: whether it can be used, its first value, and how the slider's 0..1 maps to values and back.
 const BUDGETS = {
   max_params: {
     words: "share of all parameters",
@@ -65,7 +65,7 @@ const BUDGETS = {
   },
 };
 
-// The present cut. `chosen[i]` is 1 for what the budget takes; listeners are called after every change.
+// The present cut. `chosen[i]` is 1 if the budget takes the matrix i; listeners are called after every change.
 const cut = { chosen: new Uint8Array(count), number: 0, listeners: [] };
 const cutKind = document.getElementById("cut-kind");
 const cutValue = document.getElementById("cut-value");
@@ -80,7 +80,7 @@ function showCut(found, code) {
   for (const listener of cut.listeners) listener();
 }
 
-// What ended the selection, or was passed over.
+// A sentence about the matrix that did not fit into the number of weights.
 function unfitWords(found) {
   if (found.words) return `${printable(found.words)}.`;
   if (found.unfit === undefined) return "";
