@@ -104,9 +104,9 @@ def test_neither_pyplot_nor_a_backend_is_touched(run_python, root, tmp_path):
 import sys, matplotlib
 before = dict.items(matplotlib.rcParams)
 before = {k: repr(v) for k, v in before}
-from kappa_fast.ranking import Ranking
+from kappa_fast.results.ranking import Ranking
 from kappa_fast.report import plot
-from kappa_fast.entries import TensorKappa
+from kappa_fast.results.entries import TensorKappa
 entry = TensorKappa(
     "h.0.w", (), "", (), 0, "h.*.w", (4, 2), "float32", 8, 3.0, 3.0, 3.0, 3.0, 1.0, 3.0, True, "svd64", 0.1, "ok"
 )
