@@ -1,4 +1,4 @@
-"""The options of rank() that decide a result: checked in one place, with what follows from them."""
+"""Options: the arguments of rank() that decide a result. Every caller builds them here, where they are checked."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Score = Literal["kappa"] | Callable[[TensorKappa], float]
 
 @dataclass(frozen=True)
 class Options:
-    """What rank() is asked for, by the names of its arguments; its docstring says what each means.
+    """The arguments of rank() under their own names; the docstring of rank() says what each of them means.
 
     Attributes:
-        filters: which parameters are ranked.
-        goal: what every matrix is resolved to.
+        filters: selects the parameters that are ranked.
+        goal: says how narrow the interval of every matrix has to be.
 
     Raises:
-        OptionError: a value has the wrong type, is out of range, or does not go with another.
+        OptionError: a value has the wrong type, is out of range, or cannot be combined with another value.
     """
 
     top: int | float | None = None
@@ -69,11 +69,11 @@ class Options:
 
     @property
     def proofs(self) -> bool:
-        """Whether some interval is to be proven."""
+        """Whether at least one interval has to be proven."""
         return self.certify is not False
 
     def settings(self) -> dict[str, Any]:
-        """For ``Ranking.metadata["settings"]`` and ``Plan.settings``: plain JSON; a callable by its name."""
+        """Plain JSON for ``Ranking.metadata["settings"]`` and ``Plan.settings``; a callable is given by its name."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         found["score"] = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "callable")
         found["adapters"] = self.filters.adapters

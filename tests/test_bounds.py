@@ -9,7 +9,7 @@ import torch
 from spectra import SPECTRA
 
 from kappa_fast.spectrum import bounds
-from kappa_fast.spectrum.bounds import WIDEST, excess, norm_factor, start_overlap
+from kappa_fast.spectrum.bounds import LARGEST_GAP, excess, norm_factor, start_overlap
 
 OFTEN = 0.1  # a failure probability that a simulation can see
 SIZES = [(2, 1), (3, 1), (3, 2), (17, 16), (18, 16), (19, 16), (33, 16), (100, 4), (384, 16), (4096, 16), (30522, 16)]
@@ -208,7 +208,7 @@ def test_without_a_positive_finite_ritz_value_the_excess_is_infinite(top):
 
 def test_an_excess_beyond_the_widest_is_infinite():
     one = torch.ones((1, 1), dtype=torch.float64)
-    assert bound_of(Pairs(one[0], one, one, 1), 0.1 / WIDEST, 0.0) == math.inf
+    assert bound_of(Pairs(one[0], one, one, 1), 0.1 / LARGEST_GAP, 0.0) == math.inf
 
 
 def test_a_reach_that_is_not_a_number_rules_out_nothing():

@@ -17,7 +17,7 @@ from kappa_fast.backends import triton_proofs  # noqa: E402
 from kappa_fast.backends.torch_backend import TorchBackend  # noqa: E402
 from kappa_fast.backends.triton_backend import TritonBackend  # noqa: E402
 from kappa_fast.spectrum import certify, ladder  # noqa: E402
-from kappa_fast.spectrum.certify import certified_wave  # noqa: E402
+from kappa_fast.spectrum.certify import certify_wave  # noqa: E402
 from kappa_fast.spectrum.ladder import resolve  # noqa: E402
 from kappa_fast.spectrum.resolution import Goal, Resolution  # noqa: E402
 
@@ -79,7 +79,7 @@ AT_ONCE = [(1e-2, 1, 1)]
 )
 def test_no_proof_of_the_wave_misses_whatever_the_estimates_were(rtol, high, low):
     operands = TRITON.prepare(a_wave())
-    found = certified_wave(TRITON, operands, estimates(operands, high, low), rtol)
+    found = certify_wave(TRITON, operands, estimates(operands, high, low), rtol)
     for entry, kappa in zip(found, kappas_of_the_wave(), strict=True):
         assert not entry.certified or (math.isfinite(entry.upper) and contains(1.0, kappa, entry.upper))
     proven = [entry.certified for entry in found]
@@ -91,8 +91,8 @@ def test_no_proof_of_the_wave_misses_whatever_the_estimates_were(rtol, high, low
 
 def test_what_the_wave_cannot_prove_is_proved_alone():
     operands = TRITON.prepare(a_wave())
-    found = certified_wave(TRITON, operands, estimates(operands), 1e-2)
-    alone = certified_wave(TORCH, operands, estimates(operands), 1e-2)
+    found = certify_wave(TRITON, operands, estimates(operands), 1e-2)
+    alone = certify_wave(TORCH, operands, estimates(operands), 1e-2)
     assert all(entry.certified for entry in found)
     assert [entry.upper for entry in found][3] == alone[3].upper
     assert [entry.upper for entry in found][6] == alone[6].upper
@@ -100,7 +100,7 @@ def test_what_the_wave_cannot_prove_is_proved_alone():
 
 def test_the_distance_of_the_slices_enters_both_ends(monkeypatch):
     """Slices that hold another matrix than the weights and say how far it is."""
-    original = triton_proofs._near
+    original = triton_proofs._near_grams
 
     def distant(operands, which, limits, kind, read):
         far = [TORCH.prepare([a.tensor.double() * 1.05])[0].tensor for a in operands]
@@ -109,11 +109,11 @@ def test_the_distance_of_the_slices_enters_both_ends(monkeypatch):
         extra = torch.stack([torch.linalg.matrix_norm(operands[i].tensor.double()) * 0.05 for i in which])
         return replace(found, squared=(found.squared.sqrt() + extra * (1 + 1e-6)) ** 2), places
 
-    monkeypatch.setattr(triton_proofs, "_near", distant)
+    monkeypatch.setattr(triton_proofs, "_near_grams", distant)
     monkeypatch.setattr(certify, "certified", lambda backend, a, found, rtol: found)
     operands = TRITON.prepare([prescribed("geometric", 60, 4, 1.5, seed=1).matrix.float()])
     (kappa,) = kappas(operands)
-    (found,) = certified_wave(TRITON, operands, estimates(operands), 0.5)
+    (found,) = certify_wave(TRITON, operands, estimates(operands), 0.5)
     assert found.certified
     assert contains(1.0, kappa, found.upper)
     # A matrix 5% larger has the same kappa. Beyond rtol it is the distance: 1.22 and 1.31 if it were added to one end.
@@ -122,9 +122,9 @@ def test_the_distance_of_the_slices_enters_both_ends(monkeypatch):
 
 def test_proofs_do_not_depend_on_the_wave():
     operands = TRITON.prepare(a_wave())
-    together = certified_wave(TRITON, operands, estimates(operands), 1e-2)
+    together = certify_wave(TRITON, operands, estimates(operands), 1e-2)
     for i in (0, 2, 5):
-        (alone,) = certified_wave(TRITON, [operands[i]], [estimates(operands)[i]], 1e-2)
+        (alone,) = certify_wave(TRITON, [operands[i]], [estimates(operands)[i]], 1e-2)
         assert alone.certified
         assert alone.upper == together[i].upper
 
@@ -143,7 +143,7 @@ def test_launches_do_not_depend_on_how_many_matrices_are_proved():
         operands = TRITON.prepare([gaussian(20, 6, seed).bfloat16() for seed in range(count)])
         founds = estimates(operands)
         with counted() as names:
-            found = certified_wave(TRITON, operands, founds, 1e-2)
+            found = certify_wave(TRITON, operands, founds, 1e-2)
         assert all(entry.certified for entry in found)
         launches.append(len(names))
     assert launches[0] == launches[1]
@@ -169,14 +169,14 @@ def test_each_level_takes_those_that_are_near_enough():
 @pytest.fixture
 def products_taken(monkeypatch):
     """The digits and bits of all products that proofs have made, and not found from the first rung."""
-    kinds, original = [], triton_proofs._near
+    kinds, original = [], triton_proofs._near_grams
 
     def near(operands, which, limits, kind, read):
         found = original(operands, which, limits, kind, read)
         kinds.extend([kind] * (0 if found is None else len(found[1])))
         return found
 
-    monkeypatch.setattr(triton_proofs, "_near", near)
+    monkeypatch.setattr(triton_proofs, "_near_grams", near)
     return kinds
 
 
@@ -185,10 +185,10 @@ def test_proofs_take_the_products_of_the_first_rung_and_no_others(products_taken
     operands = TRITON.prepare([gaussian(90, 20, 1).bfloat16(), gaussian(60, 12, 2).bfloat16()])
     TRITON.factor(operands, [TRITON.rungs((90, 20), torch.bfloat16, proofs=True)[0]] * 2)
     founds = estimates(operands)
-    (alone,) = certified_wave(TRITON, operands[1:], founds[1:], 1e-2)
+    (alone,) = certify_wave(TRITON, operands[1:], founds[1:], 1e-2)
     assert alone.certified
     assert not products_taken
-    (same,) = certified_wave(TRITON, operands[1:], founds[1:], 1e-2)
+    (same,) = certify_wave(TRITON, operands[1:], founds[1:], 1e-2)
     assert products_taken == [(2, 8)]
     assert same == alone
 
@@ -224,4 +224,4 @@ def test_infinite_distances_prove_nothing():
     (found,) = estimates(operands)
     (products,) = TRITON.exact_products(operands, 1, [math.inf])
     products.distances = [math.inf]
-    assert certify._from_products(products, [found], 1e-2) == {}
+    assert certify._prove_from_products(products, [found], 1e-2) == {}

@@ -284,8 +284,8 @@ def test_an_option_that_rank_refuses_is_wrong_use(cli, checkpoint):
 
 def test_a_cache_directory_that_is_none_is_wrong_use(cli, checkpoint, no_work):
     fails(cli("rank", checkpoint, "--cache-dir", checkpoint), 2, "no directory: give the path of")
-    fails(cli("rank", checkpoint, "--cache-dir", ""), 2, "--cache-dir '' is no directory")
-    fails(cli("rank", checkpoint, "--cache-dir", "x" * 300), 2, "x' is no directory")
+    fails(cli("rank", checkpoint, "--cache-dir", ""), 2, "--cache-dir '' is not a directory")
+    fails(cli("rank", checkpoint, "--cache-dir", "x" * 300), 2, "x' is not a directory")
 
 
 def test_a_quoted_home_is_the_home(cli, checkpoint, tmp_path, monkeypatch):

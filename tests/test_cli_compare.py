@@ -95,9 +95,9 @@ def test_other_files_are_refused_by_what_they_are(files):
     refused(run(files / "missing.json", a), 1, "missing.json: no such file")
     refused(run(files, a), 1, f"cannot read {files}: Is a directory")
     (files / "text.json").write_text("kappa")
-    refused(run(a, files / "text.json"), 1, "text.json is no JSON")
+    refused(run(a, files / "text.json"), 1, "text.json is not valid JSON")
     (files / "plan.json").write_text('{"format": "kappa_fast plan", "version": 1}')
-    refused(run(a, files / "plan.json"), 1, "is no file of the format 'kappa_fast ranking'")
+    refused(run(a, files / "plan.json"), 1, "is not a file of the format 'kappa_fast ranking'")
     refused(run(a, files / "other.json"), 2, "the rankings have no matrix in common")
 
 

@@ -122,7 +122,7 @@ def test_export_leaves_out_and_says_what_including_needs(ranked):
     assert (code, out) == (0, "layers.3.q.weight\n")
     code, _, err = run("export", ranked, "--format", "names", "--top-p", 1, "--including", "norm")
     assert code == 2
-    assert "--including norm names parameters of the model, which nothing describes" in err
+    assert "--including norm names parameters of the model, whose config.json is not known" in err
 
 
 def test_export_takes_parameters_of_the_model_that_config_describes(tmp_path):

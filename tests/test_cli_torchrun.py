@@ -49,7 +49,7 @@ def test_ranks_work_together_where_torchrun_says_so(environment, expected):
 
 @pytest.mark.parametrize(
     ("seconds", "message"),
-    [("5", "--timeout is about the ranks that torchrun starts"), ("0.1", "--timeout 0.1: give the seconds")],
+    [("5", "--timeout needs the ranks that torchrun starts"), ("0.1", "--timeout 0.1: give the seconds")],
 )
 def test_a_timeout_that_cannot_work_is_refused(tmp_path, capsys, seconds, message):
     with pytest.raises(SystemExit) as stop:

@@ -72,7 +72,7 @@ def test_a_score_that_is_not_kappa_in_a_ranking_by_kappa_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "certain", "message"),
     [
-        (dict(budget="x\ny: z", value=1), True, "'budget' is 'x.*', none of num_tensors"),
+        (dict(budget="x\ny: z", value=1), True, "'budget' is 'x.*', which is not one of num_tensors"),
         (dict(budget=["num_tensors"], value=1), True, "'budget' is"),
         (dict(budget={"num_tensors": 1}, value=1), True, "'budget' is"),
         (dict(budget="num_tensors", value="1"), True, "'value' is '1', not a count"),
@@ -153,7 +153,7 @@ def test_what_rank_and_select_write_is_read_again(tmp_path):
 def test_a_format_that_is_no_text_is_refused(form, tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"format": form, "entries": []}))
     for kind in (Ranking, Selection):
-        with pytest.raises(RankingFileError, match="is no file of the format"):
+        with pytest.raises(RankingFileError, match="is not a file of the format"):
             kind.from_json(tmp_path / "r.json")
 
 

@@ -27,7 +27,7 @@ def exact_kappa(matrix: torch.Tensor) -> mp.mpf:
         return mp.sqrt(values[-1] / values[0])
 
 
-def interval(ends: exact.Extremes) -> tuple[float, float]:
+def interval(ends: exact.SpectrumEnds) -> tuple[float, float]:
     low, high = ends.smallest
     return ends.largest[0] / high, ends.largest[1] / low if low > 0 else math.inf
 
@@ -54,7 +54,7 @@ def test_columns_of_one_sign_whose_sums_round_the_same_way(m, n, value):
 def test_every_way_holds_kappa_and_is_narrow(shape, kappa):
     known = prescribed("geometric", *shape, kappa)
     a = prepare_one(known.matrix)
-    for found in (exact.decompose(a, 1e-2), exact.from_svd(a), exact._from_doubled_gram(a, 1e-9)):
+    for found in (exact.decompose(a, 1e-2), exact.decompose_svd(a), exact._decompose_doubled_gram(a, 1e-9)):
         lower, upper = interval(found)
         assert contains(lower, known.kappa, upper)
         assert upper / lower - 1 <= 0.02 if kappa < 1e12 else upper / lower < 1.1
@@ -67,7 +67,7 @@ def test_where_one_way_cannot_tell_sigma_n_from_zero_the_other_has_its_say(shape
     left, right = torch.linalg.qr(gaussian(m, n)).Q, torch.linalg.qr(gaussian(n, n, 1)).Q
     matrix = left * torch.logspace(0, -math.log10(kappa), n, dtype=torch.float64) @ right
     a, true = prepare_one(matrix), kappa_of(matrix)
-    found, ways = exact.decompose(a, 1e-3), (exact.from_svd(a, 1e-3), exact._from_doubled_gram(a, 1e-3))
+    found, ways = exact.decompose(a, 1e-3), (exact.decompose_svd(a, 1e-3), exact._decompose_doubled_gram(a, 1e-3))
     lower, upper = interval(found)
     assert contains(lower, true, upper)
     assert upper <= min(interval(way)[1] for way in ways)
@@ -78,8 +78,8 @@ def test_where_one_way_cannot_tell_sigma_n_from_zero_the_other_has_its_say(shape
 
 def test_what_two_ways_prove_is_met():
     vectors = gaussian(4, 2), gaussian(3, 2)
-    one, other = exact.Extremes((1.0, 3.0), (0.0, 0.5)), exact.Extremes((2.0, 4.0), (0.25, 0.75), *vectors)
-    for found in (one.met(other), other.met(one)):
+    one, other = exact.SpectrumEnds((1.0, 3.0), (0.0, 0.5)), exact.SpectrumEnds((2.0, 4.0), (0.25, 0.75), *vectors)
+    for found in (one.intersected(other), other.intersected(one)):
         assert (found.largest, found.smallest) == ((2.0, 3.0), (0.25, 0.5))
         assert found.left is vectors[0]
         assert found.right is vectors[1]

@@ -46,7 +46,7 @@ def test_a_language_model_learns_with_a_trainer_and_the_rest_stays(name):
     same, frozen = re.findall(r"as before: (\d+) of (\d+) that are frozen", said)[0]
     assert same == frozen != "0"
     if name == "finetune_trainer":
-        assert "kappa_fast goes on with what was selected at step 60" in said
+        assert "kappa_fast continues with the selection of step 60" in said
 
 
 def test_the_checkpoints_of_a_run_are_ranked_followed_and_judged(tmp_path):

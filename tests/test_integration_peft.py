@@ -135,7 +135,7 @@ def test_patterns_go_into_modules_to_save():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(target_modules=["x"]), "target_modules is what the selection says"),
+        (dict(target_modules=["x"]), "the selection decides target_modules"),
         (dict(partial="narrow"), "partial='narrow': give 'error' or 'widen'"),
         (dict(lora_dropout=0.1), "PEFT has no dropout for target_parameters"),
     ],

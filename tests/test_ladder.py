@@ -255,13 +255,13 @@ def test_a_breakdown_of_one_matrix_leaves_the_others_on_their_rung():
 
 def test_what_a_factor_cannot_describe_climbs_before_the_others_search_their_ends(monkeypatch):
     together = []
-    original = ladder._use_factors
+    original = ladder._resolve_with_factors
 
     def listening(backend, wave, goal):
         together.append([rung.name for rung in wave.factors.rungs])
         original(backend, wave, goal)
 
-    monkeypatch.setattr(ladder, "_use_factors", listening)
+    monkeypatch.setattr(ladder, "_resolve_with_factors", listening)
     steep = prescribed("geometric", 120, 60, 1e9).matrix
     found = resolve(BACKEND, [gaussian(120, 60), steep, gaussian(80, 40, 1)], Goal(1e-2))
     assert together == [["cholesky64", "cholesky64", "qr64"]]
@@ -328,8 +328,8 @@ def test_orthogonal_matrices_have_kappa_one_within_the_interval():
 
 
 def test_what_broke_down_is_seen_to_be_singular_without_singular_vectors(monkeypatch):
-    monkeypatch.setattr(exact, "from_svd", None)
-    monkeypatch.setattr(exact, "_from_doubled_gram", None)
+    monkeypatch.setattr(exact, "decompose_svd", None)
+    monkeypatch.setattr(exact, "_decompose_doubled_gram", None)
     for shape in ((90, 40), (40, 40)):
         weight = (gaussian(shape[0], 39) * 8).round() @ (gaussian(39, 40, 1) * 8).round()
         found = one(weight, Goal(1e-2))

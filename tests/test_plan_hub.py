@@ -157,7 +157,7 @@ def test_values_that_say_what_the_codes_are_come_from_the_hub(hub, tmp_path):
 def test_the_text_says_what_is_to_be_downloaded_and_the_time_is_without(hub):
     hub.repositories["org/name"] = {"model.safetensors": save(LARGE)}
     found = plan("org/name")
-    assert "to download  9.60 MB, which is not in the time that is predicted" in found.to_text()
+    assert "to download  9.60 MB, whose time is not predicted" in found.to_text()
     assert found.reading is None
     assert found.seconds is not None
 

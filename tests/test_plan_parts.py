@@ -200,7 +200,11 @@ def test_names_of_strangers_are_escaped():
 
 @pytest.mark.parametrize(
     ("cached", "words"),
-    [(None, "which memory may have held already"), (0.5, "50% lay in memory, so a disk is slower"), (0.0, "the disk")],
+    [
+        (None, "which may have been in memory already"),
+        (0.5, "50% was in memory, so the disk is slower"),
+        (0.0, "the disk"),
+    ],
 )
 def test_the_text_says_what_the_rate_of_reading_is_worth(cached, words, tmp_path):
     save_file(weights(a=(64, 32)), tmp_path / "model.safetensors")

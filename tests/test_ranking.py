@@ -65,9 +65,7 @@ def test_two_entries_with_one_key_are_refused():
     ("entry", "what"), [(make_entry("w", score=math.nan), "score"), (bounded("w", math.nan), "lower")]
 )
 def test_nan_where_the_order_is_decided_is_refused(entry, what):
-    with pytest.raises(
-        OptionError, match=rf"the {what} of w \(shape \(32, 16\)\) is nan, which has no place in an order"
-    ):
+    with pytest.raises(OptionError, match=rf"the {what} of w \(shape \(32, 16\)\) is nan, which cannot be sorted"):
         Ranking([entry])
 
 

@@ -208,7 +208,7 @@ def test_selections_that_cannot_be_combined_say_why():
         (low, low.including("norm"), "sub"),
         (low, low.including("norm"), "and"),
     ]:
-        with pytest.raises(OptionError, match=r"cannot be combined, because .*combine them before"):
+        with pytest.raises(OptionError, match=r"cannot be combined, because .*combine selections first"):
             getattr(one, f"__{how}__")(two)
     assert (low.excluding("q_proj") | low).keys == low.keys
 

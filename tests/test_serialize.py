@@ -128,14 +128,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 @pytest.mark.parametrize("read", [Ranking.from_json, Selection.from_json])
 def test_text_that_is_no_json_is_refused(tmp_path, read, text):
     (tmp_path / "x.json").write_bytes(text)
-    with pytest.raises(RankingFileError, match=r"x\.json is no JSON .*damaged: write it again"):
+    with pytest.raises(RankingFileError, match=r"x\.json is not valid JSON .*damaged: write it again"):
         read(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("raw", ["[]", "3", "{}", '{"a": "b"}', '{"a": true}', '{"format": 5, "version": "x"}'])
 def test_json_of_another_kind_is_refused(tmp_path, raw):
     (tmp_path / "x.json").write_text(raw)
-    with pytest.raises(RankingFileError, match=r"x\.json is no file of the format 'kappa_fast ranking'"):
+    with pytest.raises(RankingFileError, match=r"x\.json is not a file of the format 'kappa_fast ranking'"):
         Ranking.from_json(tmp_path / "x.json")
 
 
@@ -216,10 +216,10 @@ def test_a_missing_field_is_named(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw.pop("entries"), "'entries' is no list"),
-        (lambda raw: raw.update(skipped={}), "'skipped' is no list"),
-        (lambda raw: raw.update(metadata=[]), "'metadata' is no object"),
-        (lambda raw: raw["entries"].append(4), r"entries\[1\] is no object"),
+        (lambda raw: raw.pop("entries"), "'entries' is not a list"),
+        (lambda raw: raw.update(skipped={}), "'skipped' is not a list"),
+        (lambda raw: raw.update(metadata=[]), "'metadata' is not an object"),
+        (lambda raw: raw["entries"].append(4), r"entries\[1\] is not an object"),
         (lambda raw: raw["skipped"][0].update(shape=4), r"skipped\[0\]: 'shape' is 4, not a list of sizes"),
         (lambda raw: raw["entries"].append(raw["entries"][0]), "two entries have the key 'layers.0.q_proj.weight'"),
         (lambda raw: raw["entries"][0].update(score="nan"), "the score of layers.0.q_proj.weight .* is nan"),
@@ -235,7 +235,7 @@ def test_a_damaged_document_is_refused(tmp_path, change, message):
     ("name", "value", "message"),
     [
         ("boundary_certain", 1, "'boundary_certain' is not true or false"),
-        ("settings", None, "'settings' is no object"),
+        ("settings", None, "'settings' is not an object"),
         ("include", [3], "'include' is not a list of texts"),
         ("exclude", ["("], r"the pattern '\(' cannot be searched for"),
         ("exclude", None, "'exclude' is not a list of texts"),

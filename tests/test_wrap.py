@@ -406,7 +406,7 @@ def test_an_empty_selection_has_nothing_to_optimize_and_changes_nothing():
 
 
 def test_what_is_no_optimizer_class_is_refused():
-    with pytest.raises(OptionError, match=r"is no torch\.optim\.Optimizer class"):
+    with pytest.raises(OptionError, match=r"is not a torch\.optim\.Optimizer class"):
         wrap(torch.nn.Linear, build("llama"), Selection((), True, {}))
 
 

@@ -1,4 +1,4 @@
-"""Backends: the few operations on a wave of matrices that the numerics need, one file per implementation."""
+"""Backends: the operations on a wave of matrices that spectrum/ needs, one file per implementation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("kappa_fast")
 
 
 def get_backend(name: str, device: torch.device) -> Backend:
-    """The backend called ``name`` on ``device``; "auto" takes the best one there is and says so where it is not Triton.
+    """The backend called ``name`` on ``device``; "auto" takes the fastest one that works, and warns if Triton does not.
 
     Raises:
         BackendError: the name is unknown, or the backend cannot work on this device.
@@ -38,5 +38,5 @@ def get_backend(name: str, device: torch.device) -> Backend:
 
 
 def preferred(device: torch.device) -> str:
-    """What "auto" tries first."""
+    """The backend that "auto" tries first."""
     return "triton" if device.type == "cuda" else "torch"

@@ -1,10 +1,8 @@
-"""The backend protocol: what the numerics in spectrum/ need from a device.
+"""The backend protocol: the operations that spectrum/ needs from a device, and the values that they exchange.
 
 Every operation takes a whole wave: its operands or factors as sequences, its thin blocks packed into one ``Panel``,
-what is small as one tensor on the device with a row for every matrix. A result for one matrix must not depend on which
-others share its wave. spectrum/ never asks which backend it has: what differs between devices (which factorization is
-cheapest for a shape, tile sizes, streams) stays behind this protocol. Only ``read``, ``prepare``, ``factor`` and
-``cholesky`` make the host wait for the device.
+small values as one tensor on the device with a row for every matrix. The result for one matrix must not depend on the
+other matrices of its wave. Only ``read``, ``prepare``, ``factor`` and ``cholesky`` make the host wait for the device.
 """
 
 from __future__ import annotations
@@ -18,23 +16,23 @@ import torch
 
 Tensor = torch.Tensor
 
-DROP = 16.0  # directions below DROP u of the operator's norm are rounding, not information
-# The bound of a Krylov space cannot fall below its rounding over the overlap of its start, about 1e-2 at n = 4096.
+DROP = 16.0  # a direction below DROP u of the operator's norm is rounding error and left out
+# The bound of a Krylov space cannot fall below its rounding error over the overlap of its start, 1e-2 at n = 4096.
 QUICK_MARGIN = 1e4
-# Of what a wave takes on its first rungs, those that climb at a time may take as much beside it: few do.
+# The memory for matrices that climb at one time, as a share of the memory of all first rungs of the wave: few climb.
 CLIMBING = 0.5
-FEW_RUNS = 16  # of rows, up to which they are copied one by one
+FEW_RUNS = 16  # up to so many runs of rows are copied one by one
 
 
 @dataclass(frozen=True)
 class Rung:
     """One way to factor a matrix, as R with A = (nearly orthonormal columns) R.
 
-    name: what ``TensorKappa.method`` reports.  dtype: of the factor, and what is done with it rounds no more than that.
-    quick: a narrower dtype in which products with R^T R may be computed instead, if the factor allows for one.
-    panel: the dtype of blocks that meet the factor, if not its own.
-    power: 2 where the factor comes from a Gram matrix or its like and the departure below bounds squared singular
-    values, 1 where it bounds singular values themselves.
+    name: the value of ``TensorKappa.method``.  dtype: the dtype of the factor, in which operations with it round.
+    quick: a narrower dtype in which products with R^T R may be computed instead, or None.
+    panel: the dtype of blocks that are multiplied by or solved with the factor, if it is not that of the factor.
+    power: 2 if the departure (see Backend.departure) bounds errors of squared singular values, as for a factor of a
+    Gram matrix; 1 if it bounds errors of the singular values themselves.
     """
 
     name: str
@@ -46,7 +44,7 @@ class Rung:
 
     @property
     def blocks(self) -> torch.dtype:
-        """The dtype of blocks that meet the factor."""
+        """The dtype of blocks that are multiplied by or solved with the factor."""
         return self.panel or self.dtype
 
     @property
@@ -54,7 +52,7 @@ class Rung:
         return float(torch.finfo(self.dtype).eps) / 2
 
     def product_dtype(self, tolerance: float) -> torch.dtype:
-        """What products may be computed in if an eigenvalue is wanted to a relative ``tolerance``."""
+        """The dtype in which products may be computed if an eigenvalue is wanted to a relative ``tolerance``."""
         if self.quick is not None and tolerance > QUICK_MARGIN * float(torch.finfo(self.quick).eps):
             return self.quick
         return self.blocks
@@ -67,13 +65,13 @@ class Rung:
 
 @dataclass(frozen=True)
 class Operand:
-    """A matrix made ready: tall, finite, and scaled so that squares of its entries neither overflow nor vanish.
+    """A tall matrix whose entries are scaled so that their squares neither overflow nor vanish.
 
     tensor: shape (m, n) with m >= n, a view of the weight wherever its dtype and scale allow one.
     exponent: the true matrix is ``tensor * 2**exponent``.  finite: False if an entry is NaN or infinite.
-    peak: largest absolute entry of ``tensor``.  exact: False if scaling pushed entries below what float64 holds.
+    peak: largest absolute entry of ``tensor``.  exact: False if scaling rounded entries that float64 cannot hold.
     turned: whether ``tensor`` is the transpose of the weight.
-    cache: what the backend likes to keep from one operation for a later one.
+    cache: values that the backend keeps for its later operations.
     """
 
     tensor: Tensor
@@ -93,7 +91,7 @@ class Operand:
 class Panel:
     """One thin block for every matrix of a wave, all of one width, packed row after row.
 
-    data: shape (sum of rows, width), row-major.  rows: how many of them belong to each matrix.
+    data: shape (sum of rows, width), row-major.  rows: the number of rows of each matrix.
     """
 
     data: Tensor
@@ -110,13 +108,13 @@ class Panel:
         return blocks
 
     def take(self, which: Sequence[int]) -> Panel:
-        """The blocks of some matrices; itself if they are all of them in order."""
+        """The blocks of the matrices at the positions ``which``; ``self`` if these are all in order."""
         if list(which) == list(range(len(self.rows))):
             return self
         if not which:
             return Panel(self.data[:0], ())
         ends = list(itertools.accumulate(self.rows))
-        runs: list[list[int]] = []  # of neighbours, which need no block of their own each
+        runs: list[list[int]] = []  # first and last row of blocks that are adjacent and wanted
         for i in which:
             if runs and runs[-1][1] == ends[i] - self.rows[i]:
                 runs[-1][1] = ends[i]
@@ -124,22 +122,22 @@ class Panel:
                 runs.append([ends[i] - self.rows[i], ends[i]])
         rows = tuple(self.rows[i] for i in which)
         if len(runs) > FEW_RUNS:
-            return Panel(self.data.index_select(0, self._lines(runs)), rows)
+            return Panel(self.data.index_select(0, self._row_indices(runs)), rows)
         parts = [self.data[start:stop] for start, stop in runs]
         return Panel(parts[0] if len(which) == 1 else torch.cat(parts), rows)
 
-    def _lines(self, runs: list[list[int]]) -> Tensor:
-        """The rows of some runs, one after the other."""
+    def _row_indices(self, runs: list[list[int]]) -> Tensor:
+        """The indices of the rows of some runs, one after the other."""
         bounds = torch.tensor(runs, device="cpu")
         lengths = bounds[:, 1] - bounds[:, 0]
         total = int(lengths.sum())
-        shifts = (bounds[:, 0] + lengths - lengths.cumsum(0)).to(self.data.device)  # from its place here to that there
+        shifts = (bounds[:, 0] + lengths - lengths.cumsum(0)).to(self.data.device)  # old minus new position of a run
         lengths = lengths.to(self.data.device)
         places = torch.arange(total, device=self.data.device)
         return places + shifts.repeat_interleave(lengths, output_size=total)
 
     def columns(self, start: int, stop: int | None = None) -> Panel:
-        """Some columns of every block, as a view."""
+        """The columns from ``start`` to ``stop`` of every block, as a view."""
         return Panel(self.data[:, start:stop], self.rows)
 
     def beside(self, other: Panel) -> Panel:
@@ -163,10 +161,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Factors:
-    """Factorizations of a wave, each by a rung of its own; blocks that meet them have one dtype.
+    """Factorizations of a wave, each by a rung of its own; all their blocks have one dtype.
 
-    data: one item per matrix, which belongs to the backend that made it; None where the factorization broke down.
-    cache: what the backend likes to keep with this selection of matrices.
+    data: one item per matrix in the backend's own form; None where the factorization broke down.
+    cache: values that the backend keeps for its later operations on these matrices.
     """
 
     rungs: tuple[Rung, ...]
@@ -175,24 +173,24 @@ class Factors:
     cache: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def take(self, which: Sequence[int]) -> Factors:
-        """The factors of some matrices; itself if they are all of them in order."""
+        """The factors of the matrices at the positions ``which``; ``self`` if these are all in order."""
         if len(which) == len(self.ns) and list(which) == list(range(len(self.ns))):
             return self
         rungs, ns, data = self.rungs, self.ns, self.data
         return Factors(tuple(rungs[i] for i in which), tuple(ns[i] for i in which), tuple(data[i] for i in which))
 
     def beside(self, other: Factors) -> Factors:
-        """Both waves as one."""
+        """The factors of both waves as one wave."""
         return Factors(self.rungs + other.rungs, self.ns + other.ns, self.data + other.data)
 
     @property
     def blocks(self) -> torch.dtype:
-        """The dtype of blocks that meet them."""
+        """The dtype of blocks that are multiplied by or solved with the factors."""
         return self.rungs[0].blocks
 
 
 class Extension(NamedTuple):
-    """A block split by a basis V: block = V coefficients + new coupling, ``new`` orthonormal and orthogonal to V.
+    """A block split by a basis V: block = V @ coefficients + new @ coupling, ``new`` orthonormal and orthogonal to V.
 
     coefficients (w, k, b), coupling (w, b, b), float64; scale (w,): the largest coefficient met so far.
     A direction left out is a zero column of ``new`` and a zero row of ``coupling``.
@@ -217,10 +215,10 @@ class Ritz(Protocol):
 
 
 class ExactProducts(Protocol):
-    """G = fl(Q^T Q) for matrices Q near the operands, ||A - Q||_2 <= distance, kept for proofs (spectrum/certify.py).
+    """G = fl(Q^T Q) for matrices Q near the operands, ||A - Q||_2 <= distance, for the proofs in spectrum/certify.py.
 
-    which: the operands that it covers, by position; everything else has one item for each of these.
-    traces: of G, float64.  roundings: h with |G - Q^T Q| <= gamma(h) |Q|^T |Q| entry by entry.
+    which: the positions of the operands that these products cover; the other attributes have one item for each.
+    traces: those of G, float64.  roundings: h with |G - Q^T Q| <= gamma(h) |Q|^T |Q| entry by entry.
     """
 
     which: tuple[int, ...]
@@ -229,18 +227,18 @@ class ExactProducts(Protocol):
     roundings: Sequence[int]
 
     def residuals(self, chosen: Sequence[int], shifts: Sequence[float], sign: int) -> list[tuple[float, float]]:
-        """||M - L L^T||_F and ||L||_F^2 for M = sign (G - shift I), for places ``chosen`` in ``which``, L its factor.
+        """||M - L L^T||_F and ||L||_F^2, M = sign (G - shift I), L its factor, for the places ``chosen`` in ``which``.
 
-        Infinite where the factorization broke down, or was found not to be one. Entries of the residual go through
-        ``residual_roundings(place)``, those of the diagonal of M through one more.
+        Both are infinite where the factorization broke down or a check found it wrong. Entries of the residual are
+        rounded ``residual_roundings(place)`` times, and the diagonal of M once more.
         """
 
     def residual_roundings(self, place: int) -> int:
-        """See residuals()."""
+        """How often an entry of the residual is rounded, see residuals()."""
 
 
 def dense_projection(columns: Sequence[Tensor]) -> Tensor:
-    """T as (w, k, k) from its block columns as Backend.ritz takes them; only the upper triangle counts."""
+    """T as (w, k, k) from the upper triangles of its block columns, which are those of Backend.ritz."""
     w, k, _ = columns[-1].shape
     upper = columns[-1].new_zeros((w, k, k))
     for column in columns:
@@ -258,22 +256,22 @@ class Backend(Protocol):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Since this backend was made: "launches" of kernels of ours, and "reads" for which the host waited."""
+        """How many "launches" of our own kernels and "reads" for which the host waited this backend has made."""
 
     @property
     def side_by_side(self) -> bool:
-        """Whether a matrix is best worked on alone, by one thread of many, rather than in a wave."""
+        """Whether many threads with one matrix each are faster than one thread with a wave."""
 
     def rungs(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> tuple[Rung, ...]:
         """The ladder for matrices of this shape (m, n), m >= n, and storage dtype, cheapest first.
 
-        With ``proofs`` by what it costs together with these: ``factor`` may keep products for ``exact_products``.
+        With ``proofs`` the cost includes that of the proof: ``factor`` may keep products for ``exact_products``.
         """
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> int:
-        """Bytes that such a matrix takes in a wave beside the stored weight, and with ``proofs`` that its proof takes.
+        """Bytes that such a matrix takes in a wave beside the stored weight, with ``proofs`` including its proof.
 
-        Where a wave has many matrices, they are counted on their first rung, and CLIMBING of that for those that climb.
+        In a wave of many matrices this is the memory of the first rung and, for matrices that climb, CLIMBING of that.
         """
 
     def need(self, shape: tuple[int, int], rung: Rung) -> int:
@@ -283,19 +281,19 @@ class Backend(Protocol):
         """Move to the device, make tall, check for NaN and inf, scale by a power of two where needed."""
 
     def digests(self, operands: Sequence[Operand]) -> list[bytes]:
-        """What seeds the start blocks of every operand: it depends on shape, dtype and entries alone.
+        """One seed for the start blocks of every operand, which depends on its shape, dtype and entries alone.
 
-        Of a cryptographic kind, since whoever can build weights with a digest that was known before can hide their
-        extreme vectors from the start blocks.
+        The digests are cryptographic: whoever could make weights for a known digest could make their extreme vectors
+        orthogonal to the start blocks.
         """
 
     def gaussian(self, ns: Sequence[int], seeds: Sequence[bytes], width: int, salt: int, dtype: torch.dtype) -> Panel:
-        """Standard Gaussian blocks (n, width), each from the digest of its matrix; ``salt`` tells several apart."""
+        """Standard Gaussian blocks (n, width), each from the digest of its matrix and ``salt``."""
 
     def gram(self, operands: Sequence[Operand], dtype: torch.dtype, chunk: int | None = None) -> list[Tensor]:
-        """Lower triangles of A^T A, shape (n, n); above the diagonal undefined.
+        """Lower triangles of A^T A, shape (n, n); entries above the diagonal are undefined.
 
-        With ``chunk`` every entry is summed in runs of at most ``chunk`` products (the proofs count on it).
+        With ``chunk`` every entry is summed in runs of at most ``chunk`` products, which the proofs rely on.
         """
 
     def cholesky(self, grams: Sequence[Tensor]) -> list[bool]:
@@ -304,17 +302,17 @@ class Backend(Protocol):
     def exact_products(
         self, operands: Sequence[Operand], level: int, limits: Sequence[float]
     ) -> Sequence[ExactProducts] | None:
-        """Products for proofs, from level 0 on each closer to the weights than the one before; None past the last.
+        """Products for proofs; those of a higher level are closer to the weights. None past the last level.
 
-        They may leave operands out: those which are ``limits`` or further away at this level, for which they prove
-        nothing. A backend without any leaves its proofs to ``gram`` and ``cholesky``.
+        The products may omit operands whose distance at this level reaches their ``limits``, since they would prove
+        nothing. A backend without such products returns None, and proofs use ``gram`` and ``cholesky``.
         """
 
     def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> Factors:
         """Factor every operand by its rung."""
 
     def product(self, factors: Factors, blocks: Panel) -> Panel:
-        """R^T R X for blocks (n, b), in the dtype of the blocks: that of the factors, or their quick one."""
+        """R^T R X for blocks (n, b), in the dtype of the blocks: the rungs' ``blocks``, or their ``quick``."""
 
     def solve(self, factors: Factors, blocks: Panel) -> Panel:
         """(R^T R)^-1 X for blocks (n, b), in the dtype of the blocks."""
@@ -340,7 +338,7 @@ class Backend(Protocol):
         """Split blocks (n, b) by orthonormal bases (n, k), to working precision.
 
         Directions below DROP u of ``scale``, the largest coefficient met so far, or of the largest in these blocks,
-        are rounding and left out.
+        are rounding errors and left out.
         """
 
     def combine(self, bases: Panel, coefficients: Tensor) -> Panel:
@@ -356,8 +354,8 @@ class Backend(Protocol):
         """Eigenpairs of T, whose block columns j (from the top down to the diagonal block) have shape (w, (j+1) b, b).
 
         coupling: B of H V = V T + Q B E^T, shape (w, b, b).
-        floor (w,): theta of a leading part of T, than which the largest eigenvalue is no smaller (but for the rounding
-        of theta), nan where there is none. It may save work and changes theta by no more than its accuracy.
+        floor (w,): theta of a leading part of T, a lower bound of the largest eigenvalue up to the rounding of theta;
+        nan where none is known. A floor may save work and changes theta by no more than the accuracy of theta.
         """
 
     def weighted_binades(self, operands: Sequence[Operand], left: Panel, right: Panel) -> Tensor:
@@ -367,4 +365,4 @@ class Backend(Protocol):
         """
 
     def read(self, values: Tensor) -> list[Any]:
-        """Numbers for the host, nested as the tensor is; the one place where it waits for the device, and counted."""
+        """The numbers as nested lists on the host, which waits for the device; ``counts`` counts these reads."""

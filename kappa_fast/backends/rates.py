@@ -1,8 +1,7 @@
-"""How fast a device multiplies, by arithmetic: what the first rung is chosen by.
+"""The rates at which a device multiplies, by which the Triton backend chooses the first rung of a matrix.
 
-Published peaks are where it starts. A device that is used is measured once, by a few small products of torch, and what
-was found is kept in the user's cache directory, so that later runs choose alike; where it cannot be kept, the published
-figures count, since a choice that changes from run to run would change results.
+A device is measured once with a few small products of torch, and the rates are kept in the user's cache directory, so
+that later runs choose the same rung and get the same results. Where rates cannot be kept, published peaks are used.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from ..io.writing import make_folders, write_bytes
 log = logging.getLogger("kappa_fast")
 
 T = 1e12
-SIDE = 4096  # of the products that are timed: about a millisecond each
+SIDE = 4096  # the products that are timed have this size, and take about a millisecond each
 TIMES = 3
 FILE = "rates.json"
-# What a rung multiplies: the arithmetic of its Gram matrix, how many products that takes, the arithmetic of its factor.
+# By kind of rung: the arithmetic of its Gram matrix, the number of products for that, the arithmetic of its factor.
 WORK = {
     "weights16": ("float16", 1, "float32"),
     "slices2": ("int8", 4, "float32"),
@@ -46,10 +45,10 @@ WORK = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations per second, multiplications and additions counted apart, without sparsity.
+    """Operations per second without sparsity; a multiplication and an addition are two operations.
 
-    float64, and float32 as float32 factors are made (TF32 taken three times, or float32 itself if that is faster);
-    float16 stands for bfloat16 as well.
+    float32 is the rate at which float32 factors are computed (with TF32 products taken three times, or in float32 if
+    that is faster). float16 is also the rate of bfloat16.
     """
 
     float64: float
@@ -58,7 +57,7 @@ class Rates:
     int8: float
 
     def seconds(self, shape: tuple[int, int], kind: str) -> float:
-        """A floor for the first part of a rung on a matrix (m, n), m >= n: Gram matrix and factor at these rates."""
+        """The least time of Gram matrix and factor of a rung for a matrix (m, n), m >= n."""
         m, n = shape
         gram, products, factor = WORK[kind]
         if kind == "lu":
@@ -70,8 +69,8 @@ class Rates:
         return rate
 
 
-# By compute capability, of the largest device that has it: NVIDIA's data sheets and architecture whitepapers, dense.
-# float32 is a third of TF32.
+# By compute capability, dense rates of the largest device that has it, from NVIDIA's data sheets and architecture
+# whitepapers. float32 is a third of TF32.
 PUBLISHED = {
     (8, 0): Rates(19.5 * T, 52 * T, 312 * T, 624 * T),  # A100
     (8, 6): Rates(0.56 * T, 35.6 * T, 71 * T, 284 * T),  # RTX 3090
@@ -84,8 +83,8 @@ PUBLISHED = {
 CDNA3 = Rates(163 * T, 163 * T, 1307 * T, 2614 * T)  # MI300X, AMD's data sheet
 
 
-def published(capability: tuple[int, int], hip: bool = False) -> Rates:
-    """Those of the capability, or of the nearest one below it that is listed."""
+def published_rates(capability: tuple[int, int], hip: bool = False) -> Rates:
+    """The published rates for a capability, or for the nearest lower one that is listed."""
     if hip:
         return CDNA3
     below = [known for known in PUBLISHED if known <= capability]
@@ -93,12 +92,13 @@ def published(capability: tuple[int, int], hip: bool = False) -> Rates:
 
 
 def rates_of(device: torch.device) -> Rates:
-    """Of a device: as kept, else as measured now and kept from now on, else as published."""
+    """The rates of a device: the kept ones, else measured ones if they can be kept, else the published ones."""
     if device.type != "cuda":
-        return PUBLISHED[9, 0]  # the interpreter does what an H200 would do
+        return PUBLISHED[9, 0]  # Triton's interpreter chooses the rungs of an H200
     properties = torch.cuda.get_device_properties(device)
-    start = published(torch.cuda.get_device_capability(device), bool(torch.version.hip))
-    return _kept(f"{properties.name} {properties.multi_processor_count}", start, lambda: measured(device, start))
+    start = published_rates(torch.cuda.get_device_capability(device), bool(torch.version.hip))
+    name = f"{properties.name} {properties.multi_processor_count}"
+    return _kept_or_measured(name, start, lambda: measure_rates(device, start))
 
 
 @functools.lru_cache(maxsize=16)
@@ -115,8 +115,8 @@ def _directory() -> Path | None:
     return found if found.is_absolute() else None
 
 
-def _kept(name: str, start: Rates, measure: Callable[[], Rates], directory: Path | None = None) -> Rates:
-    """What the file says of a device; if it says nothing, what ``measure`` finds, provided that it can be kept."""
+def _kept_or_measured(name: str, start: Rates, measure: Callable[[], Rates], directory: Path | None = None) -> Rates:
+    """The rates that the file has for a device; else those of ``measure`` if they can be kept; else ``start``."""
     directory = directory or _directory()
     if directory is None:
         return start
@@ -139,7 +139,7 @@ def _kept(name: str, start: Rates, measure: Callable[[], Rates], directory: Path
 
 
 def _read(path: Path) -> dict[str, Rates]:
-    """What a file holds; nothing where it is missing, or is not what this version writes."""
+    """The rates in a file by device; none if the file is missing or of another form than this version's."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         found = {str(key): Rates(**value) for key, value in read_document(path, LARGEST_CONFIG).items()}
         if all(math.isfinite(x) and x > 0 for rates in found.values() for x in asdict(rates).values()):
@@ -147,8 +147,8 @@ def _read(path: Path) -> dict[str, Rates]:
     return {}
 
 
-def measured(device: torch.device, start: Rates) -> Rates:
-    """What products of torch reach, the best of a few; what torch cannot multiply is taken as published."""
+def measure_rates(device: torch.device, start: Rates) -> Rates:
+    """The highest rates that a few products of torch reach; ``start`` for a dtype that torch cannot multiply."""
 
     def rate(dtype: torch.dtype, multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], side: int) -> float:
         x = torch.ones((side, side), dtype=dtype, device=device)
@@ -167,7 +167,7 @@ def measured(device: torch.device, start: Rates) -> Rates:
         float32 = rate(torch.float32, torch.mm, SIDE)
         try:
             int8 = rate(torch.int8, torch._int_mm, SIDE)
-        except RuntimeError:  # not on this device, or not in this layout
+        except RuntimeError:  # torch has no int8 product for this device or layout
             int8 = start.int8
     # TF32 runs at half the rate of 16 bits, on every device that has it.
     return Rates(float64, max(float32, float16 / 6), float16, int8)

@@ -1,4 +1,4 @@
-"""Gaussian start blocks on the host, and the keys that they are drawn from on any device."""
+"""Gaussian start blocks for the backends, drawn on the host, and the keys from which any device draws them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .base import Tensor
 
 
 def block_key(n: int, width: int, salt: int, seed: bytes) -> bytes:
-    """32 bytes for one block: ``seed`` is the digest of a matrix, ``salt`` tells its blocks apart."""
+    """The key of one block, 32 bytes: ``seed`` is the digest of a matrix, each of whose blocks has another ``salt``."""
     return hashlib.sha256(f"{n} {width} {salt} ".encode() + seed).digest()
 
 
 def gaussian_block(n: int, width: int, salt: int, seed: bytes = b"", device: torch.device | None = None) -> Tensor:
     """A standard Gaussian (n, width) block in float64 that depends on its arguments alone.
 
-    Generators of their own: the global random state is neither read nor moved. torch's on a CPU would not do: it takes
-    32 bits of a seed, and weights can be orthogonal to several of so few blocks.
+    The global random state is neither read nor changed. torch's CPU generator is not used because it takes only 32 bits
+    of a seed, and weights can be made orthogonal to several of so few blocks.
     """
     key = block_key(n, width, salt, seed)
     if device is not None and device.type == "cuda":

@@ -1,6 +1,6 @@
-"""The reference backend: torch operations, one matrix after the other, on the CPU or any torch device.
+"""The reference backend: torch operations on the CPU or any torch device, one matrix after the other.
 
-Per-matrix results depend on nothing but the matrix (and the number of threads). The thresholds were measured on two
+The result for a matrix depends on the matrix and the number of threads alone. The thresholds were measured on two
 AVX-512 cores with MKL; docs/numerics.md has the table.
 """
 
@@ -23,16 +23,16 @@ LU64 = Rung("lu64", "lu", torch.float64, 1)
 LU64_OF_NARROW = replace(LU64, quick=torch.float32)  # 2048 x 2048: 3 ms for A^T A X instead of 6, 14 times
 QR64 = Rung("qr64", "qr", torch.float64, 2)
 
-# Below this ratio of sides trained matrices have kappa under about 100, where a float32 Gram still resolves them.
+# Trained matrices with a smaller n / m have a kappa below about 100, which a float32 Gram matrix resolves.
 SLENDER = 0.8
-# Entries within 2**-SAFE..2**SAFE are used as they are: their squares, summed, stay far inside float32.
+# A matrix whose peak lies within 2**-SAFE..2**SAFE is not scaled: sums of squares stay within the range of float32.
 SAFE = 20
 LINE = 64  # bytes of a cache line
-CANCELLED = 1e-2  # below this share of the operator's norm a direction is orthogonalized once more
+CANCELLED = 1e-2  # directions below this share of the operator's norm are orthogonalized once more
 TILE = 256  # columns of a lower-triangle tile: 91 ms at 5632 x 2048 in float32, where the full product takes 128
 PANEL = 256  # 2048 x 2048: 23 ms in float32 and 49 in float64, where cholesky_ex takes 57 and 88
-EXPONENT = 0x7F800000  # the exponent bits of a float32: alone they are the power of two below it, or 0
-CHUNK_BYTES = 1 << 20  # rows converted at a time: they stay in cache (full conversion took 3 to 5 times as long)
+EXPONENT = 0x7F800000  # these bits of a float32 are the largest power of two below its absolute value, or 0
+CHUNK_BYTES = 1 << 20  # rows are converted so many bytes at a time, which stay in cache (all at once took 3 to 5 times)
 GRAM_CHUNK_BYTES = 32 << 20
 DIGEST_BYTES = 64 << 20
 
@@ -160,7 +160,7 @@ class DenseRitz:
 
 
 def _eigenpairs(projection: Tensor) -> tuple[Tensor, Tensor]:
-    if not bool(torch.isfinite(projection).all()):  # LAPACK must not see them
+    if not bool(torch.isfinite(projection).all()):  # LAPACK must not get a nan or inf
         return projection.new_full(projection.shape[:1], math.nan), torch.zeros_like(projection)
     theta, vectors = torch.linalg.eigh(projection)
     return theta, vectors
@@ -169,13 +169,13 @@ def _eigenpairs(projection: Tensor) -> tuple[Tensor, Tensor]:
 def _reach(theta: Tensor, vectors: Tensor, coupling: Tensor, gaps: Tensor) -> Tensor:
     width = coupling.shape[1]
     left = coupling @ vectors[-width:] / theta[-1]  # (b, k)
-    behind = (theta[-1] - theta) / theta[-1]  # (k,), what lambda - theta_i adds to the gap
+    behind = (theta[-1] - theta) / theta[-1]  # (k,): (lambda - theta_i) / theta_max is the gap plus this
     resolvent = (left[None] / (gaps[:, None] + behind)[:, None, :]) @ vectors[:width].T
     return torch.linalg.matrix_norm(resolvent)
 
 
 def _aligned(panel: Panel) -> list[Tensor]:
-    """Blocks that lie as they would alone: MKL rounds differently for other addresses and strides."""
+    """The blocks, copied if they have other strides or alignment than a single block: MKL rounds by these."""
     return [block if _lies_as_alone(block) else _copied(block) for block in panel.blocks()]
 
 
@@ -198,9 +198,9 @@ def _extend(basis: Tensor, block: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     b = block.shape[1]
     new, coupling = basis.new_zeros((basis.shape[0], b)), torch.zeros((b, b), dtype=torch.float64, device=basis.device)
     if bool(torch.isfinite(scale)):
-        q, r = _rise(rest, DROP * float(torch.finfo(basis.dtype).eps) / 2 * float(scale))
+        q, r = _orthonormalize_above(rest, DROP * float(torch.finfo(basis.dtype).eps) / 2 * float(scale))
         if q.shape[1] and float(torch.linalg.vector_norm(r, dim=1).min()) < CANCELLED * float(scale):
-            # What was nearly cancelled carries rounding of the size of the basis: once more, now at unit length.
+            # A nearly cancelled direction has a large rounding error along the basis: orthogonalize it at unit length.
             q, again = torch.linalg.qr(_project(basis, q)[1])
             r = again @ r
         new[:, : q.shape[1]], coupling[: q.shape[1]] = q, r.double()
@@ -208,17 +208,17 @@ def _extend(basis: Tensor, block: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
 
 
 def _project(basis: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-    """Two passes of Gram-Schmidt: coefficients (k, b) and what remains (n, b)."""
+    """Two passes of Gram-Schmidt: coefficients (k, b) and remainder (n, b)."""
     first = basis.T @ block
     block = block - basis @ first
     second = basis.T @ block
     return first + second, block - basis @ second
 
 
-def _rise(w: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def _orthonormalize_above(w: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """W = Q B with Q orthonormal (n, r): directions of W at or below the floor are left out, so r <= b."""
     q, r = torch.linalg.qr(w)
-    if float(r.diagonal().abs().min()) > 1e3 * floor:  # nothing near the floor: no need to know the singular values
+    if float(r.diagonal().abs().min()) > 1e3 * floor:  # no direction is near the floor
         return q, r
     if not bool(torch.isfinite(r).all()):
         return q[:, :0], r[:0]
@@ -234,13 +234,13 @@ def _thin_svd(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def prepare_one(weight: Tensor) -> Operand:
-    """Backend.prepare for one weight that is on the device."""
-    if weight.dtype.itemsize == 1:  # float8 has no arithmetic of its own; bfloat16 holds every float8 value
+    """Backend.prepare for one weight that is already on the device."""
+    if weight.dtype.itemsize == 1:  # torch has no arithmetic for float8; bfloat16 holds every float8 value
         weight = weight.to(torch.bfloat16)
     rows, columns = weight.shape
-    # Libraries round differently for other addresses and strides, and results are kept by values.
+    # Libraries round differently for other addresses and strides, and cached results must depend on values alone.
     weight = weight if _lies_as_alone(weight) and weight.is_contiguous() else _copied(weight)
-    # A square matrix is turned so that its columns are contiguous: LU takes it as it is (46 ms instead of 65 at 2048).
+    # A square matrix is transposed, so that LU finds contiguous columns and copies nothing (46 ms, not 65, at 2048).
     turn = rows <= columns
     tall = weight.T if turn else weight
     low, high = torch.aminmax(weight)
@@ -250,21 +250,19 @@ def prepare_one(weight: Tensor) -> Operand:
     exponent = math.frexp(peak)[1]
     if peak == 0 or abs(exponent) <= SAFE:
         return Operand(tall, 0, True, peak, turned=turn)
-    # Two factors, since 2**1074 alone is beyond float64; exact but for entries 2**-1000 below the largest.
+    # Two factors, since float64 cannot hold 2**1074; exact except for entries 2**-1000 below the largest.
     half = exponent // 2
     wide = tall.to(torch.float64)
     scaled = wide.mul(2.0**-half).mul_(2.0 ** -(exponent - half))
     exact = bool(torch.equal(scaled.mul(2.0**half).mul_(2.0 ** (exponent - half)), wide))
-    if (
-        weight.dtype != torch.float64
-    ):  # every narrower entry keeps its bits in float32 unless it is 2**-126 below the peak
-        narrow = scaled.to(torch.float32)
+    if weight.dtype != torch.float64:
+        narrow = scaled.to(torch.float32)  # exact unless an entry is 2**-126 below the peak
         scaled = narrow if torch.equal(narrow.to(torch.float64), scaled) else scaled
     return Operand(scaled, exponent, True, math.ldexp(peak, -exponent), exact, turn)
 
 
 def digest(a: Operand) -> bytes:
-    """SHA-256 over dtype, shape and entries, row by row as the weight has them; an accelerator's come by pieces."""
+    """SHA-256 of dtype, shape and entries in the order of the weight's rows, DIGEST_BYTES at a time."""
     lines = a.tensor.T if a.turned else a.tensor
     found = hashlib.sha256(f"{lines.dtype} {tuple(lines.shape)} ".encode())
     step = max(1, DIGEST_BYTES // max(1, lines.shape[1] * lines.itemsize))
@@ -275,7 +273,7 @@ def digest(a: Operand) -> bytes:
 
 def _row_chunks(a: Tensor, limit: int, itemsize: int) -> Iterator[tuple[int, int]]:
     m, n = a.shape
-    limit = limit if a.device.type == "cpu" else 256 * limit  # an accelerator wants few large products
+    limit = limit if a.device.type == "cpu" else 256 * limit  # an accelerator is faster with few large products
     rows = max(16, min(m, limit // max(1, n * itemsize)))
     for start in range(0, m, rows):
         yield start, min(start + rows, m)
@@ -294,8 +292,8 @@ def _gram(a: Tensor, dtype: torch.dtype, chunk: int | None = None) -> Tensor:
 
 
 def _gram_in_chunks(a: Tensor, g: Tensor, chunk: int) -> Tensor:
-    # A product that accumulates into g may add its terms one by one to what is there, so that early terms are rounded
-    # m times; a sum of separate products rounds each term at most chunk + m / chunk times, whatever the library does.
+    # A product that accumulates into g may add its terms to g one by one, which rounds early terms m times; a sum of
+    # separate products rounds each term at most chunk + m / chunk times in any library.
     for start in range(0, a.shape[0], chunk):
         rows = a[start : start + chunk]
         for j in range(0, a.shape[1], TILE):
@@ -323,7 +321,8 @@ def _cholesky(g: Tensor) -> bool:
 
 
 def _factor(a: Tensor, rung: Rung) -> Any:
-    """L for Cholesky and QR, or everything that LU needs; None where a pivot was not positive or zero."""
+    """L for Cholesky and QR, (A, LU, pivots, A in the quick dtype) for LU; None if a pivot is zero, or not positive in
+    a Cholesky factorization."""
     if rung.kind == "cholesky":
         g = _gram(a, rung.dtype)
         return g if _cholesky(g) else None

@@ -1,7 +1,7 @@
-"""The Triton backend: every operation on a wave as a handful of launches, whatever the number of matrices.
+"""The Triton backend: every operation on a wave takes a few launches for any number of matrices.
 
-The rungs that these kernels do not climb and the proofs beyond 28 bits are torch's, one matrix after the other: few
-matrices get there. Float64 weights are torch's altogether: four slices hold 28 bits.
+The torch backend does the rungs and proofs that need more than the 28 bits of four slices, one matrix after the other:
+few matrices need them, except for float64 weights.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .triton_waves import (
     SLICES,
     WEIGHTS16,
     InWave,
-    OfTorch,
-    Operation,
-    Share,
+    TorchOperation,
     TridiagonalRitz,
     Wave,
+    WaveOperation,
+    WaveShare,
     blocks_of,
-    factored,
-    fits,
+    can_read,
+    factor_grams,
     padded,
-    peaks,
+    peaks_of,
     rows_of,
     tall,
     unpadded,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from kappa_fast.kernels.problems import Problems
     from kappa_fast.kernels.triangular import Members
 
-# How much longer than at full rate a matrix is taken to need where torch works on it alone: an assumption.
+# An assumption: torch works on a single matrix at a fraction 1 / ALONE of the full rate.
 ALONE = 4.0
 
 
@@ -76,10 +76,10 @@ class TritonBackend:
         self._reads, self._launched = 0, tally.launches
 
     def rungs(self, shape: tuple[int, int], dtype: torch.dtype, *, proofs: bool = False) -> tuple[Rung, ...]:
-        """The cheapest float32 factor where float32 resolves trained matrices, then slices, then what torch has.
+        """The cheapest float32 factor if float32 resolves trained matrices, then slices, then the rungs of torch.
 
-        Slices are left out where torch's first rung costs less, by the rates of the device. With proofs the first Gram
-        matrix is one that serves these too, where there is one.
+        Slices are omitted if torch's first rung takes less time by the rates of the device. With proofs the first rung
+        is the one whose Gram matrix is kept for these, if the dtype has one.
         """
         m, n = shape
         rest = tuple(replace(r, quick=None) for r in self._torch.rungs(shape, dtype) if r.dtype == torch.float64)
@@ -89,7 +89,7 @@ class TritonBackend:
         narrow = [] if n >= SLENDER * m else [SLICES[2]]
         if narrow and dtype in (torch.bfloat16, torch.float16):
             narrow.insert(0, WEIGHTS16)
-        narrow.sort(key=lambda rung: rates.seconds(shape, rung.kind))  # of equals the first
+        narrow.sort(key=lambda rung: rates.seconds(shape, rung.kind))  # stable: WEIGHTS16 comes first at equal cost
         wide = [SLICES[3]] if narrow else [SLICES[3], SLICES[4]]
         limit = ALONE * rates.seconds(shape, rest[0].kind)
         if narrow and proofs and dtype in FEW_BITS and rates.seconds(shape, BYTES.kind) <= limit:
@@ -104,25 +104,27 @@ class TritonBackend:
             return self._torch.workspace(shape, dtype)
         first = self.need(shape, rungs[0])
         resolving = int((1 + CLIMBING) * first)
-        if rungs[0] == BYTES:  # slices are gone before any matrix climbs; the exact Gram matrix stays for its proof
+        if rungs[0] == BYTES:  # slices are freed before any matrix climbs, the exact Gram matrix is kept for the proof
             resolving = max(first, int(CLIMBING * first) + self.need(shape, WEIGHTS16)) + 8 * n * (n + 16)
         return max(resolving, 8 * n * (n + 180) + 4 * (m + 128) * n) if proofs else resolving
 
     def need(self, shape: tuple[int, int], rung: Rung) -> int:
-        """The factor with the inverses of its diagonal tiles; beside it first slices, later blocks of 16 columns: bases
-        of 32 blocks at most, and three images."""
+        """The factor with the inverses of its diagonal tiles, and the larger of the slices (which are freed before the
+        search) and the search's blocks of 16 columns: a basis of up to 32 blocks, and three images."""
         m, n = shape
         if rung.kind not in KINDS:
             return self._torch.workspace(shape, rung.dtype)
         count, bits = KINDS[rung.kind]
         slices, blocks = count * (m + 128) * n, 8 * LANES * (40 * n + 3 * m)
-        sums = (m + 128) * n // 3 if bits == 8 else 0  # of the lines of what digits leave, see kernels/norms.py
+        sums = (
+            (m + 128) * n // 3 if bits == 8 else 0
+        )  # sums over rows and columns of the remainder, see kernels/norms.py
         return rung.dtype.itemsize * n * (n + 144) + max(slices + sums, blocks)
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Operand]:
-        """One launch per storage class and one read for all peaks; what must be scaled goes through torch.
+        """One launch per storage class and one read for all peaks; torch scales the matrices that need it.
 
-        The first thing that happens to any wave, so kernels are checked here before they are trusted with it.
+        This is the first operation on any wave, so the kernels that the wave needs are checked here.
         """
         from kappa_fast.kernels.problems import Problems, supported
 
@@ -132,11 +134,11 @@ class TritonBackend:
         if narrow:
             problems = Problems.of([tall(moved[i]) for i in narrow])
             self._trust(problems)
-            found = dict(zip(narrow, self.read(peaks(problems)), strict=True))
+            found = dict(zip(narrow, self.read(peaks_of(problems)), strict=True))
         return [self._operand(weight, found.get(i)) for i, weight in enumerate(moved)]
 
     def _trust(self, problems: Problems) -> None:
-        """Raises CanaryError where a kernel that this wave needs computes something else than it should."""
+        """Raises CanaryError if a kernel that this wave needs computes wrong results."""
         from kappa_fast.kernels.canary import check_device, check_storage
 
         if self.device.type == "cuda":  # the interpreter computes what numpy computes
@@ -151,7 +153,7 @@ class TritonBackend:
         return Operand(tall(weight), 0, math.isfinite(peak), peak, turned=turned)
 
     def digests(self, operands: Sequence[Operand]) -> list[bytes]:
-        """On the device but for 64 bits of every column, which the host hashes: one read."""
+        """The device hashes every column to 64 bits, and the host hashes these: one read."""
         from kappa_fast.kernels.problems import Problems, supported
         from kappa_fast.kernels.start import column_digests
 
@@ -190,17 +192,19 @@ class TritonBackend:
         return exact_products(operands, level, limits, self.read)
 
     def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> Factors:
-        """All matrices of one dtype of factors together, whatever their Gram matrices come from; one read for each."""
+        """One launch sequence and one read for each dtype of factors; Gram matrices may be computed in several ways."""
         data: list[Any] = [None] * len(operands)
         usable: dict[torch.dtype, list[int]] = {}
         for i, (a, rung) in enumerate(zip(operands, rungs, strict=True)):
             if rung.kind not in KINDS:
                 data[i] = self._torch.factor([a], [rung]).data[0]
-            elif fits(a.tensor, rung):
+            elif can_read(a.tensor, rung):
                 usable.setdefault(rung.dtype, []).append(i)
         for dtype, chosen in usable.items():
             chosen.sort(key=lambda i: KINDS[rungs[i].kind])
-            wave, kept = factored([operands[i].tensor for i in chosen], [KINDS[rungs[i].kind] for i in chosen], dtype)
+            wave, kept = factor_grams(
+                [operands[i].tensor for i in chosen], [KINDS[rungs[i].kind] for i in chosen], dtype
+            )
             if kept is not None:
                 exact = [i for i in chosen if rungs[i] == BYTES]
                 for place, i in enumerate(exact):
@@ -257,11 +261,11 @@ class TritonBackend:
                 parts[i] = block
         return Panel.pack(parts)
 
-    def _each(self, factors: Factors, blocks: Panel, ours: Operation, theirs: OfTorch | None) -> Panel:
-        """One launch or two for every dtype of factors, and torch's operation for what torch has factored."""
+    def _each(self, factors: Factors, blocks: Panel, ours: WaveOperation, theirs: TorchOperation | None) -> Panel:
+        """Apply ``ours`` to every factored wave, and ``theirs`` to the matrices that torch has factored."""
         x = padded(blocks)
         out = torch.empty_like(x)
-        for share in self._shares(factors):
+        for share in self._wave_shares(factors):
             if share.wave is not None and share.members is not None:
                 ours(share.wave, share.members, x, out)
             elif theirs is not None:
@@ -271,8 +275,8 @@ class TritonBackend:
                     into[i][:, : blocks.width] = block
         return unpadded(out, blocks)
 
-    def _shares(self, factors: Factors) -> list[Share]:
-        """Who works on which of these factors; made once for as long as the same ones take part."""
+    def _wave_shares(self, factors: Factors) -> list[WaveShare]:
+        """The factors grouped by wave, made once and kept with the factors."""
         from kappa_fast.kernels.problems import on_host, starts_of
         from kappa_fast.kernels.triangular import Members
 
@@ -287,11 +291,11 @@ class TritonBackend:
                 if isinstance(places[0], InWave):
                     wave = places[0].wave
                     members = Members.of(wave.problems, [p.position for p in places], starts[which], rows)
-                    shares.append(Share(wave, members, tuple(which)))
+                    shares.append(WaveShare(wave, members, tuple(which)))
                 else:
-                    shares.append(Share(None, None, tuple(which)))
+                    shares.append(WaveShare(None, None, tuple(which)))
             factors.cache["shares"] = shares
-        found: list[Share] = factors.cache["shares"]
+        found: list[WaveShare] = factors.cache["shares"]
         return found
 
     def read(self, values: Tensor) -> list[Any]:
@@ -336,8 +340,8 @@ class TritonBackend:
         )
 
     def extend(self, bases: Panel, blocks: Panel, scale: Tensor) -> Extension:
-        """Gram-Schmidt twice before and once after two passes of orthonormalization: what these brought up from the
-        size of rounding carries as much of the basis. All in float64, whatever the blocks are stored in."""
+        """Two passes of Gram-Schmidt, two of orthonormalization, and one more of each: orthonormalizing a direction of
+        the size of rounding errors enlarges its error along the basis. All steps are in float64 for any dtype."""
         from kappa_fast.kernels.orthogonal import identities, one_pass
         from kappa_fast.kernels.panel import inner, subtract
 

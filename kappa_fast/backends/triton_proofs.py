@@ -1,4 +1,4 @@
-"""Exact integer Gram matrices of a wave, kept for proofs: what TritonBackend.exact_products hands out."""
+"""Exact integer Gram matrices of a wave, which TritonBackend.exact_products gives to the proofs."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 import torch
 
 from .base import ExactProducts, Operand, Tensor
-from .triton_waves import KEPT, Exact, exact
+from .triton_waves import KEPT, ExactGrams, exact_grams
 
 log = logging.getLogger("kappa_fast")
-LEVELS = ((2, 8), (3, 7), (4, 7))  # digits and bits of each: 16, 21 and 28 bits of every column
+LEVELS = ((2, 8), (3, 7), (4, 7))  # number of digits, bits of each: 16, 21 and 28 bits of every column
 Read = Callable[[Tensor], list[Any]]  # Backend.read
 
 
 def exact_products(
     operands: Sequence[Operand], level: int, limits: Sequence[float], read: Read
 ) -> list[ExactProducts] | None:
-    """See Backend.exact_products. Gram matrices that the first rung left with operands are used up."""
+    """See Backend.exact_products. Gram matrices that the first rung kept with the operands are used and removed."""
     from kappa_fast.kernels.problems import supported
 
     if level >= len(LEVELS):
         return None
-    kept: dict[int, tuple[Exact, dict[int, int]]] = {}
+    kept: dict[int, tuple[ExactGrams, dict[int, int]]] = {}
     rest = []
     for i, a in enumerate(operands):
         if level == 0 and KEPT in a.cache:
@@ -34,39 +34,39 @@ def exact_products(
         elif supported(a.tensor.dtype):
             rest.append(i)
     products: list[ExactProducts] = [SliceProducts(found, places, read) for found, places in kept.values()]
-    fresh = _near(operands, rest, limits, LEVELS[level], read)
+    fresh = _near_grams(operands, rest, limits, LEVELS[level], read)
     return [*products, *([SliceProducts(*fresh, read)] if fresh else [])]
 
 
-def _near(
+def _near_grams(
     operands: Sequence[Operand], which: Sequence[int], limits: Sequence[float], kind: tuple[int, int], read: Read
-) -> tuple[Exact, dict[int, int]] | None:
-    """Gram matrices of those of which so many digits are near enough to the weights, with their places; None if none.
+) -> tuple[ExactGrams, dict[int, int]] | None:
+    """Gram matrices of the operands whose ``kind`` of digits is within ``limits`` of the weights, and their places.
 
-    One read: products are only taken where they may prove something.
+    None if there are no such operands. The distances take one read for each round of the loop.
     """
     from kappa_fast.kernels.problems import Problems
     from kappa_fast.kernels.quantize import column_peaks, quantize
 
     count, bits = kind
     chosen = list(which)
-    while chosen:  # a second time for some of them, if all were too many
+    while chosen:  # again for the near ones if some are too far away
         problems = Problems.of([operands[i].tensor for i in chosen])
         slices = quantize(problems, column_peaks(problems), count, bits=bits)
         distances = read(slices.residual.sqrt())
         near = [i for i, distance in zip(chosen, distances, strict=True) if distance < limits[i]]
         if near == chosen:
-            return exact(problems, slices), {i: place for place, i in enumerate(chosen)}
+            return exact_grams(problems, slices), {i: place for place, i in enumerate(chosen)}
         chosen = near
-        del slices  # before anything else needs the memory
+        del slices  # the next round needs the memory
     return None
 
 
 class SliceProducts:
     """base.ExactProducts from int8 slices; the lower triangles are factored in place, see kernels/shifted.py."""
 
-    def __init__(self, made: Exact, places: Mapping[int, int], read: Read) -> None:
-        """For operands at some places of a wave of Gram matrices, which is taken over. One call of ``read``."""
+    def __init__(self, made: ExactGrams, places: Mapping[int, int], read: Read) -> None:
+        """Take over Gram matrices in which the operand i has the place ``places[i]``. Calls ``read`` once."""
         from kappa_fast.kernels.shifted import Mirrored
 
         self.which: tuple[int, ...] = tuple(places)
@@ -86,8 +86,8 @@ class SliceProducts:
         if wrong:
             where = self._mirrored.problems.device
             log.warning(
-                "%d factors on %s are not factors of their matrices by up to %.1e times what rounding allows: kernels "
-                "compute something else than they should, so nothing is proven from these",
+                "%d Cholesky factors on %s deviate from their matrices by up to %.1e times what rounding allows: the "
+                "kernels compute wrong results, so these factors are not used for proofs",
                 len(wrong),
                 where,
                 max(wrong),

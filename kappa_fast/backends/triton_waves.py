@@ -1,6 +1,6 @@
-"""What the Triton backend keeps of a wave that its kernels have factored, and the steps that need no backend.
+"""The values of a factored wave, and helper functions, for triton_backend.py and triton_proofs.py.
 
-Triton is imported inside the functions: this file is loaded where there may be none.
+Functions import Triton themselves, since this file is also loaded where Triton is not installed.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from kappa_fast.kernels.ritz import Tridiagonal
     from kappa_fast.kernels.triangular import Members
 
-# Names say where the Gram matrix comes from. The first two are stored and factored in float32, in half the bytes and on
-# faster units; blocks are float64 whatever they meet, so that all rungs of a wave go through the same steps.
+# The names say how the Gram matrix is computed. Rungs in float32 take half the memory and faster units; blocks are
+# float64 for all rungs, so that all matrices of a wave take the same steps.
 WEIGHTS16 = Rung("weights16", "weights16", torch.float32, 2, panel=torch.float64)
 SLICES = {
     2: Rung("slices2", "slices2", torch.float32, 2, panel=torch.float64),
     3: Rung("slices3", "slices3", torch.float64, 2),
     4: Rung("slices4", "slices4", torch.float64, 2),
 }
-# Two digits of 8 bits: four products like two slices, exact and near enough to the weights for most proofs, so that the
-# Gram matrix is kept for these. That is so for weights of few bits, which lose only what is small in its column.
+# Two digits of 8 bits take four products, as two slices do. Their Gram matrix is exact and, for weights of few bits,
+# near enough to the weights' for most proofs: only entries that are small in their column are rounded.
 BYTES = Rung("bytes2", "bytes2", torch.float32, 2, panel=torch.float64)
 FEW_BITS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-# Digits of a Gram matrix and bits of each; none: from the weights themselves.
+# By kind of rung: the number of digits of its Gram matrix (0: products of the weights themselves) and the bits of each.
 KINDS = {WEIGHTS16.kind: (0, 7), BYTES.kind: (2, 8), **{rung.kind: (k, 7) for k, rung in SLICES.items()}}
-KEPT = "exact"  # in Operand.cache: an Exact and a place in it
+KEPT = "exact"  # the key in Operand.cache of an ExactGrams and a place in it
 LANES = 16  # columns of a block in the kernels
 
 
@@ -50,11 +50,11 @@ class Wave:
 
 
 @dataclass(frozen=True)
-class Exact:
-    """Gram matrices of a wave from whole numbers: Q^T Q for matrices Q near the weights A.
+class ExactGrams:
+    """Gram matrices of a wave from integer products: Q^T Q for matrices Q near the weights A.
 
-    packed: float64, see Problems.gram_views.  squared: (w,) float64, at least ||A - Q||_2^2.  roundings: (w,), how many
-    an entry goes through, see kernels/gram.py.
+    packed: float64, see Problems.gram_views.  squared: (w,) float64, at least ||A - Q||_2^2.  roundings: (w,), the
+    number of times that an entry is rounded, see kernels/gram.py.
     """
 
     problems: Problems
@@ -65,27 +65,27 @@ class Exact:
 
 @dataclass(frozen=True)
 class InWave:
-    """One matrix of a factored wave: what Factors.data holds."""
+    """One matrix of a factored wave, an item of Factors.data."""
 
     wave: Wave
     position: int
 
 
 @dataclass(frozen=True)
-class Share:
-    """Matrices of one Wave that take part in a call, and those that are torch's (``wave`` is None), by position."""
+class WaveShare:
+    """The positions of the matrices of one Wave, or (``wave`` is None) of those that torch has factored."""
 
     wave: Wave | None
     members: Members | None
     which: tuple[int, ...]
 
 
-Operation = Callable[["Wave", "Members", Tensor, Tensor], None]
-OfTorch = Callable[[Factors, Panel], Panel]
+WaveOperation = Callable[["Wave", "Members", Tensor, Tensor], None]
+TorchOperation = Callable[[Factors, Panel], Panel]
 
 
 class TridiagonalRitz:
-    """base.Ritz by sections of intervals and inverse iteration, see kernels/ritz.py."""
+    """base.Ritz by multisection and inverse iteration, see kernels/ritz.py."""
 
     def __init__(self, t: Tridiagonal, floor: Tensor | None = None) -> None:
         from kappa_fast.kernels.ritz import largest_eigenvalue
@@ -104,9 +104,9 @@ class TridiagonalRitz:
         return leading_vectors(self._t, self.theta)[:, :, -count:]
 
 
-@lru_cache(maxsize=32)  # the same members take part in several calls of a step
+@lru_cache(maxsize=32)  # several operations of a step have the same counts
 def rows_of(counts: tuple[int, ...], device: torch.device) -> Rows:
-    """Where the rows of packed blocks lie, for so many rows of each."""
+    """The layout of packed blocks with ``counts`` rows."""
     from kappa_fast.kernels.panel import Rows
 
     return Rows.of(counts, device)
@@ -117,8 +117,8 @@ def tall(weight: Tensor) -> Tensor:
     return weight.T if weight.shape[0] < weight.shape[1] else weight
 
 
-def peaks(problems: Problems) -> Tensor:
-    """The largest absolute entry of every matrix, inf or nan if it has such."""
+def peaks_of(problems: Problems) -> Tensor:
+    """The largest absolute entry of every matrix; inf or nan if the matrix has such an entry."""
     from kappa_fast.kernels.quantize import column_peaks
 
     owner = torch.repeat_interleave(problems.n).to(problems.device)
@@ -127,19 +127,19 @@ def peaks(problems: Problems) -> Tensor:
     return bits.view(torch.float32)
 
 
-def fits(tensor: Tensor, rung: Rung) -> bool:
-    """Whether a rung reads this: scaling may have widened what prepare() was given."""
+def can_read(tensor: Tensor, rung: Rung) -> bool:
+    """Whether the kernels of a rung can read this dtype, which is wider than the weight's if prepare() scaled it."""
     from kappa_fast.kernels.problems import supported
 
     return tensor.dtype in (torch.bfloat16, torch.float16) if rung is WEIGHTS16 else supported(tensor.dtype)
 
 
-def factored(
+def factor_grams(
     tensors: Sequence[Tensor], kinds: Sequence[tuple[int, int]], dtype: torch.dtype
-) -> tuple[Wave, Exact | None]:
-    """Gram matrices from so many digits of so many bits each, ascending (see KINDS), factored in ``dtype``.
+) -> tuple[Wave, ExactGrams | None]:
+    """Factor the Gram matrices of some kinds (see KINDS), ascending, in ``dtype``.
 
-    With them those from digits of 8 bits as they were before the factorization, of the matrices that have these.
+    Also returns the unfactored Gram matrices of the kinds with 8 bits, if there are any.
     """
     from kappa_fast.kernels.cholesky import cholesky
     from kappa_fast.kernels.gram import gram_of_slices, gram_of_weights
@@ -148,16 +148,16 @@ def factored(
 
     whole = Problems.of(tensors)
     packed = torch.empty(whole.gram_elements, dtype=dtype, device=whole.device)
-    kept: Exact | None = None
+    kept: ExactGrams | None = None
     start = 0
-    for kind in sorted(set(kinds)):  # what lies together in ``packed``
+    for kind in sorted(set(kinds)):  # the matrices of one kind are adjacent in ``packed``
         count, bits = kind
         alike = Problems.of([a for a, k in zip(tensors, kinds, strict=True) if k == kind])
         out = packed[start : start + alike.gram_elements]
         if count == 0:
             gram_of_weights(alike, out=out)
         elif bits == 8:
-            kept = exact(alike, quantize(alike, column_peaks(alike), count, bits=bits))
+            kept = exact_grams(alike, quantize(alike, column_peaks(alike), count, bits=bits))
             out.copy_(kept.packed)
         else:
             gram_of_slices(alike, quantize(alike, column_peaks(alike), count), out)
@@ -165,28 +165,28 @@ def factored(
     return Wave(whole, cholesky(whole, packed)), kept
 
 
-def exact(problems: Problems, slices: Slices) -> Exact:
-    """The Gram matrices of what the slices hold."""
+def exact_grams(problems: Problems, slices: Slices) -> ExactGrams:
+    """The Gram matrices of the integer matrices that the slices hold."""
     from kappa_fast.kernels.gram import gram_of_slices, slice_roundings
 
     packed = gram_of_slices(problems, slices)
-    return Exact(problems, packed, slices.residual, slice_roundings(problems, slices.count, slices.bits))
+    return ExactGrams(problems, packed, slices.residual, slice_roundings(problems, slices.count, slices.bits))
 
 
 def blocks_of(problems: Problems, chosen: Sequence[int]) -> Blocks:
-    """Where the blocks of some matrices of a wave lie, for products with the weights."""
+    """The layout of the blocks of some matrices of a wave, for products with the weights."""
     from kappa_fast.kernels.apply import Blocks
 
     return Blocks.of(problems, list(chosen))
 
 
 def padded(blocks: Panel) -> Tensor:
-    """Packed blocks with zeros up to LANES columns, as kernels take them: (rows, LANES)."""
+    """Packed blocks padded with zeros to the LANES columns that kernels take: (rows, LANES)."""
     if blocks.width == LANES:
         return blocks.data.contiguous()
     return torch.nn.functional.pad(blocks.data, (0, LANES - blocks.width))
 
 
 def unpadded(data: Tensor, blocks: Panel) -> Panel:
-    """What a kernel gave for ``padded(blocks)``, without the columns that were added."""
+    """The result of a kernel for ``padded(blocks)`` without the added columns."""
     return Panel(data[:, : blocks.width], blocks.rows)

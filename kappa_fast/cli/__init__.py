@@ -1,4 +1,4 @@
-"""The command line, ``kappa-fast`` or ``python -m kappa_fast``: one file for each command, ``outcome.py`` for all."""
+"""The command line, ``kappa-fast`` or ``python -m kappa_fast``, with one file for each command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..machine import signals as stops
 from . import compare, demo, export, plan, rank, report, select
 from .outcome import INTERRUPTED, TERMINATED
 
-# Plain text instead of typer's boxes: it survives logs and narrow terminals, and is there at once.
+# Plain text instead of typer's boxes stays readable in logs and narrow terminals, and loads faster.
 app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -61,5 +61,5 @@ def main() -> None:
             code = end.code
         except KeyboardInterrupt:
             code = INTERRUPTED
-    # Whatever became of the exception, and whatever was still done: it was told to end.
+    # A SIGTERM decides the exit code, even if a command has handled its exception.
     sys.exit(TERMINATED if stops.received(signal.SIGTERM) else code)

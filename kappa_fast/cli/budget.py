@@ -11,7 +11,7 @@ from .outcome import count_or_share
 
 
 class Unit(StrEnum):
-    """What is selected as a whole."""
+    """The units of a selection."""
 
     MATRIX = "matrix"
     EXPERT = "expert"
@@ -29,7 +29,7 @@ UnitOption = Annotated[Unit, typer.Option("--unit", help="What is selected as a 
 
 
 class By(StrEnum):
-    """What a summary has rows for."""
+    """The rows of a summary."""
 
     GROUP = "group"
     LAYER = "layer"
@@ -54,7 +54,7 @@ Excluding = Annotated[
 def given_options(
     per_group: bool, unit: Unit, fill: bool, include: list[str] | None, exclude: list[str] | None
 ) -> dict[str, Any]:
-    """The other options of ``Ranking.select``, without those that were left as they are."""
+    """The options of ``Ranking.select`` beside budgets, without those that have their default."""
     options: dict[str, Any] = {"per_group": per_group, "unit": unit.value, "fill": fill}
     options |= {"include": include or None, "exclude": exclude or None}
     usual = {"per_group": False, "unit": "matrix", "fill": False, "include": None, "exclude": None}

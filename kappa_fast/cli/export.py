@@ -1,4 +1,4 @@
-"""``kappa-fast export``: a ranking, or a selection, in the words of another program."""
+"""``kappa-fast export``: write a selection in the format of another program."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Format(StrEnum):
-    """What can be written."""
+    """The formats of the command."""
 
     AXOLOTL = "axolotl"
     MS_SWIFT = "ms-swift"
@@ -43,7 +43,7 @@ class Format(StrEnum):
     ESFT = "esft"
     NAMES = "names"
     REGEX = "regex"
-    LLAMA_FACTORY = "llama-factory"  # refused, with the reason
+    LLAMA_FACTORY = "llama-factory"  # export() refuses it and says why
 
 
 def export(
@@ -87,8 +87,8 @@ def _model(selection: Selection) -> nn.Module:
     model = described_by(selection.settings.get("source"))
     if model is None:
         raise OptionError(
-            f"--including {selection.include[0]} names parameters of the model, which nothing describes: it takes the "
-            "checkpoint where it was ranked, with its config.json, and transformers"
+            f"--including {selection.include[0]} names parameters of the model, whose config.json is not known: it "
+            "needs the checkpoint where it was ranked, with its config.json, and transformers"
         )
     return model
 

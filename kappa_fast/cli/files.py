@@ -1,4 +1,4 @@
-"""Rankings and selections that commands are given, with a word about what else a file may be."""
+"""The files of rankings that commands get as arguments, with an error that says what else a file is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_ranking(path: Path) -> Ranking:
     """The ranking in a file.
 
     Raises:
-        OptionError: it is a selection.  RankingFileError, SourceNotFoundError: as ``Ranking.from_json``.
+        OptionError: the file is a selection.  RankingFileError, SourceNotFoundError: see ``Ranking.from_json``.
     """
     from ..results import serialize
     from ..results.ranking import Ranking

@@ -1,4 +1,4 @@
-"""``kappa-fast rank`` under torchrun: the process group of its ranks, of which only the first prints and writes."""
+"""``kappa-fast rank`` under torchrun: the process group of the ranks, of which only the first prints and writes."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ class Launch:
 def by_torchrun(environment: Mapping[str, str]) -> bool:
     """Whether torchrun has started this process beside others.
 
-    Its own variable is asked for, not RANK and WORLD_SIZE alone: a cluster sets those for whatever is called there.
+    RANK and WORLD_SIZE are not enough, since a cluster may set them for any program: a variable of torchrun counts too.
     """
     return "TORCHELASTIC_RUN_ID" in environment and environment.get("WORLD_SIZE", "1") != "1"
 
 
 @contextmanager
 def launched(device: str | None, timeout: float | None, debug: bool) -> Iterator[Launch]:
-    """For the body of a command: the process group if torchrun has started it, gloo, or nccl where GPUs compute.
+    """A context for the body of a command, with a process group (gloo, or nccl for GPUs) if torchrun started it.
 
     Args:
         device: as for rank(). Without a number, or without a device, each rank takes the GPU of its local rank.
-        timeout: of the group in seconds; None for that of torch.
-        debug: every rank shows its own error, not only the first one those of all.
+        timeout: the timeout of the group in seconds; None for torch's default.
+        debug: every rank shows its own error; otherwise the first rank shows the errors of all.
 
     Raises:
-        OptionError: a timeout without torchrun, or one that is none.
-        typer.Exit: on another rank than the first, in place of an error that the first one prints.
+        OptionError: a timeout is given without torchrun, or is not valid.
+        typer.Exit: on other ranks than the first, instead of an error that the first rank prints.
     """
     if timeout is not None and not 1 <= timeout < 1e9:
         raise OptionError(f"--timeout {timeout:g}: give the seconds that a rank may be silent, 1 or more")
     if not by_torchrun(os.environ):
         if timeout is not None:
-            raise OptionError("--timeout is about the ranks that torchrun starts: leave it out, or use torchrun")
+            raise OptionError("--timeout needs the ranks that torchrun starts: leave it out, or use torchrun")
         yield Launch()
         return
     from datetime import timedelta
@@ -75,7 +75,7 @@ def launched(device: str | None, timeout: float | None, debug: bool) -> Iterator
                 raise
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            gone = isinstance(error, ProcessGroupError) and error.rank == 0  # and so may not be there to say it
+            gone = isinstance(error, ProcessGroupError) and error.rank == 0  # rank 0 may not be able to print the error
             if first or gone or debug or isinstance(error, typer.Exit):
                 raise
             raise typer.Exit(WRONG_USE if isinstance(error, OptionError) else FAILURE) from None
@@ -84,4 +84,4 @@ def launched(device: str | None, timeout: float | None, debug: bool) -> Iterator
 
 
 def _nowhere(*_: object, **__: object) -> None:
-    """What rank 0 warns of as well."""
+    """Drop a warning, which rank 0 prints as well."""

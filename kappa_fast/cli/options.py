@@ -1,4 +1,4 @@
-"""The options of a ranking, for the commands that rank and that plan it."""
+"""The options of a ranking, for the commands ``rank`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 
 class Certify(StrEnum):
-    """Which intervals are to be proven."""
+    """The intervals that have to be proven."""
 
     NO = "no"
     ALL = "all"
@@ -17,7 +17,7 @@ class Certify(StrEnum):
 
 
 class Fused(StrEnum):
-    """What becomes of fused projections."""
+    """The ways to rank fused projections."""
 
     SPLIT = "split"
     STORED = "stored"

@@ -1,4 +1,4 @@
-"""What every command does with success, failure, Ctrl-C, SIGTERM and a reader that went away."""
+"""The exit codes and messages of all commands after success, errors, Ctrl-C, SIGTERM and a closed pipe."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..results.interruption import Interrupted
 from ..texts import cleaned
 from .words import as_options
 
-# What transformers imports warns about extensions and enumerations that nothing here uses.
+# Packages that transformers imports warn about extensions and enumerations that kappa_fast does not use.
 _CHATTY = ("torchao", "torch.utils._pytree")
 FAILURE, WRONG_USE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-EXCEEDED, BROKEN, NOTHING = 3, 4, 5  # what a gate should not let pass, though the command did what it was told
+EXCEEDED, BROKEN, NOTHING = 3, 4, 5  # exit codes of commands that succeeded with a result that a gate should refuse
 
 
 class Stopped(KeyboardInterrupt):
@@ -35,7 +35,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def outcome(debug: bool, verbose: int = 0) -> Iterator[None]:
-    """Run the body of a command; whatever ends it becomes an exit code and at most one line on stderr.
+    """Run the body of a command; an exception becomes an exit code and at most one line on stderr.
 
     Warnings become a line each. ``verbose`` shows the log of kappa_fast (2: all of it), ``debug`` all of it and the
     traceback.
@@ -50,11 +50,11 @@ def outcome(debug: bool, verbose: int = 0) -> Iterator[None]:
         try:
             with stops.working():
                 yield
-                sys.stdout.flush()  # here, where a failure still has an exit code
+                sys.stdout.flush()  # a failure still gets an exit code here
         except typer.Exit:
             raise
         except BrokenPipeError:
-            _discard_output()  # `| head` has seen enough, and the work is done
+            _discard_output()  # the reader, such as `| head`, has closed the pipe
         except KeyboardInterrupt as stop:
             terminated = stops.received(signal.SIGTERM)
             word = "terminated" if terminated else "interrupted"
@@ -64,12 +64,12 @@ def outcome(debug: bool, verbose: int = 0) -> Iterator[None]:
             if debug:
                 traceback.print_exc()
             typer.echo(f"error: {_in_one_line(error)}", err=True)
-            _flush_or_discard_output()  # a full disk
+            _flush_or_discard_output()  # the disk may be full
             raise typer.Exit(WRONG_USE if isinstance(error, OptionError) else FAILURE) from None
 
 
 def use_threads(number: int | None) -> None:
-    """What ``--threads`` says."""
+    """Set the number of threads to that of ``--threads``."""
     if number is not None:
         import torch
 
@@ -77,10 +77,10 @@ def use_threads(number: int | None) -> None:
 
 
 def count_or_share(text: str, option: str) -> int | float:
-    """What an option says that takes a count ("10") or a share ("0.2").
+    """The value of an option that takes a count ("10") or a share ("0.2").
 
     Raises:
-        OptionError: it is neither.
+        OptionError: the text is neither.
     """
     for read in (int, float):
         try:
@@ -102,7 +102,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 class _Cleaned(logging.Formatter):
-    """Lines of the log quote names too."""
+    """Cleans the lines of the log, which quote names from untrusted files."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return cleaned(super().formatMessage(record))
@@ -136,7 +136,7 @@ def _flush_or_discard_output() -> None:
 
 
 def _discard_output() -> None:
-    # What is left in the buffer would raise once more when the interpreter closes the stream.
+    # Output that is left in the buffer would raise again when the interpreter closes the stream.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -1,4 +1,4 @@
-"""What commands write where: a table on stdout, JSON and CSV to files or, as ``-``, to stdout in its place."""
+"""The output of commands: a table on stdout, JSON and CSV to files or, for ``-``, to stdout instead of the table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .words import as_options
 if TYPE_CHECKING:
     from ..execution.progress import Progress
 
-EVERY = 30.0  # seconds between lines about the progress, where stderr is no terminal
+EVERY = 30.0  # seconds between lines about the progress, if stderr is not a terminal
 
 Json = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write the result as JSON to this file, or to stdout (-).")
@@ -37,14 +37,14 @@ Threads = Annotated[int | None, typer.Option(min=1, help="How many threads compu
 
 
 class Shown(Protocol):
-    """What prints on a terminal of any width."""
+    """A table that can be printed at any width."""
 
     def to_text(self, width: int = 100) -> str:
-        """As plain text."""
+        """The table as plain text."""
 
 
 class Output:
-    """The results of one command, and where they go."""
+    """The destinations of the results of one command."""
 
     def __init__(
         self,
@@ -55,12 +55,13 @@ class Output:
         quiet: bool = False,
         taken: Sequence[Path] = (),
     ) -> None:
-        """Find out now, not after an hour of work, that a file cannot be written.
+        """Check that the files can be written, before an hour of work.
 
-        what: what the JSON holds, in a word.  taken: files that must not be written over.
+        what: the content of the JSON, in a word.  taken: files that must not be overwritten.
 
         Raises:
-            OptionError: a name is none of a file, or both go to stdout.  RankingFileError: nothing can be written.
+            OptionError: a path is not the name of a file, or both go to stdout.
+            RankingFileError: a file cannot be written.
         """
         self._json, self._csv = json, csv
         to_stdout = [path for path in (json, csv) if path is not None and str(path) == "-"]
@@ -77,7 +78,7 @@ class Output:
             raise OptionError(f"--json and --csv are both {json}: give them different names")
 
     def write_json(self, write: Callable[[Path], None], document: Callable[[], Mapping[str, Any]]) -> None:
-        """By ``write`` to the file, or the same document to stdout."""
+        """Write JSON with ``write`` to the file, or the same document to stdout."""
         from ..results import serialize
 
         if self._json is not None and str(self._json) == "-":
@@ -86,7 +87,7 @@ class Output:
             write(self._json)
 
     def write_csv(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """With a line of headers, those of the first row."""
+        """Write CSV with a line of headers, which are the keys of the first row."""
         from ..results import serialize
 
         if self._csv is None:
@@ -98,7 +99,7 @@ class Output:
             serialize.write_text(self._csv, text)
 
     def show(self, table: Shown) -> None:
-        """On a terminal fitted to it; elsewhere, for grep and awk, no name is shortened."""
+        """Print a table, on a terminal fitted to its width; elsewhere no name is shortened, for grep and awk."""
         if self._silent:
             return
         if sys.stdout.isatty():
@@ -112,12 +113,12 @@ class Output:
             typer.echo(as_options(table.to_text(10_000)))
 
     def say(self, line: str) -> None:
-        """A line below the table."""
+        """Print a line below the table."""
         if not self._silent:
             typer.echo(as_options(printable(line)))
 
     def say_where(self) -> None:
-        """Which files were written."""
+        """Print the names of the files that were written."""
         for path in (self._json, self._csv):
             if path is not None and str(path) != "-":
                 self.say(f"written to {path}")
@@ -136,17 +137,17 @@ def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def check_writable(path: Path, option: str = "--json", what: str = "ranking") -> None:
-    """Find out now, not after an hour of work, that the result cannot be written (it replaces the file at once).
+    """Check that the result can be written, before an hour of work; it will replace an old file at once.
 
     Raises:
-        OptionError: it is no name of a file.  RankingFileError: nothing can be written there.
+        OptionError: the path is not the name of a file.  RankingFileError: the file cannot be written.
     """
     target = Path(os.path.realpath(path))
     if os.path.exists(target) and not os.path.isfile(target):
         raise OptionError(f"{option} {path}: give the name of a file to write the {what} to, or - for stdout")
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.lstat(target)  # a name may be too long for any file
+            os.lstat(target)  # raises if the name is too long
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
@@ -156,7 +157,7 @@ def check_writable(path: Path, option: str = "--json", what: str = "ranking") ->
 
 
 def progress_option(progress: bool | None, quiet: bool) -> bool | Callable[[Progress], None] | None:
-    """The option ``progress`` of rank(): where stderr is no terminal, a plain line every half minute."""
+    """The option ``progress`` of rank(): if stderr is not a terminal, a plain line every half minute."""
     if quiet and progress is None:
         return False
     if progress is None and not (sys.stderr is not None and sys.stderr.isatty()):
@@ -165,7 +166,7 @@ def progress_option(progress: bool | None, quiet: bool) -> bool | Callable[[Prog
 
 
 class Lines:
-    """A line on stderr every so often, for logs of jobs that run for hours."""
+    """Prints a line on stderr every ``every`` seconds, for logs of jobs that run for hours."""
 
     def __init__(self, every: float = EVERY) -> None:
         self._every, self._last = every, time.monotonic()

@@ -1,4 +1,4 @@
-"""``kappa-fast plan PATH``: what ranking a checkpoint would take, from its headers."""
+"""``kappa-fast plan PATH``: predict the work, memory and time of ranking a checkpoint from its headers."""
 
 from __future__ import annotations
 

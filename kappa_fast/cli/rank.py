@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..results.ranking import Ranking
 
 
-MOST_REASONS = 8  # lines of the summary
+MOST_REASONS = 8  # lines with reasons for skipped parameters
 
 
 def rank(
@@ -83,13 +83,13 @@ def rank(
     """
     with outcome(debug, verbose), launched(device, timeout, debug) as launch:
         if relative and (json is None or str(json) == "-"):
-            raise OptionError("--relative is about the --json FILE: give one")
+            raise OptionError("--relative needs --json FILE, in which it changes the path: give one")
         json, csv = (json, csv) if launch.prints else (None, None)
         count = None if top is None else count_or_share(top, "--top")
         output = Output("ranking", json, csv, quiet=quiet)
         use_threads(threads)
         directory = None if cache_dir is None else _directory(cache_dir)
-        from ..pipeline import rank as rank_weights  # torch takes a second: not before everything else is checked
+        from ..pipeline import rank as rank_weights  # loads torch, which takes a second, after all other checks
 
         try:
             ranking = rank_weights(
@@ -130,7 +130,7 @@ def rank(
 
 
 def _judge(ranking: Ranking) -> None:
-    """What a gate should not let pass has an exit code of its own."""
+    """Exit with a code of its own for a result that a gate should refuse."""
     broken = [entry.key for entry in ranking if entry.status == "non_finite"]
     if broken:
         typer.echo(f"warning: NaN or inf in {len(broken)} matrices, {printable(broken[0])!r} among them", err=True)
@@ -141,19 +141,19 @@ def _judge(ranking: Ranking) -> None:
 
 
 def _directory(text: str) -> Path:
-    """What ``--cache-dir`` says; the empty one would be the directory that one is in."""
+    """The directory of ``--cache-dir``; an empty text is refused, since it would mean the current directory."""
     try:
-        path = Path(text).expanduser()  # what was quoted comes as it is
+        path = Path(text).expanduser()  # the shell does not expand "~" in quotes
         usable = bool(text) and (path.is_dir() or not os.path.lexists(path.resolve()))
     except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a user that there is not
         usable = False
     if not usable:
-        raise OptionError(f"--cache-dir {text!r} is no directory: give the path of one, it is made if need be")
+        raise OptionError(f"--cache-dir {text!r} is not a directory: give the path of one, which need not exist yet")
     return path
 
 
 def summary(ranking: Ranking, rtol: float) -> list[str]:
-    """What the table does not say: how well and how fast it was ranked, and what was left out for which reasons."""
+    """The lines below the table: how many intervals reached ``rtol``, the time, and the reasons for skipping."""
     status = Counter[str](entry.status for entry in ranking)
     reached = sum(entry.status == "ok" and (entry.upper - entry.lower) / 2 <= rtol * entry.kappa for entry in ranking)
     parts = [f"{reached} of {status['ok']} intervals within rtol {rtol:g}"]
@@ -177,7 +177,7 @@ def summary(ranking: Ranking, rtol: float) -> list[str]:
 
 
 def _kept(stop: Interrupted, json: Path | None, relative: bool) -> Stopped:
-    """What the command ends with: the same interruption, with what became of the partial ranking."""
+    """The exception that ends the command: the interruption, with a message about the partial ranking."""
     again = "; the same command goes on from there" if stop.resumable else ""
     if json is None:
         return Stopped(stop.state + (again or "; --json FILE would have kept them"))

@@ -1,4 +1,4 @@
-"""``kappa-fast report``: a ranking as a page to look at, and as a picture."""
+"""``kappa-fast report``: write a ranking as an HTML page and as a picture."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def report(
 
         ranking = Ranking.from_json(path)
         selection = ranking.select(**budget, **options) if budget else None
-        if plot is not None:  # first, because more can be wrong with it
+        if plot is not None:  # first, because it can fail for more reasons
             ranking.plot(plot, selection=selection)
         ranking.to_html(page, selection=selection)
         for target in () if quiet else targets:
@@ -82,7 +82,7 @@ def report(
 
 
 def _check_targets(path: Path, targets: list[Path]) -> None:
-    """No file may take the place of another one."""
+    """Raises OptionError if one file would overwrite another."""
     known = [os.path.realpath(path)]
     for target in targets:
         if os.path.realpath(target) in known:

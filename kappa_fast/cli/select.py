@@ -1,4 +1,4 @@
-"""``kappa-fast select RANKING.json``: the matrices that a budget takes, as a selection to keep."""
+"""``kappa-fast select RANKING.json``: select the matrices that a budget takes, and write the selection."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def select(
 
 
 def lines_of(selection: Selection) -> list[str]:
-    """What a selection took, and whether that is certain."""
+    """The lines about a selection, the last of which says whether the cut is certain."""
     low, high = selection.kappa_range
     lines = [f"{len(selection):,} matrices of {len(selection.names):,} parameters, kappa {low:.4g} to {high:.4g}"]
     lines += [selection.describe()] if all(entry.numel for entry in selection) else []
@@ -114,5 +114,5 @@ class _Chosen:
             yield table.rows_alone(options.max_width)
 
     def to_text(self, width: int = 100) -> str:
-        """As plain text."""
+        """The table as plain text."""
         return to_plain_text(self, width)

@@ -1,10 +1,10 @@
-"""Messages of the library in the words of the command line: ``top=5`` is ``--top 5`` there."""
+"""The translation of the library's messages for the command line, where ``top=5`` is ``--top 5``."""
 
 from __future__ import annotations
 
 import re
 
-# Options that rank, plan and select have in both.
+# The options of rank, plan and select that have the same names in Python and on the command line.
 _NAMES = (
     *("top", "top_per_group", "rtol", "certify", "include", "exclude", "embeddings", "routers", "fused", "min_dim"),
     *("max_dim", "device", "backend", "memory_budget", "num_tensors", "top_p", "max_kappa", "max_params", "per_group"),
@@ -19,7 +19,7 @@ _REMOVED = (" (ranking.skipped says why)", " (see .partial)")
 
 
 def as_options(text: str) -> str:
-    """The text with options of Python as options of the command line."""
+    """The text with options of Python written as options of the command line."""
     for words in _REMOVED:
         text = text.replace(words, "")
     text = _CALL.sub(lambda found: f"--{found['name']} {found['inside']}".rstrip(), text)

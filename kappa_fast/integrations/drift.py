@@ -1,4 +1,4 @@
-"""How kappa moves while transformers' Trainer trains: rankings every so many steps, and their figures in its log."""
+"""A callback for transformers' Trainer that ranks the model every few steps and logs how kappa moves."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ KINDS = ("trained", "frozen")
 
 
 class KappaDriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Ranks the model before training and every so many steps, and writes how kappa moves into the Trainer's log.
+    """Ranks the model before training and every ``rerank_every`` steps, and logs how kappa moves in the Trainer's log.
 
-    It trains and freezes nothing, so it goes with any training: of all weights, with LoRA and other adapters of PEFT
-    (whose effect is measured, ``adapters="merged"``), or of a selection that something else applied.
+    The callback neither trains nor freezes anything, so it fits any training: of all weights, of LoRA and other
+    adapters of PEFT (whose effect is measured, ``adapters="merged"``), or of a selection.
 
         Trainer(..., callbacks=[KappaDriftCallback(rerank_every=500)])
 
@@ -56,7 +56,7 @@ class KappaDriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             the largest relative change of kappa since the beginning.
 
     Raises:
-        OptionError: an option cannot work.  on_init_end: there is no model yet, or it is sharded.
+        OptionError: an option is not valid.  on_init_end: the Trainer has no model yet, or the model is sharded.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class KappaDriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._rank_first(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
-        """Write what kappa is at the beginning into the log."""
+        """Write the first figures into the log."""
         self._log_first(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -101,7 +101,7 @@ class KappaDriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         return self._every is not None and state.global_step % self._every == 0 and self._model is not None
 
     def _trained(self, entries: Iterable[TensorKappa]) -> Collection[str]:
-        """The keys of matrices that train, or that have adapters that do."""
+        """The keys of matrices that train, or whose adapters train."""
         assert self._model is not None
         owners = {
             _module_name(name.rpartition(".")[0]) for name, p in self._model.named_parameters() if p.requires_grad
@@ -137,19 +137,21 @@ class KappaDriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def check_rank_options(options: Mapping[str, Any]) -> None:
-    """Raises OptionError where these cannot be options of rank(), so that nobody learns it after the work."""
+    """Raises OptionError if these are not valid options of rank(), before any work is done."""
     known = [name for name in inspect.signature(rank).parameters if name not in ("source", "process_group")]
     unknown = next((name for name in options if name not in known), None)
     if unknown is not None:
-        raise OptionError(f"rank_options has {unknown!r}, which is no option of rank(): there are {', '.join(known)}")
+        raise OptionError(
+            f"rank_options has {unknown!r}, which is not an option of rank(): the options are {', '.join(known)}"
+        )
     Options(**{f.name: options[f.name] for f in fields(Options) if f.init and f.name in options})
 
 
 def ranked(model: nn.Module, options: Mapping[str, Any]) -> Ranking:
-    """rank() of a model on its way through the Trainer; of one with adapters what both together compute.
+    """rank() for a model of the Trainer; weights with adapters are ranked as the merged weights.
 
     Raises:
-        OptionError: it is sharded.
+        OptionError: the model is sharded.
     """
     sharded = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
     if sharded is not None:
@@ -162,7 +164,7 @@ def ranked(model: nn.Module, options: Mapping[str, Any]) -> Ranking:
 
 
 def write_log(args: Any, state: Any, control: Any, figures: Mapping[str, float]) -> None:
-    """Figures as Trainer.log writes them: into log_history, and to every callback that reports."""
+    """Write figures as Trainer.log does: into log_history, and to every callback that reports."""
     finite = {key: value for key, value in figures.items() if math.isfinite(value)}
     if not finite:
         return
@@ -171,13 +173,13 @@ def write_log(args: Any, state: Any, control: Any, figures: Mapping[str, float])
     state.log_history.append({**finite, "step": state.global_step})
     handler = _handler()
     if handler is not None:
-        due = control.should_log  # on_log takes it for done
+        due = control.should_log  # on_log resets this flag
         handler.on_log(args, state, control, finite)
         control.should_log = due
 
 
 def _handler() -> Any:
-    """The CallbackHandler that is calling; the Trainer gives callbacks neither it nor itself."""
+    """The CallbackHandler on the call stack, since the Trainer does not pass it to callbacks."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         found = frame.f_locals.get("self")
@@ -188,7 +190,7 @@ def _handler() -> Any:
 
 
 def _module_name(name: str) -> str:
-    """Of a module; what PEFT puts inside of a layer belongs to the layer."""
+    """The name of the module of a parameter; modules that PEFT puts into a layer count as the layer."""
     from ..results.names import plain_name
 
     words = plain_name(f"{name}.weight").split(".")[:-1]
@@ -207,7 +209,7 @@ def _medians(ranking: Ranking, trained: Collection[str]) -> dict[str, float]:
 
 
 def _drift(start: Mapping[str, float], now: Ranking, trained: Collection[str]) -> dict[str, dict[str, float]]:
-    """The relative change of kappa of what is trained and of what is not."""
+    """The relative changes of kappa of trained and of frozen matrices."""
     changes: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for entry in now:
         first = start.get(entry.key, math.nan)

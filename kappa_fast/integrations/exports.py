@@ -1,4 +1,4 @@
-"""A selection in the words of other programs; what a format cannot say is an error that names what it can."""
+"""The formats of Selection.export(): a selection in the formats of other programs, or an error with advice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TRAINERS = ("axolotl", "ms-swift", "spectrum", "esft")  # whose models have the names of transformers
 FORMATS = (*TRAINERS, "names", "regex")
-# All parts of a fused projection; together they are the whole of it. Of qkv, k and v alone are not.
+# All parts of a fused projection, which together are the whole tensor.
 _COMPLETE = ({"gate", "up"}, {"q", "k", "v"})
 _DATA_PARALLEL = re.compile("DataParallel$")  # classes that put a module "module." around a model
 _PEFT = "base_model.model."
@@ -56,13 +56,13 @@ def export(selection: Selection, kind: str, model: nn.Module | None = None) -> s
 
 
 def _check_names(names: list[str], selection: Selection) -> None:
-    """Of a ranking of a checkpoint: the names must be those of parameters of the model that its config describes.
+    """Check that the model that a checkpoint's config describes has parameters with these names.
 
     Raises:
-        OptionError: none is.
+        OptionError: it has none of them.
 
     Warns:
-        UserWarning: some are not.
+        UserWarning: it lacks some of them.
     """
     from ..matching.checkpoint_names import described_by
 
@@ -89,7 +89,7 @@ def _check_names(names: list[str], selection: Selection) -> None:
 
 
 def refuse_names_of_gguf(selection: Selection) -> None:
-    """Raise OptionError for names of a GGUF file: no trainer knows them, and only a model translates them."""
+    """Raises OptionError for names of a GGUF file, which no trainer knows and which only a model can translate."""
     if is_from_gguf(selection):
         raise OptionError(
             "the names of this selection are llama.cpp's, since a GGUF file was ranked: give the model that is to be "
@@ -100,7 +100,7 @@ def refuse_names_of_gguf(selection: Selection) -> None:
 def _axolotl(selection: Selection, model: nn.Module | None) -> str:
     """``unfrozen_parameters`` of an Axolotl configuration, YAML.
 
-    Axolotl makes every dot literal itself and takes an optional range of the first dimension behind the ``$``.
+    Axolotl escapes every dot itself, and reads an optional range of the first dimension after the ``$``.
     """
     lines = ["# kappa_fast: " + _origin(selection), "unfrozen_parameters:"]
     ranged = False
@@ -120,7 +120,7 @@ def _axolotl(selection: Selection, model: nn.Module | None) -> str:
 
 
 def _ms_swift(selection: Selection, model: nn.Module | None) -> str:
-    """Arguments of ``swift sft`` for a POSIX shell; names would match all that begins with them, so it is a pattern."""
+    """Arguments of ``swift sft`` for a POSIX shell: a pattern, since a name would match all longer names too."""
     pattern = shlex.quote(_pattern(selection, model, "ms-swift"))
     return f"--freeze_parameters_ratio 1.0 --trainable_parameters_regex {pattern}\n"
 
@@ -140,11 +140,11 @@ def _pattern(selection: Selection, model: nn.Module | None, what: str) -> str:
 
 
 def _unwrapped(names: list[str]) -> list[str]:
-    """The same names, if a line can hold each.
+    """The same names, after a check that each can be a line of text.
 
     Raises:
-        OptionError: one is empty, begins or ends with a space, or holds a line break or what else is no visible
-            character: whoever reads lines would read other names.
+        OptionError: a name is empty, begins or ends with a space, or holds a line break or an invisible character, so
+            that readers of lines would read another name.
     """
     for name in names:
         if not name or name != name.strip() or not name.isprintable():
@@ -156,7 +156,7 @@ def _unwrapped(names: list[str]) -> list[str]:
 
 
 def _spectrum(selection: Selection, model: nn.Module | None) -> str:
-    """Spectrum's results: its ``snr``, highest first, is 1 / kappa here, so that its choice is the lowest kappa."""
+    """Spectrum's results with 1 / kappa as ``snr``: Spectrum takes the highest, and so the lowest kappa."""
     found = {}
     kappas = _kappas(selection, model)
     for name in _whole(selection, model, "Spectrum's JSON"):
@@ -168,7 +168,7 @@ def _spectrum(selection: Selection, model: nn.Module | None) -> str:
 
 
 def _kappas(selection: Selection, model: nn.Module | None) -> dict[str, list[float]]:
-    """By name of a parameter, of what selected it; what a pattern brought in has none."""
+    """By name of a parameter the kappas of its selected matrices; a parameter that a pattern added has none."""
     if model is not None:
         from ..matching.names import match
 
@@ -181,7 +181,7 @@ def _kappas(selection: Selection, model: nn.Module | None) -> dict[str, list[flo
 
 
 def _called(selection: Selection) -> dict[str, str]:
-    """By their names in the ranking, what trainers call the parameters: without compile, DDP and PEFT around them."""
+    """By names of the ranking the names that trainers use: without the words of compile, DDP and PEFT."""
     source = selection.settings.get("source")
     wrapper = source.get("class") if isinstance(source, Mapping) else None
     leading = (*LEADING, _PEFT) if _DATA_PARALLEL.search(str(wrapper)) else (_PEFT,)
@@ -199,7 +199,9 @@ def _esft(selection: Selection, model: nn.Module | None) -> str:
             advice = r"rank with include=r'\.experts\b', and select with unit='expert'"
             if selection.include:
                 advice = f"select without including({selection.include[0]!r})"
-            raise OptionError(f"ESFT's configuration names experts only, and {entry.key!r} is none: {advice}")
+            raise OptionError(
+                f"ESFT's configuration names experts only, and {entry.key!r} is not in an expert: {advice}"
+            )
         experts.setdefault(str(layer), set()).add(int(expert.rpartition("[")[2].rstrip("]")))
     # ESFT looks up every layer that has experts, also those of which none is trained.
     layers = {layer_of(name) for name, _ in model.named_parameters()} if model is not None else set(map(int, experts))
@@ -224,7 +226,7 @@ _WRITERS: dict[str, Callable[[Any, Any], str]] = {
 
 
 def _pieces(selection: Selection, model: nn.Module | None) -> Mapping[str, tuple[Index, ...]]:
-    """By name of a parameter, what of it is selected; ``((),)`` for all."""
+    """By name of a parameter the indices of its selected parts; ``((),)`` for the whole."""
     if model is not None:
         from ..matching.names import match
 
@@ -236,12 +238,12 @@ def _pieces(selection: Selection, model: nn.Module | None) -> Mapping[str, tuple
     computed = (selection.settings.get("source") or {}).get("computed") or {}
     if parts := next((computed[entry.name] for entry in selection.entries if entry.name in computed), None):
         raise OptionError(
-            f"the model computes a selected weight from {', '.join(map(repr, parts))}, which is what trains: give the "
-            "model as model= (in Python), to have the names of these"
+            f"the model computes a selected weight from {', '.join(map(repr, parts))}, and these train: give the model "
+            "as model= (in Python), to export their names"
         )
     found: dict[str, dict[Index, set[str]]] = {}
     for entry in selection.entries:
-        # What a part of an expert, or of a fused projection, belongs to; a whole needs all of its parts.
+        # Parts by the expert or fused projection that they belong to, which is selected if all of its parts are.
         home: Index = entry.index[:1] if entry.index and isinstance(entry.index[0], int) else ()
         part = entry.part.rpartition(".")[2] if len(entry.index) > len(home) else ""
         found.setdefault(called[entry.name], {}).setdefault(home, set()).add(part)
@@ -251,7 +253,7 @@ def _pieces(selection: Selection, model: nn.Module | None) -> Mapping[str, tuple
             if not (complete or whole_parameters):
                 number = f" of expert {home[0]}" if home else ""
                 raise OptionError(
-                    f"only {' and '.join(sorted(parts))}{number} of {name!r} is selected, and this cannot say so: "
+                    f"only {' and '.join(sorted(parts))}{number} of {name!r} is selected, which no export can express: "
                     f"select with unit={'expert' if home else 'parameter'!r}"
                 )
     return {
@@ -261,16 +263,16 @@ def _pieces(selection: Selection, model: nn.Module | None) -> Mapping[str, tuple
 
 
 def _whole(selection: Selection, model: nn.Module | None, what: str) -> list[str]:
-    """Names of parameters that are selected whole, and nothing else is."""
+    """The names of the selected parameters, all of which must be selected as a whole."""
     pieces = _pieces(selection, model)
     partial = next((name for name, indices in pieces.items() if indices != ((),)), None)
     if partial is not None:
-        raise OptionError(f"{partial!r} is selected in part, which {what} cannot say: select with unit='parameter'")
+        raise OptionError(f"{partial!r} is selected in part, which {what} cannot express: select with unit='parameter'")
     return list(pieces)
 
 
 def _rows(name: str, index: Index) -> tuple[int, int] | None:
-    """First and one past the last row along the first dimension; None for all."""
+    """The range [first, stop) along the first dimension that an index selects; None for the whole."""
     if not index:
         return None
     first = index[0]
@@ -278,7 +280,7 @@ def _rows(name: str, index: Index) -> tuple[int, int] | None:
     step = None if isinstance(first, int) else first.step
     if len(index) > 1 or step not in (None, 1):
         raise OptionError(
-            f"a part of {name!r} is selected that is no range of its first dimension, and Axolotl knows no other: "
+            f"the selected part of {name!r} is not a range of its first dimension, as Axolotl needs it: "
             "select with unit='expert'"
         )
     return rows

@@ -1,7 +1,7 @@
-"""The numbers of PEFT's selector and of the reference implementation, for their own candidates, in exact order.
+"""The condition numbers of the candidates of PEFT's selector and of the reference implementation, in exact order.
 
-Both take S[0] / S[-1] of stored tensors as they are. Here the numbers come from rank(), and where two intervals leave
-open which is smaller, from a float64 SVD.
+Both compute S[0] / S[-1] of stored tensors. Here rank() gives the numbers, and a float64 SVD those whose intervals
+overlap.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RTOL = 1e-4  # tight enough that few neighbours overlap; a float64 SVD of one co
 
 @dataclass
 class _Number:
-    """A value with the interval that holds it."""
+    """A number and the interval that holds the exact one."""
 
     low: float
     value: float
@@ -37,11 +37,11 @@ def condition_numbers(
 ) -> dict[str, float]:
     """sigma_max / (sigma_min + epsilon) for 2-D tensors, and its ``mean`` over the matrices of stacks (ndim 3).
 
-    Tensors of more dimensions are flattened to (rows, the rest). Values whose order is not certain at RTOL are exact
-    to float64, so sorting the result gives the order of the exact values. In the order of ``tensors``; those with a
-    side above ``max_dim`` are left out, and a nan or inf in a tensor makes its number nan.
+    Tensors of more dimensions are flattened to (rows, all other dimensions). Values whose order is not certain at RTOL
+    are exact to float64, so sorting the result gives the order of the exact values. The result has the order of
+    ``tensors``, without those that have a side above ``max_dim``; a nan or inf in a tensor makes its number nan.
     """
-    # Numbers for names: no filter of rank() is to know an embedding, a router or an adapter by its name here.
+    # Numbers as names, so that rank() does not filter embeddings, routers and adapters by their names.
     matrices = {
         f"tensor{i}": t.detach() if t.ndim <= 3 else t.detach().flatten(1) for i, t in enumerate(tensors.values())
     }
@@ -76,7 +76,7 @@ def _number(entry: TensorKappa, epsilon: float) -> _Number:
         inverse = (0.0 if math.isinf(kappa) else 1 / kappa) + epsilon / sigma_max
         return 1 / inverse if inverse else math.inf
 
-    # sigma_max is measured from below, to within RTOL.
+    # sigma_max is a lower bound within RTOL.
     lower, upper = max(entry.lower, 1.0), entry.upper
     return _Number(
         value(lower, entry.sigma_max), value(entry.kappa, entry.sigma_max), value(upper, entry.sigma_max * (1 + RTOL))
@@ -93,7 +93,7 @@ def _mean(numbers: Sequence[_Number], mean: Callable[[Sequence[float]], float]) 
 
 
 def _uncertain(found: Mapping[str, _Number]) -> list[str]:
-    """Those whose interval meets another's."""
+    """The names whose interval overlaps another one."""
     order = sorted((key for key, n in found.items() if not math.isnan(n.value)), key=lambda key: found[key].low)
     uncertain: dict[str, None] = {}
     reach, holder = -math.inf, ""

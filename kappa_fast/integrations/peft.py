@@ -1,4 +1,4 @@
-"""PEFT: a LoraConfig for a selection, and drop-ins for PEFT's own selector."""
+"""PEFT: a LoraConfig for a selection, and replacements of PEFT's own selector."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .originals import condition_numbers
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# Modules that PEFT takes for projections of experts as they were before transformers fused them.
+# PEFT treats modules of these names as projections of experts, which transformers has fused since.
 _UNCALLED = "NonDynamicallyQuantizableLinear"  # torch's own word for the out_proj of nn.MultiheadAttention
 RENAMED = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
@@ -35,17 +35,17 @@ def lora_config(
 ) -> LoraConfig:
     """A ``peft.LoraConfig`` that adapts exactly the selected matrices.
 
-    Weights of modules become ``target_modules`` (one expression that matches their full names and no others), stacks of
-    experts ``target_parameters``, which adapt every expert of a tensor.
+    Weights of modules become ``target_modules`` (one expression that matches only their full names), stacks of experts
+    become ``target_parameters``, which adapt every expert of a tensor.
 
     Args:
-        partial: what to do about a tensor that is selected in part: "error", or "widen" to adapt all of it.
-        model: whose names to use, where they differ from those of the ranking; ``including`` needs it, and puts the
-            modules it names into ``modules_to_save``.
-        options: for LoraConfig, such as r, lora_alpha, rank_pattern.
+        partial: "error" refuses a tensor that is selected in part, "widen" adapts all of it.
+        model: the model whose names are used, if they differ from those of the ranking; ``including`` needs the model,
+            and puts the modules that it names into ``modules_to_save``.
+        options: options of LoraConfig, such as r, lora_alpha, rank_pattern.
 
     Raises:
-        OptionError: the selection is empty or finer than PEFT can adapt; the options do not go with it.
+        OptionError: the selection is empty or finer than PEFT can adapt, or an option contradicts it.
         MissingExtraError: peft is not installed.
     """
     try:
@@ -54,7 +54,7 @@ def lora_config(
         raise missing_extra("peft", "peft", "lora_config()") from error
     clash = {"target_modules", "target_parameters"} & set(options)
     if clash:
-        raise OptionError(f"{sorted(clash)[0]} is what the selection says: leave it out")
+        raise OptionError(f"the selection decides {sorted(clash)[0]}: leave this option out")
     if partial not in ("error", "widen"):
         raise OptionError(f"partial={partial!r}: give 'error' or 'widen'")
     modules, parameters, saved = _targets(selection, model, partial)
@@ -67,9 +67,9 @@ def lora_config(
         options["modules_to_save"] = [*(options.get("modules_to_save") or []), *saved]
     if parameters and options.get("lora_dropout"):
         raise OptionError(
-            f"PEFT has no dropout for target_parameters, and {parameters[0]!r} is one: leave lora_dropout out"
+            f"PEFT has no dropout for target_parameters, such as {parameters[0]!r}: leave lora_dropout out"
         )
-    # PEFT takes an expression apart for models that it converts, and names in a list as endings for the others.
+    # For models that it converts PEFT splits an expression, so they get a list; for others it reads names as endings.
     converted = _is_converted(selection, model)
     options["target_modules"] = modules if converted else "|".join(re.escape(name) for name in modules) or []
     if parameters:
@@ -78,7 +78,7 @@ def lora_config(
 
 
 def _refuse_uncalled(selection: Selection, model: nn.Module | None, modules: list[str]) -> None:
-    """Raise OptionError for layers that are not called where their weight is used: an adapter there never trains."""
+    """Raises OptionError for layers that the model never calls, since adapters of these never train."""
     source: Mapping[str, Any] = selection.settings.get("source") or {}
     uncalled = {plain_name(name).removesuffix(".weight") for name in source.get("read_directly", ())}
     if model is not None:
@@ -96,7 +96,7 @@ def _refuse_uncalled(selection: Selection, model: nn.Module | None, modules: lis
 
 
 def _is_converted(selection: Selection, model: nn.Module | None) -> bool:
-    """Whether PEFT rewrites configurations for this kind of model, as it does where transformers fused the experts."""
+    """Whether PEFT rewrites configurations for this kind of model, since transformers has fused its experts."""
     source: Mapping[str, Any] = selection.settings.get("source") or {}
     kind = getattr(getattr(model, "config", None), "model_type", None) or source.get("model_type")
     if not isinstance(kind, str):
@@ -109,10 +109,10 @@ def _is_converted(selection: Selection, model: nn.Module | None) -> bool:
 
 
 def _apart(selection: Selection, model: nn.Module | None, modules: list[str]) -> tuple[list[str], list[str]]:
-    """Modules, and weights of modules that PEFT must be given as parameters.
+    """Split modules into those for target_modules, and those whose weights PEFT must get as target_parameters.
 
-    For models whose experts are fused PEFT takes every module called ``down_proj`` for the fused tensor of that name,
-    and would adapt all experts of all layers.
+    For models with fused experts PEFT takes every module called ``down_proj`` for the fused tensor of that name, and
+    would adapt all experts of all layers.
     """
     if not _is_converted(selection, model):
         return modules, []
@@ -142,7 +142,7 @@ Found = Mapping[str, tuple[tuple[Index, ...], bool]]
 
 
 def _parameters(selection: Selection, model: nn.Module | None) -> tuple[Found, list[str]]:
-    """By name what is selected of it and whether it is a stack of matrices; and what patterns brought in."""
+    """By name of a parameter the selected parts and whether it is a stack of matrices; and names that patterns add."""
     if model is not None:
         from ..matching.names import match
 
@@ -166,16 +166,16 @@ def _parameters(selection: Selection, model: nn.Module | None) -> tuple[Found, l
 
 
 def _is_stack(entries: Sequence[TensorKappa]) -> bool:
-    """Whether these are matrices of a stack: an expert is indexed by its number."""
+    """Whether the entries are matrices of a stack, in which the index of an expert is its number."""
     return any(entry.index and isinstance(entry.index[0], int) for entry in entries)
 
 
 class KappaTuneSelector:
-    """``peft.helpers.KappaTuneSelector`` with the same candidates, arguments and answers, by rank().
+    """``peft.helpers.KappaTuneSelector`` by rank(), with the same candidates, arguments and results.
 
-    Candidates are the weights of nn.Linear modules and 3-D parameters with a known suffix, whose number is the mean
-    over their matrices. Numbers that are too close to tell apart are computed exactly, so that the order is that of the
-    exact values; float32, which PEFT uses, cannot tell those of nearly singular matrices.
+    Candidates are the weights of nn.Linear modules, and 3-D parameters with a known suffix, whose number is the mean
+    over their matrices. Numbers that are too close to each other are computed exactly, so that the order is that of the
+    exact values; PEFT uses float32, which cannot order nearly singular matrices.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
-"""The reference implementation's names and signatures, for code that was written for it: change the import.
+"""The names and signatures of the reference implementation, so that code for it only has to change the import.
 
-``SelectiveFineTuningOptimizer`` is a real optimizer of the base class here, so schedulers, gradient scaling, accelerate
-and checkpoints work with it; bfloat16 models and fused experts are ranked, and its file of condition numbers is read
-and written.
+Here ``SelectiveFineTuningOptimizer`` is an optimizer of the base class, so schedulers, gradient scaling, accelerate and
+checkpoints work with it. It ranks bfloat16 models and fused experts too, and reads and writes the same file.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ LARGEST_FOR_LORA = 16384  # a larger side is not analyzed for LoRA, as in the or
 
 
 class _Built(type):
-    """Calling the class gives an optimizer whose class is both this and the base optimizer's."""
+    """Calls of the class return an optimizer whose class derives from it and from the base optimizer."""
 
     def __call__(cls, *arguments: Any, **options: Any) -> Any:
         if cls is SelectiveFineTuningOptimizer:
@@ -49,8 +48,8 @@ class SelectiveFineTuningOptimizer(metaclass=_Built):
         SelectiveFineTuningOptimizer(model, base_optimizer_cls, optimizer_args, condition_file="condition_numbers.json",
                                      num_tensors_to_finetune=100, recompute=False, max_dim_size_to_analyze=None)
 
-    Candidates are all parameters with two or more dimensions, embeddings, heads and routers included, as stored; the
-    number of a stack of experts is the geometric mean over them. The file is used if it is there and fits the model,
+    Candidates are all parameters with two or more dimensions as stored, also embeddings, heads and routers; the number
+    of a stack of experts is their geometric mean. The numbers are read from the file if it exists and fits the model,
     unless ``recompute`` is set.
 
     Attributes:
@@ -115,7 +114,7 @@ def analyze(model: nn.Module, max_dim_size_to_analyze: int | None = None) -> dic
 
 
 def _stored(condition_file: str, model: nn.Module) -> dict[str, float] | None:
-    """What the file says, None if there is none or it is damaged."""
+    """The numbers in the file; None if the file is missing or damaged."""
     path = Path(condition_file)
     try:
         raw = read_document(path, LARGEST_CONFIG)
@@ -128,7 +127,7 @@ def _stored(condition_file: str, model: nn.Module) -> dict[str, float] | None:
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     foreign = [name for name in numbers if name not in names]
     if foreign or not numbers:
-        example = f"{foreign[0]!r} is no parameter of it" if foreign else "it is empty"
+        example = f"{foreign[0]!r} is not a parameter of it" if foreign else "it is empty"
         raise OptionError(
             f"{condition_file} belongs to another model ({example}): give recompute=True, or another condition_file"
         )
@@ -164,7 +163,7 @@ def get_kappa_lora_config(
     among modules that LoRA can adapt (linear, convolution and embedding layers).
 
     Raises:
-        OptionError: the model has none.  MissingExtraError: peft is not installed.
+        OptionError: the model has no such module.  MissingExtraError: peft is not installed.
     """
     try:
         from peft import LoraConfig

@@ -1,4 +1,4 @@
-"""What KappaTuneCallback keeps in the checkpoints of a Trainer, and how a run that goes on finds it again."""
+"""The selection that KappaTuneCallback keeps in the checkpoints of a Trainer, and finds again in a resumed run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEPT = "kappa_selection.json"  # in a checkpoint of the Trainer: what was select
 
 @dataclass(frozen=True)
 class Kept:
-    """What a checkpoint says: the selection, the step, and kappa by key when training began."""
+    """The content of the file in a checkpoint: the selection, the step, and kappa by key at the start of training."""
 
     selection: Selection
     step: int | None
@@ -35,7 +35,7 @@ class Kept:
 
 
 def keep(folder: Path, selection: Selection, step: int, mark: str | None, start: Mapping[str, float]) -> None:
-    """Write it beside the optimizer's state. The file is one of ``Selection.to_json``, with more in it."""
+    """Write the file beside the optimizer's state. It is a file of ``Selection.to_json`` with more fields."""
     selection.to_json(folder / KEPT)
     document = json.loads((folder / KEPT).read_text())
     kappas = {key: value if abs(value) < float("inf") else str(value) for key, value in start.items()}
@@ -44,7 +44,7 @@ def keep(folder: Path, selection: Selection, step: int, mark: str | None, start:
 
 
 def find(args: Any, model: nn.Module) -> Kept | None:
-    """Of the checkpoint whose weights the model has now; None if nothing tells."""
+    """The content of the file in the checkpoint whose weights the model has now; None if no checkpoint fits."""
     for file in _files(args):
         try:
             document, kept = json.loads(file.read_text()), Selection.from_json(file)
@@ -67,7 +67,7 @@ def _files(args: Any) -> Iterator[Path]:
 
 
 def mark_of(model: nn.Module, selection: Selection) -> str | None:
-    """Tells the weights of one checkpoint from those of another, by what the selection trains."""
+    """A hash of the selected weights, by which checkpoints are told apart."""
     try:
         targets = match(selection, model)
     except OptionError:
@@ -82,12 +82,12 @@ def mark_of(model: nn.Module, selection: Selection) -> str | None:
 
 
 def names_of(handle: Handle) -> list[Any]:
-    """What is trained, in order, as the Trainer's state keeps it, which sorts the keys of objects."""
+    """The names of trained parameters as a list, whose order the Trainer's state keeps (it sorts keys of objects)."""
     return [[plain_name(target.name), *map(str, target.indices)] for target in handle.targets]
 
 
 def check_resumed(kept: Mapping[str, Any], handle: Handle, options: Mapping[str, Any]) -> None:
-    """``kept``: what the state of the Trainer says of the checkpoint.
+    """Compare a selection with ``kept``, the callback's part of the Trainer's state in the checkpoint.
 
     Raises:
         OptionError: the checkpoint was made with another selection, or with options that select otherwise.
@@ -101,26 +101,26 @@ def check_resumed(kept: Mapping[str, Any], handle: Handle, options: Mapping[str,
         changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
         words = ", ".join(f"{name} was {before.get(name)!r} and is {options.get(name)!r}" for name in changed)
         raise OptionError(
-            f"the run that is resumed was begun with other options of KappaTuneCallback: {words}. Give those "
-            "that it was begun with; or train from the weights of the checkpoint, without resume_from_checkpoint"
+            f"the run that is resumed was begun with other options of KappaTuneCallback: {words}. Give the same "
+            "options; or train from the weights of the checkpoint, without resume_from_checkpoint"
         )
 
 
 def check_weights(kept: Mapping[str, Any], model: nn.Module, selection: Selection) -> None:
-    """Raises OptionError where the selected weights are not those of the checkpoint, in the dtypes that it has."""
+    """Raises OptionError unless the selected weights are those of the checkpoint in its dtypes."""
     dtypes = {str(target.parameter.dtype) for target in match(selection, model)}
     now = mark_of(model, selection)
     if kept.get("mark") is None or now is None or dtypes != set(kept.get("dtypes", ())) or kept["mark"] == now:
         return
     raise OptionError(
-        "the Trainer has not loaded the weights of the checkpoint: the model has others than it was saved with. "
-        "transformers does not do so for models whose tensors it renames or fuses (ViT, mixtures of experts): load the "
+        "the Trainer has not loaded the weights of the checkpoint: those of the model are different. transformers does "
+        "not load them if it renames or fuses tensors of the model (ViT, mixtures of experts): load the "
         "model with from_pretrained(checkpoint), and resume from the same checkpoint"
     )
 
 
 def check_optimizer(optimizer: Any, model: nn.Module) -> None:
-    """Raises OptionError where the state of the Trainer's optimizer belongs to parameters of other shapes."""
+    """Raises OptionError if the state of the Trainer's optimizer belongs to parameters of other shapes."""
     inner = getattr(optimizer, "optimizer", optimizer)
     if isinstance(inner, Optimizer):
         names = {id(p): name for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""transformers' Trainer (and what derives from it, such as TRL's SFTTrainer): an optimizer factory and a callback."""
+"""An optimizer factory and a callback for transformers' Trainer and its subclasses, such as TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["KappaDriftCallback", "KappaTuneCallback", "SelectedOptimizer", "opti
 
 
 class SelectedOptimizer:
-    """What the Trainer makes and calls with the model; ``optimizer_factory`` gives it with its arguments."""
+    """The class that the Trainer makes and calls with the model and the arguments of ``optimizer_factory``."""
 
     def __call__(
         self,
@@ -42,7 +42,7 @@ class SelectedOptimizer:
         optimizer_cls: type[Optimizer],
         **options: Any,
     ) -> Optimizer:
-        """See ``wrap``; ``selection`` may be a function of the model, for a model that is made later."""
+        """See ``wrap``; ``selection`` may be a function that takes the model, for a model that is made later."""
         chosen = selection if isinstance(selection, Selection) else selection(model)
         return wrap(optimizer_cls, model, chosen, **options)
 
@@ -57,15 +57,15 @@ def optimizer_factory(
 ) -> tuple[type[SelectedOptimizer], dict[str, Any]]:
     """For ``Trainer(..., optimizer_cls_and_kwargs=optimizer_factory(selection, torch.optim.AdamW, args=args))``.
 
-    The Trainer does not pass its learning rate, betas and weight decay to an optimizer that is given like this: give
-    its TrainingArguments here too, or ``lr`` and the others. Its schedules, clipping and checkpoints work as ever. This
-    works with ``model_init``, with accelerate, DDP and FSDP2.
+    The Trainer does not pass its learning rate, betas and weight decay to such an optimizer: give the TrainingArguments
+    here too, or ``lr`` and the others. Schedules, clipping and checkpoints work, also with ``model_init``, accelerate,
+    DDP and FSDP2.
 
     Args:
         selection: what to train, or a function that takes the model and returns it.
         optimizer_cls, options: as for ``kappa_fast.wrap``.
-        args: the Trainer's TrainingArguments: of these the learning rate, weight decay, betas and epsilon, as far as
-            ``optimizer_cls`` has them and ``options`` does not.
+        args: the Trainer's TrainingArguments, which give the learning rate, weight decay, betas and epsilon unless
+            ``optimizer_cls`` does not take them or ``options`` has them.
         no_decay: as for ``kappa_fast.wrap``: by default norms and biases have no weight decay, as in the Trainer.
 
     Raises:
@@ -75,49 +75,48 @@ def optimizer_factory(
     if args is not None:
         betas = (args.adam_beta1, args.adam_beta2)
         taken = dict(lr=args.learning_rate, weight_decay=args.weight_decay, betas=betas, eps=args.adam_epsilon)
-        # The epsilon of Adam is not that of other optimizers.
+        # The TrainingArguments have the epsilon of Adam, which other optimizers must not get.
         taken = {name: value for name, value in taken.items() if name != "eps" or "betas" in known}
         options = {**{name: value for name, value in taken.items() if name in known}, **options}
     if "lr" in known and "lr" not in options:
         default = known["lr"].default
         raise OptionError(
             f"optimizer_factory() has no learning rate, so that {optimizer_cls.__name__} would train with its own "
-            f"default ({default!r}), whatever TrainingArguments say: give args=training_args, or lr=5e-5"
+            f"default ({default!r}) instead of that of the TrainingArguments: give args=training_args, or lr=5e-5"
         )
     chosen = {"selection": selection, "optimizer_cls": optimizer_cls, "no_decay": no_decay}
     return SelectedOptimizer, {**chosen, **options}
 
 
 class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[misc, unused-ignore]
-    """Ranks the model when the Trainer is made, and lets it train the selection alone, with the Trainer's optimizer.
+    """Ranks the model when the Trainer is made, and lets the Trainer train the selection only, with its own optimizer.
 
         Trainer(..., callbacks=[KappaTuneCallback(max_params=0.2, rerank_every=500)])
 
-    One line says what is trained. With ``rerank_every`` the Trainer's log has how kappa moves (KappaDriftCallback says
-    under which names).
+    It prints one line about the selection. With ``rerank_every`` it logs how kappa moves, see KappaDriftCallback.
 
     Args:
         rerank_every: steps after which the model is ranked again, to see how kappa drifts; None for never.
-        reselect: select anew each time, and let the optimizer go on with that.
-        rank_options: for ``rank``, such as include, rtol or device.
+        reselect: select again each time, and let the optimizer continue with the new selection.
+        rank_options: options of ``rank``, such as include, rtol or device.
         keep_rankings: keep every ranking in ``rankings``, by step.
-        budget: for ``Ranking.select``: num_tensors, top_p, max_kappa, max_params; per_group, unit.
+        budget: options of ``Ranking.select``: num_tensors, top_p, max_kappa, max_params; per_group, unit.
 
-    Every checkpoint of the Trainer keeps what was selected, and a run that is resumed goes on with that, so that the
-    state of the optimizer meets the parameters that it belongs to. Checkpoints are looked for in ``output_dir`` and at
-    ``TrainingArguments(resume_from_checkpoint=...)``. The Trainer's own state says it too, and is checked.
+    Every checkpoint of the Trainer keeps the selection, and a resumed run continues with it, so that the state of the
+    optimizer is loaded for the same parameters. Checkpoints are searched in ``output_dir`` and at
+    ``TrainingArguments(resume_from_checkpoint=...)``. The Trainer's state has the selection too, and is checked.
 
     Attributes:
-        ranking, selection, handle: what was found and done; None before.
-        rankings, history: as of KappaDriftCallback.
+        ranking, selection, handle: the first results; None before the Trainer is made.
+        rankings, history: see KappaDriftCallback.
 
     Raises:
-        OptionError: an option is misspelt or cannot work, or there is no budget.  on_init_end: the model is sharded,
+        OptionError: an option is misspelt or not valid, or there is no budget.  on_init_end: the model is sharded,
             has adapters of PEFT, or has a selection already.  on_train_begin: the Trainer has made another model since;
-            a run is resumed that had another selection or other options.
+            the resumed run had another selection or other options.
 
     Warns:
-        UserWarning: on_train_begin: a run is resumed, and nothing says what was selected in it.
+        UserWarning: on_train_begin: a run is resumed whose selection is not known.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[mi
     ) -> None:
         self._prepare(rerank_every, rank_options, keep_rankings)
         if reselect and rerank_every is None:
-            raise OptionError("reselect=True selects anew whenever the model is ranked again: give rerank_every")
+            raise OptionError("reselect=True selects again whenever the model is ranked again: give rerank_every")
         check_budget(budget)
         self._reselect, self._budget = reselect, budget
         self._given = {"rerank_every": rerank_every, "reselect": reselect, "keep_rankings": keep_rankings, **budget}
@@ -162,7 +161,7 @@ class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[mi
         self._take_over_from(model)
         if self._model is None or self.handle is None or (model is not None and not _same(model, self._model)):
             raise OptionError(
-                "the Trainer has made another model since it was ranked (model_init does): give it "
+                "the Trainer has made another model since the ranking (model_init does): give the Trainer "
                 "optimizer_cls_and_kwargs=optimizer_factory(lambda model: kappa_fast.rank(model).select(...), ...)"
             )
         name, states = type(self).__name__, state.stateful_callbacks
@@ -182,16 +181,16 @@ class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[mi
                 )
             check_optimizer(more.get("optimizer"), self._model)
         if isinstance(states, dict):
-            states.setdefault(name, self.state())  # of a checkpoint that was made without this callback
+            states.setdefault(name, self.state())  # the checkpoint was made without this callback
         self._training = True
         self._log_first(args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Weights that are loaded from now on may belong to a run that is resumed."""
+        """Expect that weights which are loaded from now on may belong to a resumed run."""
         self._training = False
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep what was selected beside the optimizer's state."""
+        """Write the selection beside the optimizer's state."""
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         known = self._model is not None and self.selection is not None and state.is_world_process_zero
         if known and folder.is_dir():
@@ -199,7 +198,7 @@ class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[mi
             keep(folder, self.selection, state.global_step, self._mark, self._start)
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer writes into trainer_state.json: what is trained, and by which options."""
+        """The trained names and the options that chose them, which the Trainer writes into trainer_state.json."""
         kept: dict[str, Any] = {"options": self._deciding(), "history": self.history}
         if self.handle is not None and self.selection is not None and self._model is not None:
             kept["names"] = names_of(self.handle)
@@ -209,13 +208,13 @@ class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[mi
         return {"args": _as_json(self._given), "attributes": {"kept": _as_json(kept)}}
 
     def _deciding(self) -> dict[str, Any]:
-        """The options that decide what is selected."""
+        """The options that decide the selection."""
         options = {key: value for key, value in self._options.items() if key not in _WITHOUT_EFFECT}
         found: dict[str, Any] = _as_json({**options, **self._budget, "reselect": self._reselect})
         return found
 
     def _take_over_from(self, model: nn.Module | None) -> None:
-        """Of the callback in whose place the Trainer has made this one (restore_callback_states_from_checkpoint)."""
+        """Take the results of the callback that this one replaces (restore_callback_states_from_checkpoint)."""
         found = _CALLBACKS.get(model) if self._model is None and model is not None else None
         before = found() if found is not None else None
         if before is not None:
@@ -223,7 +222,7 @@ class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[mi
                 setattr(self, name, value)
 
     def weights_were_loaded(self) -> None:
-        """If they are those of a checkpoint, as when a run is resumed, go on with what was selected there."""
+        """Continue with the selection of a checkpoint if its weights were loaded, as when a run is resumed."""
         if self._training or self._model is None:
             return
         found = find(self._args, self._model)
@@ -235,7 +234,7 @@ class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[mi
         self._start = found.start or self._start
         self.handle = found.selection.apply(self._model)
         if getattr(self._args, "process_index", 0) == 0:
-            print(f"kappa_fast goes on with what was selected at step {found.step}: {describe(found.selection)}")
+            print(f"kappa_fast continues with the selection of step {found.step}: {describe(found.selection)}")
 
     def _trained(self, entries: Iterable[TensorKappa]) -> Collection[str]:
         return set(self.selection.keys) if self.selection is not None else ()
@@ -255,13 +254,13 @@ class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[mi
             )
 
 
-# Options of rank() that say how it works, not what comes out.
+# Options of rank() that do not change the result.
 _WITHOUT_EFFECT = ("progress", "device", "backend", "memory_budget", "cache")
 _CALLBACKS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[KappaTuneCallback]] = weakref.WeakKeyDictionary()
 
 
 def describe(selection: Selection) -> str:
-    """A selection in a line."""
+    """One line about a selection."""
     low, high = selection.kappa_range
     budget = ", ".join(f"{name}={value}" for name, value in selection.budgets.items())
     found = f"{len(selection):,} matrices of {len(selection.names):,} parameters, kappa {low:.4g} to {high:.4g}"
@@ -269,7 +268,7 @@ def describe(selection: Selection) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """The value as JSON gives it back; what JSON cannot hold by its name."""
+    """The value after a round trip through JSON; an object that JSON cannot hold is given by its name."""
     if isinstance(value, Mapping):
         return {str(key): _as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -282,7 +281,7 @@ def _as_json(value: Any) -> Any:
 
 
 class _Loaded:
-    """Called after a state dict was loaded into the model; a copy of the model gets one that does nothing."""
+    """A hook after a state dict was loaded into the model; a copy of the model gets a hook that does nothing."""
 
     def __init__(self, callback: KappaTuneCallback | None = None) -> None:
         self._callback = callback
@@ -300,9 +299,9 @@ def _same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _hand_over(optimizer: Any, parameters: list[nn.Parameter]) -> None:
-    """Let an optimizer go on with other parameters: matrices in its first group, the rest in its last.
+    """Give an optimizer other parameters: matrices in its first group, all others in its last one.
 
-    ``parameters`` are in the order of the model, as in an optimizer that is made anew: state is saved by position.
+    ``parameters`` have the order of the model, as in a new optimizer, since state is saved by position.
     """
     if not isinstance(optimizer, Optimizer):
         raise OptionError("reselect=True needs the Trainer's optimizer, which it did not pass: leave reselect out")

@@ -1,1 +1,1 @@
-"""What people see of a ranking: the table, the page, the plot."""
+"""The tables, pages and plots of rankings and of what is made from them."""

@@ -1,4 +1,4 @@
-"""The page of a comparison: words, a picture and a table, without a script."""
+"""The HTML page of a comparison: text, a picture and a table, without a script."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_ROWS = 1000  # in each direction
 
 
 def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
-    """What ``Comparison.to_html`` promises."""
+    """See ``Comparison.to_html``."""
     table = ComparisonTable(comparison, MOST_ROWS)
     changes = list(table.rows())
     try:

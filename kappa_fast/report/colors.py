@@ -1,8 +1,8 @@
-"""The color scale: viridis, which rises evenly in lightness and which the color-blind can read."""
+"""The color scale of the heat maps: viridis, whose lightness rises evenly and which color-blind people can read."""
 
 from __future__ import annotations
 
-# By S. van der Walt and N. Smith (CC0), at 17 places; between them straight lines, within 6/255 of matplotlib's.
+# By S. van der Walt and N. Smith (CC0), at 17 places; linear interpolation is within 6/255 of matplotlib's colors.
 _STOPS = (
     *("440154", "48186a", "472d7b", "424086", "3b528b", "33638d", "2c728e", "26828e", "21918c"),
     *("1fa088", "28ae80", "3fbc73", "5ec962", "84d44b", "addc30", "d8e219", "fde725"),

@@ -1,4 +1,4 @@
-"""The text of a comparison: what moved, what is in one ranking only, and what a budget would select now."""
+"""The table of a comparison: matrices that moved, matrices of one ranking only, and the selections of a budget."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _DIRECTIONS: tuple[Literal["up", "down"], ...] = ("up", "down")
-_VISIBLE = 1.005  # what does not print as 1.00x
-_OTHERS = 62  # columns that the numbers of a row take
+_VISIBLE = 1.005  # a smaller ratio is printed as 1.00x
+_OTHERS = 62  # the width of the numbers of a row
 _LEAST = 24
 
 
@@ -29,7 +29,7 @@ class ComparisonTable:
     """A comparison with ``limit`` moves in each direction (None: all), printed by a ``rich.console.Console``.
 
     Raises:
-        OptionError: ``limit`` is no count.
+        OptionError: ``limit`` is not a count.
     """
 
     comparison: Comparison
@@ -70,12 +70,12 @@ class ComparisonTable:
             yield from self._visible(direction)[: self.limit]
 
     def _visible(self, direction: Literal["up", "down"]) -> Sequence[Change]:
-        """The certain moves, and of the others those that the digits of the table show."""
+        """The certain moves, and the uncertain ones that the digits of the table show."""
         moved = self.comparison.moved(direction)
         return [change for change in moved if change.at_least > 1 or change.size >= _VISIBLE]
 
     def lines(self, shown: int) -> Iterator[str]:
-        """What stands below ``shown`` rows."""
+        """The lines below a table of ``shown`` rows."""
         c = self.comparison
         counts = c.counts
         moved = sum(len(self._visible(direction)) for direction in _DIRECTIONS)
@@ -122,7 +122,7 @@ def _few(items: Sequence[T], limit: int | None) -> Sequence[T]:
 
 
 def cells_of_change(change: Change) -> Sequence[str]:
-    """All that follows the name."""
+    """The cells of a row after the name."""
     a, b = change.before, change.after
     shown = [format_interval(e) if e.status == "ok" and math.isfinite(e.upper) else _point(e.kappa) for e in (a, b)]
     return (*shown, format_factor(change.ratio), "-" if change.at_least == 1 else format_factor(change.at_least))

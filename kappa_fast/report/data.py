@@ -1,4 +1,4 @@
-"""What the page knows of a ranking, as plain JSON in columns: small enough for tens of thousands of matrices."""
+"""The data of the page of a ranking: plain JSON in columns, small enough for tens of thousands of matrices."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..results.serialize import thaw
 from .colors import viridis
 from .grid import color_range, make_grid
 from .skipped import by_reason
+from .thresholds import thresholds
 
 if TYPE_CHECKING:
     from ..results.entries import TensorKappa
@@ -23,11 +24,11 @@ _NUMBERS = ("kappa", "lower", "upper", "score", "sensitivity")
 
 
 def page_data(ranking: Ranking, selection: Selection | None) -> dict[str, Any]:
-    """Everything the script of the page works on.
+    """The input of the script of the page.
 
     ``entries`` holds a list for every field, in the order of the ranking. Fields that repeat (group, shape with numel,
     dtype, method, status, quantization) are positions in ``tables``. nan and inf are the texts "nan", "inf", "-inf".
-    ``order`` is the place of each entry in the order of the model, and ``score`` is null where it is kappa throughout.
+    ``order`` is the place of each entry in the order of the model. ``score`` is null if every score is the kappa.
 
     Raises:
         OptionError: ``selection`` holds a matrix that is not in the ranking.
@@ -65,7 +66,7 @@ def page_data(ranking: Ranking, selection: Selection | None) -> dict[str, Any]:
         ],
         "selection": None if selection is None else _selection(ranking, selection),
         "parameters": _count_of_parameters(ranking.metadata),
-        "partial": bool(ranking.metadata.get("partial")),
+        "thresholds": thresholds(entries, interrupted=bool(ranking.metadata.get("partial"))),
         "colors": viridis(),
         "range": list(color_range(grid.cells)),
     }
@@ -82,7 +83,7 @@ def _columns(entries: Iterable[TensorKappa], tables: dict[str, list[Any]]) -> di
     }
     columns |= {name: [_number(getattr(entry, name)) for entry in entries] for name in _NUMBERS}
     if columns["score"] == columns["kappa"]:
-        columns["score"] = None  # a tenth of the file
+        columns["score"] = None  # saves a tenth of the file
     repeated: dict[str, Callable[[TensorKappa], Hashable]] = {
         "group": lambda entry: entry.group,
         "shape": lambda entry: (*entry.shape, entry.numel),
@@ -118,7 +119,7 @@ def _selection(ranking: Ranking, selection: Selection) -> dict[str, Any]:
 
 
 def _code(selection: Selection) -> str:
-    """The call that made the selection; "" where its settings do not tell."""
+    """The Python call that makes the selection; "" if its settings do not have the budgets."""
     settings = selection.settings
     if not selection.budgets:
         return ""
@@ -140,6 +141,6 @@ def _count_of_parameters(metadata: Mapping[str, Any]) -> int | None:
 
 
 def to_script_text(data: Mapping[str, Any]) -> str:
-    """``data`` as the content of a script element that no text in it can end: ASCII, every "<" written as an escape."""
+    """``data`` as ASCII for a script element; "<" is escaped, so that no text in the data can end the element."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

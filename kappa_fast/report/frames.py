@@ -1,4 +1,4 @@
-"""Rankings, comparisons and series as pandas DataFrames whose cells every file of tables can hold."""
+"""Rankings, comparisons and series as pandas DataFrames, whose cells have types that every table format can hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OWN_COLUMNS = {"shape": ("rows", "columns")}
 
 
 def frame_of(entries: Iterable[TensorKappa], library: Any) -> pandas.DataFrame:
-    """What ``Ranking.to_dataframe`` promises; ``library`` is pandas."""
+    """See ``Ranking.to_dataframe``; ``library`` is pandas."""
     names = [item.name for item in fields(TensorKappa)]
     columns = ["key", *(column for name in names for column in _OWN_COLUMNS.get(name, (name,)))]
     frame = library.DataFrame(list(rows_of(entries)), columns=columns)
@@ -26,7 +26,7 @@ def frame_of(entries: Iterable[TensorKappa], library: Any) -> pandas.DataFrame:
 
 
 def rows_of(entries: Iterable[TensorKappa]) -> Iterator[dict[str, Any]]:
-    """The same rows without pandas: for CSV."""
+    """The rows of ``Ranking.to_dataframe`` without pandas, for CSV."""
     names = [item.name for item in fields(TensorKappa)]
     columns = ["key", *(column for name in names for column in _OWN_COLUMNS.get(name, (name,)))]
     for entry in entries:
@@ -44,7 +44,7 @@ def _cells(entry: TensorKappa, name: str) -> tuple[Any, ...]:
 
 
 def index_text(index: Index) -> str:
-    """What stands between the brackets in Python: "3, 0:64"; "" for the whole."""
+    """The index as Python writes it between brackets: "3, 0:64"; "" for the whole."""
     return ", ".join(map(_part_text, index))
 
 
@@ -56,12 +56,12 @@ def _part_text(part: int | slice) -> str:
 
 
 def frame_of_comparison(comparison: Comparison, library: Any) -> pandas.DataFrame:
-    """What ``Comparison.to_dataframe`` promises; ``library`` is pandas."""
+    """See ``Comparison.to_dataframe``; ``library`` is pandas."""
     return library.DataFrame(list(rows_of_comparison(comparison))).astype({"layer": "Int64"})
 
 
 def rows_of_comparison(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    """The same rows without pandas: for CSV."""
+    """The rows of ``Comparison.to_dataframe`` without pandas, for CSV."""
     for change in comparison:
         a = change.before
         row: dict[str, Any] = {"key": change.key, "layer": a.layer, "group": a.group}

@@ -1,4 +1,4 @@
-"""Layers by types of matrices: what the heat maps of the page and of the plot show."""
+"""The grid of layers and types of matrices that the heat maps of the page and of the plot show."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..results.entries import Status, TensorKappa
 from ..results.names import in_model_order
 from ..results.units import geometric_mean
 
-# More than this is no picture any more; what goes beyond is listed beside it.
+# A larger map would not be readable; further matrices are listed beside the map.
 MAX_LAYERS = 256
 MAX_COLUMNS = 48
 
 _WORST_FIRST: tuple[Status, ...] = ("non_finite", "rank_deficient", "bounded", "ok")
 
-# What projections are called, in the order in which data meets them.
+# Names of projections, in the order in which data passes through them.
 _ROLES = {
     "qkv": r"qkv|wqkv|c_attn|query_key_value",
     "query": r"w?q|query|to_q",
@@ -51,7 +51,7 @@ class Cell:
         row, column: positions in ``Grid.layers`` and ``Grid.columns``.
         members: positions in the ranking, in the order of the numbers in their names.
         kappa: geometric mean over the members with a finite kappa; nan if there is none.
-        low, high: the smallest and the largest of these.
+        low, high: the smallest and the largest finite kappa.
         status: "ok", or the worst among the members.
     """
 
@@ -66,7 +66,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells of a ranking, row by row; ``beside`` holds the positions of the matrices that are in none."""
+    """The cells of a ranking, row by row; ``beside`` holds the positions of the matrices that are in no cell."""
 
     layers: tuple[int, ...]
     columns: tuple[Column, ...]
@@ -77,7 +77,7 @@ class Grid:
 def make_grid(entries: Sequence[TensorKappa]) -> Grid:
     """Sort the entries of a ranking into layers and types.
 
-    Matrices without a layer are beside the grid, and so is what goes beyond ``MAX_LAYERS`` (the highest numbers) or
+    Matrices without a layer are beside the grid, and so are matrices beyond ``MAX_LAYERS`` (the highest numbers) or
     ``MAX_COLUMNS`` (the types with the fewest matrices).
     """
     placed = {i: entry for i, entry in enumerate(entries) if entry.layer is not None}
@@ -127,7 +127,7 @@ def _make_cell(entries: Sequence[TensorKappa], where: tuple[int, int], members: 
 
 
 def has_finite_kappa(entry: TensorKappa) -> bool:
-    """Whether the entry has a place on a logarithmic scale."""
+    """Whether a logarithmic scale can show the kappa of the entry."""
     return entry.status == "ok" and 0 < entry.kappa < math.inf
 
 
@@ -138,7 +138,7 @@ def color_range(cells: Iterable[Cell]) -> tuple[float, float]:
 
 
 def shorten_groups(groups: Iterable[str]) -> dict[str, str]:
-    """A label for each group: what comes after the layer, without ".weight"; the whole where two would be the same."""
+    """A label for each group: its name after the layer, without ".weight"; the whole name if two would be equal."""
     groups = list(groups)
 
     def short(group: str) -> str:
@@ -156,7 +156,7 @@ def shorten_groups(groups: Iterable[str]) -> dict[str, str]:
 
 
 def _place(label: str) -> tuple[bool, str, int, str]:
-    """Attention first, then one family ("mlp.experts.") after the other; within each, in the order of the roles."""
+    """The sort key of a label: attention first, then families ("mlp.experts."), each in the order of the roles."""
     found = list(_ROLE.finditer(label))
     roles = list(_ROLES)
     role = roles.index(found[-1].lastgroup or "") if found else len(roles)

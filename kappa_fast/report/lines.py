@@ -25,7 +25,7 @@ _MOST_BARS = 40
 
 
 def plot_series(series: Series, path: str | os.PathLike[str] | None, ax: Any, group: str | None) -> Any:
-    """What ``Series.plot`` promises."""
+    """See ``Series.plot``."""
     kind = None if path is None else kind_of(path)
     groups: dict[str, list[Track]] = {}
     for track in series.moved():
@@ -53,7 +53,7 @@ def plot_series(series: Series, path: str | os.PathLike[str] | None, ax: Any, gr
 
 
 def _draw_lines(figure: Any, axes: Any, tracks: Sequence[Track], labels: Sequence[str], title: str) -> None:
-    """A line for each layer: of several matrices (experts) the geometric mean of those that are known there."""
+    """Draw a line for each layer; for several matrices (experts) it shows the geometric mean of the known kappas."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -71,7 +71,7 @@ def _draw_lines(figure: Any, axes: Any, tracks: Sequence[Track], labels: Sequenc
         color = colors(norm(layer)) if layer is not None else "0.4"
         axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=2.5, linewidth=1)
     axes.set_yscale("log")
-    # Exponents as matplotlib writes them would be read as mathematics, which is switched off.
+    # matplotlib writes exponents in its mathematical notation, which is switched off here.
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value, 3)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_ylim()
@@ -88,7 +88,7 @@ def _draw_lines(figure: Any, axes: Any, tracks: Sequence[Track], labels: Sequenc
 
 
 def plot_comparison(comparison: Comparison, path: str | os.PathLike[str] | None, ax: Any) -> Any:
-    """What ``Comparison.plot`` promises."""
+    """See ``Comparison.plot``."""
     kind = None if path is None else kind_of(path)
     with plain_style("Comparison.plot()"):
         grid = make_grid([change.before for change in comparison])
@@ -103,7 +103,7 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike[str] | None,
 
 
 def _draw_ratios(figure: Any, ax: Any, comparison: Comparison, grid: Grid) -> None:
-    """Layers by types: by how much the geometric mean of kappa moved; black frames where some of it is certain."""
+    """Draw how the geometric means of kappa moved, layers by types; a black frame shows that some move is certain."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import TwoSlopeNorm
@@ -161,5 +161,5 @@ def _mean_log(ratios: Sequence[float]) -> float:
 
 
 def _unformatted(text: str) -> str:
-    """What the font of matplotlib certainly has, and the ellipsis, which it has too."""
+    """The text with only ASCII characters and the ellipsis, which the font of matplotlib has."""
     return "".join(c if c == "…" or ord(c) < 128 else c.encode("ascii", "backslashreplace").decode() for c in text)

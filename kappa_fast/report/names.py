@@ -1,4 +1,4 @@
-"""Names for columns that are too narrow for them: what tells the rows apart stays."""
+"""Shortened names for narrow columns, which keep the words that distinguish the rows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _MOST_COMPARED = 200  # rows; each is compared with all others
 def shorten_names(names: Sequence[str], width: int) -> list[str]:
     """Each name in at most ``width`` characters, ``printable``.
 
-    Words between dots give way to "…", first those that most of the rows share, numbers last, and as far as possible
-    none without which a name would be found in another one too: "…2.…experts.58.up_proj".
+    Words between dots are replaced by "…": first the words that most rows share, numbers last, and if possible no word
+    without which another name would contain the shortened one: "…2.…experts.58.up_proj".
     """
     names = [printable(name) for name in names]
     if max(map(len, names), default=0) <= width:
@@ -33,7 +33,7 @@ def _shorten(
 ) -> str:
     if len(name) <= width:
         return name
-    # What most rows have says least; numbers say most.
+    # A word that most rows have distinguishes least; numbers distinguish most.
     order = sorted(range(len(words)), key=lambda i: (_is_number(words[i]), -shared[words[i]], i))
     if implied:
         order = [len(words) - 1, *(i for i in order if i != len(words) - 1)]
@@ -44,7 +44,7 @@ def _shorten(
 
     while len(text()) > width and len(gone) + 1 < len(words):
         left = [i for i in order if i not in gone]
-        # Among words that equally many rows have, one without which the name is still no part of another.
+        # Among words that equally many rows have, prefer one without which no other name contains the shortened one.
         equal = [i for i in left if shared[words[i]] == shared[words[left[0]]] and not _is_number(words[i])]
         telling = [i for i in equal if not _is_found(words, {*gone, i}, others)] if len(equal) > 1 else []
         gone.append((telling or left)[0])
@@ -56,7 +56,7 @@ def _shorten(
 
 
 def _is_found(words: list[str], gone: set[int], others: list[list[str]]) -> bool:
-    """Whether the words that are left are all in another row, in the same order."""
+    """Whether another row has all remaining words in the same order."""
     kept = [word for i, word in enumerate(words) if i not in gone]
     for other in others:
         if other is not words and other != words:
@@ -67,7 +67,7 @@ def _is_found(words: list[str], gone: set[int], others: list[list[str]]) -> bool
 
 
 def _joined(words: list[str], gone: set[int], implied: str) -> str:
-    """The words with "…" for those that are gone; for a last one that all rows share nothing."""
+    """The words with "…" for the removed ones; ``implied``, a last word that all rows share, leaves no trace."""
     parts: list[str] = []
     if implied and len(words) - 1 in gone and words[-1] == implied:
         words, gone = words[:-1], gone - {len(words) - 1}
@@ -87,7 +87,7 @@ def _is_number(word: str) -> bool:
 
 
 def cut_middle(text: str, width: int) -> str:
-    """The two ends of a text around "…", more of the end."""
+    """The text with "…" in place of its middle; the end keeps more characters than the beginning."""
     if len(text) <= width:
         return text
     tail = (2 * (width - 1) + 2) // 3

@@ -1,4 +1,4 @@
-"""What notebooks show of rankings, selections, comparisons, plans and summaries: tables of HTML, without scripts."""
+"""HTML tables without scripts that notebooks show for rankings, selections, comparisons, plans and summaries."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from ..results.series import Series
     from ..results.summary import Summary
 
-ROWS = 20  # of a table; notebooks keep what they show
+ROWS = 20  # rows of a table; a notebook saves them in its file
 
 
 def html_of_ranking(ranking: Ranking) -> str:
-    """The lowest entries, and the counts of the text."""
+    """The lowest entries, and the counts that the text table has."""
     table = RankingTable(ranking, ROWS)
     shown = ranking.entries[:ROWS]
     columns = table.columns(shown)
@@ -33,7 +33,7 @@ def html_of_ranking(ranking: Ranking) -> str:
 
 
 def html_of_selection(selection: Selection) -> str:
-    """What is selected, and how it came about."""
+    """The selected matrices, and the budget that selected them."""
     shown = selection.entries[:ROWS]
     shapes = ["x".join(map(str, entry.shape)) if entry.numel else "?" for entry in shown]
     rows = [(e.key, s, format_number(e.kappa), format_interval(e)) for e, s in zip(shown, shapes, strict=True)]
@@ -43,7 +43,7 @@ def html_of_selection(selection: Selection) -> str:
 
 
 def html_of_comparison(comparison: Comparison) -> str:
-    """What moved most, in both directions."""
+    """The matrices that moved most, in both directions."""
     table = ComparisonTable(comparison, ROWS // 2)
     changes = list(table.rows())
     rows = [(change.key, *cells_of_change(change)) for change in changes]
@@ -58,7 +58,7 @@ def html_of_series(series: Series) -> str:
 
 
 def html_of_plan(plan: Plan) -> str:
-    """What would be ranked, and what it would take."""
+    """The matrices that would be ranked, and the work and memory that this takes."""
     table = PlanTable(plan, ROWS)
     headers = ("to be ranked", "shape", "dtype", "number", "weights", "Gop", "share")
     facts = [f"{what}: {text}".removeprefix(": ") for what, text in table.lines()]

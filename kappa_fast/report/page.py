@@ -1,4 +1,4 @@
-"""The page of a ranking: one HTML file that needs nothing else, and that reaches nothing else."""
+"""The page of a ranking: one HTML file that loads no other file and uses no network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..results.ranking import Ranking
     from ..results.selection import Selection
 
-# In the order in which they build on each other; together they are one function.
+# Every script may use the ones before; all of them together are the body of one function.
 _SCRIPTS = ("data", "format", "cut", "tip", "heatmap", "curve", "histogram", "table", "summary", "skipped", "main")
 _STATUSES = {
     "rank_deficient": "rank deficient",
@@ -46,8 +46,8 @@ def write_page(ranking: Ranking, path: str | os.PathLike[str], selection: Select
 def render_page(ranking: Ranking, selection: Selection | None = None) -> str:
     """The page as text. The same ranking and selection give the same text.
 
-    Its content security policy allows the one style and the one script in it, by their hashes, and nothing else: no
-    network, no other script whatever a name contains.
+    Its content security policy allows only the style and the script in it, by their hashes: neither the network nor a
+    script that a name contains.
 
     Raises:
         OptionError: ``selection`` holds a matrix that is not in the ranking.
@@ -81,7 +81,7 @@ def render_page(ranking: Ranking, selection: Selection | None = None) -> str:
 
 
 def write_static(path: str | os.PathLike[str], picture: bytes | None, **words: Any) -> None:
-    """A page of words and one table, without a script, with a picture (SVG) in it; replaced all at once.
+    """Write a page of text, a picture (SVG) and one table, without a script; an old file is replaced all at once.
 
     Raises:
         MissingExtraError: jinja2 is not installed.
@@ -117,7 +117,7 @@ def _source(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def title_of(metadata: Mapping[str, Any]) -> str:
-    """What to call the model of a ranking: its file or directory, else its class or type."""
+    """The name of the model of a ranking: that of its file or directory, else its class or type."""
     source = _source(metadata)
     path = source.get("path")
     if isinstance(path, str) and PurePath(path).name:
@@ -127,7 +127,7 @@ def title_of(metadata: Mapping[str, Any]) -> str:
 
 
 def _facts(ranking: Ranking) -> Iterator[tuple[str, str]]:
-    """What stands at the head of the page, as (what, value)."""
+    """The facts at the head of the page as (name, value)."""
     metadata, source = ranking.metadata, _source(ranking.metadata)
     if source.get("model_type"):
         yield "Model type", printable(str(source["model_type"]))

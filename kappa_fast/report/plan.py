@@ -1,4 +1,4 @@
-"""The text of a plan: a table of what would be ranked, and a line for each thing that it would take."""
+"""The table of a plan: the matrices that would be ranked, and lines about the work, time and memory that this takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..planning.disk import Reading
     from ..results.entries import Skipped
 
-Line = tuple[str, str]  # what it is about, and what there is to say
+Line = tuple[str, str]  # subject, text
 MOST_REASONS = 8
 
 
@@ -27,7 +27,7 @@ class PlanTable:
     """The first ``limit`` groups of a plan (None: all), printed by a ``rich.console.Console`` or ``to_text``.
 
     Raises:
-        OptionError: ``limit`` is no count.
+        OptionError: ``limit`` is not a count.
     """
 
     plan: Plan
@@ -81,7 +81,7 @@ class PlanTable:
         )
 
     def counts(self) -> Iterator[str]:
-        """What stands below the table."""
+        """The lines with counts below the table."""
         plan, shown = self.plan, len(self.plan.groups[: self.limit])
         if len(plan.groups) > shown:
             rest = plan.groups[shown:]
@@ -90,17 +90,17 @@ class PlanTable:
         yield from skipped_lines(plan.skipped)
 
     def lines(self) -> Iterator[Line]:
-        """What it would take."""
+        """The lines about the work, time and memory."""
         plan = self.plan
         share = f" ({100 * plan.numel / plan.num_parameters:.0f}%)" if plan.num_parameters else ""
         yield "weights", f"{format_amount(plan.numel)} of {format_amount(plan.num_parameters)}{share}"
-        yield "operations", f"{format_amount(plan.operations)} multiply-adds in Gram matrices and Cholesky factors"
+        yield "operations", f"{format_amount(plan.operations)} multiply-adds for Gram matrices and Cholesky factors"
         yield "where", f"{', '.join(plan.devices)}, backend {plan.backend}, threads: {plan.threads}"
         beside = "beside the weights" if plan.in_memory else "with the weights that are read"
         waves = f"{_count(plan.waves, 'wave')} of up to {format_bytes(plan.budget)}"
         yield "memory", f"at most {format_bytes(plan.peak)} at a time {beside}; {waves}"
         if plan.to_download:
-            yield "to download", f"{format_bytes(plan.to_download)}, which is not in the time that is predicted"
+            yield "to download", f"{format_bytes(plan.to_download)}, whose time is not predicted"
         if not plan.in_memory:
             yield "to read", format_bytes(plan.to_read)
         if plan.prediction is not None:
@@ -141,10 +141,10 @@ def _computing(found: Prediction) -> Iterator[Line]:
     else:
         yield "computing", f"about {format_seconds(found.seconds)} ({spread})"
     if found.hard > 1.05 * found.high:
-        yield "", f"up to {format_seconds(found.hard)} if no matrix answers to the cheapest factorization"
-    basis = "all that there are"
+        yield "", f"up to {format_seconds(found.hard)} if the cheapest factorization resolves no matrix"
+    basis = "all shapes of the model"
     if found.exact < 0.9999:
-        basis = f"{100 * found.exact:.0f}% of the operations are of these shapes, the rest is scaled from them"
+        basis = f"{100 * found.exact:.0f}% of the operations have these shapes, the time of the others is scaled"
     shapes = _count(len(found.shapes), "shape")
     yield "", f"predicted from {shapes} timed here in {format_seconds(found.measured)}: {basis}"
 
@@ -153,9 +153,9 @@ def _reading(reading: Reading) -> str:
     text = f"about {format_seconds(reading.seconds)} at {format_bytes(reading.rate)}/s"
     sampled = format_bytes(reading.sampled)
     if reading.cached is None:
-        return f"{text}, measured on {sampled}, which memory may have held already"
+        return f"{text}, measured on {sampled}, which may have been in memory already"
     if reading.cached > 0.02:
-        return f"{text}, measured on {sampled}; {100 * reading.cached:.0f}% lay in memory, so a disk is slower"
+        return f"{text}, measured on {sampled}; {100 * reading.cached:.0f}% was in memory, so the disk is slower"
     return f"{text}, measured on {sampled} from the disk"
 
 
@@ -176,7 +176,7 @@ def _count(number: int, what: str) -> str:
 
 
 def format_amount(value: float) -> str:
-    """Three digits and a letter: "21.3 M", "4.96 G"; whole numbers below a thousand as they are."""
+    """Three digits and a letter: "21.3 M", "4.96 G"; whole numbers below a thousand have all their digits."""
     for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit * 0.9995:
             return f"{format_digits(value / limit)} {letter}"
@@ -184,6 +184,6 @@ def format_amount(value: float) -> str:
 
 
 def format_bytes(value: float) -> str:
-    """As format_amount, in bytes of the decimal system: "1.07 GB"."""
+    """A number of bytes in decimal units, see format_amount: "1.07 GB"."""
     text = format_amount(value)
     return f"{text}B" if text[-1].isalpha() else f"{text} B"

@@ -1,4 +1,4 @@
-"""The heat map of a ranking as a picture, drawn by matplotlib without pyplot."""
+"""The heat map of a ranking as a matplotlib Figure, drawn without pyplot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _FORMATS = (".png", ".svg", ".pdf")
 _MOST_BARS = 40
 _DPI = 144
-_MAX_NUMBERS = 4000  # cells with their kappa written into them; more take minutes and help nobody
+_MAX_NUMBERS = 4000  # with more cells no kappa is written into them, which would take minutes
 _HATCHES: dict[Status, tuple[str, str]] = {
     "rank_deficient": ("///", "rank deficient"),
     "bounded": ("---", "only bounded from below"),
@@ -45,10 +45,10 @@ def plot(
     ax: Any = None,
     selection: Selection | None = None,
 ) -> Any:
-    """The figure, drawn into ``ax`` where one is given, and written to ``path`` where one is given, all at once.
+    """The figure, drawn into ``ax`` if axes are given, and written to ``path`` (all at once) if one is given.
 
     Raises:
-        OptionError: the name ends in none of .png, .svg and .pdf, or there is nothing to plot.
+        OptionError: the name does not end in .png, .svg or .pdf, or there is nothing to plot.
         MissingExtraError: matplotlib is not installed.
         RankingFileError: the file cannot be written.
     """
@@ -61,10 +61,10 @@ def plot(
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """The format that a name ends in: "png", "svg" or "pdf".
+    """The format by the ending of the name: "png", "svg" or "pdf".
 
     Raises:
-        OptionError: it ends in none of these.
+        OptionError: the name has another ending.
     """
     suffix = PurePath(path).suffix.lower()
     if suffix not in _FORMATS:
@@ -74,24 +74,24 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def plain_style(what: str) -> Iterator[None]:
-    """The settings that matplotlib comes with instead of the user's, for as long as this takes; never its backend.
+    """Use matplotlib's default settings instead of the user's within the context; the backend stays as it is.
 
     Raises:
-        MissingExtraError: matplotlib is not installed; ``what`` needs it.
+        MissingExtraError: matplotlib, which ``what`` needs, is not installed.
     """
     try:
         import matplotlib
     except ImportError as error:
         raise missing_extra("matplotlib", "report", what) from error
     settings = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
-    # Names hold dollars and underscores that mean nothing; ids must not be random.
+    # Dollars and underscores in names are not mathematics; a fixed salt makes the ids in SVG files reproducible.
     settings |= {"text.parse_math": False, "svg.hashsalt": "kappa_fast", "font.size": 8.0}
     with matplotlib.rc_context(settings):
         yield
 
 
 def saved(figure: Any, kind: str) -> bytes:
-    """The figure as a file, without the time and the program: the same figure gives the same bytes."""
+    """The figure as bytes of a file without time and program, so that the same figure gives the same bytes."""
     page = io.BytesIO()
     metadata: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}}.get(kind, {"CreationDate": None})
     figure.savefig(page, format=kind, dpi=_DPI, metadata=metadata)
@@ -99,7 +99,7 @@ def saved(figure: Any, kind: str) -> bytes:
 
 
 def new_figure(**options: Any) -> Any:
-    """A matplotlib Figure that notebooks show as a picture; without pyplot they would show its text only."""
+    """A matplotlib Figure that notebooks show as a picture, which they do not do by themselves without pyplot."""
     from matplotlib.figure import Figure
 
     figure = Figure(facecolor="white", **options)
@@ -173,7 +173,7 @@ def _draw(figure: Any, ranking: Ranking, grid: Grid, ax: Any, chosen: Collection
     texts = [_cell_text(cell, ranking, chosen) for cell in grid.cells]
     taken = [_taken(cell, ranking, chosen) > 0 for cell in grid.cells]
     title = f"kappa of {shorten(_unformatted(title_of(ranking.metadata)), 60)}"
-    if ax is not None:  # somebody else's figure: no size, no places of its own
+    if ax is not None:  # the caller's figure keeps its size and layout
         _draw_cells(ax, grid, colormaps["viridis"], norm, texts, taken)
         _draw_names(ax, grid, labels, turned)
         ax.set_title(title, loc="left")
@@ -283,12 +283,12 @@ def _column_label(label: str, depth: int) -> str:
 
 
 def _unformatted(text: str) -> str:
-    """What the font of matplotlib certainly has."""
+    """The text with only ASCII characters, which the font of matplotlib has."""
     return printable(text).encode("ascii", "backslashreplace").decode("ascii")
 
 
 def _cell_text(cell: Cell, ranking: Ranking, chosen: Collection[str] | None) -> str:
-    """The kappa of the cell; where a selection has some of its matrices, how many: "25/128"."""
+    """The kappa of the cell, or "25/128" if the selection has only some of its matrices."""
     taken = _taken(cell, ranking, chosen)
     return f"{taken:,}/{len(cell.members):,}" if 0 < taken < len(cell.members) else _kappa_text(cell)
 

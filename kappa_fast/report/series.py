@@ -1,4 +1,4 @@
-"""The text of a series: a line for each matrix, a column for each ranking."""
+"""The table of a series: a line for each matrix, a column for each ranking."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _LABEL = 16
 class SeriesTable:
     """The ``limit`` matrices that moved most (None: all), printed by a ``rich.console.Console`` or ``to_text``.
 
-    Where the page is too narrow for all rankings, those in the middle are left out.
+    If the page is too narrow for all rankings, the table omits those in the middle.
 
     Raises:
-        OptionError: ``limit`` is no count.
+        OptionError: ``limit`` is not a count.
     """
 
     series: Series
@@ -68,7 +68,7 @@ class SeriesTable:
         return to_plain_text(self, width)
 
     def lines(self, shown: int, columns: int | None = None) -> Iterator[str]:
-        """What stands below ``shown`` rows and so many columns."""
+        """The lines below a table of ``shown`` rows and ``columns`` rankings."""
         if len(self.series) > shown:
             yield f"... {len(self.series) - shown:,} more"
         number = len(self.series.labels)

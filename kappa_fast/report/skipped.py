@@ -1,4 +1,4 @@
-"""What was left out, by reason."""
+"""The skipped parameters of a ranking, grouped by reason for the page and the plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..results.entries import Skipped
 def by_reason(skipped: Iterable[Skipped]) -> list[tuple[str, list[Skipped]]]:
     """The skipped parameters under each reason, the most frequent reason first.
 
-    "scales of layers.3.q_proj.weight" and its like are one reason, not one for every layer.
+    Reasons that differ only in a name, such as "scales of layers.3.q_proj.weight", are one reason.
     """
     groups: dict[str, list[Skipped]] = {}
     for item in skipped:

@@ -1,4 +1,4 @@
-"""The text of a summary: one line for each group or layer."""
+"""The table of a summary: one line for each group or layer."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SummaryTable:
 
 
 def cells_of(row: Row) -> list[str]:
-    """All that follows the name."""
+    """The cells of a row after the name."""
     share = "?" if math.isnan(row.share) else f"{100 * row.share:.1f}%"
     numbers = [format_number(value) for value in (row.median, row.lowest, row.highest)]
     return [f"{row.count:,}", *numbers, f"{row.numel:,}", f"{row.taken:,}", share]

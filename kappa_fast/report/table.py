@@ -26,7 +26,7 @@ _MIN_TAIL = 8
 _MIN_WIDTH = 60
 _MAX_FORMAT = 8
 _RIGHT = ("#", "score", "kappa", "sens.")
-_DISPENSABLE = ("method", "sens.", "dtype", "proven")  # in the order in which they make room for names
+_DISPENSABLE = ("method", "sens.", "dtype", "proven")  # columns that are omitted for longer names, in this order
 _STYLES = {"ok": "", "rank_deficient": "yellow", "bounded": "dim", "non_finite": "red"}
 
 
@@ -36,11 +36,11 @@ class RankingTable:
 
     Columns: position; key, shortened in the middle where the page is too narrow; shape and dtype, or the format of
     quantized weights with an asterisk; kappa; the interval, its ends rounded outward; whether it is proven; the
-    sensitivity; the method, or the status of an entry without a finite kappa. Entries ranked by another score show it
-    too. Pages too narrow for all that lose the last columns.
+    sensitivity; the method, or the status of an entry without a finite kappa; the score if it is not kappa. A page that
+    is too narrow for all columns omits some.
 
     Raises:
-        OptionError: ``limit`` is no count.
+        OptionError: ``limit`` is not a count.
     """
 
     ranking: Ranking
@@ -60,7 +60,7 @@ class RankingTable:
             yield Text(shorten(formats, options.max_width), no_wrap=True, overflow="crop")
 
     def rows_alone(self, width: int) -> RenderableType:
-        """The rows, without what stands below them."""
+        """The rows without the lines below them."""
         from rich.table import Table
         from rich.text import Text
 
@@ -69,7 +69,7 @@ class RankingTable:
         table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
         for header in columns:
             justify: JustifyMethod = "right" if header in _RIGHT else "left"
-            # Wide characters (CJK) take two columns each: what shorten() left too long is cut here.
+            # Wide characters (CJK) take two columns each, so a shortened name may be too long and is cut here.
             limit = room if header == "tensor" else None
             table.add_column(Text(header, "bold"), justify=justify, no_wrap=True, max_width=limit)
         for entry, *cells in zip(shown, *columns.values(), strict=True):
@@ -85,7 +85,7 @@ class RankingTable:
         return to_plain_text(self, width)
 
     def columns(self, shown: Sequence[TensorKappa]) -> dict[str, list[str]]:
-        """The cells of these entries by the header of their column, in full length."""
+        """By the header of a column the full texts of its cells for these entries."""
         columns = {
             "#": [str(i) for i in range(1, len(shown) + 1)],
             "tensor": [printable(entry.key) for entry in shown],
@@ -103,13 +103,13 @@ class RankingTable:
         return columns
 
     def _formats(self) -> str:
-        """What the asterisks mean; "" where there are none."""
+        """The line that explains the asterisks; "" if there are none."""
         found = Counter(entry.quantization for entry in self.ranking if entry.quantization)
         listed = "; ".join(f"{count} {printable(name)}" for name, count in found.most_common())
         return f"* dequantized: {listed}" if listed else ""
 
     def lines(self, shown: int) -> Iterable[str]:
-        """What stands below ``shown`` rows."""
+        """The lines below a table of ``shown`` rows."""
         ranking = self.ranking
         if len(ranking) > shown:
             yield f"... {len(ranking) - shown} more"
@@ -121,13 +121,13 @@ class RankingTable:
 
 
 def check_limit(limit: object) -> None:
-    """Raises OptionError where this is no number of rows, nor None for all."""
+    """Raises OptionError unless this is a number of rows, or None for all."""
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
         raise OptionError(f"limit={limit!r}: give a count of rows, or None for all")
 
 
 def to_plain_text(page: RichCast | ConsoleRenderable, width: int) -> str:
-    """What ``rich`` would print, as text without colors, ``width`` columns wide.
+    """The output of ``rich`` as text without colors, ``width`` columns wide.
 
     Raises:
         OptionError: less than 60 columns.
@@ -151,16 +151,16 @@ def _how(entry: TensorKappa) -> str:
 
 
 def _short_dtype(entry: TensorKappa) -> str:
-    """bf16, f32, e4m3fn: what is left of a name once everybody knows it is a float. Of quantized weights "gptq*"."""
+    """A short name of the dtype: bf16, f32, e4m3fn; for quantized weights that of the format, "gptq*"."""
     if entry.quantization:
         return printable(re.split(r"[ ,]", entry.quantization, maxsplit=1)[0][:_MAX_FORMAT]) + "*"
     return printable(entry.dtype.removeprefix("float8_").replace("bfloat", "bf").replace("float", "f"))
 
 
 def _fit(columns: dict[str, list[str]], width: int) -> tuple[dict[str, list[str]], int, int]:
-    """The columns that fit into ``width``, the gap between them (2 where all fits, else 1), and the room for keys.
+    """The columns that fit into ``width``, the gap between them (2 if all columns fit, else 1), and the width of keys.
 
-    Columns give way to names, and names are shortened where that is not enough.
+    Columns are omitted so that keys fit; if that is not enough, keys are shortened.
     """
     kept = dict(columns)
     longest = max(map(len, ("tensor", *columns["tensor"])))
@@ -179,7 +179,7 @@ def _fit(columns: dict[str, list[str]], width: int) -> tuple[dict[str, list[str]
 
 
 def shorten(text: str, width: int) -> str:
-    """``text``, or its two ends around "..." in ``width`` characters; the layer number stays where there is room."""
+    """``text`` in at most ``width`` characters, with "..." in its middle; it keeps the layer number if possible."""
     if len(text) <= width:
         return text
     head = (width - 3) // 2
@@ -196,7 +196,7 @@ def format_number(value: float, digits: int = 4, rounding: str = ROUND_HALF_EVEN
     if value == 0:
         return "0"
     rounded = Context(prec=digits, rounding=rounding).create_decimal_from_float(value)
-    # 14 as 14.00: a column of numbers has the same digits throughout.
+    # 14 becomes 14.00, so that all numbers of a column have equally many digits.
     rounded = rounded.quantize(Decimal(1).scaleb(rounded.adjusted() - digits + 1))
     if -3 <= rounded.adjusted() < 6:
         return f"{rounded:f}"
@@ -205,7 +205,7 @@ def format_number(value: float, digits: int = 4, rounding: str = ROUND_HALF_EVEN
 
 
 def format_interval(entry: TensorKappa) -> str:
-    """The interval of an entry, rounded outward: what is printed holds the true kappa whenever the interval does."""
+    """The interval of an entry, rounded outward: the printed interval contains the exact one."""
     if entry.status == "non_finite" or (entry.lower <= 1 and math.isinf(entry.upper)):
         return "-"
     digits = _digits(entry)
@@ -215,7 +215,7 @@ def format_interval(entry: TensorKappa) -> str:
 
 
 def format_relative(value: float) -> str:
-    """A relative change as a percentage: "<0.1%", "5.3%", "540%"; from ten times on as a factor: "13x"."""
+    """A relative change as a percentage, "<0.1%", "5.3%", "540%", or from 10 on as a factor, "13x"."""
     if not math.isfinite(value):
         return "-" if math.isnan(value) else "inf"
     if value < 0.001:

@@ -1,1 +1,1 @@
-"""What rank() returns and what follows from it: entries, rankings, selections, comparisons, and their files."""
+"""The results of rank() and the objects made from them: entries, rankings, selections, comparisons, and their files."""

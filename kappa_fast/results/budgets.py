@@ -1,4 +1,4 @@
-"""The budgets that select() takes, and what may be given for each."""
+"""The budgets that select() takes, with the values that are valid for each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def is_number(value: object) -> bool:
-    """A number that is finite as a float."""
+    """Whether the value is a number that is finite as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     try:
@@ -19,11 +19,11 @@ def is_number(value: object) -> bool:
 
 
 def is_count(value: object) -> bool:
-    """An int from 1 on, of whatever class."""
+    """Whether the value is an integer (of any integer class) from 1 on."""
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
 
 
-# What is expected, in words, and a check.
+# By name of a budget: its valid values in words, and a check.
 BUDGETS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_tensors": ("a count, an int from 1 on", is_count),
     "top_p": ("a fraction in (0, 1]", lambda value: is_number(value) and 0 < value <= 1),

@@ -15,32 +15,32 @@ _ORDER: dict[Status, int] = {"ok": 0, "rank_deficient": 1, "bounded": 2, "non_fi
 
 
 def union(one: Selection, other: Selection) -> Selection:
-    """What is in one of them or in both."""
+    """The matrices that are in at least one of two selections."""
     _check_one_model(one, other)
     if one.exclude != other.exclude and (one.include or other.include):
-        raise _apart("one of them names parameters besides (including) and they leave out different ones (excluding)")
+        raise _apart("one of them has including() and their excluding() differ")
     mine = set(one.keys)
     entries = [*one.entries, *(entry for entry in other.entries if entry.key not in mine)]
     include = tuple(dict.fromkeys((*one.include, *other.include)))
-    exclude = one.exclude if one.exclude == other.exclude else ()  # what they name is left out of the entries already
+    exclude = one.exclude if one.exclude == other.exclude else ()  # the entries have lost the excluded matrices already
     return _made("union", one, other, entries, include, exclude)
 
 
 def intersection(one: Selection, other: Selection) -> Selection:
-    """What is in both of them."""
+    """The matrices that are in both selections."""
     _check_one_model(one, other)
     if one.include != other.include and (one.include or other.include):
-        raise _apart("they name different parameters besides (including)")
+        raise _apart("their including() differ")
     theirs = set(other.keys)
     exclude = tuple(dict.fromkeys((*one.exclude, *other.exclude)))
     return _made("intersection", one, other, [e for e in one.entries if e.key in theirs], one.include, exclude)
 
 
 def difference(one: Selection, other: Selection) -> Selection:
-    """What is in the first and not in the second."""
+    """The matrices that are in the first selection and not in the second."""
     _check_one_model(one, other)
     if other.include and other.include != one.include:
-        raise _apart("the second names parameters besides (including)")
+        raise _apart("the second has including()")
     theirs = set(other.keys)
     include = () if other.include else one.include
     return _made("difference", one, other, [e for e in one.entries if e.key not in theirs], include, one.exclude)
@@ -48,7 +48,7 @@ def difference(one: Selection, other: Selection) -> Selection:
 
 def _apart(why: str) -> OptionError:
     return OptionError(
-        f"the selections cannot be combined, because {why}: combine them before, and do that to the result"
+        f"the selections cannot be combined, because {why}: combine selections first, and call these on the result"
     )
 
 

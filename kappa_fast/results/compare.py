@@ -1,4 +1,4 @@
-"""compare(): the matrices of two rankings paired, and what makes them hard to compare."""
+"""compare(): it pairs the matrices of two rankings, and says what makes the rankings hard to compare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .entries import TensorKappa
 from .pairing import pair
 from .ranking import Ranking
 
-# What makes numbers differ that are the same, or the same that differ; and how to say it.
+# Settings that change numbers although the weights are equal, or hide that weights differ; each with its caveat.
 _SETTINGS = {
     "rtol": "intervals of one are wider than those of the other",
     "certify": "the intervals of only one are proven",
@@ -28,7 +28,7 @@ SHOWN = 3
 
 
 def compare(before: Ranking, after: object) -> Comparison:
-    """What ``Ranking.compare`` promises."""
+    """See ``Ranking.compare``."""
     if not isinstance(after, Ranking):
         raise OptionError(f"compare() takes a Ranking, not {type(after).__name__}: Ranking.from_json(path) reads one")
     pairs = [(before.entries[i], after.entries[j]) for i, j in pair(before.entries, after.entries)]
@@ -51,7 +51,7 @@ def compare(before: Ranking, after: object) -> Comparison:
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation, the mean rank where values are equal; nan for fewer than two different values."""
+    """Spearman's rank correlation; equal values get their mean rank. nan for fewer than two different values."""
     if not first:
         return math.nan
     x, y = (_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second))
@@ -66,7 +66,7 @@ def _ranks(values: Any) -> Any:
 
 
 def _same_size(a: TensorKappa, b: TensorKappa) -> bool:
-    """Same shape or transposed; the reference implementation's entries know none."""
+    """Whether shapes are equal or transposed; entries of the reference implementation have no shape and always fit."""
     return not (a.numel and b.numel) or sorted(a.shape) == sorted(b.shape)
 
 
@@ -115,7 +115,7 @@ def _caveats(
             count = kinds[old, new]
             yield f"{what} is {old} and {new} in {count} matrices: kappa is that of the rounded weights"
     prints = [_mapping(r.metadata.get("source")).get("fingerprint") for r in (before, after)]
-    # Where every matrix has its counterpart, it does not matter what a file calls the rest, or which of it there is.
+    # If every matrix has its counterpart, other differences between the sources do not matter.
     paired = len(changes) == len(before.entries) == len(after.entries)
     if None not in prints and prints[0] != prints[1] and not paired:
         yield "the sources differ in names, shapes or dtypes: are they the same model?"

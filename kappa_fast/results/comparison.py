@@ -35,12 +35,12 @@ class Change:
 
     @property
     def key(self) -> str:
-        """As the first ranking has it."""
+        """The key of the matrix in the first ranking."""
         return self.before.key
 
     @property
     def ratio(self) -> float:
-        """Kappa after over kappa before; nan where one of them is not known, 1 if both are infinite."""
+        """Kappa after over kappa before; nan where one of both is not known, 1 if both are infinite."""
         before, after = self.before.kappa, self.after.kappa
         if math.isinf(before) and math.isinf(after):
             return 1.0
@@ -48,9 +48,9 @@ class Change:
 
     @property
     def at_least(self) -> float:
-        """By which factor kappa certainly moved, up or down: 1 where the intervals touch, inf if a nan or inf appeared.
+        """The factor by which kappa certainly moved, up or down: 1 if intervals touch, inf if a nan or inf appeared.
 
-        Wherever in its interval each kappa is, their ratio is at least this (or at most its inverse).
+        For any kappas within both intervals, their ratio is at least this factor, or at most its inverse.
         """
         if self.verdict == "up":
             return _divided(self.after.lower, self.before.upper)
@@ -60,7 +60,7 @@ class Change:
 
     @property
     def broke(self) -> bool:
-        """Whether there are NaNs or infinities among the weights now, and were none before."""
+        """Whether the weights have NaNs or infinities after, and had none before."""
         return self.after.status == "non_finite" != self.before.status
 
     @property
@@ -79,7 +79,7 @@ class Change:
 
     @property
     def size(self) -> float:
-        """How far the estimate moved, whichever way: a ratio of at least 1; 0 where it is not known."""
+        """The ratio of the larger to the smaller estimate, at least 1; 0 where it is not known."""
         ratio = self.ratio
         if math.isnan(ratio):
             return 0.0
@@ -88,7 +88,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Unpaired:
-    """A matrix that only one ranking has; ``reason`` is why the other one skipped it, "" if it does not know it."""
+    """A matrix that only one ranking has. ``reason``: why the other ranking skipped it, "" if it lacks the matrix."""
 
     key: str
     reason: str
@@ -96,9 +96,10 @@ class Unpaired:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What one and the same budget takes from both rankings. Keys as in the ranking that has them, first as before.
+    """The selections of one budget from both rankings. Keys are those of the first ranking that has the matrix.
 
-    jaccard: matrices in both over matrices in either.  params: the same for weights, nan where sizes are unknown.
+    jaccard: matrices in both selections over matrices in either.  params: the same ratio for weights, nan where sizes
+    are unknown.
     """
 
     budget: str
@@ -117,9 +118,9 @@ class Comparison:
 
     Attributes:
         changes: the matrices in both, in the order of the first ranking.
-        only_before, only_after: those in one only.
+        only_before, only_after: the matrices in one ranking only.
         correlation: Spearman's rank correlation of kappa over the matrices resolved in both (``correlated`` of them).
-        caveats: what makes the two hard to compare, in words.
+        caveats: sentences that say what makes both rankings hard to compare.
     """
 
     changes: tuple[Change, ...]
@@ -145,22 +146,22 @@ class Comparison:
 
     @property
     def status_changes(self) -> tuple[Change, ...]:
-        """Those whose status is another. "bounded" is none of the weights, but of how far they were resolved."""
+        """The changes of status, except to or from "bounded", which depends on how far a ranking was resolved."""
         statuses = [(change, {change.before.status, change.after.status}) for change in self.changes]
         return tuple(change for change, both in statuses if len(both) > 1 and "bounded" not in both)
 
     def moved(self, direction: Literal["up", "down"]) -> list[Change]:
-        """Those whose kappa rose or fell, certainly or not: by how far for certain, then by how far at all."""
+        """The changes in which kappa rose or fell, by the certain and then by the estimated factor, largest first."""
         up = direction == "up"
         found = [change for change in self.changes if change.verdict == direction]
         found += [c for c in self.changes if c.verdict == "within" and c.size > 1 and (c.ratio > 1) == up]
         return sorted(found, key=lambda change: (-change.at_least, -change.size, change.key))
 
     def exceeding(self, ratio: float) -> list[Change]:
-        """Those that certainly moved by more than this factor, up or down, or that hold a NaN or inf now.
+        """The changes that certainly exceed this factor, up or down, and those in which a NaN or inf appeared.
 
         Raises:
-            OptionError: the ratio is no number from 1 on.
+            OptionError: the ratio is not a number from 1 on.
         """
         number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
         if not number or not 1 <= ratio < math.inf:
@@ -181,10 +182,10 @@ class Comparison:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
     ) -> Overlap:
-        """What the same budget selects from both; the options are those of ``Ranking.select``.
+        """The selections of the same budget from both rankings; the options are those of ``Ranking.select``.
 
         Raises:
-            OptionError: as select() does; the message says for which of the two.
+            OptionError: select() raises it; the message says for which ranking.
         """
         options: dict[str, Any] = dict(num_tensors=num_tensors, top_p=top_p, max_kappa=max_kappa)
         options |= dict(max_params=max_params, per_group=per_group, unit=unit, fill=fill)
@@ -193,7 +194,7 @@ class Comparison:
         first, second = ({entry.key: entry for entry in selection} for selection in chosen)
         partner = {change.after.key: change.before.key for change in self.changes}
         names = {key: partner.get(key, key) for key in second}
-        here = {names[key] for key in second if key in partner}  # a key that only looks alike is none
+        here = {names[key] for key in second if key in partner}  # an equal key of an unpaired matrix does not count
         both = tuple(key for key in first if key in here)
         kept = set(both)
         only_before = tuple(key for key in first if key not in kept)
@@ -226,14 +227,14 @@ class Comparison:
         return self.to_text()
 
     def table(self, limit: int | None = 10, overlap: Overlap | None = None) -> ComparisonTable:
-        """What ``rich`` prints: ``limit`` moves in each direction (None: all), fitted to the page."""
+        """A table for ``rich`` with ``limit`` moves in each direction (None: all), fitted to the width of the page."""
         return consumers.ComparisonTable(self, limit, overlap)
 
     def to_text(self, limit: int | None = 10, overlap: Overlap | None = None, width: int = 100) -> str:
         """The comparison as plain text.
 
         Raises:
-            OptionError: less than 60 columns, or ``limit`` is no count.
+            OptionError: less than 60 columns, or ``limit`` is not a count.
         """
         return self.table(limit, overlap).to_text(width)
 
@@ -251,21 +252,21 @@ class Comparison:
         return consumers.frame_of_comparison(self, pandas)
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, ax: Any = None) -> Any:
-        """By how much kappa moved, layers by types of matrices, as a matplotlib Figure, which is returned.
+        """Draw the factors by which kappa moved, layers by types of matrices; returns the matplotlib Figure.
 
         Args:
-            path: a file to write it to, PNG, SVG or PDF as its name ends.
+            path: a file for the figure; its name ends in .png, .svg or .pdf.
             ax: axes to draw into.
 
         Raises:
-            OptionError: the name ends in another way, or there is nothing to plot.
+            OptionError: the name has another ending, or there is nothing to plot.
             MissingExtraError: matplotlib is not installed.
             RankingFileError: the file cannot be written.
         """
         return consumers.plot_comparison(self, path, ax)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write a page of one file: what moved, the picture of ``plot()``, and what is in one ranking only.
+        """Write an HTML page: the matrices that moved, the picture of ``plot()``, and the matrices of one ranking only.
 
         Raises:
             MissingExtraError: jinja2 or matplotlib is not installed.
@@ -282,7 +283,7 @@ class Comparison:
         serialize.write_document(path, self.document(overlap))
 
     def document(self, overlap: Overlap | None = None) -> dict[str, Any]:
-        """The comparison as plain JSON: what was compared and how, then what differs."""
+        """The comparison as plain JSON: the rankings and their settings, then the differences."""
         document = {
             "format": COMPARISON_FORMAT,
             "version": serialize.VERSION,
@@ -326,5 +327,5 @@ def _encode(change: Change) -> dict[str, Any]:
 
 
 def _divided(a: float, b: float) -> float:
-    # No kappa is 0, but a file may say so.
+    # A file may claim that a kappa is 0, although none can be.
     return a / b if b else math.nan if not a else math.inf

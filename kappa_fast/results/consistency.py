@@ -1,4 +1,4 @@
-"""What a ranking or a selection in a file may say of its entries: numbers that contradict each other are refused."""
+"""Checks for the readers of files: they refuse rankings and selections whose numbers contradict each other."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, get_args
 from .entries import TensorKappa
 from .units import UnitName
 
-Budgets = Mapping[str, tuple[str, Callable[[Any], bool]]]  # by name: what there may be, in words, and a check
+Budgets = Mapping[str, tuple[str, Callable[[Any], bool]]]  # by name: the valid values in words, and a check
 
 
 def contradiction(entry: TensorKappa) -> str | None:
-    """What is wrong with the entry, None if nothing is. What is unknown may be nan, or 0 for a size."""
+    """A sentence that says what is wrong with the entry, else None. Unknown numbers are nan, unknown sizes 0."""
     size = math.prod(entry.shape)
     if entry.numel != size:
         return f"'numel' is {entry.numel}, and its shape {list(entry.shape)} has {size}"
@@ -23,7 +23,7 @@ def contradiction(entry: TensorKappa) -> str | None:
     if entry.status == "non_finite":
         return None if math.isnan(entry.kappa) else f"'kappa' is {entry.kappa!r} for weights that are not finite"
     if not (1 <= entry.lower <= entry.upper):
-        return f"'lower' is {entry.lower!r} and 'upper' {entry.upper!r}, which is no interval from 1 on"
+        return f"'lower' is {entry.lower!r} and 'upper' {entry.upper!r}, which is not an interval from 1 on"
     if entry.status == "ok" and not (math.isfinite(entry.kappa) and entry.lower <= entry.kappa <= entry.upper):
         return f"'kappa' is {entry.kappa!r}, outside of its interval from {entry.lower!r} to {entry.upper!r}"
     if entry.status == "rank_deficient" and not entry.kappa == entry.upper == math.inf:
@@ -38,7 +38,7 @@ def contradiction(entry: TensorKappa) -> str | None:
 
 
 def contradicted_score(entries: Iterable[TensorKappa], settings: object) -> TensorKappa | None:
-    """An entry of a ranking by kappa whose score is another number, None if there is none."""
+    """An entry whose score is not its kappa although the ranking is by kappa; None if all agree."""
     if not isinstance(settings, Mapping) or settings.get("score") != "kappa":
         return None
     return next((e for e in entries if e.status in ("ok", "rank_deficient") and e.score != e.kappa), None)
@@ -47,7 +47,7 @@ def contradicted_score(entries: Iterable[TensorKappa], settings: object) -> Tens
 def contradicted_budget(
     entries: Iterable[TensorKappa], settings: Mapping[str, Any], certain: bool, budgets: Budgets
 ) -> str | None:
-    """What in the settings of a selection is none, or says something else than its entries; None if nothing does."""
+    """A sentence about a setting of a selection that is not valid or contradicts the entries; else None."""
     strange = next((e for e in entries if e.status in ("bounded", "non_finite")), None)
     if strange is not None:
         return f"{strange.key!r} is {strange.status}, which no budget selects"
@@ -61,14 +61,14 @@ def contradicted_budget(
     budget, unit = settings["budget"], settings.get("unit", "matrix")
     value: Any = settings.get("value")
     if not isinstance(budget, str) or budget not in budgets:
-        return f"'budget' is {str(budget)[:60]!r}, none of {', '.join(budgets)}"
+        return f"'budget' is {str(budget)[:60]!r}, which is not one of {', '.join(budgets)}"
     expected, is_valid = budgets[budget]
     if isinstance(value, str) or not is_valid(value):
         return f"'value' is {str(value)[:60]!r}, not {expected}"
     if unit not in get_args(UnitName) or not isinstance(settings.get("per_group", False), bool):
         return "'unit' or 'per_group' has a value that select() does not take"
     if unit != "matrix" or settings.get("per_group"):
-        return None  # what counts is the mean of several, or a group whose others are not here
+        return None  # the budget counts units or groups, of which the entries do not tell enough
     if budget == "max_kappa":
         beyond = next((e for e in entries if e.kappa > value or (certain and e.upper > value)), None)
         if beyond is not None:
@@ -98,7 +98,7 @@ def _object_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, Mapping) and all(map(check, value.values()))
 
 
-# What rank() writes, as far as something reads it again: the kind of value in words, and a check.
+# The metadata of rank() that other code reads: for each name the kind of value in words, and a check.
 _TEXT = ("a text or null", lambda value: value is None or _is_text(value))
 _TEXTS = ("a list of texts", _list_of(_is_text))
 _OBJECT = ("an object", lambda value: isinstance(value, Mapping))
@@ -125,9 +125,9 @@ _METADATA: Budgets = {
 
 
 def wrong_metadata(metadata: Mapping[str, Any]) -> str | None:
-    """What of the metadata of a ranking, or of the settings of a selection, is none; None if nothing is.
+    """A sentence about a value that is not valid in the metadata of a ranking or settings of a selection; else None.
 
-    What kappa_fast does not know is the writer's own affair.
+    Names that kappa_fast does not know are not checked.
     """
     source = metadata.get("source")
     for place, values, known in (("", metadata, _METADATA), ("source.", source, _SOURCE)):

@@ -1,7 +1,7 @@
-"""The one place from which results reach for what consumes them: the code behind to_html(), apply() and the like.
+"""The functions and classes of report/, training/ and integrations/ that methods of results call, such as to_html().
 
-Every name is loaded on first use. Nothing else in results/ or planning/ imports report/, training/ or integrations/,
-not even late or for types, so that a result can be understood, and used, without them.
+Each is imported on first use. No other file of results/ or planning/ imports these packages, not even inside a function
+or for types.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Where a budget cuts a ranking: which units are in, whether that is certain, and whether it can be told at all."""
+"""The cuts of select(): the units that a budget takes, whether exact kappas would take the same units, and whether the
+ranking is resolved far enough to decide that."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from .units import Unit
 class Pool:
     """Units that share one budget.
 
-    ``ranked`` holds those with a score, "ok" before "rank_deficient", each in score order; ``bounded`` those of which
-    only a lower bound is known; ``size`` counts the non-finite ones too, ``numel`` their weights.
+    ``ranked`` holds the units with a score, "ok" before "rank_deficient", each in score order; ``bounded`` the units of
+    which only a lower bound is known. ``size`` counts all units, with the non-finite ones, and ``numel`` their weights.
     """
 
     ranked: tuple[Unit, ...]
@@ -41,21 +42,21 @@ class Pool:
 
     @property
     def horizon(self) -> float:
-        """Up to this score no bounded unit can come in between; -inf where bounds of kappa say nothing of the score."""
+        """The least score that a bounded unit can have; -inf where a bound of kappa does not bound the score."""
         return min((unit.score_lower for unit in self.bounded), default=math.inf)
 
     def without(self, chosen: Sequence[Unit]) -> list[Unit]:
-        """The units that may be selected in principle and were not."""
+        """The ranked and bounded units that are not in ``chosen``."""
         keys = {unit.key for unit in chosen}
         return [unit for unit in (*self.ranked, *self.bounded) if unit.key not in keys]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What a budget takes from a pool.
+    """The units that a budget takes from a pool.
 
-    ``needed`` is 0 if the ranking is resolved far enough to tell, else the number of units that must be. ``unfit``
-    holds the units that would have come next, or in between, and did not fit a number of weights.
+    ``needed`` is 0 if the ranking is resolved far enough to decide, else the number of units that have to be resolved.
+    ``unfit`` holds the units that came next, or in between, and did not fit into a number of weights.
     """
 
     chosen: tuple[Unit, ...]
@@ -141,7 +142,8 @@ def cut_by_all(pool: Pool, cuts: Sequence[Callable[[Pool], Cut]], max_kappa: flo
 
 
 def _filling_is_certain(known: Sequence[Unit], budget: int) -> bool:
-    """Units that could change places take all or nothing together: then their order does not matter."""
+    """Whether exact kappas would take the same units: in each run of units with overlapping intervals all fit, or not
+    even the smallest one does, so that their order does not matter."""
     left = budget
     reach: tuple[float, str] = (-math.inf, "")
     run: list[Unit] = []
@@ -169,7 +171,7 @@ def _how_many_fit(units: Sequence[Unit], budget: int) -> int:
 
 
 def _separated(chosen: Sequence[Unit], rest: Sequence[Unit]) -> bool:
-    """Every chosen unit is ahead of every other one, wherever in their intervals the scores are; keys break ties."""
+    """Whether every chosen unit comes before every other one for all scores within their intervals; keys break ties."""
     if not chosen or not rest:
         return True
     return max(map(_last_place, chosen)) < min(map(_first_place, rest))
@@ -184,7 +186,7 @@ def _last_place(unit: Unit) -> tuple[float, str]:
 
 
 def _stop_is_certain(rest: Sequence[Unit], left: int) -> bool:
-    """The unit that did not fit is certainly ahead of all that would have."""
+    """Whether some unit that does not fit certainly comes before all units that do."""
     fitting = [unit for unit in rest if unit.numel <= left and unit.status != "rank_deficient"]
     if not fitting:
         return True

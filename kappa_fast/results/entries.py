@@ -1,4 +1,4 @@
-"""The records a ranking is made of: TensorKappa for what was ranked, Skipped for what was not."""
+"""The records of a ranking: TensorKappa for a ranked matrix, Skipped for a parameter that was not ranked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TensorKappa:
         name: name of the parameter, as ``named_parameters()`` or the checkpoint spells it.
         aliases: further names of the same tensor (tied weights).
         part: "" for the whole parameter, "[3]" for expert 3 of a stack, "[3].gate" for its gate half.
-        index: what to index the parameter with to get the matrix; () for the whole.
+        index: the index of the matrix in the parameter; () for the whole parameter.
         layer: number of the layer in the model, None outside of layers.
         group: the name with its numbers as ``*``, plus the part without its expert.
         shape: (rows, columns) of the matrix as ranked (convolutions flattened).

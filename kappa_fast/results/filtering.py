@@ -18,14 +18,14 @@ def filtered(
     exclude: str | Sequence[str] | None,
     groups: str | Sequence[str] | None,
 ) -> Ranking:
-    """What ``Ranking.filter`` promises."""
+    """See ``Ranking.filter``."""
     entries = matching(ranking.entries, include, exclude)
     wanted = None if layers is None else _numbers(layers)
     named = None if groups is None else [groups] if isinstance(groups, str) else list(groups)
     if wanted is not None:
         entries = tuple(entry for entry in entries if entry.layer in wanted)
     if named is not None:
-        # A group has stars where names have numbers, so it is a pattern that seldom finds itself.
+        # A group has "*" where names have numbers, so as a regular expression it would seldom match itself.
         patterns = compiled([name for name in named if not any(entry.group == name for entry in ranking)])
         entries = tuple(e for e in entries if e.group in named or any(p.search(e.group) for p in patterns))
     given = {

@@ -1,4 +1,4 @@
-"""Interrupted: what Ctrl-C during rank() raises, with what was finished until then."""
+"""Interrupted: Ctrl-C during rank() raises this exception, which holds the finished part of the ranking."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from .ranking import Ranking
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during rank(). ``partial`` is the Ranking of what was finished until then, of ``total`` matrices.
+    """Ctrl-C during rank(). ``partial`` is the Ranking of the matrices that were finished before, of ``total``.
 
-    ``resumable`` says that all of it is in the cache: the same call goes on from there.
+    ``resumable``: all of these are in the cache, and the same call continues from there.
     """
 
     def __init__(self, message: str, partial: Ranking, *, total: int | None = None, resumable: bool = False) -> None:

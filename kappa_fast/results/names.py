@@ -1,4 +1,4 @@
-"""What the name of a parameter tells of its place: layer, group, order, and the name without its wrappers."""
+"""Names of parameters: the layer, the group and the order that they imply, and the names without those of wrappers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..io.limits import MOST_DIGITS
 _NUMBER = re.compile(r"(?<![^.])(?P<stem>(?:expert_)?)\d+(?![^.])")
 _LAYER = re.compile(rf"(?<![^.])\d{{1,{MOST_DIGITS}}}(?![^.])")
 _DIGITS = re.compile(r"([0-9]+)")
-# Wrappers that put themselves between a module and its weight; the weight keeps the name it has without them.
+# The names that adapters put between a module and its weight.
 _WRAPPED = re.compile(r"(?:\.token_adapter)?\.(?:base_layer|original_module)(?=\.|$)")
-# What torch.compile, FSDP, activation checkpointing and Lightning put into names, where nobody else would, ...
+# Words that torch.compile, FSDP, activation checkpointing and Lightning put into names, and no model does.
 _UNMISTAKABLE = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-# ... and what DDP puts before every name: a module of a model may be called so as well.
+# DDP puts this word before every name; a module of a model may have this name as well.
 LEADING = ("module.",)
 
 
@@ -26,9 +26,9 @@ def base_name(name: str) -> str:
 
 
 def unwrapped(names: Collection[str], leading: Sequence[str] = LEADING) -> dict[str, str]:
-    """By each of the names of a model, the name without what compile, DDP and FSDP put around the model.
+    """For each name of a model, the name without the words that compile, DDP and FSDP add.
 
-    What is ``leading`` is taken off only where all names begin with it.
+    The words of ``leading`` are removed only if all names begin with them.
     """
     short = {name: _UNMISTAKABLE.sub("", name) for name in names}
     while short and (lead := next((w for w in leading if all(s.startswith(w) for s in short.values())), None)):
@@ -37,7 +37,7 @@ def unwrapped(names: Collection[str], leading: Sequence[str] = LEADING) -> dict[
 
 
 def layer_of(name: str) -> int | None:
-    """The first number among the components of the name that does not count experts."""
+    """The first component of the name that is a number, unless it is the number of an expert."""
     for found in _LAYER.finditer(name):
         if not name[: found.start()].endswith("experts."):
             return int(found.group())
@@ -53,14 +53,14 @@ def in_model_order(names: Iterable[str]) -> list[str]:
     """Sorted with numbers by value, so that layer 2 comes before layer 10."""
 
     def by_value(name: str) -> tuple[list[tuple[int, str]], str]:
-        words = _DIGITS.split(name)  # every second one is a number, of any length
+        words = _DIGITS.split(name)  # every second word is a number of any length
         numbers = [word.lstrip("0") if i % 2 else "" for i, word in enumerate(words)]
         return [(len(n), n) if i % 2 else (-1, w) for i, (w, n) in enumerate(zip(words, numbers, strict=True))], name
 
     return sorted(names, key=by_value)
 
 
-# What wrappers put before or between the words of a name: compile, DDP, FSDP, activation checkpointing, PEFT.
+# Words that compile, DDP, FSDP, activation checkpointing and PEFT put before or between the words of a name.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))"
     r"(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|base_model\.model)\."
@@ -68,5 +68,5 @@ _WRAPPERS = re.compile(
 
 
 def plain_name(name: str) -> str:
-    """The name without what compile, DDP, FSDP, activation checkpointing and PEFT put around it."""
+    """The name without the words that compile, DDP, FSDP, activation checkpointing and PEFT add."""
     return base_name(_WRAPPERS.sub("", name))

@@ -1,4 +1,4 @@
-"""Which entries of two rankings are the same matrix, though their names may carry other wrappers and prefixes."""
+"""Pairs of entries of two rankings that are the same matrix, whose names may have different wrappers and prefixes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Names = Callable[[TensorKappa], Iterable[str]]
 def pair(before: Sequence[TensorKappa], after: Sequence[TensorKappa]) -> list[tuple[int, int]]:
     """Positions (in ``before``, in ``after``) of entries that are the same matrix, in the order of ``before``.
 
-    By key; what is left by key without the wrappers of compile, DDP, FSDP and PEFT; then by such keys of tied names;
-    then with the prefix of a base model that one ranking has and the other lacks ("model.", "bert."), where that
-    explains most of what is left. A name that fits several entries pairs none of them.
+    Entries are paired by key; the remaining ones by key without the words of compile, DDP, FSDP and PEFT; then by such
+    keys of tied names; then with the prefix of a base model that only one ranking has ("model.", "bert."), if this
+    pairs most of the remaining ones. A name that fits several entries pairs none of them.
     """
     pairs: dict[int, int] = {}
     steps: tuple[Names, ...] = (
         lambda entry: (entry.key,),
         lambda entry: (plain_name(entry.name) + entry.part,),
         lambda entry: {plain_name(name) + entry.part for name in (entry.name, *entry.aliases)},
-        # The tensor of one expert on disk is an alias of a part of the parameter that it becomes.
+        # A checkpoint's tensor of one expert is an alias of a part of the model's parameter.
         lambda entry: {plain_name(entry.name) + entry.part, *map(plain_name, entry.aliases)},
     )
     for names in steps:
@@ -62,7 +62,7 @@ def _by_name(ours: Mapping[str, int], theirs: Mapping[str, int]) -> dict[int, in
 
 
 def _by_prefix(ours: Mapping[str, int], theirs: Mapping[str, int]) -> dict[int, int]:
-    """Pairs where one and the same prefix is missing on one side, if that explains most of what is left there."""
+    """Pairs whose names differ by one prefix, the same for all, if that pairs most of the remaining names."""
     there, here = _behind_a_prefix(ours, theirs), _behind_a_prefix(theirs, ours)
     if len(there) >= len(here):
         return {ours[short]: theirs[long] for short, long in there.items()}
@@ -70,9 +70,9 @@ def _by_prefix(ours: Mapping[str, int], theirs: Mapping[str, int]) -> dict[int, 
 
 
 def _behind_a_prefix(short: Mapping[str, int], long: Mapping[str, int]) -> dict[str, str]:
-    """By a name of ``short`` the one of ``long`` that is the same behind a prefix, the same for all.
+    """For names of ``short`` the name of ``long`` that is a prefix, the same for all, and this name.
 
-    Names that are found behind several prefixes are left out: layers of a text and of a vision model look alike.
+    Names that ``long`` has behind several prefixes are left out: layers of a text and of a vision model look alike.
     """
     prefixes: dict[str, list[str]] = {}
     for name in long:

@@ -1,4 +1,4 @@
-"""Ranking: every matrix of a model in the order of its condition number."""
+"""Ranking: the matrices of a model in ascending order of their condition numbers, as rank() returns them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .consumers import Comparison, RankingTable, Series
 
-# Entries that are known come first, so that the first k of a ranking with top=k are exactly those k.
+# Resolved entries come first, so that the first k entries of a ranking with top=k are the lowest k.
 _STATUS_ORDER: dict[Status, int] = {"ok": 0, "rank_deficient": 1, "bounded": 2, "non_finite": 3}
 
 
@@ -40,13 +40,13 @@ class Ranking(Sequence[TensorKappa]):
 
     Args:
         entries: the ranked matrices, in any order, with unique keys.
-        skipped: what was left out, and why.
+        skipped: the parameters that were not ranked, with reasons.
         metadata: plain JSON (text, numbers, bools, None, lists, dicts with text keys); it is copied and cannot be
             changed afterwards. nan and inf become the texts "nan" and "inf".
 
     Raises:
         OptionError: two entries share a key, a score or a lower bound that decides the order is nan, or the metadata
-            is no plain JSON.
+            is not plain JSON.
     """
 
     entries: tuple[TensorKappa, ...]
@@ -65,7 +65,7 @@ class Ranking(Sequence[TensorKappa]):
         if len(positions) < len(ordered):
             twice = next(entry.key for i, entry in enumerate(ordered) if positions[entry.key] != i)
             raise OptionError(f"two entries have the key {twice!r}: give each matrix its own name and part")
-        # A frozen dataclass can be filled in no other way.
+        # The fields of a frozen dataclass can only be set like this.
         object.__setattr__(self, "entries", ordered)
         object.__setattr__(self, "skipped", tuple(skipped))
         object.__setattr__(self, "metadata", serialize.freeze(dict(metadata or {}), "metadata"))
@@ -152,9 +152,8 @@ class Ranking(Sequence[TensorKappa]):
                 outside of experts on their own) or "parameter" (the stored tensor). The kappa and the score of a unit
                 are the geometric means over its matrices.
             fill: with max_params, a unit that does not fit is passed over, and smaller ones after it are still taken.
-            include, exclude: regular expressions (re.search) on keys, names and aliases: what else the ranking holds is
-                no candidate. Shares stay shares of all parameters of the model (max_params), and of the candidates
-                (top_p).
+            include, exclude: regular expressions (re.search) on keys, names and aliases, which choose the candidates.
+                A share of max_params refers to all parameters of the model, one of top_p to the candidates.
 
         Rank-deficient units come last and only num_tensors and top_p reach them. Units with a nan or inf in
         their weights are never selected. A unit with a matrix that was not resolved (``top``) is not selected either:
@@ -186,20 +185,20 @@ class Ranking(Sequence[TensorKappa]):
         exclude: str | Sequence[str] | None = None,
         groups: str | Sequence[str] | None = None,
     ) -> Ranking:
-        """A ranking of a part of the matrices, with the metadata of this one: shares stay those of the whole model.
+        """A ranking of some of the matrices, with the metadata of this one, so that shares refer to the whole model.
 
         Args:
             layers: a number or several, such as range(8).
             include, exclude: regular expressions (re.search) on keys, names and aliases.
-            groups: groups (``entry.group``) as they are, or regular expressions that are found in them.
+            groups: groups (``entry.group``) to the letter, or regular expressions (re.search) on groups.
 
         Raises:
-            OptionError: a pattern is no regular expression, or layers are no numbers.
+            OptionError: a pattern is not a regular expression, or layers are not numbers.
         """
         return consumers.filtered(self, layers, include, exclude, groups)
 
     def summary(self, by: By = "group", *, selection: Selection | None = None) -> Summary:
-        """The ranking by group or by layer: count, median, lowest and highest kappa, weights, what is selected.
+        """The ranking by group or by layer: count, median, lowest and highest kappa, weights, the part selected.
 
         Raises:
             OptionError: ``by`` is neither "group" nor "layer".
@@ -207,37 +206,37 @@ class Ranking(Sequence[TensorKappa]):
         return summarize(self.entries, by, selection)
 
     def compare(self, other: Ranking) -> Comparison:
-        """How ``other`` differs from this ranking: before and after training, in one dtype and in another.
+        """The differences between this ranking and ``other``, such as after training or in another dtype.
 
         Matrices are the same if their keys are, up to the wrappers of compile, DDP, FSDP and PEFT, tied names, and the
         prefix of a base model that only one of the two has.
 
         Raises:
-            OptionError: ``other`` is no Ranking, or the two have no matrix in common.
+            OptionError: ``other`` is not a Ranking, or the two have no matrix in common.
         """
         return consumers.compare(self, other)
 
     def series(self, *others: Ranking, labels: Sequence[str] | None = None) -> Series:
         """Kappa over this ranking and the others, such as those of the checkpoints of a run, in their order.
 
-        Matrices are paired as by ``compare``, each ranking with the latest before it that has the matrix.
+        Matrices are paired as by ``compare``: an entry with the latest entry of the same matrix in the rankings before.
 
         Args:
             labels: a name for each ranking, this one's first; by default "1", "2", ...
 
         Raises:
-            OptionError: there are no others, the labels are not as many, or no two rankings share a matrix.
+            OptionError: there are no others, the number of labels is wrong, or no two rankings share a matrix.
         """
         return consumers.series([self, *others], labels)
 
     def to_json(self, path: str | os.PathLike[str], *, relative: bool = False) -> None:
         """Write the ranking to a file, replacing it all at once.
 
-        The file says where the weights were, as ``rank()`` was told: an absolute path may name people and machines.
+        The file holds the path of the weights that ``rank()`` got: an absolute path may name people and machines.
 
         Args:
             path: where to write it.
-            relative: write the path of the source as it is from the folder of the file, for files that are shared.
+            relative: write the path of the source relative to the folder of the file, for files that are shared.
 
         Raises:
             RankingFileError: the file cannot be written.
@@ -251,8 +250,8 @@ class Ranking(Sequence[TensorKappa]):
     def from_json(cls, path: str | os.PathLike[str]) -> Ranking:
         """Read what ``to_json`` wrote, or the condition_numbers.json of the reference implementation.
 
-        The latter knows neither sizes nor errors: its entries have shape (0, 0), numel 0, the interval [1, inf] and
-        the method "reference", and max_params cannot be used on them.
+        The latter has neither sizes nor errors: its entries get shape (0, 0), numel 0, the interval [1, inf] and the
+        method "reference", and max_params cannot be used on them.
 
         Raises:
             SourceNotFoundError: there is no such file.
@@ -280,7 +279,7 @@ class Ranking(Sequence[TensorKappa]):
             raise RankingFileError(f"{file}: {error}") from error
 
     def document(self) -> dict[str, Any]:
-        """What ``to_json`` writes, as plain JSON."""
+        """The document that ``to_json`` writes, as plain JSON."""
         return {
             "format": serialize.RANKING_FORMAT,
             "version": serialize.VERSION,
@@ -292,8 +291,8 @@ class Ranking(Sequence[TensorKappa]):
     def to_dataframe(self) -> pandas.DataFrame:
         """One row per entry in order: ``key``, then the fields of TensorKappa as values that files of tables can hold.
 
-        ``shape`` is ``rows`` and ``columns``, ``index`` and ``aliases`` are texts ("3, 0:64"; separated by spaces), and
-        ``layer`` is a nullable integer. So the frame goes into parquet, feather, CSV, Excel and databases.
+        ``rows`` and ``columns`` stand for ``shape``, ``index`` and ``aliases`` are texts ("3, 0:64"; separated by
+        spaces), and ``layer`` is a nullable integer, so parquet, feather, CSV, Excel and databases can hold the frame.
 
         Raises:
             MissingExtraError: pandas is not installed.
@@ -313,7 +312,7 @@ class Ranking(Sequence[TensorKappa]):
 
         Args:
             path: where to write it.
-            selection: what the page shows as chosen at first, besides the budgets to be tried in it.
+            selection: the selection that the page shows first; readers can try other budgets in the page.
 
         Raises:
             OptionError: ``selection`` holds a matrix that is not in this ranking.
@@ -325,30 +324,30 @@ class Ranking(Sequence[TensorKappa]):
     def plot(
         self, path: str | os.PathLike[str] | None = None, *, ax: Any = None, selection: Selection | None = None
     ) -> Any:
-        """The heat map of layers and types of matrices as a matplotlib Figure, which is returned.
+        """Draw the heat map of layers and types of matrices; returns the matplotlib Figure.
 
-        Several matrices of one type in one layer (experts) show as their geometric mean. Where no matrix has the number
-        of a layer in its name, the lowest are shown as bars. Neither the backend of matplotlib nor its settings are
-        touched.
+        Several matrices of one type in one layer (experts) are shown by their geometric mean. If no matrix has the
+        number of a layer in its name, the lowest matrices are shown as bars. The backend of matplotlib and its settings
+        stay as they are.
 
         Args:
-            path: a file to write it to, PNG, SVG or PDF as its name ends; the same ranking gives the same bytes with
+            path: a file for the figure; its name ends in .png, .svg or .pdf. The same ranking gives the same bytes with
                 the same version of matplotlib.
-            ax: axes to draw into, instead of a figure of its own size.
-            selection: cells say what of them is selected: "25/128" where it is a part.
+            ax: axes to draw into, instead of a new figure.
+            selection: cells with selected matrices are framed, and say how many are selected ("25/128") if not all.
 
         Raises:
-            OptionError: the name ends in another way, or no matrix has a finite kappa.
+            OptionError: the name has another ending, or no matrix has a finite kappa.
             MissingExtraError: matplotlib is not installed.
             RankingFileError: the file cannot be written.
         """
         return consumers.plot(self, path, ax, selection)
 
     def table(self, limit: int | None = None) -> RankingTable:
-        """The first ``limit`` entries (None: all) as something ``rich`` prints, fitted to the width it prints at.
+        """A table for ``rich`` with the first ``limit`` entries (None: all), fitted to the width of the page.
 
         Raises:
-            OptionError: ``limit`` is no count.
+            OptionError: ``limit`` is not a count.
         """
         return consumers.RankingTable(self, limit)
 
@@ -356,7 +355,7 @@ class Ranking(Sequence[TensorKappa]):
         """The table as plain text, ``width`` columns wide. ``str(ranking)`` is the text with limit=40.
 
         Raises:
-            OptionError: ``limit`` is no count, or the width leaves no room for the table.
+            OptionError: ``limit`` is not a count, or the width is too small for the table.
         """
         return self.table(limit).to_text(width)
 
@@ -368,7 +367,7 @@ def _sort_key(entry: TensorKappa) -> tuple[int, float, str]:
     value = getattr(entry, what)
     if value != value:
         raise OptionError(
-            f"the {what} of {entry.key} (shape {entry.shape}) is nan, which has no place in an order: "
+            f"the {what} of {entry.key} (shape {entry.shape}) is nan, which cannot be sorted: "
             "return a number from the score, or exclude the tensor"
         )
     return _STATUS_ORDER[entry.status], value, entry.key

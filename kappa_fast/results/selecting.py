@@ -1,4 +1,4 @@
-"""select(): which matrices a budget takes from a ranking."""
+"""select(): the matrices that one or more budgets take from a ranking."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def select(
     include: Patterns,
     exclude: Patterns,
 ) -> Selection:
-    """What ``Ranking.select`` promises, for the entries and the metadata of a ranking."""
+    """See ``Ranking.select``; this takes the entries and the metadata of a ranking."""
     given = _the_budgets(budgets)
     _check_fill(fill, budgets)
     candidates = matching(entries, include, exclude)
@@ -72,7 +72,7 @@ def select(
 def _settings(
     given: Sequence[_Budget], cuts: Sequence[Cut], metadata: Mapping[str, Any], **options: Any
 ) -> dict[str, Any]:
-    """How the selection came about, as plain JSON."""
+    """The options and the source of the selection as plain JSON."""
     if len(given) == 1:
         settings: dict[str, Any] = {"budget": given[0].name, "value": given[0].value}
     else:
@@ -86,10 +86,10 @@ def _settings(
 
 
 def matching(entries: Sequence[TensorKappa], include: Patterns, exclude: Patterns) -> tuple[TensorKappa, ...]:
-    """The entries with a key, name or alias that one of ``include`` is found in, and none of ``exclude``.
+    """The entries whose key, name or aliases match one of ``include`` and none of ``exclude`` (re.search).
 
     Raises:
-        OptionError: a pattern is no regular expression.
+        OptionError: a pattern is not a regular expression.
     """
     wanted, unwanted = (None if given is None else compiled(_listed(given)) for given in (include, exclude))
     return tuple(
@@ -120,7 +120,7 @@ class _Budget:
 
 
 def check_budget(options: Mapping[str, Any]) -> None:
-    """Raises OptionError where these cannot be the options of ``Ranking.select``, whatever the ranking is."""
+    """Raises OptionError if these cannot be options of ``Ranking.select`` for any ranking."""
     _check_names(options)
     budgets = {name: options.get(name) for name in BUDGETS}
     _the_budgets(budgets)
@@ -164,7 +164,7 @@ def _the_budgets(budgets: Mapping[str, Any]) -> list[_Budget]:
 
 
 def _params(value: float, metadata: Mapping[str, Any], units: Sequence[Unit]) -> int:
-    """``max_params`` as a count."""
+    """``max_params`` as a number of weights."""
     unknown = [entry for item in units for entry in item.members if not entry.numel]
     if unknown:
         raise OptionError(
@@ -203,7 +203,7 @@ def _cut(pool: Pool, given: Sequence[_Budget], params: int, fill: bool) -> Cut:
 
 
 def _needed_top(given: Sequence[_Budget], cuts: Sequence[Cut], pools: Sequence[Pool], per_group: bool) -> Any:
-    """The ``top`` of rank() that resolves enough entries; None if that is all of them."""
+    """The ``top`` of rank() that resolves enough entries; None if all entries have to be resolved."""
     needed = max(cut.needed for cut in cuts)
     if needed >= max(len(pool.ranked) + len(pool.bounded) for pool in pools):
         return None

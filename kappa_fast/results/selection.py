@@ -1,4 +1,4 @@
-"""Selection: the matrices that a budget takes from a ranking, and what is to be trained besides or left out."""
+"""Selection: the matrices that a budget takes from a ranking, with patterns of parameters to add or leave out."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Selection:
         entries: the selected matrices.
         boundary_certain: no interval straddles the cut, so exact kappas would select the same matrices. For max_kappa
             the cut is its value; for max_params it must also be certain which matrix was the first that did not fit.
-            Scores other than kappa have no interval: then True only if the kappas are exactly known or nothing was
-            left over. False for a ranking that was interrupted.
-        settings: the budget and its value, or several budgets; per_group, unit, fill, include and exclude as they were
-            given; how many parameters the model has, what did not fit, and the source of the ranking.
-        include: patterns of parameters that are trained besides; they name parameters of the model, ranked or not.
-        exclude: patterns of parameters that are not trained; they win over the entries and over ``include``.
+            Scores other than kappa have no interval: then True only if the kappas are exactly known or all matrices
+            are selected. False for a ranking that was interrupted.
+        settings: the budgets and their values; per_group, unit, fill, include and exclude as they were given; the
+            number of parameters of the model, the matrices that did not fit, and the source of the ranking.
+        include: patterns of further parameters of the model that are trained, ranked or not.
+        exclude: patterns of parameters that are not trained, even if they are entries or match ``include``.
     """
 
     entries: tuple[TensorKappa, ...]
@@ -79,20 +79,20 @@ class Selection:
 
     @property
     def budgets(self) -> Mapping[str, int | float]:
-        """The budgets that it was selected by, by their names; empty if it was made in another way."""
+        """The values of the budgets by their names; empty for a selection that select() did not make."""
         if "budget" in self.settings:
             return {str(self.settings["budget"]): self.settings.get("value", math.nan)}
         found: Any = self.settings.get("budgets")
         return dict(found) if isinstance(found, Mapping) else {}
 
     def describe(self) -> str:
-        """What trains, in the words of PEFT's ``print_trainable_parameters()``; what patterns name is not counted."""
+        """The line of PEFT's ``print_trainable_parameters()``; parameters that patterns name are not counted."""
         every: Any = self.settings.get("num_parameters")
         some = f"trainable params: {self.num_params:,}"
         return f"{some} || all params: {every:,} || trainable%: {100 * self.share:.4f}" if self.share >= 0 else some
 
     def unfit(self) -> str:
-        """What came next and did not fit a number of weights, in words; "" if nothing."""
+        """A phrase about the matrices that came next and did not fit into a number of weights; "" if all fit."""
         found: Any = self.settings.get("unfit")
         if not isinstance(found, Mapping):
             return ""
@@ -109,11 +109,11 @@ class Selection:
     def including(self, *patterns: str) -> Selection:
         """The same selection plus every parameter of the model whose name matches (``re.search``).
 
-        Meant for what is not ranked: embeddings of new tokens, the head, norms, biases. The patterns are kept in
-        ``include`` and meet the names when the selection meets the model.
+        This adds parameters that are not ranked: embeddings of new tokens, the head, norms, biases. The patterns are
+        kept in ``include`` and are matched when the selection is applied to a model.
 
         Raises:
-            OptionError: a pattern is no regular expression.
+            OptionError: a pattern is not a regular expression.
         """
         compiled(patterns)
         return replace(self, include=self.include + patterns)
@@ -122,25 +122,25 @@ class Selection:
         """The same selection without every parameter whose name matches (``re.search``).
 
         Entries whose key, name or alias matches are dropped now; the patterns are kept in ``exclude`` for the
-        parameters of the model. What they name stays out whatever ``include`` says.
+        parameters of the model, and have precedence over ``include``.
 
         Raises:
-            OptionError: a pattern is no regular expression.
+            OptionError: a pattern is not a regular expression.
         """
         unwanted = compiled(patterns)
         kept = tuple(entry for entry in self.entries if not any(matches(pattern, entry) for pattern in unwanted))
         return replace(self, entries=kept, exclude=self.exclude + patterns)
 
     def apply(self, model: nn.Module) -> Handle:
-        """Let the selected parameters of ``model`` train and nothing else, for trainers that make their own optimizer.
+        """Train only the selected parameters of ``model``, for trainers that make their own optimizer.
 
-        What is selected gets requires_grad=True, everything else False, norms and biases included. Of a parameter that
-        is selected in part (experts, halves of a fused projection) the rest keeps its values bit for bit under any
-        optimizer: its gradients are zeroed as they arrive, and around every ``step()`` of an optimizer that holds it
-        a copy is kept, which costs that parameter's memory. ``wrap()`` needs no copies.
+        Selected parameters get requires_grad=True, all others False, also norms and biases. If a parameter is selected
+        in part (experts, halves of a fused projection), the rest keeps its values bit for bit with any optimizer: its
+        gradients are zeroed as they arrive, and a copy of the parameter is kept during every ``step()`` of an optimizer
+        that holds it, which takes that parameter's memory. ``wrap()`` needs no copies.
 
         Returns:
-            A handle: ``handle.restore()``, or leaving ``with selection.apply(model):``, brings everything back.
+            A handle: ``handle.restore()``, or leaving ``with selection.apply(model):``, undoes everything.
 
         Raises:
             OptionError: the selection does not fit the model, or the model is sharded or wrapped in a way that does
@@ -149,12 +149,12 @@ class Selection:
         return consumers.apply(self, model)
 
     def export(self, kind: str, path: str | os.PathLike[str] | None = None, *, model: nn.Module | None = None) -> str:
-        """The selection in the words of another program, also written to ``path`` where one is given.
+        """The selection in the format of another program; the text is also written to ``path`` if one is given.
 
         Args:
             kind: "axolotl" (unfrozen_parameters, YAML), "ms-swift" (arguments), "spectrum" (JSON), "esft" (JSON),
                 "names" (one a line) or "regex" (one expression).
-            model: whose names to use, where they differ from those of the ranking or ``including`` is to count.
+            model: the model whose names are used; needed if they differ from the ranking's, and for ``including``.
 
         Raises:
             OptionError: the format cannot express the selection; it names the ``unit`` that works.
@@ -206,13 +206,13 @@ class Selection:
         return found
 
     def __contains__(self, item: object) -> bool:
-        """Whether an entry is selected, or one with this key, of the parameter with this name, or with this alias."""
+        """Whether this entry, or an entry with this key, parameter name or alias, is selected."""
         if not isinstance(item, str):
             return item in self.entries
         return any(item in (entry.key, entry.name, *entry.aliases) for entry in self.entries)
 
     def __or__(self, other: Selection) -> Selection:
-        """What is in one of two selections from the same ranking, or in both.
+        """The matrices that are in at least one of two selections from the same ranking.
 
         Raises:
             OptionError: they are of different rankings, or their patterns cannot be combined.
@@ -220,11 +220,11 @@ class Selection:
         return consumers.union(self, other) if isinstance(other, Selection) else NotImplemented
 
     def __and__(self, other: Selection) -> Selection:
-        """What is in both of two selections from the same ranking. Raises as for ``|``."""
+        """The matrices that are in both selections from the same ranking. Raises as for ``|``."""
         return consumers.intersection(self, other) if isinstance(other, Selection) else NotImplemented
 
     def __sub__(self, other: Selection) -> Selection:
-        """What is in this and not in another selection from the same ranking. Raises as for ``|``."""
+        """The matrices of this selection that are not in another one from the same ranking. Raises as for ``|``."""
         return consumers.difference(self, other) if isinstance(other, Selection) else NotImplemented
 
     def __iter__(self) -> Iterator[TensorKappa]:
@@ -261,8 +261,8 @@ class Selection:
 
         Args:
             path: where to write it.
-            relative: write the path of the ranked weights as it is from the folder of the file, for files that are
-                shared; an absolute one may name people and machines.
+            relative: write the path of the ranked weights relative to the folder of the file, for files that are
+                shared; an absolute path may name people and machines.
 
         Raises:
             RankingFileError: the file cannot be written.
@@ -313,7 +313,7 @@ class Selection:
         return selection
 
     def document(self) -> dict[str, Any]:
-        """What ``to_json`` writes, as plain JSON."""
+        """The document that ``to_json`` writes, as plain JSON."""
         return {
             "format": serialize.SELECTION_FORMAT,
             "version": serialize.VERSION,
@@ -326,7 +326,7 @@ class Selection:
 
 
 def compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
-    """Raises OptionError for a pattern that is no regular expression."""
+    """Raises OptionError for a pattern that is not a regular expression."""
     compiled = []
     for pattern in patterns:
         try:

@@ -1,8 +1,7 @@
-"""Rankings and selections as JSON: strict text, the same bits after a round trip, and clear words for a damaged file.
+"""Rankings and selections as strict JSON, which reads back to the same bits, and errors that say how a file is damaged.
 
-A document is ``{"format": "kappa_fast ranking", "version": 1, ...}``. Floats are written with the shortest digits that
-read back to the same bits; nan and the infinities, which JSON lacks, are the strings "nan", "inf" and "-inf". A slice
-is ``[start, stop, step]``.
+A document is ``{"format": "kappa_fast ranking", "version": 1, ...}``. Floats have the shortest digits that read back to
+the same bits; nan and the infinities are the strings "nan", "inf" and "-inf". A slice is ``[start, stop, step]``.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ def freeze(value: Any, where: str, depth: int = 0) -> Any:
     """A deep, read-only copy of plain JSON: mappings become MappingProxyType, lists tuples, nan and inf their names.
 
     Raises:
-        OptionError: something in ``value`` (called ``where`` in the message) has no form in JSON, or is nested deeper
-            than any real metadata.
+        OptionError: JSON cannot hold something in ``value`` (called ``where`` in the message), or it is nested more
+            than DEEPEST deep.
     """
     if depth > DEEPEST:
         raise OptionError(f"{where[:60]}... is nested more than {DEEPEST} deep: make it flatter")
@@ -61,7 +60,7 @@ def freeze(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def thaw(value: Any) -> Any:
-    """What ``freeze`` made, as fresh dicts and lists that json and pickle take."""
+    """A copy of a value of ``freeze`` as dicts and lists, which json and pickle can write."""
     if isinstance(value, Mapping):
         return {key: thaw(item) for key, item in value.items()}
     if isinstance(value, tuple):
@@ -107,13 +106,13 @@ def decode_skipped(raw: Any, path: Path) -> list[Skipped]:
 
 def _items(raw: Any, what: str, path: Path) -> Iterable[tuple[str, Any]]:
     if not isinstance(raw, list):
-        raise RankingFileError(f"{path}: {what!r} is no list; {_REWRITE}")
+        raise RankingFileError(f"{path}: {what!r} is not a list; {_REWRITE}")
     return ((f"{path}: {what}[{i}]", item) for i, item in enumerate(raw))
 
 
 def _decode(record: type[_Record], readers: Mapping[str, _Reader], raw: Any, where: str) -> _Record:
     if not isinstance(raw, dict):
-        raise RankingFileError(f"{where} is no object; {_REWRITE}")
+        raise RankingFileError(f"{where} is not an object; {_REWRITE}")
     values = {}
     for name, (expected, read) in readers.items():
         if name not in raw and name in _ADDED:
@@ -224,7 +223,7 @@ _ENTRY_FIELDS: dict[str, _Reader] = {
     "quantization": ("text or null", lambda raw: None if raw is None else _read_text(raw)),
 }
 
-# Fields that files of older versions lack; they have a default.
+# Fields that files of older versions do not have; these fields have defaults.
 _ADDED = frozenset({"quantization"})
 
 _SKIPPED_FIELDS: dict[str, _Reader] = {"name": _TEXT, "shape": ("a list of sizes", _read_shape), "reason": _TEXT}
@@ -248,11 +247,11 @@ def document_text(document: Mapping[str, Any]) -> str:
 
 
 def make_relative(metadata: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Change the path of the source in plain metadata to the way there from the folder of a file; ids stay."""
+    """Make the path of the source in plain metadata relative to the folder of a file; ids of the hub stay."""
     source = metadata.get("source")
     if isinstance(source, dict) and isinstance(source.get("path"), str):
         folder = os.path.dirname(os.path.abspath(path))
-        if "id" in source:  # of the hub, whose cache is somewhere in a home
+        if "id" in source:  # a model of the hub, whose path lies in the cache of a user
             source["path"] = source["id"]
         else:
             try:
@@ -270,23 +269,23 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     try:
         content = text.encode()
     except UnicodeEncodeError as error:
-        raise RankingFileError(f"cannot write {path}: the text has half of a character in it ({error})") from error
+        raise RankingFileError(f"cannot write {path}: the text has an incomplete character in it ({error})") from error
     write_bytes(path, content)
 
 
 def _section(value: Any) -> str:
     if isinstance(value, list) and value:
         return "[\n    " + ",\n    ".join(json.dumps(item, allow_nan=False) for item in value) + "\n  ]"
-    # Inside JSON text a line end is always layout, never content.
+    # A line end in JSON text is always layout, since JSON escapes line ends of texts.
     return json.dumps(value, allow_nan=False, indent=2).replace("\n", "\n  ")
 
 
 def read_json(path: Path) -> Any:
-    """Whatever JSON is in the file.
+    """The JSON in the file.
 
     Raises:
         SourceNotFoundError: there is no such file.
-        RankingFileError: it cannot be read, or is no JSON.
+        RankingFileError: the file cannot be read, or is not JSON.
     """
     try:
         return read_document(path, LARGEST_RANKING, MOST_VALUES_OF_RANKING)
@@ -299,7 +298,7 @@ def read_json(path: Path) -> Any:
     except MemoryError as error:
         raise RankingFileError(f"cannot read {path}: there is not enough memory for it") from error
     except ValueError as error:
-        raise RankingFileError(f"{path} is no JSON ({error}); {_REWRITE}") from error
+        raise RankingFileError(f"{path} is not valid JSON ({error}); {_REWRITE}") from error
 
 
 def check_format(raw: Any, path: Path, wanted: str) -> dict[str, Any]:
@@ -312,7 +311,7 @@ def check_format(raw: Any, path: Path, wanted: str) -> dict[str, Any]:
             if isinstance(found, str) and found in known
             else "to_json() writes one that can be read"
         )
-        raise RankingFileError(f"{path} is no file of the format {wanted!r}: {advice}")
+        raise RankingFileError(f"{path} is not a file of the format {wanted!r}: {advice}")
     version = raw.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise RankingFileError(f"{path}: 'version' is {version!r}, not a positive integer; {_REWRITE}")
@@ -328,7 +327,7 @@ def get_object(document: Mapping[str, Any], name: str, path: Path) -> dict[str, 
     """The object called ``name`` of a document, or RankingFileError."""
     value = document.get(name)
     if not isinstance(value, dict):
-        raise RankingFileError(f"{path}: {name!r} is no object; {_REWRITE}")
+        raise RankingFileError(f"{path}: {name!r} is not an object; {_REWRITE}")
     return value
 
 
@@ -341,7 +340,7 @@ def get_value(document: Mapping[str, Any], name: str, path: Path, expected: str,
 
 
 def is_reference(raw: Any) -> bool:
-    """Whether this is what the reference implementation writes: nothing but names with numbers."""
+    """Whether this is a file of the reference implementation: an object of names and numbers alone."""
     return (
         isinstance(raw, dict)
         and bool(raw)
@@ -350,10 +349,10 @@ def is_reference(raw: Any) -> bool:
 
 
 def decode_reference(raw: Mapping[str, float], path: Path) -> list[TensorKappa]:
-    """Entries from a ``{name: kappa}`` mapping, which knows neither shapes nor how right the numbers are.
+    """Entries from a ``{name: kappa}`` mapping, which has neither shapes nor intervals.
 
-    So shape is (0, 0), numel 0, dtype "unknown", the interval [1, inf], and method "reference". Its ``Infinity`` is a
-    rank-deficient matrix.
+    So shape is (0, 0), numel 0, dtype "unknown", the interval [1, inf], and method "reference". An ``Infinity`` stands
+    for a rank-deficient matrix.
 
     Raises:
         RankingFileError: a value is not a condition number, which is never below 1.

@@ -23,24 +23,24 @@ SERIES_FORMAT = "kappa_fast series"
 
 @dataclass(frozen=True)
 class Track:
-    """One matrix over all rankings; ``entries`` has None where a ranking does not have it, its name is the first's."""
+    """One matrix over all rankings; ``entries`` has None for a ranking without the matrix."""
 
     key: str
     entries: tuple[TensorKappa | None, ...]
 
     @property
     def first(self) -> TensorKappa:
-        """Its entry in the first ranking that has it."""
+        """The entry of the first ranking that has the matrix."""
         return next(entry for entry in self.entries if entry is not None)
 
     @property
     def kappas(self) -> tuple[float, ...]:
-        """What kappa is in each ranking, nan where it is not known."""
+        """Kappa in each ranking, nan where it is not known."""
         return tuple(math.nan if entry is None else entry.kappa for entry in self.entries)
 
     @property
     def ratio(self) -> float:
-        """The last known kappa over the first known one; nan with less than two."""
+        """The last known kappa over the first known one; nan if fewer than two are known."""
         known = [kappa for kappa in self.kappas if not math.isnan(kappa)]
         if len(known) < 2 or not known[0]:
             return math.nan
@@ -81,7 +81,7 @@ class Series:
         return consumers.html_of_series(self)
 
     def moved(self) -> list[Track]:
-        """The matrices by how far kappa moved from the first to the last ranking that know it, most first."""
+        """The matrices by the factor between their first and last known kappa, the largest first."""
 
         def size(track: Track) -> float:
             ratio = track.ratio
@@ -90,14 +90,14 @@ class Series:
         return sorted(self.tracks, key=lambda track: (-size(track), track.key))
 
     def table(self, limit: int | None = 20) -> SeriesTable:
-        """What ``rich`` prints: the ``limit`` matrices that moved most (None: all), fitted to the page."""
+        """A table for ``rich`` with the ``limit`` matrices that moved most (None: all), fitted to the page."""
         return consumers.SeriesTable(self, limit)
 
     def to_text(self, limit: int | None = 20, width: int = 100) -> str:
         """The same as plain text.
 
         Raises:
-            OptionError: less than 60 columns, or ``limit`` is no count.
+            OptionError: less than 60 columns, or ``limit`` is not a count.
         """
         return self.table(limit).to_text(width)
 
@@ -139,15 +139,15 @@ class Series:
         return dict(serialize.thaw(found))
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, ax: Any = None, group: str | None = None) -> Any:
-        """Lines of kappa over the rankings, one for each layer, a panel for each group, as a matplotlib Figure.
+        """Draw kappa over the rankings, a line for each layer, a panel for each group; returns the matplotlib Figure.
 
         Args:
-            path: a file to write it to, PNG, SVG or PDF as its name ends.
-            ax: axes to draw into; then ``group`` says which, by default the one whose kappa moved most.
-            group: only this group.
+            path: a file for the figure; its name ends in .png, .svg or .pdf.
+            ax: axes to draw one group into: ``group``, by default the group whose kappa moved most.
+            group: draw only this group.
 
         Raises:
-            OptionError: the name ends in another way, there is no such group, or no kappa is finite.
+            OptionError: the name has another ending, there is no such group, or no kappa is finite.
             MissingExtraError: matplotlib is not installed.
             RankingFileError: the file cannot be written.
         """
@@ -155,10 +155,10 @@ class Series:
 
 
 def series(rankings: Sequence[Ranking], labels: Sequence[str] | None = None) -> Series:
-    """What ``Ranking.series`` promises.
+    """See ``Ranking.series``.
 
     Raises:
-        OptionError: fewer than two rankings, as many labels as rankings are not given, or they share no matrix.
+        OptionError: there are fewer than two rankings, the number of labels is wrong, or no two share a matrix.
     """
     rankings = list(rankings)
     wrong = next((r for r in rankings if not isinstance(r, Ranking)), None)
@@ -170,7 +170,7 @@ def series(rankings: Sequence[Ranking], labels: Sequence[str] | None = None) -> 
         raise OptionError(f"labels={names}: give {len(rankings)} labels, each another one")
     rows: list[list[TensorKappa | None]] = []
     for position, ranking in enumerate(rankings):
-        # Each with the latest entry that a matrix has had, so that one that is missing in between is found again.
+        # A ranking is paired with the latest entries, so that a matrix that one ranking lacks is found again later.
         latest = [next(e for e in reversed(row) if e is not None) for row in rows]
         pairs = dict((j, i) for i, j in pair(latest, ranking.entries))
         for row in rows:

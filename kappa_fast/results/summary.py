@@ -1,4 +1,4 @@
-"""Summary: a ranking by group or by layer, with what a selection takes of each."""
+"""Summary: figures of a ranking by group or by layer, and of the part of each that a selection takes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Row:
 class Summary(Sequence[Row]):
     """The rows of a ranking, by the lowest median first for groups, in order for layers.
 
-    ``print(summary)`` shows a table, ``to_dataframe()`` gives one row each.
+    ``print(summary)`` shows a table, ``to_dataframe()`` has one row for each.
     """
 
     by: By
@@ -67,7 +67,7 @@ class Summary(Sequence[Row]):
         return self.to_text()
 
     def table(self) -> SummaryTable:
-        """Something ``rich`` prints, fitted to the width it prints at."""
+        """A table for ``rich``, fitted to the width of the page."""
         return consumers.SummaryTable(self)
 
     def to_text(self, width: int = 100) -> str:
@@ -97,7 +97,7 @@ class Summary(Sequence[Row]):
 
 
 def summarize(entries: Iterable[TensorKappa], by: By, selection: Selection | None) -> Summary:
-    """What ``Ranking.summary`` promises.
+    """See ``Ranking.summary``.
 
     Raises:
         OptionError: ``by`` is neither "group" nor "layer".

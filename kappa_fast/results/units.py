@@ -1,4 +1,4 @@
-"""Units of selection: what is trained or left as a whole, with one kappa, one score and one interval for all of it."""
+"""Units: one or more matrices that select() takes or leaves together, with one kappa, one score and one interval."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .entries import Status, TensorKappa
 
 UnitName = Literal["matrix", "expert", "parameter"]
 
-# "mlp.experts.3.gate_proj.weight", "ffn.experts.expert_3.fc1.weight": one tensor per expert and projection.
+# One tensor per expert and projection: "mlp.experts.3.gate_proj.weight", "ffn.experts.expert_3.fc1.weight".
 _OWN_TENSOR = re.compile(rf"(?P<module>(?:.*\.)?experts)\.(?:expert_)?(?P<expert>\d{{1,{MOST_DIGITS}}})(?:\.|$)")
-# "mlp.experts.gate_up_proj", "ffn.experts.mlp.w1": one tensor for all experts of a module.
+# One tensor for all experts of a module: "mlp.experts.gate_up_proj", "ffn.experts.mlp.w1".
 _STACK_IN_EXPERTS = re.compile(r"(?P<module>(?:.*\.)?experts)\.")
-# Stacks whose module is not called experts ("moe.input_linear.weight"): known projections are parts of one expert.
+# Stacks in a module that is not called experts ("moe.input_linear.weight"): known projections are parts of one expert.
 _STACK_OF_PROJECTION = re.compile(
     r"(?P<module>.+)\.(?:gate_up_proj|gate_proj|up_proj|down_proj|input_linear|output_linear|w1|w2|w3|v1)(?:\.weight)?$"
 )
 _PART_EXPERT = re.compile(rf"\[(\d{{1,{MOST_DIGITS}}})\]")
 
-# Logarithms and exponentials of numbers up to 1e308 lose up to about 1e-13; an interval is widened by more than that.
+# Logarithms and exponentials of numbers up to 1e308 err by about 1e-13 at most; intervals are widened by more.
 _MEAN_ROUNDING = 1e-12
 
 
@@ -67,7 +67,7 @@ _KEYS: dict[str, Callable[[TensorKappa], str]] = {
 
 
 def check_unit(unit: object) -> None:
-    """Raises OptionError where ``unit`` is none of UnitName."""
+    """Raises OptionError unless ``unit`` is one of UnitName."""
     if unit not in get_args(UnitName):
         raise OptionError(f"unit={unit!r} is unknown: use one of {', '.join(map(repr, get_args(UnitName)))}")
 
@@ -90,7 +90,7 @@ def make_units(entries: Iterable[TensorKappa], unit: UnitName) -> list[Unit]:
 
 def _make_unit(key: str, members: tuple[TensorKappa, ...], scores_are_kappas: bool) -> Unit:
     statuses = {entry.status for entry in members}
-    # One nan spoils the unit; one infinite kappa decides its mean whatever the unresolved ones are.
+    # One nan makes the unit non-finite; one infinite kappa makes its mean infinite, even if others are unresolved.
     order: tuple[Status, ...] = ("non_finite", "rank_deficient", "bounded", "ok")
     status = next(status for status in order if status in statuses)
     known = status in ("ok", "rank_deficient") and "bounded" not in statuses
@@ -135,13 +135,13 @@ def _score_mean(key: str, members: Sequence[TensorKappa]) -> float:
     if len(scores) > 1 and min(scores) <= 0:
         raise OptionError(
             f"the scores of {key} have no geometric mean, because one of them is {min(scores)!r}: "
-            'let the score be positive, or select with unit="matrix"'
+            'use a positive score, or select with unit="matrix"'
         )
     return geometric_mean(scores)
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """The geometric mean of positive numbers: exact for one, independent of their order, inf if one of them is."""
+    """The geometric mean of positive numbers: exact for one number, independent of their order, inf if one is inf."""
     if len(values) == 1:
         return values[0]
     logarithms = [math.log(value) for value in values]

@@ -1,1 +1,1 @@
-"""The numerics, written once over the operations of a backend: kappa with an interval around it."""
+"""The numerics: they compute kappa and an interval around it with the operations of any backend."""

@@ -1,8 +1,8 @@
-"""Bounds with a stated probability: what a random start says about what it may have missed.
+"""Bounds that hold with a stated probability, for eigenvalues that a search from a random start may have missed.
 
-u is the wanted eigenvector, fixed by the matrix; Q1 is the orthonormalized Gaussian start of width b. The cosine
-||u^T Q1|| falls below ``start_overlap(n, b)`` with probability at most FAILURE, whatever the matrix, and everything
-here holds outside of that event. The derivations are in docs/numerics.md.
+Let u be the wanted eigenvector and Q1 the orthonormalized Gaussian start of width b. For every matrix, the cosine
+||u^T Q1|| falls below ``start_overlap(n, b)`` with probability at most FAILURE; all bounds here hold outside of that
+event. docs/numerics.md has the derivations.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ..backends.base import Ritz, Tensor
 
 # Per end and per matrix: the 89,088 ends of a model with 44,544 experts fail together with probability below 1e-5.
 FAILURE = 1e-10
-# Relative gaps that are looked at, and those within a decade. Powers are taken here once and never on tensors, whose
-# library may round an element by where it stands in its vector.
+# The relative gaps that excess() tries, and the steps within a decade. The powers are computed here and not on tensors,
+# because a tensor library may round an element differently at another position of its vector.
 DECADES = [10.0**k for k in range(-16, 9)]
-FINER = [10.0 ** (k / 24) for k in range(25)]
-WIDEST = DECADES[-1]  # beyond it a bound is called infinite
+STEPS_IN_DECADE = [10.0 ** (k / 24) for k in range(25)]
+LARGEST_GAP = DECADES[-1]  # a larger bound is reported as infinite
 
 
 def start_overlap(n: int, width: int) -> float:
@@ -36,7 +36,7 @@ def start_overlap(n: int, width: int) -> float:
 
 
 def _overlap_of_chi(n: int, width: int) -> float:
-    # n - b = 1: the squared sine follows Beta(1/2, b/2); 1 - x is its own tail, bounded by the same density argument
+    # n - b = 1: the squared cosine follows Beta(b/2, 1/2), and the same bound on the density applies.
     a = width / 2
     log_beta = math.lgamma(a) + math.lgamma(0.5) - math.lgamma(a + 0.5)
     # density <= x^(a-1) (1-x)^(-1/2) / B <= sqrt(2) x^(a-1) / B for x <= 1/2
@@ -56,30 +56,29 @@ def norm_factor(width: int) -> float:
 
 
 def excess(ritz: Ritz, overlap: Tensor, noise: Tensor) -> Tensor:
-    """The Ritz gap bound d, of shape (w,): the largest eigenvalue lies in [theta, theta (1 + d)], unless the start
-    missed its vector.
+    """The Ritz gap bound d, shape (w,): the largest eigenvalue lies in [theta, theta (1 + d)], unless the start block
+    missed its eigenvector.
 
-    ritz: of T = V^T H V, for a Krylov basis V whose first block Q1 is the start, H V = V T + Q B E^T.
-    overlap (w,): what ||u^T Q1|| exceeds.  noise (w,): bound on what rounding adds to that relation, relative to theta.
+    ritz: eigenpairs of T = V^T H V for a Krylov basis V whose first block Q1 is the start, H V = V T + Q B E^T.
+    overlap (w,): a number that ||u^T Q1|| exceeds.  noise (w,): a bound, relative to theta, on the rounding error of
+    that relation.
 
     For an eigenpair (lambda, u) of H with lambda above all Ritz values, u^T Q1 = u^T Q B E^T (lambda - T)^-1 E_1, hence
     overlap <= ||B E^T (lambda - T)^-1 E_1|| + noise theta / (lambda - theta). The right side falls as lambda grows,
-    and the largest lambda that still satisfies it bounds the spectrum: van Dorsselaer, Hochstenbach and van der Vorst,
-    SIAM J. Matrix Anal. Appl. 22 (2000), carried over to blocks. Infinite if nothing below WIDEST does.
-    Found to 10%, from above.
+    and the largest lambda that still satisfies the inequality bounds the spectrum: van Dorsselaer, Hochstenbach and
+    van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), carried over to blocks. The bound exceeds the exact solution by
+    10% at most; it is infinite if gaps up to LARGEST_GAP satisfy the inequality.
     """
 
     def last_possible(gaps: Tensor) -> Tensor:
-        """How many of the ascending gaps, (w, p), end with one that lambda could have; 0 if none."""
-        possible = ~(
-            ritz.reach(gaps) + noise[:, None] / gaps < overlap[:, None]
-        )  # what is not a number rules out nothing
+        """The position, counted from 1, of the last of the ascending gaps (w, p) that lambda may have; 0 for none."""
+        possible = ~(ritz.reach(gaps) + noise[:, None] / gaps < overlap[:, None])  # a nan excludes no gap
         return (possible * torch.arange(1, gaps.shape[1] + 1, device=gaps.device)).amax(dim=1)
 
-    decades, finer = ritz.theta.new_tensor(DECADES), ritz.theta.new_tensor(FINER)
+    decades, finer = ritz.theta.new_tensor(DECADES), ritz.theta.new_tensor(STEPS_IN_DECADE)
     count = last_possible(decades.expand(len(overlap), -1))
     low = decades[(count - 1).clamp(min=0)]
     gaps = low[:, None] * finer
-    found = gaps.gather(1, last_possible(gaps).clamp(max=len(FINER) - 1)[:, None])[:, 0]
+    found = gaps.gather(1, last_possible(gaps).clamp(max=len(STEPS_IN_DECADE) - 1)[:, None])[:, 0]
     found = torch.where(count == len(DECADES), math.inf, torch.where(count == 0, low, found))
     return torch.where((ritz.theta > 0) & torch.isfinite(ritz.theta), found, math.inf)

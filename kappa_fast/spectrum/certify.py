@@ -1,15 +1,15 @@
-"""Proofs: an upper bound of kappa that holds whatever the estimates were, in float64 with all rounding accounted for.
+"""Proofs for the ladder: upper bounds of kappa in float64 that hold for any estimate and account for all rounding.
 
-Both ends rest on one fact that needs no trust in any library's factorization: for symmetric M and any L whatsoever,
-lambda_min(M) >= -||M - L L^T||, since L L^T is positive semidefinite. The residual is computed here, with a bound on
-its own rounding (in the spirit of Rump, BIT 46 (2006) 433, which bounds the residual a priori instead). Products are
-only assumed to be IEEE sums of at most K exact-to-one-rounding products in any order, with or without FMA.
+Both ends use one fact that relies on no library's factorization: for symmetric M and any L, lambda_min(M) >=
+-||M - L L^T||, since L L^T is positive semidefinite. This module computes the residual with a bound on its rounding
+(Rump, BIT 46 (2006) 433, bounds the residual a priori instead). The only assumption about a product is that it is an
+IEEE sum of at most K products, each rounded at most once, in any order, with or without FMA.
 
-sigma_n: from A^T A - t I where float64 leaves room for it, else from a preconditioner X ~ R^-1, for which
+The bound of sigma_n comes from A^T A - t I where float64 suffices, else from a preconditioner X ~ R^-1, for which
 sigma_n(A) >= sigma_n(A X) / ||X|| (Rump, BIT 51 (2011) 367): kappa then enters once, not squared.
 
-Where a backend has products of nearby matrices Q for a whole wave, both ends of Q come from these in lockstep, and
-|sigma_i(A) - sigma_i(Q)| <= ||A - Q||_2 (Weyl); what they cannot prove is proved one matrix after the other.
+Where a backend has products of nearby matrices Q for a whole wave, both ends of all Q are bounded in lockstep, and
+|sigma_i(A) - sigma_i(Q)| <= ||A - Q||_2 (Weyl). Matrices for which that proves nothing are proved one after the other.
 docs/numerics.md has the derivations.
 """
 
@@ -28,13 +28,11 @@ if TYPE_CHECKING:
     from .resolution import Resolution
 
 U = 2.0**-53
-OUT = (
-    1 + 1e-5
-)  # covers the rounding of sums of up to 1e10 terms of one sign, of square roots and of this module's scalars
+OUT = 1 + 1e-5  # covers the rounding of scalars, of square roots, and of sums of up to 1e10 terms of one sign
 TINY = 1e-280  # more than all underflows of one product together
 OUT_ULP = 1 + 4 * U
-# How far the proof may stay behind the estimate, tried in turn from about a quarter of rtol on. The same numbers for
-# every rtol: who asks for a narrower interval must not get a wider one.
+# The relative distances between estimate and proven bound that are tried in turn, from about a quarter of rtol on. All
+# rtol share these numbers, so that a narrower rtol never gives a wider interval.
 WIDENINGS = (*(x * 100.0**-k for k in (4, 3, 2, 1) for x in (0.25, 1.0, 4.0)), 0.25, 0.9)
 
 
@@ -53,18 +51,19 @@ class _Product:
 
 
 def widenings(rtol: float) -> tuple[float, ...]:
-    """Those that are tried for an interval of this half-width, ascending."""
+    """The WIDENINGS that are tried for an interval of relative half-width ``rtol``, ascending."""
     first = max([i for i, x in enumerate(WIDENINGS) if x <= rtol / 4 * OUT], default=0)
     return WIDENINGS[first:]
 
 
 def chunk_rows(m: int) -> int:
-    """Rows per partial sum: about sqrt(m), which makes K + m / K smallest, in multiples that BLAS likes."""
+    """Rows per partial sum: about sqrt(m), which minimizes K + m / K, as a multiple of 32."""
     return max(32, min(256, 32 * round(math.sqrt(m) / 32)))
 
 
 def gram_with_error(backend: Backend, a: Operand) -> _Product:
-    """A^T A in float64. Entrywise error gamma(h) |A|^T |A|, h = K + ceil(m / K); ||.||_2 of that is at most trace."""
+    """A^T A in float64. Its error is at most gamma(h) |A|^T |A| entrywise, h = K + ceil(m / K), and || |A|^T |A| ||_2
+    is at most the trace."""
     m = a.shape[0]
     k = chunk_rows(m)
     (g,) = backend.gram([a], torch.float64, chunk=k)
@@ -73,7 +72,8 @@ def gram_with_error(backend: Backend, a: Operand) -> _Product:
 
 
 def residual_norm(matrix: Tensor, factor: Tensor) -> float:
-    """Proven bound on ||M - L L^T||_2: M symmetric, its lower triangle given; L lower triangular; (n, n), float64."""
+    """A proven bound on ||M - L L^T||_2 for symmetric M (only its lower triangle is read) and lower triangular L, both
+    (n, n) float64."""
     n = matrix.shape[0]
     k = chunk_rows(n)
     squares = 0.0
@@ -91,9 +91,9 @@ def residual_norm(matrix: Tensor, factor: Tensor) -> float:
 
 
 def smallest_eigenvalue(backend: Backend, product: _Product, shift: float) -> float:
-    """A proven lower bound of lambda_min of the exact matrix behind ``product``, near ``shift`` if all goes well.
+    """A proven lower bound of lambda_min of the exact matrix that ``product`` approximates.
 
-    -inf if G - shift I is not positive definite to working precision.
+    The bound is near ``shift`` as a rule, and -inf if G - shift I is not positive definite to working precision.
     """
     shifted = product.lower.clone()
     shifted.diagonal().sub_(shift)
@@ -105,7 +105,10 @@ def smallest_eigenvalue(backend: Backend, product: _Product, shift: float) -> fl
 
 
 def largest_eigenvalue(backend: Backend, product: _Product, bound: float) -> float:
-    """A proven upper bound of lambda_max of the exact matrix behind ``product``, near ``bound`` if all goes well."""
+    """A proven upper bound of lambda_max of the exact matrix that ``product`` approximates.
+
+    The result is near ``bound`` as a rule, and inf if bound I - G is not positive definite to working precision.
+    """
     shifted = -product.lower
     shifted.diagonal().add_(bound)
     rounding = U * float(shifted.diagonal().abs().max()) * OUT
@@ -116,7 +119,7 @@ def largest_eigenvalue(backend: Backend, product: _Product, bound: float) -> flo
 
 
 def norm_bound(backend: Backend, product: _Product, estimate: float, rtol: float) -> float:
-    """Proven upper bound of sqrt(lambda_max) of the matrix behind ``product``; ``estimate`` of it from below."""
+    """A proven upper bound of sqrt(lambda_max) of the exact matrix; ``estimate`` approximates the root from below."""
     best = product.trace + product.error
     for widening in widenings(rtol):
         proven = largest_eigenvalue(backend, product, estimate**2 * (1 + widening))
@@ -125,14 +128,14 @@ def norm_bound(backend: Backend, product: _Product, estimate: float, rtol: float
     return math.sqrt(best) * OUT
 
 
-def certified_wave(
+def certify_wave(
     backend: Backend, operands: Sequence[Operand], founds: Sequence[Resolution], rtol: float
 ) -> list[Resolution]:
-    """``founds`` with proven intervals, or as they were where float64 cannot prove one; one of them per operand."""
+    """One resolution per operand: that of ``founds``, with a proven interval if float64 can prove one."""
     results = list(founds)
     rest = [i for i, a in enumerate(operands) if a.exact]
     level = 0
-    while rest and (proven := _at_level(backend, {i: operands[i] for i in rest}, founds, rtol, level)) is not None:
+    while rest and (proven := _prove_level(backend, {i: operands[i] for i in rest}, founds, rtol, level)) is not None:
         for i, found in proven.items():
             results[i] = found
         rest = [i for i in rest if i not in proven]
@@ -142,10 +145,10 @@ def certified_wave(
     return results
 
 
-def _at_level(
+def _prove_level(
     backend: Backend, operands: Mapping[int, Operand], founds: Sequence[Resolution], rtol: float, level: int
 ) -> dict[int, Resolution] | None:
-    """What the products of one level prove of ``operands``, by the same positions; None past the last level."""
+    """The resolutions that the products of one level prove, by position; None past the last level."""
     chosen = [founds[i] for i in operands]
     limits = [rtol * found.sigma_min / 2 for found in chosen]
     made = backend.exact_products(list(operands.values()), level, limits)
@@ -155,13 +158,13 @@ def _at_level(
     return {
         positions[place]: proven
         for products in made
-        for place, proven in _from_products(products, chosen, rtol).items()
+        for place, proven in _prove_from_products(products, chosen, rtol).items()
     }
 
 
-def _from_products(products: ExactProducts, founds: Sequence[Resolution], rtol: float) -> dict[int, Resolution]:
-    """What these products prove of ``founds``, by position: where they are close enough to the weights."""
-    ends = _Ends(products)
+def _prove_from_products(products: ExactProducts, founds: Sequence[Resolution], rtol: float) -> dict[int, Resolution]:
+    """The resolutions, by position, that these products prove because they are close enough to the weights."""
+    ends = _GramEigenvalueBounds(products)
     tail = [founds[i].sigma_min for i in products.which]
     lows = [
         math.isfinite(e) and rtol * s**2 > 2 * e and rtol * s > 2 * d
@@ -190,8 +193,11 @@ def _from_products(products: ExactProducts, founds: Sequence[Resolution], rtol: 
     return results
 
 
-class _Ends:
-    """Proven bounds of the extreme eigenvalues of Q^T Q; errors, traces: of G against it and of it, rounded up."""
+class _GramEigenvalueBounds:
+    """Proven bounds of the extreme eigenvalues of Q^T Q.
+
+    errors: bounds on ||G - Q^T Q||_2.  traces: upper bounds of the traces of Q^T Q.
+    """
 
     def __init__(self, products: ExactProducts) -> None:
         self._products = products
@@ -200,40 +206,40 @@ class _Ends:
         self.traces = [(t + e) * OUT for t, e in zip(traces, self.errors, strict=True)]
 
     def smallest(self, chosen: Sequence[int], shifts: Sequence[float]) -> list[float]:
-        """Lower bounds of lambda_min, near ``shifts`` if all goes well; -inf where G - shift I is not definite."""
+        """Lower bounds of lambda_min, near ``shifts`` as a rule; -inf where G - shift I is not positive definite."""
         defects = self._defects(chosen, shifts, 1)
         return [shift - d - abs(shift) * 4 * U for shift, d in zip(shifts, defects, strict=True)]
 
     def largest(self, chosen: Sequence[int], bounds: Sequence[float]) -> list[float]:
-        """Upper bounds of lambda_max, near ``bounds`` if all goes well."""
+        """Upper bounds of lambda_max, near ``bounds`` as a rule; inf where bound I - G is not positive definite."""
         defects = self._defects(chosen, bounds, -1)
         return [bound * (1 + 4 * U) + d for bound, d in zip(bounds, defects, strict=True)]
 
     def _defects(self, chosen: Sequence[int], shifts: Sequence[float], sign: int) -> list[float]:
-        """How far below 0 the smallest eigenvalue of sign (Q^T Q - shift I) may lie; see residual_norm for the sums."""
+        """Bounds on how far the smallest eigenvalue of sign (Q^T Q - shift I) lies below 0; compare residual_norm."""
         if not chosen:
             return []
         found = []
         for j, (rest, squares) in zip(chosen, self._products.residuals(chosen, shifts, sign), strict=True):
             size = 2 * (squares + rest) * OUT
-            # One rounding more for the diagonal, whose entries are no larger than the size.
+            # The shift rounds the diagonal once more; entries of the diagonal are no larger than ``size``.
             rounding = gamma(self._products.residual_roundings(j) + 1) * size
             found.append((rest * OUT + rounding + self.errors[j]) * OUT + TINY)
         return found
 
 
 def certified(backend: Backend, a: Operand, found: Resolution, rtol: float) -> Resolution:
-    """``found`` with a proven interval, or as it was where float64 cannot prove one.
+    """``found`` with a proven interval, or unchanged if float64 cannot prove one.
 
-    Costs two to six times the work of the estimate: Gram matrix, two factorizations and their residuals, and the
-    preconditioned product where kappa is too large for the Gram matrix.
+    The proof takes two to six times the work of the estimate: the Gram matrix, two factorizations with their residuals,
+    and the preconditioned product where kappa is too large for the Gram matrix.
     """
     if not a.exact:
         return found
     product = gram_with_error(backend, a)
     high = norm_bound(backend, product, found.sigma_max, rtol)
     low = 0.0
-    # Proven distance from a Gram matrix: its error and about as much again for the residual.
+    # The relative distance of a bound from the Gram matrix: the error of the matrix, and as much for the residual.
     behind = 2 * product.error / found.sigma_min**2
     if behind < rtol:
         low = _smallest_from_gram(backend, product, found.sigma_min, rtol)
@@ -248,7 +254,7 @@ def certified(backend: Backend, a: Operand, found: Resolution, rtol: float) -> R
 
 
 def _smallest_from_gram(backend: Backend, product: _Product, sigma_min: float, rtol: float) -> float:
-    """A proven lower bound of sigma_n from the Gram matrix; 0 where float64 cannot tell."""
+    """A proven lower bound of sigma_n from the Gram matrix; 0 where float64 proves no positive one."""
     for widening in widenings(rtol):
         low = smallest_eigenvalue(backend, product, sigma_min**2 * (1 - widening))
         if low > 0:
@@ -257,10 +263,10 @@ def _smallest_from_gram(backend: Backend, product: _Product, sigma_min: float, r
 
 
 def preconditioned_smallest(backend: Backend, a: Operand, sigma_min: float, rtol: float) -> float:
-    """Proven lower bound of sigma_n through X ~ R^-1, R from Householder QR; 0 where float64 cannot tell.
+    """A proven lower bound of sigma_n through X ~ R^-1, R from Householder QR; 0 where float64 proves no positive one.
 
     With C = A X computed and ||C^T C - I|| <= alpha: sigma_n(A) ||X|| >= sigma_n(A X) >= sqrt(1 - alpha) - ||C - A X||.
-    X and R may be as wrong as they like: only C, its Gram matrix and ||X|| are used, all with proven errors.
+    The proof makes no assumption about X and R: it uses C, its Gram matrix and ||X||, all with proven errors.
     """
     wide = a.tensor.to(torch.float64)
     n = wide.shape[1]
@@ -272,7 +278,7 @@ def preconditioned_smallest(backend: Backend, a: Operand, sigma_min: float, rtol
         return 0.0
     k = chunk_rows(n)
     c = wide.new_zeros(wide.shape)
-    for j in range(0, n, k):  # X is upper triangular: rows j.. meet columns j..
+    for j in range(0, n, k):  # X is upper triangular: row j is zero left of column j
         c[:, j:] += wide[:, j : j + k] @ x[j : j + k, j:]
     h = gamma(k + math.ceil(n / k) + 1)
     distance = (h * float(torch.linalg.vector_norm(wide)) * float(torch.linalg.vector_norm(x)) + TINY) * OUT

@@ -1,9 +1,9 @@
-"""Products in about twice the precision of float64, with a bound on their error, from products that are exact.
+"""Matrix products in about twice the precision of float64, with a bound on their error, for exact.py.
 
-Factors are cut into slices of so few bits, in units of one power of two for each row (of a left factor) or column (of a
-right one), that float64 holds every product of two slices and every sum of them: a library may sum in any order, with
-or without fused multiply-add (Ozaki, Ogita, Oishi and Rump, Numer. Algorithms 59, 2012). What is added up are these
-exact products, as unevaluated sums of two float64 numbers. docs/numerics.md, section 5, has the bounds.
+A factor is split into slices of few bits, in units of one power of two for each row (of a left factor) or column (of a
+right one), so that float64 holds every product of two slices and every sum of such products exactly, in any order of
+summation, with or without FMA (Ozaki, Ogita, Oishi and Rump, Numer. Algorithms 59, 2012). These exact products are
+added up as unevaluated sums of two float64 numbers. docs/numerics.md, section 5, has the bounds.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ..backends.base import Tensor
 U = 2.0**-53
 OUT = 1 + 1e-5  # covers the rounding of norms and of this module's scalars
 TINY = 1e-280  # more than all underflows of one product together
-ROWS = 4096  # of a product that is summed into a Gram matrix at a time
+ROWS = 4096  # rows of A whose products are added to a Gram matrix at a time
 GRAM_SLICES = 3
-SLICES = 5  # of a factor of two parts; one of a single part has no more than three
+SLICES = 5  # slices of a factor that has two parts; a factor of one part has no more than three
 RESIDUAL_SLICES = 3  # a residual is about 2^-50 of the matrix, and 2^-66 is dropped at most
-LEAST_EXPONENT = -400  # of a unit: products of two must not be subnormal
+LEAST_EXPONENT = -400  # the least exponent of a unit, so that no product of two units is subnormal
 
 
 @dataclass(frozen=True)
 class Double:
-    """The matrix ``high + low``, |low| <= u |high|; ``error``: how far it is from what it stands for, ||.||_F."""
+    """The matrix ``high + low``, |low| <= u |high|; ``error`` bounds its distance in ||.||_F from the exact matrix."""
 
     high: Tensor
     low: Tensor
@@ -40,7 +40,7 @@ def norm(x: Tensor) -> float:
 
 
 def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """fl(a + b) and what it lacks, exactly (Knuth)."""
+    """fl(a + b) and its exact rounding error (Knuth)."""
     s = a + b
     part = s - a
     return s, (a - (s - part)) + (b - part)
@@ -62,17 +62,17 @@ class _Sum:
 
     @property
     def error(self) -> float:
-        """Relative to the sum of absolute terms."""
+        """A bound on the error, relative to the sum of the absolute values of all terms."""
         return 2.5 * U * U * self.additions
 
 
 def bits_for(terms: int) -> int:
-    """Bits of a slice with which products, and sums of so many of them, are exact in float64."""
+    """The bits of a slice for which float64 holds sums of ``terms`` products of slices exactly."""
     return (53 - max(1, math.ceil(math.log2(max(terms, 2))))) // 2
 
 
 def _unit(x: Tensor, dim: int, bits: int) -> Tensor:
-    """For each line along ``dim`` the number that, added and taken away again, leaves the leading ``bits``."""
+    """One number for each line along ``dim``: adding and subtracting it leaves the leading ``bits`` of an entry."""
     exponent = torch.frexp(x.abs().amax(dim=dim, keepdim=True))[1].to(torch.int64).clamp(min=LEAST_EXPONENT)
     return 1.5 * ((exponent + 52 - bits + 1023) << 52).view(torch.float64)
 
@@ -83,7 +83,7 @@ def _slices(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sliced(x: Tensor, dim: int, bits: int, count: int) -> tuple[list[Tensor], Tensor]:
-    """Slices of a float64 matrix, largest first, at most ``count``, and what they leave; their sum is exactly x."""
+    """At most ``count`` slices of a float64 matrix, the largest first, and the remainder; their sum is exactly x."""
     unit, slices = _unit(x, dim, bits), []
     for _ in range(count):
         part, x = _slices(x, unit)
@@ -95,7 +95,7 @@ def sliced(x: Tensor, dim: int, bits: int, count: int) -> tuple[list[Tensor], Te
 
 
 def _sliced_double(x: Double, dim: int, bits: int) -> tuple[list[Tensor], float]:
-    """Slices of both parts, and a bound on ||what they leave||_F."""
+    """The slices of both parts, and a bound on ||remainder||_F."""
     unit = _unit(x.high, dim, bits) * 2.0  # the low part may carry the sum over a power of two
     slices, rest, late = [], x.high, x.low
     for k in range(SLICES):
@@ -106,7 +106,7 @@ def _sliced_double(x: Double, dim: int, bits: int) -> tuple[list[Tensor], float]
         part, rest = _slices(rest, unit)
         slices.append(part)
         unit = unit * 2.0**-bits
-    # The sum before the last slice is rounded: by u of what four slices left.
+    # The sum before the last slice is rounded, by at most u times the remainder of four slices.
     return slices, norm(rest) + U * norm(slices[-1]) + U * norm(rest)
 
 
@@ -147,12 +147,12 @@ def transposed_product(left: Tensor, right: Double) -> Double:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """X (k, p) as three slices of each column hold it: what ``product`` and ``transposed_product`` take exactly."""
+    """X (k, p) rounded to three slices per column, which ``product`` and ``transposed_product`` use without error."""
     return x - sliced(x, 0, bits_for(x.shape[0]), GRAM_SLICES)[1]
 
 
 def residual(a: Tensor, left: Tensor, right: Tensor) -> float:
-    """A bound on ||A - left right||_F for A (m, n), left (m, k), right (k, n), all float64; rows come by blocks."""
+    """A bound on ||A - left right||_F for A (m, n), left (m, k), right (k, n), all float64, by blocks of rows."""
     bits = bits_for(right.shape[0])
     others, rest_right = sliced(right, 0, bits, RESIDUAL_SLICES)
     squares, error = 0.0, 0.0
@@ -175,9 +175,9 @@ def _summed(
     error_right: float = 0.0,
     depth: int = SLICES,
 ) -> Double:
-    """The sum of the products of slices that matter; the rests and errors are of the factors, in norm.
+    """The sum of the products of slices i and j with i + j < depth.
 
-    Slices i and j count while i + j < depth.
+    The other arguments are bounds, in norm, on the remainders and the errors of the factors.
     """
     total = _Sum(lefts[0].shape[0], rights[0].shape[1])
     sizes, others = [norm(x) for x in lefts], [norm(x) for x in rights]

@@ -1,7 +1,5 @@
-"""The last rung and the first one for tiny matrices: a full singular value decomposition in float64 on the CPU.
-
-Also what can be said without any arithmetic: zero matrices, zero columns, repeated columns.
-"""
+"""The last rung of the ladder, and the only one for tiny matrices: both ends of the spectrum from a full decomposition
+on the CPU, in float64 or twice its precision. A comparison of entries finds plainly singular matrices."""
 
 from __future__ import annotations
 
@@ -20,16 +18,19 @@ from .certify import gamma
 from .doubled import OUT, TINY, U, norm
 
 METHOD = "svd64"
-# From so many columns on a matrix with less than twice as many rows is decomposed, others have their Gram matrix taken.
+# A matrix with SVD_FROM columns or more goes to an SVD if it has fewer than SVD_SLENDER times as many rows as columns,
+# else to a Gram matrix.
 SVD_FROM, SVD_SLENDER = 160, 2
-SVD_TALL = 16, 512  # times as many rows, and rows: up to there an SVD has a say where the Gram matrix is first
-DOUBLED_BELOW = 32  # columns for which nothing lies between a Gram matrix in float64 and one in twice its precision
+SVD_TALL = 16, 512  # (rows per column, rows): up to the larger of both, an SVD may follow an inconclusive Gram matrix
+DOUBLED_BELOW = 32  # columns below which a Gram matrix in twice float64's precision comes before an SVD
 SUM = 64  # products that are summed on their own
-BLOCK_ENTRIES = 1 << 18  # of rows converted at a time
-SHARE = 1.0  # of rtol that both sides of sigma_n may take together
+BLOCK_ENTRIES = 1 << 18  # entries of the rows that are converted at a time
+SHARE = 1.0  # the share of rtol that both sides of sigma_n may take together
 ROUNDS = 4
-SINGULAR = 2.0**52  # a kappa beyond it means nothing more in float64 than infinity
+SINGULAR = 2.0**52  # in float64 a larger kappa cannot be told from infinity
 OUT_ULP = 1 + 8 * U
+
+Interval = tuple[float, float]
 
 
 def _svd_rows(n: int) -> int:
@@ -37,10 +38,11 @@ def _svd_rows(n: int) -> int:
 
 
 def peak_bytes(shape: tuple[int, int]) -> int:
-    """What ``decompose`` takes beside the weights, at most.
+    """The bytes that ``decompose`` takes at most beside the weights.
 
-    An SVD: operand, copy, U and a second operand (m, n), V, its slices and workspace (n, n), a block of rows and its
-    slices. Gram matrices: two numbers for each entry of G and of products with it, slices of these, a block of rows.
+    An SVD holds the operand, a copy, U and a second operand (m, n), V, its slices and workspace (n, n), and a block of
+    rows with its slices. Gram matrices hold two numbers for each entry of G and of its products, their slices, and a
+    block of rows.
     """
     m, n = shape
     gram = 30 * n * n + 8 * min(m, max(doubled.ROWS, BLOCK_ENTRIES // n)) * n
@@ -53,10 +55,10 @@ PATIENCE = 0.1  # seconds
 
 
 class MemoryGate:
-    """Memory that the decompositions of a run share: side by side as far as it goes, one that needs more of it alone.
+    """The memory that the decompositions of a run share; a decomposition that needs more than all of it runs alone.
 
-    Waves are cut for what the rungs before need, and a decomposition needs 2.5 to 3 times as much. ``stop`` is the
-    event that ends the run: an interrupted run should not do the decompositions that wait one after the other.
+    Waves are sized for the earlier rungs, and a decomposition needs 2.5 to 3 times as much memory. A waiting thread
+    looks at ``stop`` every PATIENCE seconds, so that an interrupted run starts no further decomposition.
     """
 
     def __init__(self, nbytes: float = math.inf, stop: threading.Event | None = None) -> None:
@@ -66,10 +68,10 @@ class MemoryGate:
 
     @contextlib.contextmanager
     def taken(self, a: Operand) -> Iterator[None]:
-        """Wait until there is room for the decomposition of ``a``, and keep it meanwhile.
+        """Reserve the memory for the decomposition of ``a``, and wait for other decompositions if they hold too much.
 
         Raises:
-            KeyboardInterrupt: the run was stopped while this waited.
+            KeyboardInterrupt: the run was stopped while this thread waited.
         """
         need = peak_bytes(a.shape)
         with self._changed:
@@ -87,22 +89,22 @@ class MemoryGate:
 
 
 @dataclass(frozen=True)
-class Extremes:
-    """What is proven of both ends of the spectrum: sigma lies in [low, high]; the smallest low end may be 0.
+class SpectrumEnds:
+    """Proven intervals [low, high] of the largest and the smallest singular value; the low end of the latter may be 0.
 
     left (m, 2), right (n, 2): approximate singular vectors of sigma_1 and sigma_n, float64 on the CPU; None where
-    sigma_n cannot be told from zero. settled: a vector shrinks to what rounding makes of a null vector, and no way is
-    likely to tell sigma_n from zero.
+    sigma_n is not proven to be positive. settled: A shrinks some vector as far as rounding lets it shrink a null
+    vector, so no other method is likely to prove that sigma_n is positive.
     """
 
-    largest: tuple[float, float]
-    smallest: tuple[float, float]
+    largest: Interval
+    smallest: Interval
     left: Tensor | None = None
     right: Tensor | None = None
     settled: bool = False
 
     def is_narrow(self, rtol: float) -> bool:
-        """Whether the interval of sigma_n leaves that of kappa a relative half-width of ``rtol``."""
+        """Whether the interval of sigma_n is narrow enough for an interval of kappa of relative half-width ``rtol``."""
         low, high = self.smallest
         return high - low <= SHARE * rtol * low
 
@@ -111,43 +113,43 @@ class Extremes:
         """Whether sigma_n is proven to be larger than zero."""
         return self.left is not None
 
-    def met(self, other: Extremes) -> Extremes:
-        """What both prove of the same matrix; the vectors of the one that knows more of sigma_n."""
+    def intersected(self, other: SpectrumEnds) -> SpectrumEnds:
+        """The intersection of both intervals of one matrix, with the vectors of the larger lower bound of sigma_n."""
         largest, smallest = (
             (max(x[0], y[0]), min(x[1], y[1]))
             for x, y in ((self.largest, other.largest), (self.smallest, other.smallest))
         )
         closer = max(self, other, key=lambda x: x.smallest[0])
-        return Extremes(largest, smallest, closer.left, closer.right, self.settled or other.settled)
+        return SpectrumEnds(largest, smallest, closer.left, closer.right, self.settled or other.settled)
 
 
-def decompose(a: Operand, rtol: float, *, suspected: bool = False) -> Extremes:
-    """Both ends of the spectrum of a finite matrix, to a relative ``rtol`` where twice float64's precision reaches it.
+def decompose(a: Operand, rtol: float, *, suspected: bool = False) -> SpectrumEnds:
+    """Both ends of the spectrum of a finite matrix, to a relative ``rtol`` if twice float64's precision can reach it.
 
-    Nothing is assumed of any factorization, all residuals are measured: docs/numerics.md, section 5. Where one way is
-    not enough, the next one's bounds are met with those before: all are proven.
-    suspected: of being singular; then that is looked at first, without singular vectors.
+    All residuals are measured and nothing is assumed of any factorization: docs/numerics.md, section 5. If one method
+    gives too wide an interval, the next one's is intersected with it, which is valid since both are proven.
+    suspected: whether the matrix may be singular; then a test of that, without singular vectors, comes first.
     """
     m, n = a.shape
     slender = m >= SVD_SLENDER * n
-    if suspected and (shown := _as_singular(a)) is not None:
+    if suspected and (shown := _try_singular(a)) is not None:
         return shown
-    if n < SVD_FROM and (found := _from_gram(a, rtol)) is not None:
+    if n < SVD_FROM and (found := _decompose_gram(a, rtol)) is not None:
         return found
     if n < DOUBLED_BELOW or (n >= SVD_FROM and slender):
-        found = _from_doubled_gram(a, rtol)
-        # Where it tells sigma_n from zero no SVD says more, and hardly ever for tall matrices, where an SVD is dear.
-        return found if found.separated or m > _svd_rows(n) else found.met(from_svd(a, rtol))
-    found = from_svd(a, rtol)
+        found = _decompose_doubled_gram(a, rtol)
+        # An SVD adds nothing if sigma_n is proven positive, and hardly ever anything for tall matrices.
+        return found if found.separated or m > _svd_rows(n) else found.intersected(decompose_svd(a, rtol))
+    found = decompose_svd(a, rtol)
     if n >= SVD_FROM or found.settled or found.is_narrow(rtol):
         return found
-    return found.met(_from_doubled_gram(a, rtol))
+    return found.intersected(_decompose_doubled_gram(a, rtol))
 
 
-def _as_singular(a: Operand) -> Extremes | None:
-    """What a vector shows of sigma_n, if that is where float64 cannot tell it from zero; None if it may be larger.
+def _try_singular(a: Operand) -> SpectrumEnds | None:
+    """Bounds from a vector that A shrinks so far that float64 cannot tell sigma_n from zero; None if none is found.
 
-    The vector comes from inverse iteration with R of a QR decomposition. What is said is measured with A.
+    The vector comes from inverse iteration with R of a QR decomposition; the bounds are measured with A itself.
     """
     wide = a.tensor.to("cpu", torch.float64)
     m, n = a.shape
@@ -163,14 +165,16 @@ def _as_singular(a: Operand) -> Extremes | None:
     if not bool(torch.isfinite(v).all()):
         return None
     high, low = torch.linalg.vector_norm(wide @ torch.cat([x, v], dim=1), dim=0).tolist()
-    if not low <= (4 + math.sqrt(n) / 2 + math.sqrt(m) / 64) * U * high:  # what the best vectors of singular ones give
+    if not low <= (4 + math.sqrt(n) / 2 + math.sqrt(m) / 64) * U * high:  # the rounding at vectors of singular matrices
         return None
     rounding, relative = (n + 4) * U * norm(wide), 1 + (m + 2 * n + 8) * U
-    return Extremes((max(0.0, high / relative - rounding), norm(wide)), (0.0, low * relative + rounding), settled=True)
+    return SpectrumEnds(
+        (max(0.0, high / relative - rounding), norm(wide)), (0.0, low * relative + rounding), settled=True
+    )
 
 
 def _blocks(a: Operand) -> Iterator[tuple[int, int, Tensor]]:
-    """Rows in float64 on the CPU, row-major, a few MB at a time."""
+    """Blocks of rows (start, stop, values), a few MB each, row-major float64 on the CPU."""
     m, n = a.shape
     step = max(SUM, BLOCK_ENTRIES // n // SUM * SUM)
     for start in range(0, m, step):
@@ -179,7 +183,7 @@ def _blocks(a: Operand) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _gram(a: Operand) -> tuple[Tensor, float]:
-    """A^T A in float64, and a bound on its error: sums of SUM products each, of those in a block, and of blocks."""
+    """A^T A in float64 and a bound on its error: SUM products are summed, then the sums of a block, then the blocks."""
     n = a.shape[1]
     total = torch.zeros((n, n), dtype=torch.float64)
     longest = blocks = 0
@@ -193,7 +197,7 @@ def _gram(a: Operand) -> tuple[Tensor, float]:
 
 @dataclass(frozen=True)
 class _Eigen:
-    """Eigenpairs of a symmetric matrix, ascending; no eigenvalue is further from theta than theta defect + rest."""
+    """Eigenpairs of a symmetric matrix, ascending; each eigenvalue is within theta * defect + rest of its theta."""
 
     theta: Tensor
     vectors: Tensor
@@ -202,7 +206,7 @@ class _Eigen:
 
     @classmethod
     def of(cls, matrix: Tensor, error: float) -> _Eigen:
-        """``error``: how far the matrix is from the one that is meant, ||.||_2."""
+        """``error`` bounds the distance in ||.||_2 of ``matrix`` from the exact matrix."""
         theta, v = torch.linalg.eigh(matrix)
         h = matrix.shape[0] + 4
         scaled = v * theta
@@ -212,29 +216,29 @@ class _Eigen:
         return cls(theta, v, (rest * OUT + error) * OUT + TINY, defect * OUT)
 
     def bounds(self, i: int) -> tuple[float, float]:
-        """Of the square root of eigenvalue i."""
+        """Bounds of the square root of eigenvalue i."""
         theta = float(self.theta[i])
         low, high = (theta * (1 + s * math.copysign(self.defect, theta)) + s * self.rest for s in (-1, 1))
         return math.sqrt(max(0.0, low)) * (1 - 4 * U), math.sqrt(max(0.0, high)) * (1 + 4 * U)
 
 
-def _from_gram(a: Operand, rtol: float) -> Extremes | None:
-    """From the Gram matrix in float64, if that is enough."""
+def _decompose_gram(a: Operand, rtol: float) -> SpectrumEnds | None:
+    """Both ends from the Gram matrix in float64; None if that leaves too wide an interval."""
     total, error = _gram(a)
     least = torch.eye(a.shape[1], dtype=torch.float64) * (error / rtol)
-    if int(torch.linalg.cholesky_ex(total - least).info):  # the smallest eigenvalue is smaller, and the error too large
+    if int(torch.linalg.cholesky_ex(total - least).info):  # the error is too large for the smallest eigenvalue
         return None
     eigen = _Eigen.of(total, error)
     largest, smallest = eigen.bounds(-1), eigen.bounds(0)
-    if not Extremes(largest, smallest).is_narrow(rtol):
+    if not SpectrumEnds(largest, smallest).is_narrow(rtol):
         return None
     return _with_vectors(a, largest, smallest, eigen.vectors[:, [-1, 0]])
 
 
-def _from_doubled_gram(a: Operand, rtol: float) -> Extremes:
-    """From X and C with (X C)^T A^T A (X C) = I + E: sigma_n lies within sqrt(1 +- ||E||) / ||X C||.
+def _decompose_doubled_gram(a: Operand, rtol: float) -> SpectrumEnds:
+    """Both ends from X and C with (X C)^T A^T A (X C) = I + E: sigma_n lies within sqrt(1 +- ||E||) / ||X C||.
 
-    T = X^T A^T A X takes twice float64's precision, C = T^(-1/2) and the rest no more than float64.
+    T = X^T A^T A X is computed in twice float64's precision, C = T^(-1/2) and everything else in float64.
     """
     g, distance = doubled.gram(a.tensor)
     eigen = _Eigen.of(g.high, g.error + U * norm(g.high))
@@ -248,11 +252,11 @@ def _from_doubled_gram(a: Operand, rtol: float) -> Extremes:
             break
         t = doubled.transposed_product(x, doubled.product(g, x))
         spread, w = torch.linalg.eigh(t.high)
-        if float(spread[0]) <= t.error:  # as good as zero, and no other X shows more
-            top = min(top, _quotient(x, t, w[:, 0]))
+        if float(spread[0]) <= t.error:  # T cannot be told from a singular matrix, and no other X changes that
+            top = min(top, _rayleigh_bound(x, t, w[:, 0]))
             break
         for c in [None, _scaled(w, spread)][: step + 1]:
-            found = _least(x, t, c)
+            found = _bounds_of_smallest(x, t, c)
             if found is not None and found[0] > bottom:
                 bottom, right = found[0], found[2]
             if found is not None:
@@ -260,18 +264,18 @@ def _from_doubled_gram(a: Operand, rtol: float) -> Extremes:
             if top - bottom <= SHARE * rtol * bottom:
                 break
         else:
-            top = min(top, _quotient(x, t, w[:, 0]))
+            top = min(top, _rayleigh_bound(x, t, w[:, 0]))
             x = x @ w
             continue
         break
     smallest = max(0.0, bottom - distance) * (1 - 2 * U), (top + distance) * (1 + 2 * U)
     if right is None or not smallest[0] > 0:
-        return Extremes(largest, (0.0, smallest[1]))
+        return SpectrumEnds(largest, (0.0, smallest[1]))
     return _with_vectors(a, largest, smallest, torch.stack([eigen.vectors[:, -1], right / right.norm()], dim=1))
 
 
-def _least(x: Tensor, t: doubled.Double, c: Tensor | None) -> tuple[float, float, Tensor] | None:
-    """Bounds of sigma_n from T = X^T A^T A X and C (None: the identity), and its vector; None if ||E|| reaches 1."""
+def _bounds_of_smallest(x: Tensor, t: doubled.Double, c: Tensor | None) -> tuple[float, float, Tensor] | None:
+    """Bounds of sigma_n from T = X^T A^T A X and C (None: the identity), and its vector; None unless ||E|| < 1."""
     n = x.shape[1]
     eye = torch.eye(n, dtype=torch.float64)
     unknown = t.error + U * norm(t.high)
@@ -291,8 +295,8 @@ def _least(x: Tensor, t: doubled.Double, c: Tensor | None) -> tuple[float, float
     return bottom, top, y @ length.vectors[:, -1]
 
 
-def _quotient(x: Tensor, t: doubled.Double, v: Tensor) -> float:
-    """||A X v|| / ||X v|| from T = X^T A^T A X, rounded up: no less than sigma_n, whatever comes of the rest."""
+def _rayleigh_bound(x: Tensor, t: doubled.Double, v: Tensor) -> float:
+    """||A X v|| / ||X v|| from T = X^T A^T A X, rounded up: an upper bound of sigma_n for any v."""
     n = len(v)
     squared = float(v @ (t.high @ v)) + (gamma(2 * n + 3) * norm(t.high) + t.error) * float(v @ v)
     length = float(torch.linalg.vector_norm(x @ v)) - gamma(n + 2) * norm(x) * OUT
@@ -300,14 +304,14 @@ def _quotient(x: Tensor, t: doubled.Double, v: Tensor) -> float:
 
 
 def _scaled(vectors: Tensor, values: Tensor) -> Tensor:
-    """Every vector over the root of its eigenvalue; those that rounding hides are taken to be as large as it."""
+    """Every vector divided by the root of its eigenvalue, which is raised to the size of its rounding error."""
     return vectors / values.clamp(min=4 * len(values) * U * float(values[-1])).sqrt()
 
 
-def from_svd(a: Operand, rtol: float = 0.0) -> Extremes:
-    """From LAPACK's SVD and its residual: |sigma_i(A) - sigma_i(U S V^T)| <= ||A - U S V^T||.
+def decompose_svd(a: Operand, rtol: float = 0.0) -> SpectrumEnds:
+    """Both ends from LAPACK's SVD and its residual: |sigma_i(A) - sigma_i(U S V^T)| <= ||A - U S V^T||.
 
-    The residual in float64 where that is enough for ``rtol``, else in twice its precision.
+    The residual is computed in float64 if that is enough for ``rtol``, else in twice its precision.
     """
     wide = a.tensor.to("cpu", torch.float64)
     n = a.shape[1]
@@ -318,35 +322,37 @@ def from_svd(a: Operand, rtol: float = 0.0) -> Extremes:
     cross, error = _gram(Operand(u, 0, True, 1.0))
     defect += norm(cross - eye) + error + 2 * n * U
     plain = norm(wide - scaled @ vh) + gamma(n + 3) * (norm(wide) + norm(scaled) * norm(vh))
-    found = _of_svd(u, s, vh, (plain + 2 * U * norm(scaled)) * OUT, defect * OUT)
+    found = _bounds_from_svd(u, s, vh, (plain + 2 * U * norm(scaled)) * OUT, defect * OUT)
     if found.is_narrow(rtol):
         return found
-    if float(s[-1]) <= math.sqrt(n) * U * float(s[0]) and (shown := _as_singular(a)) is not None:
-        return found.met(shown)  # no residual is that small
-    rest = doubled.residual(wide, scaled, vh) + 2 * U * norm(scaled)  # of U S, whose entries are rounded
-    return _of_svd(u, s, vh, rest * OUT, defect * OUT)
+    if float(s[-1]) <= math.sqrt(n) * U * float(s[0]) and (shown := _try_singular(a)) is not None:
+        return found.intersected(shown)  # no residual can be smaller than this sigma_n
+    rest = doubled.residual(wide, scaled, vh) + 2 * U * norm(scaled)  # the entries of U S are rounded
+    return _bounds_from_svd(u, s, vh, rest * OUT, defect * OUT)
 
 
-def _of_svd(u: Tensor, s: Tensor, vh: Tensor, rest: float, defect: float) -> Extremes:
-    """rest: ||A - U S V^T||.  defect: ||U^T U - I|| + ||V^T V - I||, which is as much of every value at most."""
+def _bounds_from_svd(u: Tensor, s: Tensor, vh: Tensor, rest: float, defect: float) -> SpectrumEnds:
+    """rest: ||A - U S V^T||.  defect: ||U^T U - I|| + ||V^T V - I||, a bound on the relative error of every value."""
     high, low = float(s[0]), float(s[-1])
     up, down = (1 + defect) * OUT_ULP, (1 - defect) / OUT_ULP
     largest = max(0.0, high * down - rest), high * up + rest
     smallest = max(0.0, low * down - rest), low * up + rest
     if not smallest[0] > 0:
-        return Extremes(largest, smallest)
-    return Extremes(largest, smallest, u[:, [0, -1]], vh.T[:, [0, -1]])
+        return SpectrumEnds(largest, smallest)
+    return SpectrumEnds(largest, smallest, u[:, [0, -1]], vh.T[:, [0, -1]])
 
 
-def _with_vectors(a: Operand, largest: tuple[float, float], smallest: tuple[float, float], right: Tensor) -> Extremes:
+def _with_vectors(
+    a: Operand, largest: tuple[float, float], smallest: tuple[float, float], right: Tensor
+) -> SpectrumEnds:
     left = torch.cat([rows @ right for _, _, rows in _blocks(a)])
-    return Extremes(largest, smallest, left / left.norm(dim=0), right)
+    return SpectrumEnds(largest, smallest, left / left.norm(dim=0), right)
 
 
 def singular_reason(a: Operand) -> str | None:
-    """Why the matrix is singular beyond any doubt, or None: a zero or a repeated column (exact comparison).
+    """Why comparing entries shows that the matrix is singular: a column is zero or repeated. None if neither is so.
 
-    Repeated rows of a tall matrix mean nothing; for a square one they are looked for as well.
+    Zero and repeated rows make only a square matrix singular, and are searched for only there.
     """
     if a.peak == 0:
         return "all entries are zero"
@@ -355,7 +361,7 @@ def singular_reason(a: Operand) -> str | None:
     for side, name in ((tensor, "column"), (tensor.T, "row")):
         if name == "row" and m > n:
             break
-        lines = np.ascontiguousarray(side.T.numpy()) + 0.0  # -0.0 + 0.0 is 0.0: both zeros compare as one
+        lines = np.ascontiguousarray(side.T.numpy()) + 0.0  # -0.0 + 0.0 is 0.0, so both zeros compare equal
         if not lines.any(axis=1).all():
             return f"a {name} is zero"
         packed = lines.view(np.dtype((np.void, lines.dtype.itemsize * lines.shape[1]))).ravel()

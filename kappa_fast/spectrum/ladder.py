@@ -1,8 +1,8 @@
-"""From a wave of weights to kappa with an interval: the cheapest rung that resolves each matrix, then up.
+"""The ladder: it resolves a wave of weights to kappa with an interval, each matrix on the cheapest rung that can.
 
-A matrix climbs when a factorization breaks down, when the factor turns out not to describe the weights well enough
-(departure), or when its interval is still wider than asked for; never because an estimate "stopped moving", which
-proves nothing. The last rung is an exact float64 SVD.
+A matrix climbs to the next rung when its factorization breaks down, when the residual of the factorization (departure)
+is too large, or when its interval is wider than asked for; never because an estimate stopped changing, which proves
+nothing. The last rung is exact.py.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .resolution import Goal, Resolution
 log = logging.getLogger("kappa_fast")
 
 
-EXACT_BELOW = 160  # up to here one SVD takes no longer than a ladder of launches: 3.1 ms and 7.0 at 160 x 160
-EXACT_SLENDER = 16  # unless rows outnumber columns by more: 32000 x 158 takes 270 ms by SVD and 46 by the ladder
+EXACT_BELOW = 160  # below so many columns an SVD is faster than the other rungs: 3.1 ms and 7.0 at 160 x 160
+EXACT_SLENDER = 16  # unless there are more rows per column: 32000 x 158 takes 270 ms by SVD and 46 by the other rungs
 EXACT_ALWAYS = 32
-# Shares of the allowed width: each end's excess (relative, of sigma^2) and the departure, with 4 rtol to spend in all.
+# How many rtol the excess of each end (relative, of sigma^2) and the departure may take; all three may take 4 together.
 END_SHARE = 1.2
 DEPARTURE_SHARE = 0.8
-SUSPICIOUS = 1e12  # a kappa that may be infinite
+SUSPICIOUS = 1e12  # a matrix with a larger kappa may be singular
 
 
 @dataclass
@@ -43,8 +43,8 @@ class _Climber:
     dtype: torch.dtype
     operand: Operand
     rungs: tuple[Rung, ...]
-    seed: bytes = b""  # of its start blocks
-    level: int = 0  # the rung that it is on
+    seed: bytes = b""  # the digest from which its start blocks are drawn
+    level: int = 0  # the index of its current rung
     best: Resolution | None = None
     triplets: Triplets | None = None
     done: bool = field(default=False)
@@ -54,11 +54,11 @@ class _Climber:
         return self.rungs[self.level]
 
     def keep(self, found: Resolution, triplets: Triplets) -> None:
-        """A later rung replaces the estimate; bounds can only tighten."""
+        """Record the result of a rung: it replaces the estimate, and it can only tighten the bounds."""
         if self.best is not None:
             lower = max(found.lower, self.best.lower)
             upper = found.upper if found.certified else min(found.upper, self.best.upper)
-            if lower > upper:  # lower ends are proven, so the upper one of the rung before was wrong
+            if lower > upper:  # lower bounds are proven, so the upper bound of the rung before was wrong
                 upper = max(found.upper, lower)
             found = replace(found, lower=lower, upper=upper, kappa=min(max(found.kappa, lower), upper))
         self.best, self.triplets = found, triplets
@@ -67,15 +67,15 @@ class _Climber:
 def resolve(
     backend: Backend, weights: Sequence[Tensor], goal: Goal, gate: exact.MemoryGate | None = None
 ) -> list[Resolution]:
-    """Resolve one wave: 2-D weights of any shape, float dtype and strides; none is changed.
+    """Resolve one wave: 2-D weights of any shape, float dtype and strides, which are left unchanged.
 
     ``gate`` is shared by waves that are resolved side by side.
     """
     gate = gate or exact.MemoryGate()
     operands = backend.prepare(weights)
-    if flushes():  # what was taken for zero proves nothing
+    if flushes():  # a subnormal number that was flushed to zero would make a proof wrong
         operands = [replace(a, exact=False) for a in operands]
-    results: list[Resolution | None] = [_trivial(a) for a in operands]
+    results: list[Resolution | None] = [_resolve_trivial(a) for a in operands]
     open_ = [i for i, found in enumerate(results) if found is None]
     kinds = [(operands[i].shape, weights[i].dtype) for i in open_]
     rungs = {k: () if left_to_the_svd(k[0]) else backend.rungs(*k, proofs=goal.certify) for k in set(kinds)}
@@ -92,34 +92,34 @@ def resolve(
     if goal.certify:
         _prove(backend, climbers, goal.rtol)
     for climber in climbers:
-        assert climber.best is not None  # the exact rung always answers
-        results[climber.position] = _unscaled(climber.best, climber.operand.exponent)
+        assert climber.best is not None  # the exact rung always gives a result
+        results[climber.position] = _unscale(climber.best, climber.operand.exponent)
     return [r for r in results if r is not None]
 
 
 def _prove(backend: Backend, climbers: Sequence[_Climber], rtol: float) -> None:
-    """Prove what the last rung has not proven already, or not to ``rtol``."""
+    """Prove the intervals that the last rung has not proven to ``rtol`` already."""
     measured = [(c, c.best) for c in climbers if c.triplets is not None and c.best is not None]
     ok = [(c, found) for c, found in measured if found.status == "ok"]
     chosen = [(c, found) for c, found in ok if not found.certified or found.half_width > rtol]
     wanted = {c.position for c, _ in chosen}
     for climber in climbers:
         if climber.position not in wanted:
-            climber.operand.cache.clear()  # what would keep memory from the others
+            climber.operand.cache.clear()  # no proof needs these products any more, and they take memory
     founds = [replace(found, certified=False) for _, found in chosen]
-    proven = proofs.certified_wave(backend, [c.operand for c, _ in chosen], founds, rtol)
+    proven = proofs.certify_wave(backend, [c.operand for c, _ in chosen], founds, rtol)
     for (climber, before), found in zip(chosen, proven, strict=True):
         if not before.certified or (found.certified and found.upper < before.upper):
             climber.best = found
 
 
 def left_to_the_svd(shape: tuple[int, int]) -> bool:
-    """Whether no other rung is worth its launches for a matrix of this shape (m, n), m >= n."""
+    """Whether the exact rung is the fastest for a matrix of this shape (m, n), m >= n."""
     m, n = shape
     return n < EXACT_ALWAYS or (n < EXACT_BELOW and m <= EXACT_SLENDER * n)
 
 
-def _trivial(a: Operand) -> Resolution | None:
+def _resolve_trivial(a: Operand) -> Resolution | None:
     if not a.finite:
         return Resolution("non_finite", math.nan, math.nan, math.nan, math.nan, math.nan, "none")
     if a.peak == 0:
@@ -128,60 +128,61 @@ def _trivial(a: Operand) -> Resolution | None:
     if a.shape[1] == 1:
         sigma = float(torch.linalg.vector_norm(a.tensor.to(torch.float64)))  # float8 has no norm of its own
         found = Resolution("ok", 1.0, 1.0, 1.0, sigma, sigma, "vector", certified=True, sensitivity=0.0)
-        return _unscaled(found, a.exponent)
+        return _unscale(found, a.exponent)
     return None
 
 
 @dataclass
-class _Described:
-    """Matrices whose factors describe them well enough, and how far these are from being factors at most."""
+class _Factored:
+    """Matrices whose factors are accurate enough, with these factors and bounds on their departures."""
 
     climbers: list[_Climber]
     factors: Factors
     departures: list[float]
 
-    def beside(self, other: _Described) -> _Described:
-        """Both together."""
-        return _Described(
+    def beside(self, other: _Factored) -> _Factored:
+        """The matrices of both."""
+        return _Factored(
             self.climbers + other.climbers, self.factors.beside(other.factors), self.departures + other.departures
         )
 
 
 def _climb(backend: Backend, climbers: Sequence[_Climber], goal: Goal) -> None:
-    """Every matrix up to where it is resolved, or to the end of its rungs.
+    """Let every matrix climb until it is resolved or has no further rung.
 
-    What a factor cannot describe climbs at once, so that all matrices of a wave search both ends in the same steps,
-    whatever their rungs; what only an interval turns down climbs after that, and so does what there is no room for.
+    A matrix whose factor is not accurate enough climbs at once, so that all matrices of a wave search both ends in the
+    same steps on whatever rungs. A matrix whose interval is too wide, or whose next rung needs memory that is not free,
+    climbs after these steps.
     """
     most = CLIMBING * sum(backend.need(c.operand.shape, c.rung) for c in climbers)
     active = list(climbers)
     while active:
-        lanes: dict[tuple[torch.dtype, torch.dtype], _Described] = {}
+        lanes: dict[tuple[torch.dtype, torch.dtype], _Factored] = {}
         waiting: list[_Climber] = []
         free = most
         while active:
-            now, later, free = _with_room(backend, active, free, alone=not lanes)
+            now, later, free = _split_by_memory(backend, active, free, alone=not lanes)
             waiting += later
-            for key, chosen in _by_blocks(now, goal).items():
-                found = _described(backend, chosen, DEPARTURE_SHARE * goal.rtol)
+            for key, chosen in _by_block_dtypes(now, goal).items():
+                found = _factor_accurately(backend, chosen, DEPARTURE_SHARE * goal.rtol)
                 if found is not None:
                     lanes[key] = lanes[key].beside(found) if key in lanes else found
             kept = {id(climber) for found in lanes.values() for climber in found.climbers}
-            active = _next_rung([c for c in now if id(c) not in kept])
+            active = _climb_one_rung([c for c in now if id(c) not in kept])
         active = waiting
         for key in list(lanes):
             found = lanes.pop(key)
-            _use_factors(backend, found, goal)
-            active += _next_rung([c for c in found.climbers if not c.done])
+            _resolve_with_factors(backend, found, goal)
+            active += _climb_one_rung([c for c in found.climbers if not c.done])
             del found  # before the next rung needs the memory
 
 
-def _with_room(
+def _split_by_memory(
     backend: Backend, climbers: Sequence[_Climber], free: float, *, alone: bool
 ) -> tuple[list[_Climber], list[_Climber], float]:
-    """Who can go on now, who has to wait, and how many bytes are left for those that climb.
+    """The climbers that have enough memory now, those that have to wait, and the bytes that remain.
 
-    A wave is cut so that its first rungs fit. alone: whether nothing is resident; then one that needs more may go.
+    The first rungs of a wave always fit. alone: whether no factor is held; then one climber may exceed ``free``.
     """
     now: list[_Climber] = []
     later: list[_Climber] = []
@@ -195,41 +196,41 @@ def _with_room(
     return now, later, free
 
 
-def _next_rung(climbers: Sequence[_Climber]) -> list[_Climber]:
-    """Those that have one."""
+def _climb_one_rung(climbers: Sequence[_Climber]) -> list[_Climber]:
+    """Move every climber to its next rung; returns those that have one."""
     for climber in climbers:
         climber.level += 1
     return [c for c in climbers if c.level < len(c.rungs)]
 
 
-def _by_blocks(climbers: Sequence[_Climber], goal: Goal) -> dict[tuple[torch.dtype, torch.dtype], list[_Climber]]:
-    """By the dtypes of the blocks for both ends: a step is one for all matrices whose blocks fit into one panel."""
+def _by_block_dtypes(climbers: Sequence[_Climber], goal: Goal) -> dict[tuple[torch.dtype, torch.dtype], list[_Climber]]:
+    """The climbers by the dtypes of their blocks for both ends: one step serves all matrices of equal dtypes."""
     found: dict[tuple[torch.dtype, torch.dtype], list[_Climber]] = {}
     for c in climbers:
         found.setdefault((c.rung.blocks, c.rung.product_dtype(END_SHARE * goal.rtol)), []).append(c)
     return found
 
 
-def _described(backend: Backend, climbers: Sequence[_Climber], limit: float) -> _Described | None:
-    """Factors by the rungs that the matrices are on, where there is one that departs no further than ``limit``."""
+def _factor_accurately(backend: Backend, climbers: Sequence[_Climber], limit: float) -> _Factored | None:
+    """The matrices that their current rungs factor with a departure up to ``limit``; None if there are none."""
     factors = backend.factor([c.operand for c in climbers], [c.rung for c in climbers])
     sound = [i for i, data in enumerate(factors.data) if data is not None]
     if not sound:
         return None
     climbers, factors = [climbers[i] for i in sound], factors.take(sound)
-    departures = _departures(backend, climbers, factors, limit)
+    departures = _measure_departures(backend, climbers, factors, limit)
     kept = [i for i, departure in enumerate(departures) if departure <= limit]
     if not kept:
         return None
-    return _Described([climbers[i] for i in kept], factors.take(kept), [departures[i] for i in kept])
+    return _Factored([climbers[i] for i in kept], factors.take(kept), [departures[i] for i in kept])
 
 
-def _use_factors(backend: Backend, wave: _Described, goal: Goal) -> None:
-    """Both ends, the polish and the interval of every matrix."""
+def _resolve_with_factors(backend: Backend, wave: _Factored, goal: Goal) -> None:
+    """Search both ends of every matrix, polish them, and record the interval."""
     climbers, factors = wave.climbers, wave.factors
-    (tops, highest), (bottoms, lowest) = _ends(backend, factors, [c.seed for c in climbers], END_SHARE * goal.rtol)
+    (tops, highest), (bottoms, lowest) = _search(backend, factors, [c.seed for c in climbers], END_SHARE * goal.rtol)
     polished = backend.solve(factors, lowest)
-    # An operator that overflowed leaves nothing to polish, and LAPACK must not see its NaNs.
+    # The vectors of an operator that overflowed cannot be polished, and LAPACK must not get their NaNs.
     finite = backend.read(torch.isfinite(backend.norms(polished)).all(dim=1))
     good = [j for j in range(len(climbers)) if finite[j] and 0 < tops[j].theta * bottoms[j].theta < math.inf]
     if not good:
@@ -244,8 +245,8 @@ def _use_factors(backend: Backend, wave: _Described, goal: Goal) -> None:
             climber.done = resolution.half_width <= goal.rtol or resolution.lower > goal.cutoff
 
 
-def _departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors, limit: float) -> list[float]:
-    """Bounds on ||M||_2 from a Gaussian block; where M X is too large, from M^T M X, which overestimates far less."""
+def _measure_departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors, limit: float) -> list[float]:
+    """Bounds on ||M||_2 from a Gaussian block X: from ||M X||, and if that is too large from ||M^T M X||."""
     blocks = backend.gaussian(factors.ns, [c.seed for c in climbers], WIDTH, 2, factors.blocks)
     bounds = [math.inf] * len(climbers)
     factor = norm_factor(WIDTH) / math.sqrt(WIDTH)
@@ -264,10 +265,10 @@ def _departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors
     return bounds
 
 
-def _ends(
+def _search(
     backend: Backend, factors: Factors, seeds: Sequence[bytes], tolerance: float
 ) -> tuple[tuple[list[Extreme], Panel], tuple[list[Extreme], Panel]]:
-    """The largest eigenvalues of R^T R and of its inverse, of every factor, with their vectors."""
+    """The largest eigenvalues of R^T R and of its inverse for every factor R, with their vectors."""
 
     def on_device(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=backend.device)
@@ -292,13 +293,13 @@ def _ends(
 def _interval(
     rung: Rung, departure: float, top: Extreme, bottom: Extreme, triplets: Triplets, rounding: float
 ) -> Resolution:
-    """Lower end: proven by the polish. Upper end: the Krylov bounds of both ends, widened by the departure."""
-    # With power 1 the top end used the weights themselves, and the departure concerns the bottom alone.
+    """The interval from the polish's proven lower bound and the upper bounds of both searches and of the departure."""
+    # With power 1 the search for sigma_max used the weights themselves, and the departure concerns sigma_min alone.
     widening = math.sqrt((1 + departure) / (1 - departure)) if rung.power == 2 else 1 / (1 - departure)
     upper = math.sqrt(top.theta * (1 + top.excess) * bottom.theta * (1 + bottom.excess)) * widening
     kappa = max(triplets.sigma_max / triplets.sigma_min, triplets.lower)  # rounding may leave it below 1
-    upper *= 1 + rounding  # of the Ritz values, and of kappa where it takes the place of the bound
-    # A bound below what the weights themselves attain says that the start missed: it is none, the next rung decides.
+    upper *= 1 + rounding  # the rounding of the Ritz values
+    # If the weights attain a larger kappa than the bound, the start blocks missed a vector, and the next rung decides.
     upper = math.inf if upper * (1 + 1e-12) < triplets.lower else max(upper, kappa * (1 + rounding))
     return Resolution("ok", kappa, triplets.lower, upper, triplets.sigma_max, triplets.sigma_min, rung.name)
 
@@ -307,15 +308,15 @@ def _finish_exactly(climber: _Climber, goal: Goal) -> None:
     a = climber.operand
     suspected = bool(climber.rungs) and (climber.best is None or climber.best.lower > SUSPICIOUS)
     climber.done = True
-    # Looking for equal columns takes as long as a small decomposition, so it waits until there is a reason to look.
-    if (suspected or a.peak == 0) and _is_plainly_singular(climber):
+    # Searching for equal columns takes as long as a small decomposition, so it is done only for a suspected matrix.
+    if (suspected or a.peak == 0) and _found_plainly_singular(climber):
         return
     ends = exact.decompose(a, goal.rtol, suspected=suspected)
     (high_low, high_up), (low_low, low_up) = ends.largest, ends.smallest
     high, low = (high_low + high_up) / 2, (low_low + low_up) / 2
     lower = max(1.0, high_low / low_up * (1 - 4 * proofs.U)) if low_up > 0 else math.inf
     if ends.left is None or ends.right is None or lower > exact.SINGULAR:
-        if not suspected and _is_plainly_singular(climber):
+        if not suspected and _found_plainly_singular(climber):
             return
         climber.best = Resolution("rank_deficient", math.inf, lower, math.inf, high, low, exact.METHOD)
         climber.triplets = None
@@ -327,10 +328,10 @@ def _finish_exactly(climber: _Climber, goal: Goal) -> None:
         climber.keep(found, Triplets(high, low, lower, left, right))
 
 
-def _is_plainly_singular(climber: _Climber) -> bool:
-    """Whether a comparison of entries shows that the matrix is singular; then that is the climber's result."""
+def _found_plainly_singular(climber: _Climber) -> bool:
+    """Whether comparing entries shows that the matrix is singular; if so, this becomes the climber's result."""
     a = climber.operand
-    reason = exact.singular_reason(a) if a.exact else None  # what scaling made zero or equal proves nothing
+    reason = exact.singular_reason(a) if a.exact else None  # scaling may have made entries zero or equal
     if reason is None:
         return False
     high = float(torch.linalg.vector_norm(a.tensor.to("cpu", torch.float64)))
@@ -349,7 +350,7 @@ def _measure_sensitivity(backend: Backend, climbers: Sequence[_Climber]) -> None
         climber.best = replace(climber.best, sensitivity=value)
 
 
-def _unscaled(found: Resolution, exponent: int) -> Resolution:
+def _unscale(found: Resolution, exponent: int) -> Resolution:
     if exponent == 0:
         return found
     half = exponent // 2

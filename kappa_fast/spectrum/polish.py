@@ -1,7 +1,7 @@
-"""Measure with the weights themselves: Rayleigh-Ritz with A in float64, whatever the vectors came from.
+"""The polish of the ladder: a Rayleigh-Ritz step with the weights themselves in float64, for vectors of any origin.
 
-The error of an approximate factor enters the polished values squared, and ||A x|| / ||A v|| is a lower bound of kappa
-for any unit x and v, so the lower end of every interval is proven, including the rounding of this very measurement.
+The error of an approximate factor enters the polished values squared. ||A x|| / ||A v|| is a lower bound of kappa for
+any unit x and v, so the lower end of every interval is proven; the rounding of the measurement is accounted for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from ..backends.base import Backend, Operand, Panel, Tensor
 
 U64 = 2.0**-53
-TOP_WIDTH = 4  # vectors worth measuring: the wanted one and a few neighbours it may be mixed with
+TOP_WIDTH = 4  # the wanted vector and the nearest others, which the approximation may mix with it
 BOTTOM_WIDTH = 8
 
 
@@ -33,13 +33,13 @@ class Triplets:
 def polish(backend: Backend, operands: Sequence[Operand], tops: Panel, bottoms: Panel) -> list[Triplets]:
     """Rayleigh-Ritz with A on the span of the last columns of ``tops`` for sigma_max and of ``bottoms`` for sigma_min.
 
-    Blocks (n, .) of full rank; one read for the whole wave.
+    The blocks (n, .) have full rank; one read serves the whole wave.
     """
     top = backend.orthonormalize(tops.columns(-TOP_WIDTH).to(torch.float64))
     bottom = backend.orthonormalize(bottoms.columns(-BOTTOM_WIDTH).to(torch.float64))
     images, norms = backend.apply(operands, top.beside(bottom))
-    u1, s1, v1, reached1 = _end(backend, top, images.columns(0, top.width), 0)
-    un, sn, vn, reachedn = _end(backend, bottom, images.columns(top.width), bottom.width - 1)
+    u1, s1, v1, reached1 = _polish_end(backend, top, images.columns(0, top.width), 0)
+    un, sn, vn, reachedn = _polish_end(backend, bottom, images.columns(top.width), bottom.width - 1)
     left, right = u1.beside(un), v1.beside(vn)
     measured = backend.read(torch.cat([s1, sn, reached1, reachedn, backend.norms(right), norms[:, None]], dim=1))
     width = max(top.width, bottom.width)
@@ -50,8 +50,8 @@ def polish(backend: Backend, operands: Sequence[Operand], tops: Panel, bottoms: 
     ]
 
 
-def _end(backend: Backend, basis: Panel, image: Panel, j: int) -> tuple[Panel, Tensor, Panel, Tensor]:
-    """Left vector, value (w, 1) and right vector number j of A restricted to the basis, and ||A v|| as measured."""
+def _polish_end(backend: Backend, basis: Panel, image: Panel, j: int) -> tuple[Panel, Tensor, Panel, Tensor]:
+    """Singular triplet number j of A restricted to the basis, values (w, 1), and the measured ||A v||."""
     u, s, w = backend.svd(image)
     chosen = w[:, :, j : j + 1]
     reached = backend.norms(backend.combine(image, chosen))
@@ -68,7 +68,7 @@ def ratio_bound(
     ||X||_F |w| / ||x|| <= sqrt(k) (1 + tiny).
     norm: ||A||_F, to a relative 1e-6.  The norms themselves carry (m + n + 8) u.
     """
-    if not (min(lengths) > 0 and min(reached) >= 0):  # vectors of no length, or none that are numbers
+    if not (min(lengths) > 0 and min(reached) >= 0):  # a vector is zero or holds a nan
         return 1.0
     m, n = shape
     g = (n + 2 * width + 3) * U64 * norm * (1 + 1e-5) * math.sqrt(width) * 1.01
@@ -99,14 +99,14 @@ def sensitivities(
     return [
         math.hypot(
             float(torch.finfo(dtype).eps) * math.sqrt(max(0.0, total) / 12),
-            _of_subnormals(operand, dtype, found),
+            _subnormal_sensitivity(operand, dtype, found),
         )
         for operand, dtype, found, total in zip(operands, dtypes, triplets, totals, strict=True)
     ]
 
 
-def _of_subnormals(operand: Operand, dtype: torch.dtype, found: Triplets) -> float:
-    """What errors of the same size everywhere do to log kappa, those of the smallest spacing that the dtype has."""
+def _subnormal_sensitivity(operand: Operand, dtype: torch.dtype, found: Triplets) -> float:
+    """The standard deviation of log kappa under one rounding to multiples of the dtype's smallest subnormal number."""
     info = torch.finfo(dtype)
     spacing = math.ldexp(float(info.eps) * float(info.smallest_normal), -operand.exponent)
     return spacing / math.sqrt(12) * math.hypot(1 / found.sigma_max, 1 / found.sigma_min)

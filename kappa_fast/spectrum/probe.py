@@ -1,6 +1,6 @@
-"""Cheap lower bounds of kappa, for matrices that need not be resolved because they cannot be among the lowest.
+"""Cheap lower bounds of kappa, by which rank(top=...) passes over matrices that cannot be among the lowest.
 
-A few steps of block Krylov on A^T A itself, no Gram matrix, no factorization: kappa >= ||A x|| / ||A v|| for any
+A few steps of block Krylov on A^T A need neither a Gram matrix nor a factorization: kappa >= ||A x|| / ||A v|| for any
 unit vectors x and v.
 """
 
@@ -17,11 +17,11 @@ from .polish import ratio_bound
 
 WIDTH = 4
 STEPS = 8
-HOPELESS = 0.7  # a ratio still below this share of the cutoff after half the steps does not reach it at the last
+HOPELESS = 0.7  # a ratio below this share of the cutoff after half the steps is not expected to reach the cutoff
 
 
 def lower_bounds(backend: Backend, weights: Sequence[Tensor], cutoff: float) -> list[float]:
-    """A proven lower bound of kappa for every weight: above ``cutoff`` where a few products could show it, else 1."""
+    """A proven lower bound of kappa for every weight: above ``cutoff`` if a few products prove that, else 1."""
     operands = backend.prepare(weights)
     bounds = [1.0] * len(operands)
     active = [i for i, a in enumerate(operands) if a.finite and a.peak > 0 and a.shape[1] > 2 * WIDTH * STEPS]
@@ -33,7 +33,7 @@ def lower_bounds(backend: Backend, weights: Sequence[Tensor], cutoff: float) -> 
         chosen = [operands[i] for i in active]
         ended = space.expand(backend, lambda x, chosen=chosen: backend.normal(chosen, x))  # type: ignore[misc]
         theta, vectors = small_eigenpairs(space.columns)
-        least = space.missing[:, None]  # those before belong to directions that were left out
+        least = space.missing[:, None]  # the values before this position belong to directions that were left out
         ends = torch.cat([theta.gather(1, least), theta[:, -1:], ended.double()[:, None]], dim=1)
         going: list[int] = []
         promising: list[int] = []

@@ -1,4 +1,4 @@
-"""Goal and Resolution: what is wanted of a matrix, and what is known of it in the end."""
+"""Goal and Resolution: the input and the result of the numerics for one matrix."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from ..results.entries import Status
 
-# Raise it when a correction makes earlier results wrong, here, in a backend or in how weights are read: results in
-# caches with another number are not used any more.
+# Raise this number when a correction in spectrum/, in a backend or in the reading of weights makes earlier results
+# wrong: cached results with another number are not used any more.
 NUMERICS = 4
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What an entry needs: an interval of relative half-width ``rtol``, unless kappa provably exceeds ``cutoff``."""
+    """An interval of relative half-width ``rtol`` is wanted, unless kappa provably exceeds ``cutoff``."""
 
     rtol: float
     certify: bool = False
@@ -23,7 +23,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What is known of one matrix. Singular values are in the units of the weights."""
+    """The result for one matrix. Singular values are in the units of the weights."""
 
     status: Status
     kappa: float

@@ -1,1 +1,1 @@
-"""Training a selection: who gets gradients, what inside a parameter must not move, and the optimizer over the rest."""
+"""Training a selection: the flags and guards that freeze all other weights, and optimizers of the selected ones."""

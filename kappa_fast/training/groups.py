@@ -1,4 +1,4 @@
-"""Which of the selected parameters have weight decay."""
+"""The parameter groups of wrap(): selected parameters with and without weight decay."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..errors import OptionError
 from ..matching.names import Target
 from ..results.names import plain_name
 
-# What transformers' Trainer gives none, beside nn.LayerNorm.
+# Besides nn.LayerNorm, transformers' Trainer applies no weight decay to these parameters.
 NO_DECAY = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
 
 
 def patterns_without_decay(no_decay: object) -> list[re.Pattern[str]]:
-    """What the option ``no_decay`` of wrap() says.
+    """The patterns of the option ``no_decay`` of wrap().
 
     Raises:
-        OptionError: it is neither a bool nor regular expressions.
+        OptionError: the option is neither a bool nor regular expressions.
     """
     if isinstance(no_decay, bool):
         return [re.compile(pattern) for pattern in NO_DECAY] if no_decay else []
@@ -32,7 +32,7 @@ def patterns_without_decay(no_decay: object) -> list[re.Pattern[str]]:
 def parted(
     model: nn.Module, targets: Sequence[Target], patterns: Sequence[re.Pattern[str]]
 ) -> list[tuple[dict[str, float], list[Target]]]:
-    """The settings of each parameter group, and the targets in it: with weight decay, then without; none is empty."""
+    """The settings and the targets of each parameter group: with weight decay, then without; empty ones are omitted."""
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
 
     def decays(target: Target) -> bool:

@@ -1,4 +1,4 @@
-"""selection.apply(model): requires_grad for what is selected alone, and guards for parameters selected in part."""
+"""selection.apply(model): it freezes all parameters that are not selected, and guards those selected in part."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .masks import Frozen
 
 
 class Handle:
-    """What ``selection.apply(model)`` did; ``restore()``, or leaving a ``with`` block, takes it back.
+    """The result of ``selection.apply(model)``; ``restore()``, or leaving a ``with`` block, undoes it.
 
-    It lives as long as the model, also where nobody keeps it.
+    A handle lives as long as its model, even if the caller keeps no reference.
 
     Attributes:
-        selection: what was applied.
-        targets: the selected parameters, with what of each is selected.
+        selection: the selection that was applied.
+        targets: the selected parameters, with the selected part of each.
     """
 
     def __init__(self, model: nn.Module, selection: Selection, targets: list[Target]) -> None:
@@ -37,9 +37,9 @@ class Handle:
         self._removers: list[Any] = []
 
     def begin(self, *, around_steps: bool) -> None:
-        """Set the flags and install the guards; ``around_steps``: also those around every optimizer's step."""
+        """Set the flags and install the guards; ``around_steps``: also the guards around every optimizer's step."""
         _APPLIED[self._model] = weakref.ref(self)
-        vars(self._model)[_KEPT_IN] = _Follower(self)  # as long as the model lives, restore() finds what is done to it
+        vars(self._model)[_KEPT_IN] = _Follower(self)  # restore(model) finds the handle here
         chosen = {target.name for target in self.targets}
         for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(name in chosen)
@@ -48,7 +48,7 @@ class Handle:
         self.follow()
         self._removers = [self._model.register_forward_pre_hook(_Follower(self))]
         if around_steps:
-            this = weakref.ref(self)  # torch keeps these hooks for ever, and the model is not to live that long
+            this = weakref.ref(self)  # torch keeps these hooks for ever, and they must not keep the model alive
 
             def keep(optimizer: Optimizer, arguments: Any, options: Any) -> None:
                 handle = this()
@@ -65,30 +65,30 @@ class Handle:
             weakref.finalize(self, _remove, around)
 
     def follow(self) -> None:
-        """Guard the parameters that the model has now: sharding replaces them by others of the same name."""
+        """Guard the parameters that the model has now: sharding replaces parameters by others of the same name."""
         for name, guard in self._guards.items():
             parameter = _parameter(self._model, name)
             _refuse_zero(name, parameter)
             if parameter.shape != guard.target.parameter.shape:
                 raise OptionError(
-                    f"{name!r} has another shape than when a part of it was selected, {tuple(parameter.shape)} instead "
-                    f"of {tuple(guard.target.parameter.shape)}: restore() the selection and apply it again, or select "
+                    f"a part of {name!r} is selected, and its shape has changed to {tuple(parameter.shape)} from "
+                    f"{tuple(guard.target.parameter.shape)}: restore() the selection and apply it again, or select "
                     "with unit='parameter' for trainers that flatten parameters"
                 )
             guard.watch(parameter)
 
     @property
     def model(self) -> nn.Module:
-        """What the selection was applied to."""
+        """The model to which the selection was applied."""
         return self._model
 
     @property
     def trainable(self) -> tuple[int, int]:
-        """How many weights train, and how many the model has; codes of quantized models count as they are stored."""
+        """The number of weights that train, and that of all weights; codes of quantized models count as stored."""
         return sum(target.numel for target in self.targets), sum(p.numel() for p in self._model.parameters())
 
     def print_trainable_parameters(self) -> None:
-        """What PEFT's models print under this name; of a parameter that is selected in part only that part counts."""
+        """Print the line of PEFT's method of this name; only the selected part of a parameter counts."""
         print(self.describe())
 
     def describe(self) -> str:
@@ -102,7 +102,7 @@ class Handle:
         return _parameter(self._model, name)
 
     def restore(self) -> None:
-        """Every requires_grad as it was before, no guard left. A second call does nothing."""
+        """Set every requires_grad to its former value and remove all guards. A second call does nothing."""
         _remove(self._removers)
         if _applied_to(self._model) is self:
             vars(self._model).pop(_KEPT_IN, None)
@@ -118,7 +118,7 @@ class Handle:
             del _APPLIED[self._model]
 
     def _keep(self, optimizer: Optimizer, may_fill: bool) -> None:
-        """may_fill: the step was given something, so that a closure may fill gradients that are not there yet."""
+        """may_fill: the step has an argument, perhaps a closure that computes gradients which do not exist yet."""
         mine = {id(p) for group in optimizer.param_groups for p in group["params"] if may_fill or p.grad is not None}
         here = {id(p) for p in self._model.parameters()} | {id(guard.parameter) for guard in self._guards.values()}
         if mine.isdisjoint(here):  # an optimizer of another model
@@ -142,7 +142,7 @@ class Handle:
 
 
 _KEPT_IN = "_kappa_fast_handle"  # an attribute of the model
-# Weak in both directions: a handle knows its model, and must not keep it for ever.
+# A handle refers to its model and must not keep it alive, so neither is kept by these references.
 _APPLIED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 
 
@@ -157,7 +157,7 @@ def _remove(removers: list[Any]) -> None:
 
 
 class _Follower:
-    """Called before each forward pass; a copy or a pickle of the model gets one that does nothing."""
+    """A hook before each forward pass; a copy or a pickle of the model gets a hook that does nothing."""
 
     def __init__(self, handle: Handle | None = None) -> None:
         self._handle = handle
@@ -171,7 +171,7 @@ class _Follower:
 
 
 class _Guard:
-    """Zeroes the gradients of frozen weights of one parameter, as soon as they are there."""
+    """Zeroes the gradients of the frozen weights of one parameter as soon as they are accumulated."""
 
     def __init__(self, target: Target) -> None:
         self.target, self.frozen = target, Frozen(target)
@@ -203,10 +203,10 @@ class _Guard:
 
 
 def refuse_occupied(model: nn.Module) -> None:
-    """Raises OptionError for a model that no selection can be applied to: it has one, or adapters of PEFT."""
+    """Raises OptionError if the model has a selection or adapters of PEFT, so that no selection can be applied."""
     if held_on(model):
         raise OptionError(
-            "a selection is applied to this model already, and two would freeze each other's weights: "
+            "this model has a selection already, and two selections would freeze each other's weights: "
             "kappa_fast.restore(model) undoes it, wherever its handle, optimizer or trainer is (wrap() and "
             "KappaTuneCallback apply their selection themselves)"
         )
@@ -221,7 +221,7 @@ def refuse_occupied(model: nn.Module) -> None:
 
 
 def held_on(model: nn.Module) -> list[Handle]:
-    """What is applied to the model, to a part of it, or to a model that it is a part of."""
+    """The handles of the model, of its submodules, and of models that contain it."""
     found = []
     mine = {id(parameter) for parameter in model.parameters()}
     for reference in list(_APPLIED.values()):
@@ -232,13 +232,13 @@ def held_on(model: nn.Module) -> list[Handle]:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo whatever ``apply()``, ``wrap()`` or a callback did to this model, wherever the handle is.
+    """Undo what ``apply()``, ``wrap()`` or a callback did to this model; no handle is needed.
 
-    Every requires_grad is as it was before, and no guard is left. Optimizers that ``wrap()`` made are of no use
-    afterwards. A model that nothing is applied to stays as it is.
+    Every requires_grad gets its former value, and all guards are removed. Optimizers of ``wrap()`` cannot be used
+    afterwards. A model without a selection stays as it is.
 
     Raises:
-        OptionError: ``model`` is no module.
+        OptionError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"restore() takes the model, not a {type(model).__name__}")
@@ -261,7 +261,7 @@ def apply(selection: Selection, model: nn.Module, *, around_steps: bool = True) 
 
 
 def _kind(parameter: nn.Parameter) -> str:
-    """Of codes: the class of the tensor where that says more than the dtype."""
+    """The class of a tensor subclass, such as that of quantized codes; else the dtype."""
     return type(parameter).__name__ if parameter.dtype.itemsize > 1 else str(parameter.dtype)
 
 
@@ -272,7 +272,7 @@ def _check_trainable(model: nn.Module, targets: list[Target]) -> None:
         _refuse_zero(name, parameter)
         if parameter.is_inference():
             raise OptionError(
-                f"{name!r} was made in inference mode and cannot train: make or load the model outside of it"
+                f"{name!r} was made in inference mode and cannot train: make or load the model in normal mode"
             )
         if name.rpartition(".")[2] == "_flat_param":
             raise OptionError(
@@ -286,8 +286,8 @@ def _check_trainable(model: nn.Module, targets: list[Target]) -> None:
     if _in_ddp(model) and any(p.requires_grad != (n in chosen) for n, p in parameters.items()):
         flips = next(n for n, p in parameters.items() if p.requires_grad != (n in chosen))
         raise OptionError(
-            f"the model is in DistributedDataParallel already, which counts on the gradients it began with; the "
-            f"selection would change {flips!r}: apply the selection, or wrap(), before DDP"
+            f"the model is in DistributedDataParallel already, which needs the gradients that it was made for, and "
+            f"the selection would change {flips!r}: apply the selection, or wrap(), before DDP"
         )
 
 
@@ -305,7 +305,7 @@ def _in_ddp(model: nn.Module) -> bool:
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """By name; wrappers may have changed the words between, so by plain name if there is none."""
+    """The parameter by name, or by plain name, since wrappers may have changed the words between."""
     try:
         return model.get_parameter(name)
     except AttributeError:

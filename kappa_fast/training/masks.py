@@ -1,4 +1,4 @@
-"""Which weights of a parameter are selected, as masks that broadcast against it: a few bytes per expert and row."""
+"""Masks of the frozen weights of a parameter, which broadcast against it and take a few bytes per expert and row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tensor = torch.Tensor
 
 
 def frozen_mask(target: Target) -> Tensor:
-    """True where the parameter must not move; bool on the CPU, of size 1 along dimensions that are selected whole."""
+    """True for frozen weights; bool on the CPU, of size 1 along dimensions that are selected or frozen as a whole."""
     shape = target.parameter.shape
     boxes = [box_of(index, shape) for index in target.indices]
     full = [all(len(box.ranges[d]) == size for box in boxes) for d, size in enumerate(shape)]
@@ -25,7 +25,7 @@ def frozen_mask(target: Target) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor."""
+    """Whether the tensor is a DTensor."""
     from torch.distributed import is_available
 
     if not is_available():
@@ -36,14 +36,14 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What of the tensor lies on this rank; the tensor itself if it is a plain one."""
+    """The part of a DTensor on this rank; a plain tensor itself."""
     sharded: Any = tensor
     part: Tensor = sharded.to_local() if is_sharded(tensor) else tensor
     return part
 
 
 def local_mask(mask: Tensor, tensor: Tensor) -> Tensor:
-    """The part of the mask of a whole parameter that belongs to the part of it on this rank."""
+    """The part of a parameter's mask that belongs to the part of the parameter on this rank."""
     if not is_sharded(tensor):
         return mask
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -55,28 +55,28 @@ def local_mask(mask: Tensor, tensor: Tensor) -> Tensor:
 
 
 class Frozen:
-    """The mask of one parameter, moved to where the parameter is once."""
+    """The mask of one parameter, which is moved to the parameter's device once."""
 
     def __init__(self, target: Target) -> None:
         self.mask = frozen_mask(target)
         self._local: dict[tuple[object, ...], Tensor] = {}
 
     def of(self, tensor: Tensor) -> Tensor:
-        """For the local part of a tensor of the parameter's shape."""
+        """The mask for the local part of a tensor of the parameter's shape."""
         key = (tensor.device, is_sharded(tensor), tuple(local_part(tensor).shape))
         if key not in self._local:
             self._local[key] = local_mask(self.mask, tensor).to(tensor.device)
         return self._local[key]
 
     def clear(self, gradient: Tensor) -> None:
-        """Zero what belongs to weights that must not move, in place, whatever is there."""
+        """Zero the gradients of frozen weights in place, also nan and inf."""
         local_part(gradient).masked_fill_(self.of(gradient), 0)
 
     def kept(self, parameter: Tensor) -> Tensor:
-        """A copy of the parameter's local part, to put frozen weights back from."""
+        """A copy of the parameter's local part, for put_back()."""
         return local_part(parameter.detach()).clone()
 
     def put_back(self, parameter: Tensor, kept: Tensor) -> None:
-        """Frozen weights as they were; the selected ones as they are now."""
+        """Set the frozen weights to those of ``kept``; the selected weights stay as they are."""
         local = local_part(parameter.detach())
         local.copy_(torch.where(self.of(parameter), kept, local))

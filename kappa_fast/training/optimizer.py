@@ -1,13 +1,12 @@
-"""wrap(): a real optimizer over the selected weights, the rest of every parameter left bit for bit as it is.
+"""wrap(): an optimizer of any class over the selected weights, which leaves all other weights bit for bit as they are.
 
-Outside of step() the optimizer is what its class makes it: ``param_groups`` hold parameters of the model, ``state`` is
-keyed by them, schedulers, gradient scaling, clipping and checkpoints see nothing unusual. Inside step() a parameter
-that is selected in part is replaced by one view for each selected piece, so that moments, decay and matrix statistics
-are those of the pieces alone. The state of the parameter is that of its first piece; the others' are in it, under
-"pieces".
+Outside of step() it is an ordinary optimizer: ``param_groups`` hold parameters of the model, and ``state`` has them as
+keys, so that schedulers, gradient scaling, clipping and checkpoints work. Inside step() a parameter that is selected in
+part is replaced by one view for each selected piece, so that moments, decay and matrix statistics are those of the
+pieces alone. The state of the parameter is that of its first piece, and holds those of the others under "pieces".
 
-A DTensor (FSDP2) cannot be cut like that: its state has the full shape, its frozen weights are put back after its step,
-one parameter at a time, which is exact for optimizers that work element by element.
+A DTensor (FSDP2) cannot be split like that: its state has the full shape, and its frozen weights are put back after its
+step, one parameter at a time, which is exact for optimizers that work element by element.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from .states import check_names, check_shapes
 
 Pieces = tuple[Index, ...]
 Groups = list[tuple[dict[str, float], list[Target]]]
-# Within the state of a parameter. The first piece's lies open, since classes look for "step" when they load a state.
+# A key in the state of a parameter. The first piece's state is not under it, since classes look for "step" on loading.
 FIRST, PIECES = "0", "pieces"
 SELECTION = "selection"  # in the state dict of the optimizer
 NAMES = "param_names"  # torch's own word, in the parameter groups
@@ -49,19 +48,19 @@ def wrap(
 ) -> O:
     """An ``optimizer_cls`` over the selected weights of ``model``; everything else is frozen.
 
-    Calls ``selection.apply(model)``: what is not selected gets requires_grad=False, norms and biases included, and of a
-    parameter that is selected in part the rest stays as it is, whatever the optimizer does. Call it before DDP, and
-    before or after FSDP2. ``optimizer.restore()`` takes it back; ``optimizer.targets`` says what is trained.
+    Calls ``selection.apply(model)``: all other parameters get requires_grad=False, also norms and biases, and the rest
+    of a parameter that is selected in part keeps its values with any optimizer. Call wrap() before DDP, and before or
+    after FSDP2. ``optimizer.restore()`` undoes it; ``optimizer.targets`` has the parameters that train.
 
-    State is that of the selected weights. A piece that is no contiguous memory is copied, with its gradient, while its
-    step lasts, one at a time. DTensors keep state for the whole of a partly selected parameter, and a copy of the local
-    shard of one parameter at a time.
+    There is state only for selected weights. A piece that is not contiguous is copied with its gradient during its
+    step, one piece at a time. A partly selected DTensor has state for the whole parameter, and takes a copy of its
+    local shard, one parameter at a time.
 
     Args:
         optimizer_cls: any torch.optim.Optimizer class. torch.optim.Muon gets one 2-D view for each matrix.
         no_decay: True puts norms and biases that ``including`` brought in into a second parameter group without weight
-            decay, as transformers' Trainer does; or regular expressions for the names of those that go there.
-        optimizer_kwargs: for its constructor, after the parameters.
+            decay, as transformers' Trainer does; or regular expressions for the names of such parameters.
+        optimizer_kwargs: arguments of the constructor after the parameters.
 
     Raises:
         OptionError: nothing is selected; the selection does not fit the model; the optimizer or the sharding cannot
@@ -81,7 +80,7 @@ def wrap_with(
 ) -> Any:
     """wrap() for an optimizer that is also an instance of ``mixin``, if one is given."""
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
-        raise OptionError(f"optimizer_cls={optimizer_cls!r} is no torch.optim.Optimizer class")
+        raise OptionError(f"optimizer_cls={optimizer_cls!r} is not a torch.optim.Optimizer class")
     if issubclass(optimizer_cls, _Selected):  # the class of an optimizer that wrap() made
         optimizer_cls = optimizer_cls._base
     patterns = patterns_without_decay(no_decay)
@@ -103,7 +102,7 @@ def wrap_with(
 
 
 def _views_of(groups: Groups, views: list[list[nn.Parameter]]) -> list[Any]:
-    """What the constructor of the optimizer is given: parameters, or groups of them."""
+    """The first argument of the optimizer's constructor: parameters, or groups of them."""
     rest = iter(views)
     made: list[dict[str, Any]] = [
         {**settings, "params": [view for _ in targets for view in next(rest)]} for settings, targets in groups
@@ -112,15 +111,15 @@ def _views_of(groups: Groups, views: list[list[nn.Parameter]]) -> list[Any]:
 
 
 def _pieces(optimizer_cls: type[Optimizer], target: Target) -> Pieces | None:
-    """What to index the parameter with to get what is worked on apart; None if it is worked on whole."""
+    """The indices of the pieces that are optimized separately; None if the parameter is optimized as a whole."""
     indices, name = target.indices, target.name
     if _is_muon(optimizer_cls):
         if target.parameter.ndim < 2:
-            raise OptionError(f"Muon works on matrices, and {name!r} is none: leave it out with excluding()")
+            raise OptionError(f"Muon works on matrices, and {name!r} is not one: leave it out with excluding()")
         if target.parameter.ndim > 2 or not target.whole:
             if is_sharded(target.parameter):
                 raise OptionError(
-                    f"Muon needs whole matrices, and {name!r} is a sharded stack of them: use an optimizer that works "
+                    f"Muon needs whole matrices, and {name!r} is a sharded stack: use an optimizer that works "
                     "element by element, or unit='parameter' for 2-D parameters only"
                 )
             stacked = target.parameter.ndim == 3 and (not target.entries or any(e.index for e in target.entries))
@@ -139,7 +138,7 @@ def _pieces(optimizer_cls: type[Optimizer], target: Target) -> Pieces | None:
 
 
 def _matrices(name: str, index: Index, parameter: torch.Tensor) -> list[Index]:
-    """The 2-D pieces of what an index selects."""
+    """The indices of the matrices in the part that an index selects."""
     dimensions = parameter[index].ndim
     if dimensions <= 2:
         return [index]
@@ -150,7 +149,7 @@ def _matrices(name: str, index: Index, parameter: torch.Tensor) -> list[Index]:
 
 
 def _first_views(optimizer_cls: type[Optimizer], target: Target, pieces: Pieces | None) -> list[nn.Parameter]:
-    """What the constructor sees: the parameter, or its pieces, whose shapes it may check and make state for."""
+    """The parameter or its pieces for the constructor, which may check their shapes and make state for them."""
     if pieces is None or is_sharded(target.parameter):
         return [target.parameter]
     return [nn.Parameter(_piece(optimizer_cls, target.parameter.detach(), index)) for index in pieces]
@@ -161,13 +160,13 @@ def _is_muon(optimizer_cls: type[Optimizer]) -> bool:
 
 
 def _piece(optimizer_cls: type[Optimizer], tensor: torch.Tensor, index: Index) -> torch.Tensor:
-    """A piece in the shape in which it is optimized: for Muon a convolution is the matrix that was ranked."""
+    """A piece in the shape in which it is optimized: Muon gets a convolution as the matrix that was ranked."""
     piece = tensor[index]
     return piece.flatten(1) if piece.ndim > 2 and _is_muon(optimizer_cls) else piece
 
 
 class _Selected(Optimizer):
-    """What wrap() adds to an optimizer class."""
+    """The methods that wrap() adds to an optimizer class."""
 
     _base: type[Optimizer]
     _handle: Handle | None = None  # None in a copy
@@ -176,21 +175,21 @@ class _Selected(Optimizer):
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """The selected parameters, with what of each is selected."""
+        """The selected parameters, with the selected part of each."""
         return self._handle.targets if self._handle is not None else ()
 
     @property
     def selection(self) -> Selection | None:
-        """What was selected; None in a copy."""
+        """The selection that is trained; None in a copy."""
         return self._handle.selection if self._handle is not None else None
 
     def restore(self) -> None:
-        """Take back what apply() did to the model; this optimizer is of no use afterwards."""
+        """Undo what apply() did to the model; this optimizer cannot be used afterwards."""
         if self._handle is not None:
             self._handle.restore()
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the base class, and under "selection" what it belongs to, which loading checks."""
+        """The state dict of the base class with the selected pieces under "selection", which loading checks."""
         found = super().state_dict()
         return {**found, SELECTION: self._selected()} if self._handle is not None else found
 
@@ -198,7 +197,7 @@ class _Selected(Optimizer):
         """See torch.optim.Optimizer.load_state_dict.
 
         Raises:
-            OptionError: the state belongs to another selection; where shapes agree, torch itself would not notice.
+            OptionError: the state belongs to another selection, which torch does not notice if shapes agree.
         """
         if self._handle is not None:
             saved = state_dict.get(SELECTION)
@@ -210,11 +209,11 @@ class _Selected(Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != SELECTION})
 
     def _selected(self) -> dict[str, list[str]]:
-        """By the names of parameters, whatever is around the model, the selected pieces in the order of their state."""
+        """By the plain names of parameters, the selected pieces in the order of their state."""
         return {plain_name(t.name): [str(index) for index in t.indices] for t in self.targets}
 
     def _states_in(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], list[Any]]]:
-        """The state that each parameter would get, and the shapes that it can have: of the whole or of its pieces."""
+        """For each parameter its name, the state that it would get, and the shapes of it and its pieces."""
         positions = [p for group in state_dict["param_groups"] for p in group["params"]]
         for number, (target, position) in enumerate(zip(self.targets, positions, strict=False)):
             data, cuts = target.parameter.detach(), self._cuts.get(number, ())
@@ -234,7 +233,7 @@ class _Selected(Optimizer):
     def _take_over(
         self, handle: Handle, groups: Groups, pieces: list[Pieces | None], views: list[list[nn.Parameter]]
     ) -> None:
-        """Parameters of the model in place of what the constructor saw, with the state that it made."""
+        """Replace the constructor's parameters by those of the model, with the state that the constructor made."""
         self._handle = handle
         self._cuts = {position: cut for position, cut in enumerate(pieces) if cut is not None}
         self._frozen = {i: Frozen(t) for i, t in enumerate(handle.targets) if not t.whole}
@@ -252,7 +251,7 @@ class _Selected(Optimizer):
         if not self._cuts:
             return self._base_step() if closure is None else self._base_step(closure)
         loss = None
-        if closure is not None:  # before anything is cut: it fills the gradients of the parameters themselves
+        if closure is not None:  # before pieces are made, since it computes the gradients of the parameters themselves
             with torch.enable_grad():
                 loss = closure()
         apart = self._step_together()
@@ -264,9 +263,9 @@ class _Selected(Optimizer):
         return loss
 
     def _step_together(self) -> list[tuple[dict[str, Any], int, nn.Parameter, int | None]]:
-        """Whole parameters and contiguous pieces, in one step of the base class; returns what needs one of its own.
+        """Take one step of the base class for whole parameters and contiguous pieces; returns those that need another.
 
-        That gets the settings of its group as they are now: some classes count steps there.
+        These come with the present settings of their group, in which some classes count steps.
         """
         groups = self.param_groups
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
@@ -299,7 +298,7 @@ class _Selected(Optimizer):
         return apart
 
     def _step_copied(self, settings: dict[str, Any], position: int, parameter: nn.Parameter, number: int) -> None:
-        """A piece that is no contiguous memory: on a copy, so that every kind of kernel takes it."""
+        """Take the step of a piece that is not contiguous on a copy, which every kernel can read."""
         if parameter.grad is None:
             return
         index, key = self._cuts[position][number], str(number)
@@ -330,7 +329,7 @@ class _Selected(Optimizer):
             self.param_groups = groups
 
     def _lend(self, parameter: nn.Parameter, key: str, index: Index, copy: bool = False) -> nn.Parameter:
-        """A piece as a parameter of its own, with its gradient and its state."""
+        """A temporary parameter for a piece, with its gradient and its state."""
         data = _piece(self._base, parameter.detach(), index)
         view = nn.Parameter(data.clone(memory_format=torch.contiguous_format) if copy else data)
         if parameter.grad is not None:
@@ -358,7 +357,7 @@ class _Selected(Optimizer):
             self.state[parameter].setdefault(PIECES, {})[key] = found
 
     def _base_step(self, *arguments: Any) -> Any:
-        # Hooks of step() run around the step of this class already.
+        # The step() of this class runs the hooks already.
         step: Any = self._base.step
         return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self, *arguments)
 
@@ -384,7 +383,7 @@ _CLASSES: dict[Any, type[Optimizer]] = {}
 
 
 def _class_of(optimizer_cls: type[Optimizer], mixin: type | None = None) -> type[Optimizer]:
-    """A class that is the given one, but for steps on pieces."""
+    """A subclass of the given class that takes its steps on pieces."""
     key = optimizer_cls, mixin
     if key not in _CLASSES:
         body = {"_base": optimizer_cls, "__doc__": (mixin or optimizer_cls).__doc__}
@@ -395,6 +394,6 @@ def _class_of(optimizer_cls: type[Optimizer], mixin: type | None = None) -> type
 
 
 def _remake(optimizer_cls: type[Optimizer]) -> Optimizer:
-    """An empty one, for copies and pickles."""
+    """An empty optimizer, for copies and pickles."""
     created = _class_of(optimizer_cls)
     return created.__new__(created)

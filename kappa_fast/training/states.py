@@ -1,4 +1,4 @@
-"""Whether the state of an optimizer belongs to the parameters that it is loaded for; torch goes by positions alone."""
+"""Checks that a loaded state of an optimizer belongs to its parameters; torch itself matches both by position only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from ..errors import OptionError
 
-# What common optimizers keep with the shape of the parameter. In the fused ones another shape ends the process.
+# State of common optimizers that has the shape of the parameter. Fused optimizers crash if it has another shape.
 ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "exp_inf", "sum")
 AGAIN = (
     "select what it was saved with (Selection.to_json keeps a selection, a checkpoint of KappaTuneCallback has it as "
@@ -18,10 +18,10 @@ AGAIN = (
 
 
 def check_names(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Both by the names of parameters: the selected pieces of each, in the order of the state.
+    """Compare the selected pieces by the names of parameters, in the order of the state.
 
     Raises:
-        OptionError: they differ; the message says where.
+        OptionError: ``saved`` and ``own`` differ; the message says where.
     """
     if list(saved.items()) == list(own.items()):
         return
@@ -39,10 +39,10 @@ def check_names(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 
 def check_shapes(states: Iterable[tuple[str, Mapping[str, Any], Iterable[tuple[int, ...]]]]) -> None:
-    """For each parameter its name, its state, and the shapes that the state may have.
+    """Check the states of parameters, each given by a name, a state, and the shapes that the state may have.
 
     Raises:
-        OptionError: a state has none of these shapes.
+        OptionError: a state has another shape.
     """
     for name, state, shapes in states:
         known = [tuple(shape) for shape in shapes]

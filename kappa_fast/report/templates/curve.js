@@ -4,12 +4,12 @@ const canvas = document.getElementById("curve");
 
 const colorOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-// What has a place on the curve: a finite kappa, or at least a lower bound.
+// The curve shows matrices with a finite kappa, or at least a lower bound.
 const onCurve = Array.from(positions).filter(
   (i) => hasFiniteKappa(i) || (statusOf(i) !== "ok" && statusOf(i) !== "non_finite" && ranking.lower[i] >= 1),
 );
 
-// Singular matrices have lower bounds beyond everything else: they sit at the upper edge and do not stretch the scale.
+// Singular matrices have far larger lower bounds than others: they are drawn at the upper edge and not on the scale.
 function curveSpan() {
   const onScale = onCurve.filter((i) => statusOf(i) !== "rank_deficient");
   let [low, high] = [Infinity, 1];
@@ -85,7 +85,7 @@ function drawAxes(context, frame) {
   context.fillText(order, middle, frame.height - MARGIN.bottom + 6);
 }
 
-// A rectangle at half pixels, unless it is the one that was drawn last: of tens of thousands, few are left.
+// Draws a rectangle at half pixels, unless it was drawn last: of tens of thousands few are different.
 function painter(context) {
   const half = (value) => Math.round(2 * value) / 2;
   let last = "";
@@ -147,7 +147,7 @@ function drawChosen(context, frame) {
 let isPointed = false;
 let isDue = false;
 
-// Once for each frame, however often it is asked for.
+// Draws once for each frame, even if it is called several times.
 function drawCurve(pointed = false) {
   isPointed = pointed;
   if (isDue) return;

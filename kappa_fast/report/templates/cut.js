@@ -1,106 +1,34 @@
-// What a budget takes: the rules of Ranking.select() for single matrices, without groups.
+// What a budget takes, read from the thresholds that kappa_fast computed (see thresholds.py).
 const ranked = Array.from(positions).filter(isSettled);
-const regular = ranked.filter((i) => statusOf(i) === "ok");
-const bounded = Array.from(positions).filter((i) => statusOf(i) === "bounded");
 const sizesAreKnown = positions.every((i) => numelOf(i) > 0);
-
-const isExact = (i) => isSettled(i) && ranking.lower[i] === ranking.upper[i];
-const scoreLower = (i) => (scoresAreKappas ? Math.max(ranking.lower[i], 1) : isExact(i) ? ranking.score[i] : -Infinity);
-const scoreUpper = (i) => (scoresAreKappas ? ranking.upper[i] : isExact(i) ? ranking.score[i] : Infinity);
-// Up to this score no matrix that is only bounded can come in between.
-const horizon = bounded.reduce((least, i) => Math.min(least, scoreLower(i)), Infinity);
-
-// By score, then by key.
-const isAhead = (a, keyA, b, keyB) => a < b || (a === b && keyA < keyB);
-
-function firstOf(entries) {
-  let first = -1;
-  for (const i of entries) {
-    if (first < 0 || isAhead(scoreLower(i), ranking.key[i], scoreLower(first), ranking.key[first])) first = i;
-  }
-  return first;
-}
-
-function lastOf(entries) {
-  let last = -1;
-  for (const i of entries) {
-    if (last < 0 || isAhead(scoreUpper(last), ranking.key[last], scoreUpper(i), ranking.key[i])) last = i;
-  }
-  return last;
-}
-
-// Exact kappas would take the same matrices: every chosen one is ahead of every other one.
-function isSeparated(chosen, rest) {
-  if (!chosen.length || !rest.length) return true;
-  const [last, first] = [lastOf(chosen), firstOf(rest)];
-  return isAhead(scoreUpper(last), ranking.key[last], scoreLower(first), ranking.key[first]);
-}
-
-// The matrix that did not fit is certainly ahead of all that would have.
-function stopIsCertain(rest, left) {
-  const first = firstOf(rest.filter((i) => numelOf(i) <= left && statusOf(i) !== "rank_deficient"));
-  if (first < 0) return true;
-  return rest.some(
-    (i) => numelOf(i) > left && isAhead(scoreUpper(i), ranking.key[i], scoreLower(first), ranking.key[first]),
-  );
-}
-
-const BEYOND = "This reaches beyond what was resolved: rank again with a larger top, or without.";
-
-function outcome(chosen, rest, isCertain) {
-  return { chosen, isCertain: !raw.partial && isCertain && isSeparated(chosen, rest), problem: "" };
-}
 
 const refused = (problem) => ({ chosen: [], isCertain: false, problem });
 
-function without(chosen) {
-  const taken = new Set(chosen);
-  return [...ranked, ...bounded].filter((i) => !taken.has(i));
-}
-
-function cutByCount(value) {
-  const wanted = Math.min(value, ranked.length + bounded.length);
-  const chosen = ranked.slice(0, wanted);
-  const last = chosen[chosen.length - 1];
-  if (bounded.length && (chosen.length < wanted || ranking.score[last] > horizon)) return refused(BEYOND);
-  return outcome(chosen, without(chosen), true);
-}
-
-function cutByKappa(value) {
-  const chosen = regular.filter((i) => ranking.kappa[i] <= value);
-  if (bounded.some((i) => Math.max(ranking.lower[i], 1) <= value)) return refused(BEYOND);
-  const rest = without(chosen);
-  const isCertain =
-    rest.every((i) => Math.max(ranking.lower[i], 1) > value) && chosen.every((i) => ranking.upper[i] <= value);
-  return { chosen, isCertain: !raw.partial && isCertain, problem: "" };
-}
-
-function cutByParameters(share) {
-  let left = Math.floor(share * raw.parameters);
-  const known = regular.filter((i) => ranking.score[i] <= horizon);
-  let taken = 0;
-  while (taken < known.length && numelOf(known[taken]) <= left) left -= numelOf(known[taken++]);
-  const chosen = known.slice(0, taken);
-  if (taken === known.length && bounded.length) {
-    const further = [...regular.slice(taken), ...bounded];
-    if (further.some((i) => numelOf(i) <= left)) return refused(BEYOND);
+// `endOf(i, before)` is the least value that takes the matrix i after those whose last end is `before`.
+function outcomeOf(name, value, endOf) {
+  const table = raw.thresholds[name];
+  if (table.beyond !== null && value >= table.beyond) {
+    return refused("This reaches beyond what was resolved: rank again with a larger top, or without.");
   }
-  const rest = without(chosen);
-  const found = outcome(chosen, rest, stopIsCertain(rest, left));
-  return { ...found, unfit: taken < known.length ? known[taken] : undefined };
+  const order = table.order ?? ranked.slice(0, table.number);
+  let [taken, end] = [0, 0];
+  while (taken < order.length && (end = endOf(order[taken], end)) <= value) taken++;
+  const isCertain = table.certain.some(([from, below]) => from <= value && (below === null || value < below));
+  const unfit = name === "max_params" ? order[taken] : undefined;
+  return { chosen: order.slice(0, taken), isCertain, problem: "", unfit };
 }
 
 function givenCut() {
   return { chosen: raw.selection.chosen, isCertain: raw.selection.certain, problem: "", words: raw.selection.unfit };
 }
 
-const kappasOfRegular = regular.map((i) => ranking.kappa[i]).filter((kappa) => kappa >= 1 && kappa < Infinity);
+const kappasOfRegular = ranked.filter((i) => hasFiniteKappa(i)).map((i) => ranking.kappa[i]).filter((k) => k >= 1);
 const kappaSpan = [
   kappasOfRegular.reduce((least, kappa) => Math.min(least, kappa), Infinity),
   kappasOfRegular.reduce((most, kappa) => Math.max(most, kappa), 1),
 ];
 
-// For each kind of budget: whether it can be used, its first value, the way from the slider's 0..1 to values and back.
+// For each kind of budget: whether it can be used, its first value, and how the slider's 0..1 maps to values and back.
 const BUDGETS = {
   max_params: {
     words: "share of all parameters",
@@ -111,7 +39,7 @@ const BUDGETS = {
     at: (place) => Number(Math.max(place, 0.001).toFixed(3)),
     placeOf: (value) => value,
     inPython: (value) => (Number.isInteger(value) ? `${value}.0` : String(value)), // an int would be a count
-    cut: cutByParameters,
+    cut: (share) => outcomeOf("max_params", Math.floor(share * raw.parameters), (i, sum) => sum + numelOf(i)),
   },
   num_tensors: {
     words: "number of matrices",
@@ -122,7 +50,7 @@ const BUDGETS = {
     at: (place) => Math.max(1, Math.round(place * ranked.length)),
     placeOf: (value) => value / ranked.length,
     inPython: String,
-    cut: cutByCount,
+    cut: (value) => outcomeOf("num_tensors", value, (i, number) => number + 1),
   },
   max_kappa: {
     words: "kappa up to",
@@ -133,11 +61,11 @@ const BUDGETS = {
     at: (place) => Number(formatNumber(kappaSpan[0] * (kappaSpan[1] / kappaSpan[0]) ** place, 4, 1)),
     placeOf: (value) => Math.log(value / kappaSpan[0]) / Math.log(kappaSpan[1] / kappaSpan[0]),
     inPython: String,
-    cut: cutByKappa,
+    cut: (value) => outcomeOf("max_kappa", value, (i) => ranking.kappa[i]),
   },
 };
 
-// The present cut. `chosen[i]` is 1 for what the budget takes; listeners are called after every change.
+// The present cut. `chosen[i]` is 1 if the budget takes the matrix i; listeners are called after every change.
 const cut = { chosen: new Uint8Array(count), number: 0, listeners: [] };
 const cutKind = document.getElementById("cut-kind");
 const cutValue = document.getElementById("cut-value");
@@ -152,7 +80,7 @@ function showCut(found, code) {
   for (const listener of cut.listeners) listener();
 }
 
-// What ended the selection, or was passed over.
+// A sentence about the matrix that did not fit into the number of weights.
 function unfitWords(found) {
   if (found.words) return `${printable(found.words)}.`;
   if (found.unfit === undefined) return "";
@@ -213,9 +141,8 @@ function startCut() {
     updateCut(false);
   });
   const first = BUDGETS[cutKind.value];
-  if (first && bounded.length && first.cut(first.start).problem) {
-    // Not resolved so far: what certainly comes before all that is only bounded.
-    setBudget("num_tensors", Math.max(1, ranked.filter((i) => ranking.score[i] <= horizon).length));
+  if (first && first.cut(first.start).problem) {
+    setBudget("num_tensors", Math.max(1, raw.thresholds.num_tensors.beyond - 1)); // the most that is resolved
   } else {
     setBudget(cutKind.value);
   }

@@ -1,7 +1,7 @@
 // Texts for numbers and entries, the same as those of the table that kappa_fast prints.
 const STATUS_WORDS = { ok: "ok", rank_deficient: "rank deficient", bounded: "bounded", non_finite: "non-finite" };
 
-// Names come from files of strangers: what is no visible character is shown as its code.
+// Names come from untrusted files: an invisible character is shown as its code.
 const printable = (text) =>
   text.replace(/[\p{C}\p{Zl}\p{Zp}]|(?! )\p{Zs}/gu, (char) => `\\u{${char.codePointAt(0).toString(16)}}`);
 
@@ -45,7 +45,7 @@ function intervalDigits(i) {
 
 const formatKappa = (i) => formatNumber(ranking.kappa[i], Math.max(4, intervalDigits(i)));
 
-// Rounded outward: what is shown holds the true kappa whenever the interval does.
+// Rounded outward: the interval that is shown contains the exact one.
 function formatInterval(i) {
   const [lower, upper] = [ranking.lower[i], ranking.upper[i]];
   if (statusOf(i) === "non_finite" || (lower <= 1 && upper === Infinity)) return "-";
@@ -74,7 +74,7 @@ function formatShape(i) {
 
 const formatProven = (i) => (isSettled(i) ? (ranking.certified[i] ? "yes" : "no") : "-");
 
-// What a cell says of one entry in a word.
+// The kappa of one entry for a cell, or its status in a word.
 function formatCell(i) {
   const status = statusOf(i);
   if (status === "ok") return Number.isFinite(ranking.kappa[i]) ? formatShort(ranking.kappa[i]) : "?";

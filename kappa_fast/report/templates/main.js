@@ -26,5 +26,5 @@ startSummary();
 startSkipped();
 startCut();
 startTheme();
-// When the first frame with all of it has been drawn.
+// Runs after the first complete frame has been drawn.
 requestAnimationFrame(() => requestAnimationFrame(() => performance.mark("kappa-fast-ready")));

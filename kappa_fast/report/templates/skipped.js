@@ -1,4 +1,4 @@
-// What was left out, by reason. Long lists come in portions, when they are asked for.
+// The skipped parameters by reason. Long lists are added to the page in portions when a reader opens them.
 const PORTION = 200;
 
 function skippedList(items) {

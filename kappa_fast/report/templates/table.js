@@ -133,7 +133,7 @@ function markSorted() {
   }
 }
 
-// Bring one entry into view, whatever was searched for before.
+// Scrolls to one entry, and clears search and filters.
 function reveal(i) {
   for (const [id, empty] of [["search", ""], ["filter-status", ""]]) document.getElementById(id).value = empty;
   document.getElementById("filter-chosen").checked = false;
@@ -176,7 +176,7 @@ function startTable() {
   new ResizeObserver(drawRows).observe(rowsBox);
   markSorted();
   refilter();
-  // What depends on the cut follows it; the rest is only drawn again.
+  // Sorts and filters by the cut are applied again; otherwise the rows are only drawn again.
   cut.listeners.push(() => {
     if (document.getElementById("filter-chosen").checked || table.sort === "budget") refilter();
     else drawRows();

@@ -1,4 +1,4 @@
-// One tooltip for everything that has more to say. Escape hides it.
+// One tooltip for all elements that have one. Escape hides it.
 const tip = document.getElementById("tip");
 
 function showTip(x, y, lines) {

@@ -1,0 +1,124 @@
+"""The outcome of every budget of the page as thresholds, so that the script of the page repeats no rule of select().
+
+The functions of results/cuts.py decide. A cut depends on other units only through the extremes of their intervals, so
+each call gets the extreme units instead of all units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+from ..results.cuts import Cut, Pool, _first_place, _last_place, _separated, cut_by_count, cut_by_kappa, cut_by_params
+from ..results.entries import TensorKappa
+from ..results.units import Unit, make_units
+
+Step = tuple[float, Cut]  # a cut, and the value of the budget from which it is valid, up to the value of the next step
+
+
+def thresholds(entries: Sequence[TensorKappa], *, interrupted: bool) -> dict[str, Any]:
+    """By name of a budget: how many matrices it can take, and for which values of the budget a cut is certain.
+
+    ``order`` has the positions of these matrices in the order in which they are taken (None: the first ``number``).
+    ``certain`` has ranges [from, below) of values, where None is infinity. From the value ``beyond`` on (None: never)
+    the ranking is not resolved far enough. Values of max_params are counts of weights.
+    """
+    pool = Pool.of(make_units(entries, "matrix"))
+    known = [unit for unit in pool.regular if unit.score <= pool.horizon]
+    by_kappa = sorted(pool.regular, key=lambda unit: unit.kappa)
+    places = {entry.key: i for i, entry in enumerate(entries)}
+    order = [places[unit.key] for unit in by_kappa]
+
+    def table(number: int, steps: Iterable[Step], order: Sequence[int] | None = None) -> dict[str, Any]:
+        ranges, beyond = _summarize(steps)
+        return {"number": number, "order": order, "certain": [] if interrupted else ranges, "beyond": beyond}
+
+    return {
+        "num_tensors": table(len(pool.ranked), _steps_of_count(pool)),
+        "max_kappa": table(len(order), _steps_of_kappa(pool, by_kappa), None if order == sorted(order) else order),
+        "max_params": table(len(known), _steps_of_params(pool, known)),
+    }
+
+
+def _summarize(steps: Iterable[Step]) -> tuple[list[tuple[float, float | None]], float | None]:
+    ranges: list[tuple[float, float | None]] = []
+    begin: float | None = None
+    for value, cut in steps:
+        if begin is None and cut.certain:
+            begin = value
+        elif begin is not None and not cut.certain:
+            ranges.append((begin, value))
+            begin = None
+        if cut.needed:
+            return ranges, value
+    return ranges if begin is None else [*ranges, (begin, None)], None
+
+
+def _steps_of_count(pool: Pool) -> Iterator[Step]:
+    latest, earliest, nearest = _latest(pool.ranked), _earliest(pool.ranked), _least(pool.bounded, _first_place)
+    for k, last in enumerate(pool.ranked):
+        yield k + 1, cut_by_count(Pool((latest[k], last, *earliest[k + 1 : k + 2]), nearest, 0, 0), 2)
+    if pool.bounded:
+        yield len(pool.ranked) + 1, cut_by_count(pool, len(pool.ranked) + 1)
+
+
+def _steps_of_kappa(pool: Pool, by_kappa: Sequence[Unit]) -> Iterator[Step]:
+    highest = list(accumulate(by_kappa, partial(max, key=lambda unit: unit.upper)))
+    lowest = list(accumulate(reversed(by_kappa), partial(min, key=lambda unit: unit.lower)))[::-1]
+    deficient = _least(pool.ranked[len(by_kappa) :], lambda unit: unit.lower)
+    nearest = _least(pool.bounded, lambda unit: unit.lower)
+    for k, begin in enumerate([1.0, *(unit.kappa for unit in by_kappa)]):
+        end = by_kappa[k].kappa if k < len(by_kappa) else math.inf
+        last, rest = highest[k - 1 : k] if k else [], [*lowest[k : k + 1], *deficient]
+        if begin == end:
+            continue
+        limits = [*(unit.upper for unit in last), *(unit.lower for unit in (*rest, *nearest))]
+        for value in sorted({begin, *(limit for limit in limits if begin < limit < end)}):
+            yield value, cut_by_kappa(Pool((*last, *rest), nearest, 0, 0), value)
+
+
+def _steps_of_params(pool: Pool, known: Sequence[Unit]) -> list[Step]:
+    latest, earliest = _latest(known), _earliest([*pool.ranked, *_least(pool.bounded, _first_place)])
+    sums = [0, *accumulate(unit.numel for unit in known)]
+    rest: dict[tuple[int, str], tuple[Unit, ...]] = {}
+    bounded: dict[tuple[int, str], tuple[Unit, ...]] = {}
+    for extremes, units in ((rest, pool.ranked[len(known) :]), (bounded, pool.bounded)):
+        for unit in units:
+            _add(extremes, unit)
+    steps: list[Step] = []
+    for k in range(len(known), -1, -1):
+        last, stop = latest[k - 1 : k] if k else [], known[k : k + 1]
+        for unit in stop:
+            _add(rest, unit)
+        if stop and not _separated(last, earliest[k : k + 1]):  # no certain cut, however many weights are left
+            steps.append((sums[k], Cut((), False)))
+            continue
+        others = [[unit for extremes in found.values() for unit in extremes] for found in (rest, bounded)]
+        reduced = Pool((*last, *stop, *others[0]), tuple(others[1]), 0, 0)
+        sizes = {unit.numel for unit in (*reduced.ranked[len(last) :], *reduced.bounded)}
+        for left in sorted({0, *(size for size in sizes if not stop or size < stop[0].numel)}, reverse=True):
+            steps.append((sums[k] + left, cut_by_params(reduced, sum(unit.numel for unit in last) + left)))
+    return steps[::-1]
+
+
+def _add(extremes: dict[tuple[int, str], tuple[Unit, ...]], unit: Unit) -> None:
+    """Among units of one size and status, only those whose scores may be the smallest or the largest count."""
+    units = (*extremes.get((unit.numel, unit.status), ()), unit)
+    extremes[unit.numel, unit.status] = min(units, key=_first_place), min(units, key=_last_place)
+
+
+def _latest(units: Sequence[Unit]) -> list[Unit]:
+    """Among the units up to each one, the unit whose score may be the largest."""
+    return list(accumulate(units, partial(max, key=_last_place)))
+
+
+def _earliest(units: Sequence[Unit]) -> list[Unit]:
+    """Among the units from each one on, the unit whose score may be the smallest."""
+    return list(accumulate(reversed(units), partial(min, key=_first_place)))[::-1]
+
+
+def _least(units: Sequence[Unit], key: Callable[[Unit], Any]) -> tuple[Unit, ...]:
+    return (min(units, key=key),) if units else ()
