@@ -4,6 +4,9 @@ Each is imported on first use. No other file of results/ or planning/ imports th
 or for types.
 """
 
+# ruff: noqa: F401
+# mypy: implicit-reexport
+
 from __future__ import annotations
 
 from importlib import import_module
@@ -13,7 +16,11 @@ if TYPE_CHECKING:
     from ..integrations.exports import export
     from ..report.changes import write_comparison
     from ..report.comparison import ComparisonTable
-    from ..report.frames import frame_of, frame_of_comparison, rows_of_series
+    from ..report.frames import (
+        frame_of,
+        frame_of_comparison,
+        rows_of_series,
+    )
     from ..report.lines import plot_comparison, plot_series
     from ..report.notebook import (
         html_of_comparison,
@@ -36,73 +43,30 @@ if TYPE_CHECKING:
     from .filtering import filtered
     from .series import Series, series
 
-_HOMES = {
-    "Comparison": ".comparison",
-    "ComparisonTable": "..report.comparison",
-    "Handle": "..training.handle",
-    "PlanTable": "..report.plan",
-    "RankingTable": "..report.table",
-    "Series": ".series",
-    "SeriesTable": "..report.series",
-    "SummaryTable": "..report.summary",
-    "apply": "..training.handle",
-    "compare": ".compare",
-    "difference": ".combining",
-    "export": "..integrations.exports",
-    "filtered": ".filtering",
-    "frame_of": "..report.frames",
-    "frame_of_comparison": "..report.frames",
-    "html_of_comparison": "..report.notebook",
-    "html_of_plan": "..report.notebook",
-    "html_of_ranking": "..report.notebook",
-    "html_of_selection": "..report.notebook",
-    "html_of_series": "..report.notebook",
-    "html_of_summary": "..report.notebook",
-    "intersection": ".combining",
-    "plot": "..report.plot",
-    "plot_comparison": "..report.lines",
-    "plot_series": "..report.lines",
-    "rows_of_series": "..report.frames",
-    "series": ".series",
-    "title_of": "..report.page",
-    "union": ".combining",
-    "write_comparison": "..report.changes",
-    "write_page": "..report.page",
+# By module, the names that are loaded from it.
+_NAMES = {
+    "..integrations.exports": "export",
+    "..report.changes": "write_comparison",
+    "..report.comparison": "ComparisonTable",
+    "..report.frames": "frame_of frame_of_comparison rows_of_series",
+    "..report.lines": "plot_comparison plot_series",
+    "..report.notebook": (
+        "html_of_comparison html_of_plan html_of_ranking html_of_selection html_of_series html_of_summary"
+    ),
+    "..report.page": "title_of write_page",
+    "..report.plan": "PlanTable",
+    "..report.plot": "plot",
+    "..report.series": "SeriesTable",
+    "..report.summary": "SummaryTable",
+    "..report.table": "RankingTable",
+    "..training.handle": "Handle apply",
+    ".combining": "difference intersection union",
+    ".compare": "compare",
+    ".comparison": "Comparison",
+    ".filtering": "filtered",
+    ".series": "Series series",
 }
-
-__all__ = [
-    "Comparison",
-    "ComparisonTable",
-    "Handle",
-    "PlanTable",
-    "RankingTable",
-    "Series",
-    "SeriesTable",
-    "SummaryTable",
-    "apply",
-    "compare",
-    "difference",
-    "export",
-    "filtered",
-    "frame_of",
-    "frame_of_comparison",
-    "html_of_comparison",
-    "html_of_plan",
-    "html_of_ranking",
-    "html_of_selection",
-    "html_of_series",
-    "html_of_summary",
-    "intersection",
-    "plot",
-    "plot_comparison",
-    "plot_series",
-    "rows_of_series",
-    "series",
-    "title_of",
-    "union",
-    "write_comparison",
-    "write_page",
-]
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
