@@ -182,8 +182,8 @@ def test_a_hub_that_sends_whole_files_is_asked_for_one_and_not_listened_to(hub):
     hub.ranges = False
     hub.repositories["org/name"] = SHARDED | {FIRST: bytes(100 << 20)}
     assert refused() == (
-        f"org/name cannot be planned from its headers: the hub does not send parts of {FIRST}; download the model, and give "
-        "its directory"
+        f"org/name cannot be planned from its headers: the hub does not send parts of {FIRST}; download the model, and "
+        "give its directory"
     )
     assert SECOND not in hub.sent
     assert hub.sent[FIRST] < 50 << 20
@@ -219,10 +219,10 @@ def test_an_index_on_the_hub_cannot_reach_outside_of_the_directory(hub, temporar
 def test_an_index_that_lists_what_is_not_there(hub):
     hub.repositories["org/name"] = {name: SHARDED[name] for name in (INDEX, FIRST)}
     message = refused(error=SourceNotFoundError)
-    assert message == f"org/name/{INDEX} names {SECOND}, which is not there: look for another revision of the model"
+    assert message == f"org/name/{INDEX} names files that are missing, {SECOND}: look for another revision of the model"
 
 
-@pytest.mark.parametrize(("name", "words"), [(INDEX, "is no index"), ("config.json", "cannot be read")])
+@pytest.mark.parametrize(("name", "words"), [(INDEX, "is not an index"), ("config.json", "cannot be read")])
 def test_what_is_damaged_beside_the_weights_is_named_as_the_hub_has_it(name, words, hub):
     hub.repositories["org/name"] = SHARDED | {name: b"{"}
     message = refused()

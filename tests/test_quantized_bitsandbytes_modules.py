@@ -172,7 +172,7 @@ def test_a_packing_for_cpus_that_is_not_the_known_one_is_refused():
     state.absmax = state.absmax[:1]
     layer.weight.quant_state = state
     with pytest.raises(
-        SourceError, match=r"'weight' of shape \(96, 128\) was packed by bitsandbytes for CPUs in a way"
+        SourceError, match=r"'weight' of shape \(96, 128\) was packed by bitsandbytes for CPUs in an unknown layout"
     ):
         open_source(layer, Filters())
 

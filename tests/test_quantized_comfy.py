@@ -109,7 +109,7 @@ def test_fp8_in_bytes_is_fp8():
 @pytest.mark.parametrize("kind", ["nvfp4", "mxfp8"])
 def test_without_marker_and_config_scales_that_may_lie_in_tiles_are_refused(kind):
     stored, _ = FORMATS[kind](trained(256, 384))
-    with pytest.raises(SourceError, match=r"may lie in rows .* or in tiles of 128 x 4 .*exclude='m.weight'"):
+    with pytest.raises(SourceError, match=r"may be in rows .* or in tiles of 128 x 4 .*exclude='m.weight'"):
         open_source({f"m.{name}": tensor for name, tensor in stored.items()}, Filters())
 
 
@@ -133,14 +133,18 @@ def test_what_no_reader_knows_is_skipped_whole(said, why):
 def test_markers_that_contradict_tensors_or_the_header_are_refused(tmp_path):
     stored, _ = as_int8(trained(64, 64))
     source = {f"m.{name}": tensor for name, tensor in stored.items()} | {"m.comfy_quant": marker(format="nvfp4")}
-    with pytest.raises(SourceError, match=r"the marker of 'm.weight' says 'nvfp4', but the codes are of int8: correct"):
+    with pytest.raises(
+        SourceError, match=r"the marker of 'm.weight' says 'nvfp4', but the codes have dtype int8: correct"
+    ):
         open_source(source, Filters())
     layers = {"layers": {"m": {"format": "int8_tensorwise"}}}
     save_file(source, tmp_path / "m.safetensors", metadata={"_quantization_metadata": json.dumps(layers)})
     with pytest.raises(SourceError, match=r"'m.comfy_quant' says 'nvfp4', and .* the header of the file 'int8_tensorw"):
         open_source(tmp_path / "m.safetensors", Filters())
     source["m.comfy_quant"] = torch.tensor([1, 2, 3], dtype=torch.uint8)
-    with pytest.raises(SourceError, match=r"'m.comfy_quant' should say how weights were quantized, and is damaged"):
+    with pytest.raises(
+        SourceError, match=r"'m.comfy_quant' should describe how weights were quantized, but is damaged"
+    ):
         open_source(source, Filters())
 
 

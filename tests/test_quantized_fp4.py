@@ -195,8 +195,8 @@ def test_the_second_scale_of_modelopt_multiplies(experts, tmp_path):
 @pytest.mark.parametrize(
     ("name", "tensor", "why"),
     [
-        ("a.weight_scale", torch.ones(32, 3).to(torch.float8_e4m3fn), "an E4M3 scale for 16 weights"),
-        ("a.weight_scale", torch.ones(32, 4), "an E4M3 scale for 16 weights"),
+        ("a.weight_scale", torch.ones(32, 3).to(torch.float8_e4m3fn), "an E4M3 scale for each 16 weights"),
+        ("a.weight_scale", torch.ones(32, 4), "an E4M3 scale for each 16 weights"),
         ("a.weight_global_scale", torch.ones(2), "one float32, or one for each expert"),
         ("a.weight_global_scale", torch.ones(1, dtype=torch.float16), "one float32, or one for each expert"),
     ],

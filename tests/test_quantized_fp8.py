@@ -101,7 +101,7 @@ def test_scales_for_other_blocks_than_those_of_the_config_are_refused(block, tmp
     path = saved(tmp_path, {"a.weight": codes, "a.weight_scale_inv": scale}, quantization_config=FP8)
     with pytest.raises(
         SourceError,
-        match=r"'a\.weight_scale_inv' of shape .*, float32, does not fit the codes .* are not those of blocks",
+        match=r"'a\.weight_scale_inv' of shape .*, float32, does not fit the codes .* do not fit blocks",
     ):
         open_source(path, Filters())
 
@@ -236,8 +236,8 @@ def test_a_missing_scale_is_an_error_that_names_the_weight(method, tmp_path):
     ("scale", "why"),
     [
         (torch.ones(3, 2), "3 scales along 256 rows do not determine|does not fit"),
-        (torch.ones(2, 2, 2), "neither one scale, nor one for each row, nor a grid"),
-        (torch.ones(7), "neither one scale, nor one for each row, nor a grid"),
+        (torch.ones(2, 2, 2), "one scale, one for each row, or one for each block is expected"),
+        (torch.ones(7), "one scale, one for each row, or one for each block is expected"),
         (torch.ones(2, 0), "0 scales along 256 columns"),
         (torch.ones(2, 2, dtype=torch.int32), "scales are float32, bfloat16, float16 or E8M0"),
         (torch.ones(2, 2, dtype=torch.float64), "scales are float32, bfloat16, float16 or E8M0"),
@@ -296,7 +296,7 @@ def test_a_line_of_scales_is_refused_where_the_codes_show_the_other_lines(name, 
         state = {owner: stack, name: scale.reshape(shape), "b.weight": weight + torch.eye(48)}
         if shown != fits:
             with pytest.raises(
-                SourceError, match=f"every {shown} of .* for {shown}s, where its shape and name say {fits}"
+                SourceError, match=f"every {shown} of .* for {shown}s, although their shape and name say {fits}"
             ):
                 kappa_fast.rank(state, progress=False)
             assert [e.name for e in kappa_fast.rank(state, exclude=owner, progress=False)] == ["b.weight"]

@@ -48,7 +48,7 @@ def test_what_quanto_saves_otherwise_is_skipped_or_refused_by_name():
     nibbles = {"a.weight._data._data": torch.ones(16, 24, dtype=torch.uint8), "a.weight._shift": torch.ones(32, 1)}
     nibbles |= {"a.weight._scale": torch.ones(32, 1)}
     kernels = {"a.weight._data": torch.ones(32, 8, 3, 3, dtype=torch.int8), "a.weight._scale": torch.ones(32, 1, 1, 1)}
-    for left, why in ((nibbles, "in less than eight bits"), (kernels, "for a convolution")):
+    for left, why in ((nibbles, "with fewer than eight bits"), (kernels, "for a convolution")):
         ranking = kappa_fast.rank(left | {"b": torch.randn(20, 20)}, progress=False)
         assert [e.name for e in ranking] == ["b"]
         assert any(why in s.reason for s in ranking.skipped)

@@ -305,9 +305,9 @@ def test_any_subclass_with_a_way_back_to_plain_numbers_is_ranked():
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Flat, r"test_quantized_torchao Flat; dequantize\(\) gives Tensor of shape \(1536,\), torch.float32"),
+        (Flat, r"test_quantized_torchao Flat; dequantize\(\) returns Tensor of shape \(1536,\), torch.float32"),
         (Broken, r"test_quantized_torchao Broken; dequantize\(\) fails: only on a GPU"),
-        (Same, r"test_quantized_torchao Same; dequantize\(\) gives Same of shape \(32, 48\), torch.float32"),
+        (Same, r"test_quantized_torchao Same; dequantize\(\) returns Same of shape \(32, 48\), torch.float32"),
     ],
 )
 def test_a_subclass_whose_way_back_does_not_lead_to_its_numbers_is_refused_by_name(kind, reason):
@@ -342,7 +342,7 @@ def checkpoint(path: object, *, without: str = "", **header: str) -> object:
 
 def test_without_its_header_a_file_cannot_be_read(tmp_path):
     flat, _ = flatten_tensor_state_dict({"q.weight": model("Int8Tensor")["q"].weight.detach()})
-    message = r"'q\._weight_qdata' is quantized by torchao, and how is said in the header.*not mention 'q\.weight'"
+    message = r"'q\._weight_qdata' is quantized by torchao, but the header.*not describe 'q\.weight'"
     with pytest.raises(SourceError, match=message):
         open_source(flat, Filters())
 

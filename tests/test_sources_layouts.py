@@ -116,7 +116,8 @@ def test_gate_and_up_that_cannot_be_told_apart_are_ranked_as_stored_and_noted(sh
     found = parts(matrices(source))
     assert [found[f"experts.gate_up_proj[{e}]"] for e in range(2)] == [shape[1:]] * 2
     assert notes(source) == {
-        "experts.gate_up_proj": "module, model type and shapes do not say which half is gate and which is up: ranked as stored"
+        "experts.gate_up_proj": "module, model type and shapes do not say which half is gate and which is up: "
+        "ranked as stored"
     }
 
 

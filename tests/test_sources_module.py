@@ -389,5 +389,5 @@ def test_sources_that_hold_no_weights_are_refused(source, message):
 
 @pytest.mark.parametrize("source", [None, 3, torch.ones(3, 3), [torch.ones(3, 3)], nn.Linear, b"model"])
 def test_what_is_no_source_is_an_option_error(source):
-    with pytest.raises(OptionError, match=f"source is of type {type(source).__name__}, which is no model"):
+    with pytest.raises(OptionError, match=f"source is of type {type(source).__name__}, which is not a model"):
         open_source(source, Filters())

@@ -160,7 +160,9 @@ def test_the_header_of_gguf_tells_what_its_name_does_not(tmp_path):
     swapped = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(swapped)
-    with pytest.raises(SourceError, match=r"say that they are parts \[2, 1\], in another order than their names"):
+    with pytest.raises(
+        SourceError, match=r"say that they are parts \[2, 1\], which differs from the order of their names"
+    ):
         open_source(tmp_path, Filters())
 
 
