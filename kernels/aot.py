@@ -59,8 +59,8 @@ class Report:
 
 def instances(target: str, quick: bool) -> list[Instance]:
     """Every instance of every kernel; with ``quick`` a selection that has every value of every constant."""
-    rooms = (quantize, start, gram, cholesky, triangular, panel, apply, orthogonal, ritz, shifted)
-    everything = [i for room in rooms for i in room.instances(target)]
+    modules = (quantize, start, gram, cholesky, triangular, panel, apply, orthogonal, ritz, shifted)
+    everything = [i for module in modules for i in module.instances(target)]
     if not quick:
         return everything
     chosen: list[Instance] = []

@@ -45,12 +45,12 @@ class ComparisonTable:
 
         rows = list(self.rows())
         if rows:
-            room = max(_LEAST, options.max_width - _OTHERS)
+            name_width = max(_LEAST, options.max_width - _OTHERS)
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-            table.add_column(Text("tensor", "bold"), no_wrap=True, max_width=room)
+            table.add_column(Text("tensor", "bold"), no_wrap=True, max_width=name_width)
             for header in ("before", "after", "ratio", "at least"):
                 table.add_column(Text(header, "bold"), justify="right", no_wrap=True)
-            names = shorten_names([change.key for change in rows], room)
+            names = shorten_names([change.key for change in rows], name_width)
             for name, change in zip(names, rows, strict=True):
                 table.add_row(*map(Text, (name, *cells_of_change(change))))
             yield table

@@ -44,16 +44,16 @@ class SeriesTable:
         rows = self.series.moved()[: self.limit]
         shown = list(range(len(self.series.labels)))
         columns = self._columns(rows, shown)
-        while len(shown) > 2 and self._room(columns, options.max_width) < _LEAST:
+        while len(shown) > 2 and self._name_width(columns, options.max_width) < _LEAST:
             del shown[len(shown) // 2]
             columns = self._columns(rows, shown)
-        room = max(_LEAST, self._room(columns, options.max_width))
+        name_width = max(_LEAST, self._name_width(columns, options.max_width))
         if rows:
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
             table.add_column(Text("tensor", "bold"), no_wrap=True)
             for header, _ in columns:
                 table.add_column(Text(header, "bold"), justify="right", no_wrap=True)
-            names = shorten_names([track.key for track in rows], room)
+            names = shorten_names([track.key for track in rows], name_width)
             for name, *cells in zip(names, *(cells for _, cells in columns), strict=True):
                 table.add_row(*map(Text, (name, *cells)))
             yield table
@@ -81,7 +81,7 @@ class SeriesTable:
         values = [[cell_of(track.kappas[i]) for track in rows] for i in shown]
         return [*zip(labels, values, strict=True), ("ratio", [format_factor(track.ratio) for track in rows])]
 
-    def _room(self, columns: Sequence[tuple[str, list[str]]], width: int) -> int:
+    def _name_width(self, columns: Sequence[tuple[str, list[str]]], width: int) -> int:
         return width - sum(max(map(len, (header, *cells))) + 2 for header, cells in columns)
 
 

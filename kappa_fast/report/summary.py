@@ -33,19 +33,19 @@ class SummaryTable:
         headers += ["taken", "share"] if self.summary.has_selection else []
         columns = dict(zip(headers, zip(*map(cells_of, self.summary), strict=True), strict=False))
         for header in _DISPENSABLE:
-            if self._room(columns, options.max_width) < _LEAST:
+            if self._name_width(columns, options.max_width) < _LEAST:
                 columns.pop(header, None)
-        room, rows = self._room(columns, options.max_width), list(zip(*columns.values(), strict=True))
+        name_width, rows = self._name_width(columns, options.max_width), list(zip(*columns.values(), strict=True))
         first = [row.name or ("outside of layers" if self.summary.by == "layer" else "-") for row in self.summary]
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(Text(self.summary.by, "bold"), no_wrap=True)
         for header in columns:
             table.add_column(Text(header, "bold"), justify="right", no_wrap=True)
-        for name, cells in zip(shorten_names(first, room), rows, strict=True):
+        for name, cells in zip(shorten_names(first, name_width), rows, strict=True):
             table.add_row(*map(Text, (name, *cells)))
         yield table
 
-    def _room(self, columns: Mapping[str, Sequence[str]], width: int) -> int:
+    def _name_width(self, columns: Mapping[str, Sequence[str]], width: int) -> int:
         return width - sum(max(map(len, (header, *cells))) + 2 for header, cells in columns.items())
 
     def to_text(self, width: int = 100) -> str:

@@ -65,12 +65,12 @@ class RankingTable:
         from rich.text import Text
 
         shown = self.ranking.entries[: self.limit]
-        columns, gap, room = _fit(self.columns(shown), width)
+        columns, gap, name_width = _fit(self.columns(shown), width)
         table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
         for header in columns:
             justify: JustifyMethod = "right" if header in _RIGHT else "left"
             # Wide characters (CJK) take two columns each, so a shortened name may be too long and is cut here.
-            limit = room if header == "tensor" else None
+            limit = name_width if header == "tensor" else None
             table.add_column(Text(header, "bold"), justify=justify, no_wrap=True, max_width=limit)
         for entry, *cells in zip(shown, *columns.values(), strict=True):
             table.add_row(*map(Text, cells), style=_STYLES[entry.status])
@@ -165,15 +165,15 @@ def _fit(columns: dict[str, list[str]], width: int) -> tuple[dict[str, list[str]
     kept = dict(columns)
     longest = max(map(len, ("tensor", *columns["tensor"])))
 
-    def room(gap: int) -> int:
+    def name_width(gap: int) -> int:
         others = [max(map(len, (header, *cells))) for header, cells in kept.items() if header != "tensor"]
         return width - sum(others) - gap * len(others)
 
-    gap = 2 if room(2) >= longest else 1
+    gap = 2 if name_width(2) >= longest else 1
     for header in _DISPENSABLE:
-        if room(gap) < longest:
+        if name_width(gap) < longest:
             del kept[header]
-    left = max(room(gap), _MIN_NAME)
+    left = max(name_width(gap), _MIN_NAME)
     kept["tensor"] = shorten_names(columns["tensor"], left)
     return kept, gap, left
 
