@@ -1,11 +1,10 @@
 """Compile every kernel for every target without a GPU: ``python -m kappa_fast.kernels.aot [--quick] [target ...]``.
 
-Prints, for every instance that a launcher can ask for, registers, spilled bytes, shared memory, the matrix instruction
-found and the inner loop; exits with 1 if one fails to compile, if a product that belongs on the matrix units is not
-there, if arithmetic that must keep subnormal numbers flushes them, or if a loop is not what its file expects of it:
-loads as wide as the hardware has, copies ahead of the products, no spills. Compilation runs in child processes, since a
-compiler that fails may take its process with it. What a target is known to refuse is listed in DECLARED with what is
-done instead.
+The command prints for every instance that a launcher can request the registers, spilled bytes, shared memory, matrix
+instruction and inner loop. It exits with 1 if an instance fails to compile, lacks its matrix instruction, flushes
+subnormal numbers that it must keep, or has a loop that its file does not expect (narrow loads, copies that wait,
+spills). Compilation runs in child processes, since a failing compiler may end its process. DECLARED lists the instances
+that a target cannot compile, and their replacements.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted,
 from .loops import Loop, code_of, inner_loops, whole
 from .problems import TARGETS, Expected, Instance
 
-MODULE = __spec__.name  # also when it runs as __main__
+MODULE = __spec__.name  # the name of the module, also when it runs as __main__
 # Shared memory that one program may use, in bytes.
 SHARED = dict.fromkeys(("sm_90", "sm_100", "sm_103"), 232448) | dict.fromkeys(("sm_89", "sm_120"), 101376)
 SHARED |= {"sm_80": 166912, "gfx942": 65536}
@@ -40,13 +39,13 @@ UNITS = {
     "tf32": r"wgmma\.mma_async\S*tf32|mma\.sync\S*tf32|tcgen05\.mma\S*tf32",
     "float64": r"mma\.sync\S*f64|wgmma\S*f64|v_mfma_f64_\w*",
 }
-# (kernel, target): why it is not compiled there, and what runs instead.
+# (kernel, target): why the target does not compile the kernel, and what runs instead.
 DECLARED: dict[tuple[str, str], str] = {}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came of one compilation. registers: per thread; spilled, shared: bytes; -1 where it is not known."""
+    """The result of one compilation. registers: per thread; spilled, shared: bytes; -1 where it is not known."""
 
     name: str
     target: str
@@ -59,16 +58,16 @@ class Report:
 
 
 def instances(target: str, quick: bool) -> list[Instance]:
-    """Every instance of every kernel; or, quickly, a selection with every value of every constant."""
-    rooms = (quantize, start, gram, cholesky, triangular, panel, apply, orthogonal, ritz, shifted)
-    everything = [i for room in rooms for i in room.instances(target)]
+    """Every instance of every kernel; with ``quick`` a selection that has every value of every constant."""
+    modules = (quantize, start, gram, cholesky, triangular, panel, apply, orthogonal, ritz, shifted)
+    everything = [i for module in modules for i in module.instances(target)]
     if not quick:
         return everything
     chosen: list[Instance] = []
     open_values = {value for instance in everything for value in _values(instance)}
     rest = [instance for instance in everything if instance.constants]
     while open_values:
-        # The one with most that is new; among these what is held to most, and rows before columns.
+        # Take the instance with most new values; among equals the one with most expectations, and rows before columns.
         best = max(rest, key=lambda i: (len(_values(i) & open_values), bool(i.expected), i.constants.get("INNER") == 1))
         chosen.append(best)
         open_values -= _values(best)
@@ -82,11 +81,11 @@ def _values(instance: Instance) -> set[tuple[str, str, object]]:
 
 
 def compile_one(instance: Instance, target: str, *, loops: bool = True) -> Report:
-    """Compile in this process. loops: read the loops also of kernels that are held to nothing, which takes a while."""
+    """Compile in this process. loops: also read the loops of kernels without expectations, which takes a while."""
     names = instance.kernel.arg_names
     signature = {name: instance.types.get(name, "constexpr") for name in names}
     constants = {(k,): instance.constants.get(name) for k, name in enumerate(names) if name not in instance.types}
-    # Arrays that torch allocates start on 256 bytes, and a slice takes a multiple of 128; no other size is specialized.
+    # torch's arrays start on multiples of 256 bytes and slices have multiples of 128, so only 16 divides all arguments.
     hinted = [name for name, type in instance.types.items() if type.startswith("*") or name == "slice_bytes"]
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in hinted}
     where = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
@@ -114,7 +113,7 @@ def compile_one(instance: Instance, target: str, *, loops: bool = True) -> Repor
 
 
 def main_loop(code: str) -> Loop:
-    """The inner loop that does the work: most matrix instructions, else most bytes; or the whole kernel without one."""
+    """The inner loop with the most matrix instructions, else the most bytes; the whole kernel if it has no loop."""
 
     def work(loop: Loop) -> tuple[int, int]:
         return loop.matrix, sum(w * c for widths in (loop.loads, loop.copies) for w, c in widths.items())
@@ -123,7 +122,7 @@ def main_loop(code: str) -> Loop:
 
 
 def shortfall(expected: Expected, loop: Loop, registers: int, stack: int, target: str) -> str:
-    """What is wrong with a compiled loop, or nothing."""
+    """A sentence about a compiled loop that does not meet its expectations; "" if it does."""
     nvidia = target.startswith("sm_")
     width = max([*loop.loads, *loop.copies], default=0) if loop.whole else loop.width
     if width < expected.width:
@@ -162,13 +161,13 @@ def _child(target: str, start: int, quick: bool) -> None:
         try:
             report = Report(instance.name, target, f"declared: {refusal}")
             report = report if refusal else compile_one(instance, target, loops=not quick)
-        except Exception as error:  # whatever a compiler throws is a finding, not an end
+        except Exception as error:  # an error of the compiler is a result of this command
             report = Report(instance.name, target, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
         print(json.dumps(asdict(report)), flush=True)
 
 
 def compile_target(target: str, quick: bool = False) -> Iterator[Report]:
-    """Reports for all instances, in children that are replaced when they die."""
+    """Reports for all instances, compiled in child processes that are replaced when they die."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     start = 0
     while True:

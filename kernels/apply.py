@@ -3,8 +3,8 @@
     times                A X, and ||A||_F^2 on the way       transposed_times      A^T Y
     binade_times         the same with 4^floor(log2 |A_ij|) for A_ij
 
-For the polish and for measuring how far a factor is from the weights: both are bound by reading the weights once.
-Entries are widened exactly from whatever they are stored in; float64 weights are not read here.
+The polish and the departure need these products; reading the weights once bounds their speed. Entries of any storage
+dtype are widened exactly; torch works on float64 weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .problems import (
 from .quantize import launch_options, sum_runs
 
 SIDE = tl.constexpr(64)  # rows, or columns, per program
-DEPTH = tl.constexpr(32)  # of the weights per product
+DEPTH = tl.constexpr(32)  # rows or columns of the weights per product
 CHUNK = tl.constexpr(2048)  # rows that one program of the transposed product sums
 LANES = tl.constexpr(16)  # columns of a block
 WARPS = 4
@@ -47,7 +47,7 @@ WARPS = 4
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where the packed blocks of the chosen matrices begin. short: n rows each, long: m rows each."""
+    """The first rows of the packed blocks of the chosen matrices. short: blocks of n rows, long: blocks of m rows."""
 
     chosen: Tensor
     ids: Tensor
@@ -175,7 +175,7 @@ def _transposed_kernel(
 
 @triton.jit
 def _add_rows_kernel(table, ids, owner, first, short_start, part_start, parts, out):
-    """What the chunks of rows found, in their order."""
+    """Add the partial results of the chunks of rows, in their order."""
     program = tl.program_id(0)
     member = tl.load(owner + program)
     matrix = tl.load(ids + member).to(tl.int64)
@@ -279,7 +279,7 @@ def transposed_times(problems: Problems, blocks: Blocks, y: Tensor) -> Tensor:
 
 
 def _launches(problems: Problems, blocks: Blocks) -> list[tuple[dict[str, object], Tensor]]:
-    """Members by storage class, with what the kernels are compiled for."""
+    """Members by storage class, with the constants that the kernels are compiled for."""
     use_dot = target_of(problems.device) in WITH_DOT
     common = {"USE_DOT": use_dot, "BARRIER": use_dot and not INTERPRETED}
     found = []

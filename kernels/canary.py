@@ -1,8 +1,8 @@
-"""Small problems with known answers, run on a device before its kernels are trusted with anything.
+"""Small problems with known answers, which check the kernels on a device before they compute results.
 
-Some compilers turn a kernel into something else without a word (a cast before a float64 product, an accumulator that is
-promoted too late), so what a device computes is compared with float64 on the host: once per process and device for
-the kernels that know no dtype, and once for every storage class that a wave brings.
+Some compilers miscompile a kernel silently (a cast before a float64 product, an accumulator that is promoted too late),
+so the results of a device are compared with float64 on the host: once per process and device for kernels that do not
+depend on the dtype, and once for every storage class of a wave.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .splits import triangular_tiles
 from .steps import Steps
 
 EXACT = 1e-11  # relative error of float64 results; wrong ones are off by 1e-8 (a float32 somewhere) or all of it
-SINGLE = 1e-4  # of results of float32 factors; TF32 taken once would be off by 1e-3
+SINGLE = 1e-4  # relative error of results of float32 factors; a single TF32 product would be off by 1e-3
 # Waves of an odd number of matrices. The first one is updated behind two super-panels of its factor.
 DEFINITE = ((700, 600), (90, 40), (33, 17))
 STORED = ((208, 144), (160, 48), (48, 32))
@@ -40,15 +40,16 @@ log = logging.getLogger("kappa_fast")
 
 
 class CanaryError(RuntimeError):
-    """A kernel computed something else than it should on this device."""
+    """A kernel computed a wrong result on this device."""
 
 
 @cache
 def check_device(device: torch.device) -> None:
-    """The kernels that know no dtype: Cholesky, its residuals, solves, inner products, orthogonalization, Ritz values.
+    """Check the kernels that do not depend on the dtype: Cholesky, its residuals, solves, inner products,
+    orthogonalization, Ritz values.
 
     Raises:
-        CanaryError: one of them is wrong there; it names which.
+        CanaryError: a kernel is wrong on the device; the message names the kernel.
     """
     matrices = [_numbers(m, n, n).float() for m, n in DEFINITE]
     problems = Problems.of([a.to(device) for a in matrices])
@@ -67,7 +68,7 @@ def check_device(device: torch.device) -> None:
     if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 6 * FAR:
         _check_far(device)
     else:
-        log.info("places beyond 2 GiB are not checked: there is no room for them on %s", device)
+        log.info("addresses beyond 2 GiB are not checked: %s does not have enough memory", device)
 
 
 def _packed(problems: Problems, grams: list[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -79,10 +80,10 @@ def _packed(problems: Problems, grams: list[Tensor], dtype: torch.dtype = torch.
 
 @cache
 def check_storage(device: torch.device, storage: Storage) -> None:
-    """The kernels that read stored weights, for one storage class: peaks, slices, Gram matrices, products.
+    """Check the kernels that read stored weights for one storage class: peaks, slices, Gram matrices, products.
 
     Raises:
-        CanaryError: one of them is wrong there; it names which.
+        CanaryError: a kernel is wrong on the device; the message names the kernel.
     """
     problems, exact = _wave(storage, STORED, device)
     peaks = quantize.column_peaks(problems)
@@ -107,7 +108,7 @@ def _wave(storage: Storage, sizes: Sequence[tuple[int, int]], device: torch.devi
 def _check_slices(
     problems: Problems, peaks: Tensor, count: int, bits: int, exact: list[Tensor], storage: Storage
 ) -> None:
-    """Slices hold a matrix Q as near as they say, and G is Q^T Q: proofs rest on both."""
+    """Check that slices hold a matrix Q within the given distance, and that G is Q^T Q: proofs rely on both."""
     device = problems.device
     slices = quantize.quantize(problems, peaks, count, bits=bits)
     views = problems.gram_views(gram.gram_of_slices(problems, slices))
@@ -117,9 +118,9 @@ def _check_slices(
         if bits == 8:
             true = min(true, float(left.sum(dim=0).max() * left.sum(dim=1).max()))
         if not true * (1 - EXACT) <= squared <= true * (1 + 1e-8):
-            raise CanaryError(f"quantize calls {true:.17g} {squared:.17g} on {device} for {storage}")
+            raise CanaryError(f"quantize computes {squared:.17g} instead of {true:.17g} on {device} for {storage}")
         if not squared**0.5 <= 2.0 ** (3 - bits * count) * float(torch.linalg.matrix_norm(a)):
-            raise CanaryError(f"quantize leaves out too much on {device} for {storage}")
+            raise CanaryError(f"quantize leaves too large a remainder on {device} for {storage}")
         what = f"gram_of_slices, {count} slices of {bits} bits of {storage},"
         _compare(what, device, torch.tril(view), torch.tril(q.T @ q))
 
@@ -164,7 +165,7 @@ def _check_triangular(
 
 
 def _check_shifted(problems: Problems, grams: list[Tensor]) -> None:
-    """What proofs rest on. A residual that came out too small would prove anything."""
+    """Check the residuals that proofs rely on: a residual that is too small would prove a wrong bound."""
     device = problems.device
     packed = _packed(problems, grams)
     kept = shifted.Mirrored.of(problems, packed)
@@ -185,7 +186,7 @@ def _check_shifted(problems: Problems, grams: list[Tensor]) -> None:
         left = torch.stack([torch.linalg.matrix_norm(m - lower @ lower.T) for m, lower in rests])
         allowed = squares.sqrt().cpu() + EXACT * sizes.cpu()
         if not bool((left <= allowed).all()):
-            raise CanaryError(f"factors leave {left.tolist()} on {device}, where residuals say {allowed.tolist()}")
+            raise CanaryError(f"factors are off by {left.tolist()} on {device}, but residuals are {allowed.tolist()}")
         apart = float(found.deviations(squares, sizes).max())
         if not apart <= 1:
             raise CanaryError(f"deviations of good factors are {apart:.1e} on {device}, where 1 is allowed")
@@ -198,8 +199,8 @@ def _check_shifted(problems: Problems, grams: list[Tensor]) -> None:
 
 
 def _check_residuals(problems: Problems, grams: list[Tensor]) -> None:
-    """What is measured where something is left: of columns finished with half the inverse a quarter, and of twice the
-    identity what its root is off by, 2.7e-16 or, where products are rounded before sums, 4.4e-16."""
+    """Check residuals that are not zero: a quarter for columns finished with half the inverse, and for twice the
+    identity the error of its root, 2.7e-16 or, where products are rounded before sums, 4.4e-16."""
     device = problems.device
     squares, first = _first_step(problems, grams)
     wanted = [2 * float(torch.linalg.matrix_norm(torch.tril(g)[64:, :64]) / 4) ** 2 for g in grams]
@@ -281,7 +282,7 @@ def _check_splits(device: torch.device) -> None:
 
 
 def _check_start(device: torch.device) -> None:
-    """Start blocks must be Gaussian, and depend on every bit of every entry: see start.py."""
+    """Check that start blocks are Gaussian and depend on every bit of every entry, see start.py."""
     block = start.gaussian_blocks(panel.Rows.of([4000, 4000], device), [1, 2]).cpu()
     inner = block.T @ block / 8000
     if not float((inner - torch.eye(16, dtype=torch.float64)).abs().max()) < 0.1 or torch.equal(*block.split(4000)):
@@ -292,11 +293,11 @@ def _check_start(device: torch.device) -> None:
     found = start.column_digests(Problems.of([x.to(device) for x in (a, changed.view(torch.float32), a)])).cpu()
     before, after, again = found.split(40)
     if not torch.equal(before, again) or (before == after).tolist() != 20 * [False, True]:
-        raise CanaryError(f"column_digests does not tell columns apart as it should on {device}")
+        raise CanaryError(f"column_digests does not give equal columns equal digests, and others others, on {device}")
 
 
 def _check_far(device: torch.device) -> None:
-    """Entries and slices that lie more than 2^31 places apart. Only what is touched takes memory on a CPU."""
+    """Check entries and slices more than 2^31 places apart. On a CPU, memory that is not touched is not allocated."""
     n, m = 48, 264
     pitch = -(-FAR // (m - 8) // 16) * 16
     a = _stored(Storage(torch.bfloat16, INNER_COLUMNS, True), m, n)
@@ -310,7 +311,7 @@ def _check_far(device: torch.device) -> None:
     _check_products(problems, [exact], Storage.of(far))
     near = Problems.of([a.to(device)])
     if not torch.equal(start.column_digests(problems), start.column_digests(near)):
-        raise CanaryError(f"column_digests beyond 2 GiB reads something else on {device}")
+        raise CanaryError(f"column_digests reads wrong entries beyond 2 GiB on {device}")
     del whole, far, problems
     table = near.table.clone()
     table.view(-1, FIELDS.value)[:, SLICE.value] += FAR

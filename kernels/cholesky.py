@@ -9,8 +9,8 @@ would move more bytes than its arithmetic takes. Every step is one launch for al
 
 A pivot that is not positive ends the factorization of its matrix and of no other. docs/kernels.md has the floor.
 
-For proofs the first two also measure what a tile leaves, M - L L^T: they hold M less all the columns before, so the 64
-of the tile itself are what is missing. docs/numerics.md, section 6, has the bound on the rounding of that.
+For proofs the first two also measure the residual M - L L^T of a tile: they hold M minus the products of all columns
+before, and subtract those of the 64 columns of the tile. docs/numerics.md, section 6, bounds the rounding of this.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .steps import Steps
 
 BLOCK = tl.constexpr(64)  # columns per step
 SUPER = tl.constexpr(256)  # columns between two updates of everything behind them
-WARPS = 8  # with 4 the tiles alone take all registers
+WARPS = 8  # with 4 warps the tiles would take all registers
 # Where Triton 3.7.1 has float64 matrix instructions. Elsewhere a dot crashes the compiler (sm_100, gfx942) or spills
 # kilobytes for plain multiply-adds (sm_89, sm_120), and products are sums of outer products.
 WITH_DOT = ("sm_80", "sm_90")
@@ -46,7 +46,7 @@ TF32X3_ERROR = 3 * 2.0**-22
 
 
 def products_of(target: str, dtype: torch.dtype) -> str:
-    """How tiles of this dtype are multiplied: the input precision of a dot, or "none" for sums of outer products."""
+    """The input precision of the dots that multiply tiles of this dtype, or "none" for sums of outer products."""
     if dtype == torch.float64:
         return "ieee" if target in WITH_DOT else "none"
     return "ieee" if target.startswith("gfx") else "tf32x3"
@@ -69,7 +69,7 @@ class Factored:
 
 @dataclass(frozen=True)
 class Residuals:
-    """What factors leave of what was factored, by tiles of BLOCK columns of the lower triangles, row by row.
+    """The residuals of factors, by tiles of BLOCK columns of the lower triangles, row by row.
 
     squares, sizes: (tiles,) float64, sums over a tile of M - L L^T, entries off the diagonal of M twice, and of L;
     infinite where no tile was finished.  first: (w,) int32, where the tiles of every matrix begin.
@@ -81,7 +81,7 @@ class Residuals:
 
 
 def residual_roundings(n: int, target: str) -> int:
-    """How many roundings any term of an entry of the residual goes through at most, see minus_product.
+    """The most roundings of any term of an entry of the residual, see minus_product.
 
     With a dot a product of SUPER columns from zero, one subtraction for every super-panel, and the columns of its own
     diagonal tile; without one all columns, one after the other.
@@ -156,7 +156,7 @@ def _diagonal_kernel(
             pivot = tl.sum(tl.where(i == j, pivots, 0.0), axis=0)
             positive = (pivot > 0.0) & (pivot < float("inf"))
             failed = tl.where(positive, failed, tl.minimum(failed, j))
-            # After a failure nothing counts any more, but infinities would only breed.
+            # After a failure the results are not used, and zeros keep infinities from spreading.
             pivots = tl.where(positive, pivots, 0.0)
             root = _root(tl.where(positive, pivot, 1.0))
             line = tl.where(i == j, root, tl.where(i > j, _over(pivots, root), 0.0))
@@ -166,7 +166,7 @@ def _diagonal_kernel(
         if failed < BLOCK:
             tl.store(info + matrix, column + failed + 1)
         elif MEASURE:
-            # What is left of the tile is its residual: every column of the factor has been subtracted.
+            # The rest of the tile is its residual: every column of the factor has been subtracted.
             place = tl.load(first + matrix) + step * (step + 1) // 2 + step
             rest = tl.where(i[:, None] > i[None, :], 2.0, 1.0) * tile * tile
             rest = tl.where(i[:, None] >= i[None, :], rest, 0.0)
@@ -200,9 +200,8 @@ def _column_kernel(
 ):
     """B <- B D^-T for the rows B below a diagonal tile D.
 
-    By the inverse alone it is off by the condition of D; one correction makes it as good as substitution. What is
-    multiplied next waits in memory, in the place of the result: tiles as operands would take more registers than
-    there are.
+    The error of a product with the inverse grows with the condition of D; one correction makes it as small as that of
+    substitution. The next operand is stored in the place of the result, since tiles in registers would not fit.
     """
     tile_of = tl.load(tiles + tl.program_id(0))
     matrix = tile_of >> 32
@@ -253,7 +252,7 @@ def _column_kernel(
 
 @triton.jit
 def _put(base, leading, row, column, n, tile):
-    """Leave a tile where the whole program reads it, once nobody reads what was there."""
+    """Store a tile that the whole program reads, after all its threads have read the old values."""
     tl.debug_barrier()
     store_square(base, leading, row, column, n, leading.to(tl.int32), tile, BLOCK)
     tl.debug_barrier()
@@ -273,14 +272,14 @@ def _trailing_kernel(table, tiles, packed, info, panel, SIDE: tl.constexpr, PROD
 
 
 def diagonal_starts(problems: Problems) -> tuple[Tensor, int]:
-    """Where the diagonal tiles of every matrix begin in an array that holds them all, (w,) int64; and its length."""
+    """The starts (w,) int64 of the diagonal tiles of every matrix in an array of all of them, and its length."""
     tiles = -(-problems.n // BLOCK.value)
     starts, total = starts_of(tiles * BLOCK.value**2)
     return to_device(starts, problems.device), total
 
 
 def side_of(target: str, products: str) -> int:
-    """Of tiles behind super-panels: 128 where the matrix units read operands from shared memory, else it spills."""
+    """The side of tiles behind super-panels: 128 where matrix units read operands from shared memory; others spill."""
     return 128 if products == "tf32x3" and target in ("sm_90", "sm_100") else 64
 
 

@@ -95,7 +95,7 @@ def _slices_kernel(
     DEPTH: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Adds all products of two slices of which the higher one lies in LOW..HIGH; LOW = 1 starts from nothing."""
+    """Adds all products of two slices of which the higher one lies in LOW..HIGH; LOW = 1 starts from zero."""
     matrix, item = locate(owner, first)
     n = field(table, matrix, COLUMNS).to(tl.int32)
     pitch = field(table, matrix, PITCH, PAD).to(tl.int32)
@@ -206,7 +206,7 @@ def _weights_kernel(
 def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None, *, low: int = 1) -> Tensor:
     """Q^T Q of all matrices, Q the first ``slices.count`` digits, scaled back: packed float64, see Problems.gram_views.
 
-    low=1 computes everything; a higher one takes the result for ``low - 1`` slices in ``out`` and adds what is new.
+    low=1 computes all products; a higher one adds the new products to the result for ``low - 1`` slices in ``out``.
     Only lower triangles are defined. Exact up to the additions of different weights, see docs/kernels.md. One launch
     for 1 or 2 slices and one for each slice more; matrices that are split along m take one more.
 
@@ -214,7 +214,7 @@ def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None
         ValueError: ``out`` is missing for low > 1.
     """
     if low > 1 and out is None:
-        raise ValueError("adding slices needs the result for the slices before")
+        raise ValueError("adding slices needs the result for the earlier slices")
     if out is None:
         out = torch.empty(problems.gram_elements, dtype=torch.float64, device=problems.device)
     steps = [(1, min(slices.count, 2))] if low == 1 else []
@@ -308,7 +308,7 @@ def gram_of_weights(problems: Problems, chosen: Sequence[int] | None = None, out
 
 
 def weight_options(storage: Storage) -> dict[str, object]:
-    """What ``gram_of_weights`` is compiled for."""
+    """The constants that ``gram_of_weights`` is compiled for."""
     return {"ELEMENT": storage.element, "INNER": storage.inner, "ALIGNED": storage.aligned, "WIDEN": INTERPRETED}
 
 

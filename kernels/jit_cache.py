@@ -1,12 +1,12 @@
-"""Compile what a wave needs without running it; and a compile cache for a GPU that is not there.
+"""Compile the kernels of a wave without running them, also into a compile cache for a GPU that is not present.
 
     python -m kappa_fast.kernels.aot --jit-cache DIR [--archive FILE] [--dtypes DTYPE,...] TARGET
 
 fills DIR, a cache directory of Triton's, with every kernel that rank() launches on TARGET, and packs it into FILE.
-What Triton specializes on (dtypes, alignment, sizes of 1) is known only where a kernel is launched, so nothing is
-listed here: the launchers run on tensors of the device "meta", which have shapes, strides and alignment, but no memory,
-and a launch of such tensors compiles its kernel and ends there (launch.py). Keys are those of the real launches, so the
-cache hits wherever Triton's build, its options and these files are the same.
+Triton specializes on dtypes, alignment and sizes of 1, which only a launch knows. So the launchers run on tensors of
+the device "meta", which have shapes, strides and alignment, but no memory, and a launch with such tensors only compiles
+its kernel (launch.py). The keys are those of real launches, so the cache is used wherever Triton's build, its options
+and these files are the same.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted,
 from .problems import INNER_COLUMNS, INNER_NONE, TARGETS, Problems, Storage, Tensor, storages, supported
 
 META = torch.device("meta")
-# Tall, square, narrow, and so long and narrow that the work on it is cut along the rows.
+# Tall, square, narrow, and so long and narrow that its work is split along the rows.
 SHAPES = ((14336, 4096), (4096, 4096), (2048, 1024), (65536, 256))
-KEPT = (".cubin", ".hsaco", ".json")  # what a launch reads of a compiled kernel; the rest is for people
+KEPT = (".cubin", ".hsaco", ".json")  # the files of a compiled kernel that a launch reads; other files are for people
 MANIFEST = "jit-cache.json"
 
 
@@ -52,7 +52,7 @@ def stand_in(storage: Storage, shape: tuple[int, int]) -> Tensor:
 
 
 def like(matrix: Tensor) -> Tensor:
-    """A tensor on the device "meta" that launchers cannot tell from this one, turned so that m >= n."""
+    """A tensor on the device "meta" with the layout of this one, transposed if that makes m >= n."""
     size = 1 + sum((n - 1) * step for n, step in zip(matrix.shape, matrix.stride(), strict=True))
     shift = matrix.data_ptr() % 16 // matrix.element_size() if matrix.device != META else matrix.storage_offset()
     whole = torch.empty(shift + size, dtype=matrix.dtype, device=META)
@@ -144,7 +144,7 @@ def _empty(*shape: int) -> Tensor:
 
 @dataclass
 class Compiled:
-    """What became of all kernels of some waves: names of those that were compiled, found in the cache, or failed."""
+    """The names of the kernels of some waves that were compiled, found in the cache, or failed."""
 
     compiled: list[str] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
@@ -192,7 +192,7 @@ def warmup(
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Compiled:
-    """Compile now, on all cores, what ranking these weights on a GPU will launch; later runs find it in Triton's cache.
+    """Compile now, on all cores, the kernels that ranking these weights on a GPU launches, into Triton's cache.
 
     Args:
         weights: a module, or matrices with two dimensions, on any device ("meta" too); no value is read.
@@ -200,13 +200,13 @@ def warmup(
         progress: called with the number of kernels that are done and that are known of so far.
 
     Returns:
-        Which kernels were compiled and which were found; ``failed`` holds the errors of those that do not compile.
+        The kernels that were compiled and those that were found; ``failed`` has the errors of all others.
 
     Raises:
         RuntimeError: torch has no GPU.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("kernels are compiled for a GPU that torch can use, and there is none here")
+        raise RuntimeError("kernels are compiled for a GPU that torch can use, and torch finds none")
     tensors = weights.parameters() if isinstance(weights, torch.nn.Module) else weights
     # A layer of convolutions is ranked as a matrix, a stack of experts one by one.
     matrices = [t[0] if t.ndim == 3 else t.flatten(1) for t in (t.detach() for t in tensors) if t.ndim >= 2 and len(t)]
@@ -230,7 +230,7 @@ def representatives(matrices: Iterable[Tensor]) -> list[Tensor]:
 
 
 class Pretended:
-    """As much of a driver as compiling takes, for a device that is not there. Nothing can be launched on it."""
+    """A driver for a device that is not present: it can compile kernels and cannot launch them."""
 
     def __init__(self, target: str) -> None:
         hip = target.startswith("gfx")
@@ -255,7 +255,7 @@ def fill(directory: Path, target: str, dtypes: Sequence[torch.dtype], workers: i
 
 
 def identity() -> dict[str, str]:
-    """What has to be the same where a cache is made and where it is used, beside the kernels and the target."""
+    """The properties, beside the kernels and the target, that must be equal where a cache is made and used."""
     from triton.runtime.cache import triton_key
 
     build = hashlib.sha256(triton_key().encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""The one way a kernel is started: on the device of its tensors, counted, and known by name when something fails.
+"""launch(): all files start their kernels with it, on the device of the tensors; it counts and remembers launches.
 
-Triton launches on the current device and its current stream, wherever the tensors are; torch works where they are. A
-failure on a device is found by the host at a later read, so the names of the last launches are kept until one succeeds.
+Triton launches on the current device and its current stream, even if the tensors are on another device. The host finds
+a failure on a device at a later read, so the names of the last launches are kept until a read succeeds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ REMEMBERED = 64  # launches between two reads, at most; a step of a wave takes f
 
 
 class _Tally(threading.local):
-    """What this thread has launched. recent: names since the last read of the host, oldest first."""
+    """The launches of this thread. recent: names since the last read of the host, oldest first."""
 
     def __init__(self) -> None:
         self.launches = 0
@@ -28,7 +28,7 @@ tally = _Tally()
 
 
 def name_of(kernel: Any) -> str:
-    """What a kernel is called in reports: the name of its function without decoration."""
+    """The name of a kernel in reports: that of its function without decoration."""
     name: str = kernel.__name__
     return name.strip("_").removesuffix("_kernel")
 
@@ -36,7 +36,7 @@ def name_of(kernel: Any) -> str:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Start a kernel on the device of its tensor arguments, on the current stream of that device.
 
-    Does not wait. The current device of the caller is what it was afterwards. With tensors of the device "meta" the
+    This does not wait for the kernel, and restores the caller's current device. With tensors of the device "meta" the
     kernel is compiled for the current device of Triton's driver, and not started: see jit_cache.py.
     """
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))

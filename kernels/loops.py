@@ -1,8 +1,7 @@
-"""What the compiler made of a kernel: the loops of its machine code, and what each of them does in one turn.
+"""The loops in the machine code of a compiled kernel, and the instructions of one turn of each, for aot.py.
 
-Read off the disassembly that NVIDIA's tool prints (Triton brings it along), off PTX where that tool does not know the
-target, and off AMD's assembly. A loop is a jump backwards, an inner loop one that holds no other. aot.py holds the
-kernels to what their loops are meant to look like.
+They are read from the disassembly of NVIDIA's tool (which Triton includes), from PTX if that tool does not know the
+target, and from AMD's assembly. A loop is a jump backwards; an inner loop contains no other loop.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class _Line:
 
 
 def code_of(asm: Mapping[str, object]) -> str:
-    """What is read for a compiled kernel: machine code if it can be disassembled, else what it is assembled from."""
+    """The text of a compiled kernel: its machine code if that can be disassembled, else the assembly."""
     if "cubin" not in asm:
         return str(asm["amdgcn"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -109,7 +108,7 @@ def inner_loops(code: str) -> list[Loop]:
 
 
 def whole(code: str) -> Loop:
-    """The kernel as if it were one turn of a loop: for those that have none."""
+    """A kernel without loops, as if it were one turn of a loop."""
     return replace(_loop(_read(code)[0]), whole=True)
 
 

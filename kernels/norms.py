@@ -1,4 +1,4 @@
-"""The largest sum over the lines of every matrix of a wave, from partial sums that another kernel left.
+"""The largest sum over the rows or columns of every matrix of a wave, from partial sums of quantize.py.
 
 ||D||_1 is the largest sum of absolute entries of a column, ||D||_inf of a row, and ||D||_2^2 <= ||D||_1 ||D||_inf: for
 a sparse D a bound far below ||D||_F^2.
@@ -15,7 +15,7 @@ import triton.language as tl
 from .launch import launch
 from .problems import Instance, Problems, Tensor, locate, starts_of, to_device
 
-LINES = tl.constexpr(256)  # per program
+LINES = tl.constexpr(256)  # lines (rows or columns) per program
 WARPS = 4
 
 
@@ -47,7 +47,7 @@ class LineSums:
 
     @classmethod
     def of(cls, problems: Problems, lengths: Tensor, counts: Tensor) -> LineSums:
-        """Room for sums that are still to be made."""
+        """Uninitialized memory for the partial sums."""
         starts, total = starts_of(lengths * counts)
         parts = torch.empty(total, dtype=torch.float64, device=problems.device)
         return cls(parts, lengths, counts, to_device(starts, problems.device))

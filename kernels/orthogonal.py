@@ -1,12 +1,12 @@
 """Orthonormal bases of the packed blocks of a wave, by Cholesky factors of their 16 x 16 inner products, float64.
 
-One pass takes W to Q = W T with T the inverse of the factor of W^T W; its loss of orthogonality is the square of the
-condition of W, so a pivot that rounding could have made is raised to TAU, which shrinks the column instead of filling
-it with noise, and a second and a third pass finish what the first began (Fukaya et al., SIAM J. Sci. Comput. 42 (2020),
-with the shift on the pivots that need it alone). The largest pivot goes first: columns made from nearly dependent ones
-carry the rounding of large cancelling terms, and so nothing else is made from them. A direction that no column of W
-holds more of than a limit is left out: it is zero in Q, and so is its row of the coupling B of W = Q B. The host reads
-nothing.
+One pass maps W to Q = W T, where T is the inverse of the factor of W^T W. Its loss of orthogonality is the square of
+the condition of W, so a pivot that may be only rounding error is raised to TAU, which shrinks the column instead of
+filling it with noise, and a second and a third pass restore orthogonality (Fukaya et al., SIAM J. Sci. Comput. 42
+(2020), here with the shift only on pivots that need it). The largest pivot comes first, since columns that are nearly
+dependent carry rounding errors of large cancelling terms, which must not spread to other columns. A direction of which
+no column of W has more than a limit is left out: its column of Q and its row of the coupling B of W = Q B are zero. The
+host reads nothing.
 """
 
 from __future__ import annotations

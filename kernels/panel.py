@@ -1,4 +1,4 @@
-"""Inner products and combinations of the packed blocks of a wave, float64: what orthogonalization is made of.
+"""Inner products and combinations of the packed blocks of a wave in float64, for orthogonalization and the polish.
 
     inner      V^T W      combine      V C      subtract      W - V C
 
@@ -20,18 +20,18 @@ from .launch import launch
 from .problems import Expected, Instance, Tensor, on_host, starts_of, target_of, to_device
 
 CHUNK = tl.constexpr(512)  # rows that one program sums
-ROWS = tl.constexpr(64)  # of a tile
+ROWS = tl.constexpr(64)  # rows of a tile
 GROUP = tl.constexpr(64)  # columns of V per program
 STEP = tl.constexpr(32)  # columns of V per product with coefficients
 LANES = tl.constexpr(16)  # columns of a block, at most
 WARPS = 4
-# A size of 1 would become a constant, which is no tensor, and every such case a compilation of its own.
+# Triton would make a size of 1 a constant, which is not a tensor, and compile the kernel again for every such case.
 SIZES = ["k", "b", "v_stride", "w_stride"]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of every member lie, and the programs that work on them.
+    """The rows of every member, and the programs that work on them.
 
     start, stop (a,) int64; chunk_owner, chunk_first: a program per CHUNK rows; tile_owner, tile_first: one per ROWS.
     """
@@ -103,7 +103,7 @@ def _inner_kernel(
 
 @triton.jit(do_not_specialize=["k", "chunks", "members"])
 def _add_chunks_kernel(first, chunks, parts, k, out, members):
-    """The parts of one member and GROUP columns, in their order."""
+    """Add the partial sums of one member and GROUP columns, in their order."""
     member = tl.program_id(0)
     column = tl.program_id(1) * GROUP
     begin = tl.load(first + member)
@@ -248,9 +248,9 @@ def _combine(rows: Rows, v: Tensor, coefficients: Tensor, w: Tensor | None) -> T
 
 
 def _unit(*sizes: int) -> int:
-    """What sizes are counted in: 16 where all are multiples of that, so that the compiler knows it and loads 16 bytes.
+    """The unit of the sizes: 16 if all are multiples of 16, so that the compiler knows this and loads 16 bytes.
 
-    Where a block begins the launch sees for itself.
+    Triton sees the alignment of the first entry of a block itself.
     """
     return LANES.value if all(size % LANES.value == 0 for size in sizes) else 1
 

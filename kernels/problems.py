@@ -1,8 +1,8 @@
-"""The table that lets one launch serve many matrices: where each lies, how large it is, and which tiles are its own.
+"""The table with which one launch serves many matrices: the address, size and tiles of each.
 
-A wave is a sequence of 2-D tensors of any shapes, dtypes and strides on one device. Everything that a kernel must know
-of a matrix is one row of int64 numbers; which matrix a program works on is one load from a map that is built once per
-wave. Kernels are compiled for a storage class (dtype, contiguous direction, alignment), never for a size.
+A wave is a sequence of 2-D tensors of any shapes, dtypes and strides on one device. One row of int64 numbers describes
+a matrix to a kernel, and a program loads the number of its matrix from a map that is built once per wave. Kernels are
+compiled for a storage class (dtype, contiguous direction, alignment), never for a size.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Storage:
-    """What a kernel that reads stored weights is compiled for.
+    """The properties of a matrix for which a kernel that reads stored weights is compiled.
 
     inner: the direction in which entries are contiguous.  aligned: every line in that direction starts on 16 bytes, and
     the sizes along it are multiples of 16, so that loads can be vectors.
@@ -66,7 +66,7 @@ class Storage:
 
     @classmethod
     def laid_out(cls, dtype: torch.dtype, m: int, n: int, rows: int, columns: int, *, even: bool) -> Storage:
-        """Of a matrix (m, n) with these strides; ``even``: it starts on 16 bytes."""
+        """The class of a matrix (m, n) with these strides; ``even``: its address is a multiple of 16 bytes."""
         inner = INNER_COLUMNS if columns == 1 else INNER_ROWS if rows == 1 else INNER_NONE
         pitch, length = (rows, n) if inner == INNER_COLUMNS else (columns, m)
         if pitch * TILE_LIMIT >= 2**31:  # places within a tile are 32-bit numbers
@@ -76,7 +76,7 @@ class Storage:
 
     @property
     def element(self) -> tl.dtype:
-        """What the pointer is cast to; float8 is read as bytes and decoded, since not every target has it."""
+        """The type that the pointer is cast to; float8 is read as bytes and decoded, since not every target has it."""
         return _TYPES[self.dtype]
 
     @property
@@ -91,13 +91,13 @@ def _storage(dtype: torch.dtype, m: int, n: int, rows: int, columns: int, even: 
 
 
 def supported(dtype: torch.dtype) -> bool:
-    """Whether ``quantize`` reads this dtype. float64 has more bits than four slices hold."""
+    """Whether ``quantize`` can read this dtype. float64 has more bits than four slices hold."""
     return dtype in _TYPES and dtype not in (torch.int8, torch.float64)
 
 
 @dataclass(frozen=True)
 class TileMap:
-    """Which matrix a program works on: owner[program] (total,) int32, first[matrix] (w,) int32."""
+    """The matrix owner[program] of every program, (total,) int32, and the first program of every matrix, (w,) int32."""
 
     owner: Tensor
     first: Tensor
@@ -195,11 +195,11 @@ def target_of(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the compiled inner loop of a kernel is held to, see aot.py.
+    """The expectations of the compiled inner loop of a kernel, see aot.py.
 
-    width: bytes per thread that every load, or asynchronous copy, of the loop takes at least; of a kernel without loops
-    its widest load.  ahead: copies into shared memory are under way while the matrix units work.  registers: per
-    thread, at most.  stack: bytes of local memory per thread, at most.  spills: accesses to it in the loop, at most.
+    width: least bytes per thread of every load or asynchronous copy in the loop; for a kernel without loops, of its
+    widest load.  ahead: copies into shared memory overlap with products.  registers: most per thread.  stack: most
+    bytes of local memory per thread.  spills: most accesses to local memory in the loop.
     """
 
     width: int = 0
@@ -211,10 +211,10 @@ class Expected:
 
 @dataclass(frozen=True)
 class Instance:
-    """One compilation that a launcher can ask for, see aot.py.
+    """One compilation that a launcher can request, see aot.py.
 
-    types: of the arguments that are no constants, as Triton writes them; what is in neither is None.  unit: the kind of
-    matrix instruction that must be found in the result, if any.  expected: None where nobody has looked at the loop.
+    types: those of arguments that are not constants, as Triton writes them; all other arguments are None.  unit: the
+    kind of matrix instruction that the result must have, if any.  expected: None if the loop is not checked.
     """
 
     kernel: Any
@@ -259,7 +259,7 @@ def _round_up(sizes: Tensor, step: int) -> Tensor:
 
 
 def starts_of(sizes: Tensor) -> tuple[Tensor, int]:
-    """Where runs of these sizes begin when they lie one after the other, and the length of all."""
+    """The starts of runs of these sizes that follow each other, and their total length."""
     ends = torch.cumsum(sizes, 0)
     return ends - sizes, int(ends[-1]) if len(ends) else 0
 
@@ -281,7 +281,7 @@ def locate(owner, first):
 def field(table, matrix, FIELD: tl.constexpr, MULTIPLE: tl.constexpr = 1):
     """One number of a matrix, of which the compiler may assume that it is a multiple of MULTIPLE.
 
-    The mark sits on the load: on what a call returns it would be lost when the call is inlined.
+    The load itself carries the hint, since a hint on the result of a call is lost when the call is inlined.
     """
     return tl.multiple_of(tl.load(table + matrix * FIELDS + FIELD), MULTIPLE)
 
@@ -367,5 +367,5 @@ def _decode(code, EXPONENT_BITS: tl.constexpr):
     return tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
 
 
-# Whether kernels run on the CPU under Triton's interpreter, which gets products of bfloat16 wrong.
+# Whether kernels run on the CPU under Triton's interpreter, whose products of bfloat16 are wrong.
 INTERPRETED = isinstance(field, InterpretedFunction)

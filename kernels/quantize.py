@@ -2,9 +2,9 @@
 
     Q = Q_1 2^21 + Q_2 2^14 + Q_3 2^7 + Q_4,   digits in [-64, 63], the first in [-64, 64]
 
-The first k digits alone are the best approximation with 7 k bits to within half a unit, so a slice can be added later
-without touching the earlier ones. Where 16 bits are enough, two digits of 8 bits hold them, Q = Q_1 2^8 + Q_2 with
-digits in [-128, 127]; for 16-bit weights D is sparse then, so that ||D||_2^2 <= ||D||_1 ||D||_inf is worth measuring.
+The first k digits are the best approximation with 7 k bits to within half a unit, so a slice can be added later without
+changing the earlier ones. Where 16 bits suffice, Q = Q_1 2^8 + Q_2 with two digits in [-128, 127]; for 16-bit weights D
+is sparse then, so that ||D||_1 ||D||_inf is a good bound of ||D||_2^2.
 
 Slices are stored transposed, (n, pitch) with the contracted dimension contiguous: the int8 matrix instructions of
 Hopper take no other order. docs/kernels.md has the bounds.
@@ -54,7 +54,7 @@ BYTE_LIMIT = tl.constexpr(8322816)
 
 @dataclass(frozen=True)
 class Tile:
-    """rows x columns of a matrix per program; both kernels are bound by memory, whatever the numbers."""
+    """rows x columns of a matrix per program; memory bounds the speed of both kernels for any numbers."""
 
     rows: int
     columns: int
@@ -90,7 +90,7 @@ def _peaks_kernel(
     largest = tl.zeros((BM, BN), tl.int32)
     for row in range(start, stop, BM):
         a = as_float(load_tile(whole, row, column, BM, BN, INNER), FLOAT8)
-        # Without its sign a float is ordered as its bits are, and NaN lies above infinity.
+        # Without its sign bit a float has the order of its bits, in which NaN comes after infinity.
         largest = tl.maximum(largest, a.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     place = field(table, matrix, FIRST_COLUMN) + columns
     tl.atomic_max(peaks + place, tl.max(largest, axis=0), mask=columns < n)
@@ -161,7 +161,7 @@ def _digits_kernel(
     # In two steps, since 2^shift alone may be beyond float32.
     half = shift >> 1
     x = a * _power(half)[None, :] * _power(shift - half)[None, :]
-    # From 2^23 on every float32 is an integer, and adding 0.5 could only harm it.
+    # From 2^23 on every float32 is an integer, which adding 0.5 could change.
     q = tl.where(tl.abs(x) >= 8388608.0, x, tl.floor(x + 0.5)).to(tl.int32)  # [BM, BN]
     if BITS == 8:
         d2 = ((q + 128) & 255) - 128
@@ -180,7 +180,7 @@ def _digits_kernel(
         kept = q3 << 7
     else:
         kept = q
-    # In float64, where nothing vanishes: a column from 1 to 1e-30 leaves squares that float32 would call zero.
+    # In float64, since squares of a column with entries from 1 to 1e-30 would underflow in float32.
     rest = a.to(tl.float64) * power_of_two(shift)[None, :] - kept.to(tl.float64)  # exact
     squares = tl.sum(rest * rest, axis=0)  # [BN]
     total = tl.sum(squares * power_of_two(-2 * shift), axis=0) * (1.0 + 1e-9)
@@ -224,7 +224,7 @@ def _sum_kernel(first, counts, parts, sums, BLOCK: tl.constexpr):
 
 
 def launch_options(storage: Storage) -> dict[str, object]:
-    """What the kernels that read stored weights are compiled for."""
+    """The constants that the kernels which read stored weights are compiled for."""
     return {
         "ELEMENT": storage.element,
         "FLOAT8": storage.float8,
@@ -325,10 +325,10 @@ def quantize(
     for 8 bits; reads every weight once and writes one byte per weight and new slice.
 
     Raises:
-        ValueError: digits of 8 bits are asked for in another number than two, or beside earlier ones.
+        ValueError: the number of slices of 8 bits is not two, or earlier ones are given.
     """
     if bits == 8 and (slices != 2 or earlier is not None):
-        raise ValueError(f"digits of 8 bits come in twos and at once, not {slices}")
+        raise ValueError(f"8 bits need two slices and no earlier ones, not {slices}")
     data = torch.empty((slices, problems.slice_bytes), dtype=torch.int8, device=problems.device)
     low = 1
     if earlier is not None:

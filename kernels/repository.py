@@ -2,8 +2,9 @@
 
     DIR/build/torch-cuda/__init__.py, metadata.json and the files of this folder; the same for torch-rocm
 
-That is its layout for kernels without compiled parts, "noarch": one folder for each backend, loaded under a name of its
-own, so the files import each other relatively, and nothing but torch, Triton and the standard library.
+This is the "noarch" layout, for kernels without compiled parts, with one folder for each backend. The package loads a
+folder under a name of its own, so the files import each other relatively, and only torch, Triton and the standard
+library besides.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BACKENDS = ("cuda", "rocm")
-VERSION = 1  # of the functions that are offered, raised when one of them changes what it takes or returns
+VERSION = 1  # raised when an exported function changes its arguments or its result
 FAMILIES = (
     "problems",
     "quantize",
@@ -36,7 +37,7 @@ FAMILIES = (
 
 
 def lay_out(folder: Path, backends: Sequence[str] = BACKENDS) -> list[Path]:
-    """Write the repository into ``folder`` and return the folder of every backend. What is there is replaced."""
+    """Write the repository into ``folder``, replacing old files, and return the folder of every backend."""
     files = sorted(HERE.glob("*.py"))
     files = [file for file in files if file.name != "__init__.py"]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

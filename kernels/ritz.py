@@ -4,10 +4,10 @@
         [U_1^T A_2 U_2    ]      F_1 = I,              F_j = U_(j-1)^T D_(j-1)^-1 F_(j-1)
         [     ...      A_J]      last block row of (lambda - T)^-1 E_1 = D_J^-1 F_J
 
-lambda lies above the spectrum of T exactly if every D_j is positive definite, which the pivots of its inversion tell: a
-section of intervals finds the largest eigenvalue, and the last line is all that the bound of spectrum/bounds.py needs.
-Libraries decompose matrices of more than 32 columns one after the other; these kernels take 2 values of lambda per
-program and any number of matrices. What T has beyond its three diagonals is rounding of the operator.
+lambda lies above the spectrum of T exactly if every D_j is positive definite, which the pivots of its inversion show.
+So multisection finds the largest eigenvalue, and the last line gives the bound of spectrum/bounds.py. Libraries
+decompose matrices of more than 32 columns one after the other; these kernels take 2 values of lambda per program and
+any number of matrices. Entries of T beyond its three block diagonals are rounding errors of the operator.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Tridiagonal:
 
 @triton.jit
 def _negative_inverse(d, k_of, positive):
-    """-D^-1 of symmetric [P, SIDE, SIDE] by sweeps, zeros where a pivot is not positive, and whether none was (P,)."""
+    """-D^-1 of symmetric [P, SIDE, SIDE] by sweeps, zeros if a pivot is not positive; and (P,) whether all are."""
     i, j = k_of[None, :, None], k_of[None, None, :]
     for k in range(0, SIDE):
         row = tl.sum(tl.where(i == k, d, 0.0), axis=1)  # [P, SIDE]
@@ -70,7 +70,7 @@ def _negative_inverse(d, k_of, positive):
         swept = tl.where(k_of[None, :] == k, -1.0, row)
         scaled = swept / tl.where(pivot > 0.0, pivot, 1.0)[:, None]
         d = tl.where((i == k) | (j == k), 0.0, d) - swept[:, :, None] * scaled[:, None, :]
-        d = tl.where(positive[:, None, None] > 0.0, d, 0.0)  # after a failure numbers would only grow
+        d = tl.where(positive[:, None, None] > 0.0, d, 0.0)  # after a failure the numbers would overflow
     return d, positive
 
 
@@ -131,7 +131,7 @@ def _largest_kernel(diagonal, upper, brackets, blocks, out, P: tl.constexpr, TIM
     upper += member * blocks * SIDE * SIDE
     low, high = tl.load(brackets + 2 * member), tl.load(brackets + 2 * member + 1)
     point = (tl.arange(0, P) + 1).to(tl.float64)
-    # First by powers of two, from 2^-38 of the interval on: an eigenvalue that hardly grew is close to the lower end.
+    # First by powers of two, from 2^-38 of the interval on, since the eigenvalue is often close to the lower end.
     fractions = tl.exp2((point - P - 1) * (38.0 / P))
     turn = 0
     while (high - low > high * ACCURACY) & (turn < TIMES):
@@ -235,16 +235,16 @@ def _apply_kernel(diagonal, upper, x, out, blocks):
 def largest_eigenvalue(t: Tridiagonal, floor: Tensor | None = None) -> Tensor:
     """Upper bounds of the largest eigenvalues, (w,) float64, to a relative 1e-10; nan where T is not finite or <= 0.
 
-    floor (w,): what an earlier call found for a leading part of T, whose largest eigenvalue is no larger; nan where
+    floor (w,): the result of an earlier call for a leading part of T, whose largest eigenvalue is no larger; nan where
     there is none. One launch. J blocks cost J inversions of a 16 x 16 matrix for 2 values at a time: 27 times without a
-    floor, 15 times with one that is within 1e-4, 3 times with one within 1e-10.
+    floor, 15 times with a floor within 1e-4, 3 times with one within 1e-10.
     """
     low = t.diagonal.diagonal(dim1=2, dim2=3).amax(dim=(1, 2))
     if floor is not None:  # an upper bound itself, by twice ACCURACY at most
         low = torch.fmax(low, floor * (1 - 2 * ACCURACY.value))
     size = torch.maximum(t.diagonal.abs().amax(dim=(1, 2, 3)), t.upper.abs().amax(dim=(1, 2, 3)))
     sound = torch.isfinite(size) & (low > 0)
-    # No block has a norm above 16 times its largest entry, and a block row holds three.
+    # The norm of a block is at most 16 times its largest entry, and a block row has three blocks.
     high = 3 * SIDE.value * 1.001 * size
     brackets = torch.where(sound[:, None], torch.stack([low, high], dim=1), 1.0)
     out = torch.empty_like(low)
@@ -309,7 +309,7 @@ def leading_vectors(t: Tridiagonal, theta: Tensor) -> Tensor:
 def eigh_in_batches(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenpairs of symmetric (w, 16, 16), ascending; zeros for a matrix that is not finite.
 
-    Never of one alone, for which libraries take another routine than for many.
+    A single matrix is doubled to a batch, since libraries use another routine for one matrix than for many.
     """
     sound = torch.isfinite(matrices).all(dim=2).all(dim=1)
     clean = torch.where(sound[:, None, None], matrices, 0.0)
@@ -318,7 +318,7 @@ def eigh_in_batches(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def svd_in_batches(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, singular values descending and V of (w, b, b), b up to 16, never of one alone; nan for what is not finite."""
+    """U, descending singular values and V of (w, b, b), b up to 16; nan for a matrix that is not finite."""
     sound = torch.isfinite(matrices).all(dim=2).all(dim=1)
     clean = torch.where(sound[:, None, None], matrices, 0.0)
     u, s, vh = torch.linalg.svd(torch.cat([clean, torch.zeros_like(clean[:1])]))
@@ -326,7 +326,7 @@ def svd_in_batches(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _start(size: int, device: torch.device) -> Tensor:
-    """The first 16 columns of an identity and, below them, numbers that are no eigenvector of anything: (size, 16)."""
+    """(size, 16): the first 16 rows are an identity, the others have fixed pseudorandom numbers."""
     place = torch.arange(size * SIDE.value, dtype=torch.float64, device=device).reshape(size, SIDE.value)
     below = (place * 0.6180339887498949).frac() - 0.5
     return torch.eye(size, SIDE.value, dtype=torch.float64, device=device) + below

@@ -1,4 +1,4 @@
-"""Cholesky factors of shifted Gram matrices for proofs, and how far their products are from what was factored.
+"""Cholesky factors of shifted Gram matrices for proofs, with their residuals and an independent check.
 
 A proof factors sign (G - t I) for several t, and G is needed again after each. The lower triangle, where the factor
 will be, is therefore mirrored above the diagonal once: G costs no second copy, only its diagonal tiles do.
@@ -8,8 +8,8 @@ will be, is therefore mirrored above the diagonal once: G costs no second copy, 
     cholesky   as in cholesky.py, of the matrices that are still open, with ||M - L L^T||_F^2 and ||L||_F^2 by tiles
     check      x^T M x against ||L^T x||^2 for 16 Gaussian x, by other kernels
 
-The residual takes the updates of the factorization for the sums that they are written as. The check does not: it finds
-gross errors in any of these kernels, though no small ones.
+The residual assumes that the updates of the factorization compute the sums that the code says. The check does not
+assume that: it finds gross errors of any of these kernels, though not small ones.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _shift_kernel(table, owner, first, packed, kept, starts, shifts, signs):
 
 @dataclass(frozen=True)
 class Probes:
-    """Gaussian blocks, and what the Gram matrices of a wave make of them.
+    """Gaussian blocks, and their quadratic forms with the Gram matrices of a wave.
 
     x: (rows, 16), packed.  lengths, forms: x^T x and x^T G x for every column, (w, 16) float64.
     """
@@ -112,9 +112,9 @@ class Probes:
 
     @classmethod
     def of(cls, problems: Problems, packed: Tensor, diagonals: Tensor) -> Probes:
-        """For lower triangles in ``packed`` and their diagonals, (columns,): six launches."""
+        """Probes for the lower triangles in ``packed`` and their diagonals, (columns,): six launches."""
         rows = Rows.of(problems.n.tolist(), problems.device)
-        x = gaussian_blocks(rows, problems.n.tolist())  # always the same: chance decides on errors, not on weights
+        x = gaussian_blocks(rows, problems.n.tolist())  # fixed keys, since errors of kernels do not depend on them
         none = torch.empty(0, device=problems.device)
         below = lower_product(problems, Factored(packed, none, none, none), Members.of(problems), x)
         forms = _columns(inner(rows, x, 2 * below - diagonals[:, None] * x))
@@ -122,7 +122,7 @@ class Probes:
 
 
 def _columns(products: Tensor) -> Tensor:
-    """Of X^T Y for every matrix the products of columns with the same number."""
+    """The diagonals of X^T Y for every matrix."""
     return products.diagonal(dim1=1, dim2=2)
 
 
@@ -184,7 +184,7 @@ class Mirrored:
 
 @dataclass(frozen=True)
 class Shifted:
-    """Factors of the chosen matrices of a wave, each of M = sign (G - shift I); good until the next are made.
+    """Factors of the chosen matrices of a wave, each of M = sign (G - shift I); the next factors overwrite them.
 
     shifts, signs: float64, one of each for every matrix of the wave.
     """
@@ -207,10 +207,10 @@ class Shifted:
         return sum_runs(first, lengths, self.by_tile.squares), sum_runs(first, lengths, self.by_tile.sizes)
 
     def deviations(self, squares: Tensor, sizes: Tensor) -> Tensor:
-        """How far x^T M x and ||L^T x||^2 are apart, as a part of what residuals and rounding allow: (chosen,) float64.
+        """|x^T M x - ||L^T x||^2| over the difference that residuals and rounding allow: (chosen,) float64.
 
-        At most 1 unless some kernel did not compute what it says, nan where the method broke down. An error E of
-        2-norm 100 times what is allowed stays below 1 for all 16 columns with probability 1e-12 at most
+        At most 1 unless some kernel computes a wrong result, nan where the method broke down. An error E of a 2-norm
+        100 times as large as allowed stays below 1 for all 16 columns with probability 1e-12 at most
         (docs/numerics.md, section 6). ``squares``, ``sizes`` as residuals() gave them. Three launches.
         """
         whole, problems, chosen = self.whole, self.whole.problems, list(self.chosen)
@@ -230,7 +230,7 @@ class Shifted:
 
 
 def instances(target: str) -> list[Instance]:
-    """Everything that ``Mirrored`` can ask the compiler for, beside what it takes of other files."""
+    """Everything that ``Mirrored`` can ask the compiler for, without the kernels of other files."""
     places = {"table": "*i64", "owner": "*i32", "first": "*i32", "packed": "*fp64", "kept": "*fp64", "starts": "*i64"}
     return [
         Instance(_mirror_kernel, {**places, "diagonals": "*fp64"}, {}, WARPS),

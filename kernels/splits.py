@@ -1,6 +1,6 @@
-"""The work on a Gram matrix, cut along the rows of the weights where one matrix alone has too few tiles.
+"""Splits of the work on a Gram matrix along the rows of the weights, for a matrix that has too few tiles.
 
-How it is cut depends on the shape alone, so that a result does not depend on what else is in the wave.
+The splits depend on the shape alone, so that a result does not depend on the other matrices of the wave.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .problems import (
 )
 
 # Two products of digits up to 64 share an accumulator: 2 * 64^2 * rows stays below 2^31 up to 262143 rows. The matrix
-# units saturate without a word, so longer matrices are split.
+# units saturate silently, so longer matrices are split.
 INTEGER_ROWS = 131072
 BYTE_ROWS = 32768  # digits of 8 bits are up to 128: 2 * 128^2 * rows
 # Matrices with fewer tiles than this are split along m, so that one of them keeps a chip with 132 units busy.
@@ -58,7 +58,7 @@ def store_tile(table, matrix, total, r, c, n, out, parts, part_start, split, ADD
 
 @triton.jit
 def _add_parts_kernel(table, owner, first, out, parts, splits, part_start, SIDE: tl.constexpr):
-    """Adds what the later splits found, in their order."""
+    """Adds the results of the later splits, in their order."""
     matrix, tile = locate(owner, first)
     n, leading = field(table, matrix, COLUMNS), field(table, matrix, LEADING, ROW_PAD)
     r, c = triangular(tile)
@@ -76,12 +76,12 @@ def _add_parts_kernel(table, owner, first, out, parts, splits, part_start, SIDE:
 
 @dataclass(frozen=True)
 class Splits:
-    """How the work on every matrix is cut along m, by its shape alone."""
+    """The splits of the work on every matrix along m, by its shape alone."""
 
     counts: Tensor
     on_device: Tensor
     part_start: Tensor
-    parts: Tensor  # what splits beyond the first find
+    parts: Tensor  # the results of all splits but the first
 
     @classmethod
     def of(cls, problems: Problems, side: int, bits: int = 7) -> Splits:
@@ -94,14 +94,14 @@ class Splits:
 
 
 def split_counts(problems: Problems, side: int, bits: int = 7) -> Tensor:
-    """Into how many runs of rows the work on each matrix is cut, with tiles of this side and digits of so many bits."""
+    """The number of runs of rows into which the work on each matrix is split, for tiles of this side and these bits."""
     tiles = triangular_tiles(problems.n, side)
     counts = torch.minimum(-(-FULL_CHIP // tiles), problems.m // SPLIT_ROWS).clamp(min=1)
     return torch.maximum(counts, -(-problems.m // (BYTE_ROWS if bits == 8 else INTEGER_ROWS)))
 
 
 def triangular_tiles(n: Tensor, side: int) -> Tensor:
-    """Tiles of the lower triangles."""
+    """The numbers of tiles of the lower triangles."""
     across = -(-n // side)
     return across * (across + 1) // 2
 
@@ -114,7 +114,7 @@ def instances() -> list[Instance]:
 
 
 def add_parts(problems: Problems, splits: Splits, out: Tensor, chosen: Sequence[int] | None = None) -> None:
-    """Add what later splits found to the results; one launch, none if no matrix is split."""
+    """Add the results of the later splits; one launch, none if no matrix is split."""
     members = range(len(problems.m)) if chosen is None else chosen
     counts = splits.counts.tolist()
     split = [i for i in members if counts[i] > 1]

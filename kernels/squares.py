@@ -1,7 +1,4 @@
-"""Square tiles of packed n x n matrices: where they lie, how they are read and written, and products of rows of tiles.
-
-What cholesky.py and shifted.py are made of.
-"""
+"""Square tiles of packed n x n matrices, for cholesky.py and shifted.py: reads, writes, products of rows of tiles."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ DEPTH = tl.constexpr(32)  # columns per product on the matrix units
 
 @triton.jit
 def gram_place(table, matrix, packed):
-    """Of an n x n matrix: where it begins, the distance between its rows, and n."""
+    """The address of an n x n matrix, the distance between its rows, and n."""
     base = packed + field(table, matrix, GRAM, ROW_PAD)
     return base, field(table, matrix, LEADING, ROW_PAD), field(table, matrix, COLUMNS).to(tl.int32)
 

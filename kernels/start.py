@@ -1,10 +1,9 @@
-"""Where block Krylov methods start: a digest of every matrix, and Gaussian blocks drawn from it, on the device.
+"""Start blocks of block Krylov methods on the device: a digest of every matrix, and Gaussian blocks drawn from it.
 
-Start blocks that whoever writes the weights can know are no random ones: extreme singular vectors can be hidden from
-them. So they are drawn from the content. A cryptographic hash of every byte would take longer than everything else, and
-the host must not see the weights at all; here the entries of every column are chained, 32 bits at a time, through a
-64-bit permutation with feed-forward, and the host hashes what comes of the columns. docs/numerics.md says what that is
-worth.
+Whoever writes the weights must not know the start blocks, since extreme singular vectors can be hidden from known
+blocks; so they are drawn from the content. A cryptographic hash of every byte would take longer than all other steps,
+and weights are not copied to the host. So the entries of every column are chained, 32 bits at a time, through a 64-bit
+permutation with feed-forward, and the host hashes the results. docs/numerics.md says how strong this is.
 """
 
 from __future__ import annotations
@@ -82,13 +81,13 @@ def _chain_kernel(table, owner, first, starts, chains, WORD: tl.constexpr, BITS:
 
 @triton.jit
 def _absorbed(state, word):
-    """The state after 32 bits more. Without the sum a chain could be followed backwards from its end."""
+    """The state after another 32 bits. Without the sum a chain could be inverted from its end."""
     return _mixed(state ^ word) + state
 
 
 @triton.jit
 def _fold_kernel(table, owner, first, starts, chains, out):
-    """The chains of every column into one."""
+    """Combines the chains of every column into one."""
     matrix, tile = locate(owner, first)
     m, n = field(table, matrix, ROWS), field(table, matrix, COLUMNS)
     column = tile * BN + tl.arange(0, BN)

@@ -1,4 +1,4 @@
-"""Which tiles of a wave each step of a blocked factorization works on, made once on the host: see cholesky.py."""
+"""Lists of the tiles of a wave on which each step of cholesky.py works, made once on the host."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .problems import Problems, Tensor, starts_of, to_device
 
 @dataclass(frozen=True)
 class Steps:
-    """Which tiles of a wave each step works on: always the first so many of one list that is made once.
+    """The tiles on which each step works: the first tiles of lists that are made once for all steps.
 
-    order (w,) int64: matrices, the largest first, for diagonal tiles.  below, behind: int64 each, 2^32 matrix + 2^16
-    row + column of a tile, in the order in which steps have done with them, last ones first: below diagonal tiles
-    (columns unused) and behind super-panels.  diagonals, belows, behinds: how many of each take part in a step.
+    order (w,) int64: the matrices, the largest first, for diagonal tiles.  below, behind: int64 each, 2^32 matrix +
+    2^16 row + column of a tile below diagonal tiles (columns unused) or behind super-panels; tiles that more steps use
+    come first.  diagonals, belows, behinds: the number of tiles of each list that a step uses.
     """
 
     order: Tensor
@@ -28,7 +28,7 @@ class Steps:
 
     @classmethod
     def of(cls, problems: Problems, block: int, panel: int, side: int) -> Steps:
-        """For diagonal tiles of ``block`` columns, super-panels of ``panel`` and tiles of ``side`` behind them."""
+        """The lists for diagonal tiles of ``block`` columns, super-panels of ``panel`` and tiles of ``side`` behind."""
         n, device = problems.n, problems.device
         blocks = -(-n // block)
         largest = int(blocks.max()) if len(blocks) else 0
@@ -56,7 +56,7 @@ class Steps:
 
 
 def _runs(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Of runs of these lengths, for every element: which run, and where within."""
+    """For every element of runs of these lengths, the number of its run and its position in the run."""
     owner = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
     starts, total = starts_of(lengths)
     return owner, torch.arange(total, device="cpu") - starts[owner]

@@ -3,12 +3,12 @@
     lower_product       L X          transposed_product   L^T X
     forward_solve       L^-1 X       backward_solve       L^-T X
 
-Blocks are packed, float64 whatever the factor is stored in, 16 columns each. Only the lower triangle is read, once per
-call: everything here is bound by that, and a float32 factor is half the bytes. It is widened to float64 where a target
-has matrix units for that; elsewhere products are float32.
+Blocks are packed, float64 for factors of any dtype, 16 columns each. Only the lower triangle is read, once per call;
+this bounds the speed, and a float32 factor has half the bytes. A float32 factor is widened to float64 if the target has
+matrix units for that; otherwise products are float32.
 
-Products run a program per 64 rows or columns. A solve is a chain, so it is one program per matrix that streams the
-factor; a wave of as many matrices as there are multiprocessors fills the chip.
+Products run a program per 64 rows or columns. The steps of a solve depend on each other, so one program per matrix
+streams the factor; a wave of as many matrices as there are multiprocessors uses the whole chip.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .problems import INTERPRETED, Expected, Instance, Problems, Tensor, starts_
 from .squares import gram_place
 
 WIDTH = tl.constexpr(16)  # columns of a block
-DEPTH = tl.constexpr(32)  # of the factor per product on the matrix units
+DEPTH = tl.constexpr(32)  # rows or columns of the factor per product on the matrix units
 WARPS = 4
 
 
@@ -55,10 +55,10 @@ class Members:
         start: Tensor | None = None,
         rows: int | None = None,
     ) -> Members:
-        """All matrices, or some of them; built once for as long as the same ones take part.
+        """All matrices, or some of them; callers keep the result for later calls with the same matrices.
 
-        Their blocks follow each other, or begin at the rows ``start`` (a,) of a panel of ``rows`` rows, int64 on the
-        host, where others have theirs as well.
+        Their blocks follow each other, or begin at the rows ``start`` (a,), int64 on the host, of a panel of ``rows``
+        rows, which may have blocks of other matrices too.
         """
         ids = problems.chosen(chosen)
         n = problems.n[ids]
@@ -81,7 +81,7 @@ class Members:
 
 
 def arithmetic_of(target: str, dtype: torch.dtype) -> dict[str, object]:
-    """How factors of this dtype meet a block on this target: in which type, and whether by a dot."""
+    """The type in which factors of this dtype are multiplied with blocks on this target, and whether by a dot."""
     with_dot = target in WITH_DOT
     if dtype == torch.float64:
         return {"WORK": tl.float64, "USE_DOT": with_dot, "BARRIER": False}
@@ -171,7 +171,7 @@ def _columns_times(
         k = tl.arange(0, DEPTH)
         for place in range(start, stop, DEPTH):
             row = place + k
-            # The padding of the rows is read along: it has columns of the result of its own, which nobody keeps.
+            # The padding of the rows is read too: it gives further columns of the result, which are not stored.
             wanted = (i < step - column)[None, :] & (row < n)[:, None]
             tile = tl.load(factor + place * leading + column + k[:, None] * step + i[None, :], mask=wanted, other=0.0)
             if LOWER:
@@ -277,7 +277,7 @@ def _solve_kernel(
         right = _thin(x, here, n).to(WORK) - known
         inverted = tl.load(inverse + here.to(tl.int64) * BLOCK + square)
         solved = _small_product(inverted, right, TRANSPOSED, WORK, USE_DOT, BARRIER)
-        # The inverse alone is off by the condition of the tile; one correction is as good as substitution.
+        # The error of the inverse grows with the condition of the tile; one correction makes it that of substitution.
         inside = (i < n - here)[:, None] & (i < leading.to(tl.int32) - here)[None, :]
         tile = tl.load(factor + here * leading + here + place, mask=inside, other=0.0)
         rest = right - _small_product(tl.where(lower, tile, 0.0), solved, TRANSPOSED, WORK, USE_DOT, BARRIER)

@@ -1,7 +1,7 @@
-"""The checked functions of this folder once more in plain torch, a matrix at a time: the reference of their tests.
+"""The checked functions of this folder in plain torch, a matrix at a time, as the reference of their tests.
 
-Same names, arguments and results as in the files they stand beside; sums are the library's, so results agree to
-rounding, or exactly where everything is an integer. They run on any device, slowly, and synchronize.
+They have the same names, arguments and results as the functions of the files below. Their sums are the library's, so
+results agree to rounding, or exactly if all numbers are integers. They run on any device, slowly, and synchronize.
 
     quantize.py     column_peaks, quantize                gram.py        gram_of_slices, gram_of_weights
     cholesky.py     cholesky                              triangular.py  products and solves
@@ -27,7 +27,7 @@ from .triangular import Members
 
 
 def column_peaks(problems: Problems) -> Tensor:
-    """See quantize.column_peaks: NaN counts as larger than infinity, as its bits do."""
+    """See quantize.column_peaks: NaN is larger than infinity, as the bits are."""
     found = []
     for a in problems.matrices:
         entries = a.float().abs()
@@ -40,9 +40,9 @@ def column_peaks(problems: Problems) -> Tensor:
 def quantize(
     problems: Problems, peaks: Tensor, slices: int, earlier: Slices | None = None, bits: int = DIGIT_BITS.value
 ) -> Slices:
-    """See quantize.quantize; everything is computed, whatever ``earlier`` holds."""
+    """See quantize.quantize; ``earlier`` slices are computed again."""
     if bits == 8 and (slices != 2 or earlier is not None):
-        raise ValueError(f"digits of 8 bits come in twos and at once, not {slices}")
+        raise ValueError(f"8 bits need two slices and no earlier ones, not {slices}")
     data = torch.zeros((slices, problems.slice_bytes), dtype=torch.int8, device=problems.device)
     residual = torch.zeros(len(problems.m), dtype=torch.float64, device=problems.device)
     last = 1 if bits == 8 else MAX_SLICES - 1  # of the digits that Q has
@@ -71,9 +71,9 @@ def quantize(
 
 
 def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None, *, low: int = 1) -> Tensor:
-    """See gram.gram_of_slices; everything is computed, whatever ``low`` is."""
+    """See gram.gram_of_slices; all products are computed for any ``low``."""
     if low > 1 and out is None:
-        raise ValueError("adding slices needs the result for the slices before")
+        raise ValueError("adding slices needs the result for the earlier slices")
     dense = [a.to(problems.device) for a in slices.dense(problems)]
     return _lower_triangles(problems, range(len(dense)), dense, out)
 
@@ -131,7 +131,7 @@ def cholesky(
 
 
 def _tiles(matrix: Tensor) -> list[Tensor]:
-    """Those of BLOCK columns in the lower triangle, row by row."""
+    """The tiles of BLOCK columns in the lower triangle, row by row."""
     lines = matrix.split(BLOCK.value)
     return [tile for k, line in enumerate(lines) for tile in line.split(BLOCK.value, dim=1)[: k + 1]]
 
@@ -204,8 +204,8 @@ def _parts(rows: Rows, block: Tensor) -> tuple[Tensor, ...]:
 def orthonormalized(rows: Rows, blocks: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     """See orthogonal.orthonormalized, by the singular value decomposition: another basis of the same space.
 
-    Q B is W again, Q is orthonormal but for the columns of zeros; which directions are at a limit is told from the
-    singular values, so Q may hold more or fewer of those that are within a factor of 4 of it.
+    Q B is W, and Q is orthonormal except for columns of zeros. The singular values decide here which directions are
+    below a limit, so Q may hold more or fewer of the directions within a factor of 4 of the limit.
     """
     q, b = [], []
     for w, limit in zip(_parts(rows, blocks), limits.tolist(), strict=True):

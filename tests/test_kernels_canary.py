@@ -213,7 +213,7 @@ def test_slices_that_lie_elsewhere_than_they_say_are_found(factor, digits, monke
         return replace(found, residual=found.residual * factor if bits == digits else found.residual)
 
     monkeypatch.setattr(quantize, "quantize", wrong)
-    with pytest.raises(CanaryError, match=r"^quantize calls \S+ \S+ on cpu"):
+    with pytest.raises(CanaryError, match=r"^quantize computes \S+ instead of \S+ on cpu"):
         check_storage(CPU, SIXTEEN)
 
 
@@ -227,7 +227,7 @@ def test_slices_that_hold_too_little_are_found(monkeypatch):
         return quantize.Slices(data, found.peaks, first.residual)
 
     monkeypatch.setattr(quantize, "quantize", coarse)
-    with pytest.raises(CanaryError, match="quantize leaves out too much on cpu"):
+    with pytest.raises(CanaryError, match="quantize leaves too large a remainder on cpu"):
         check_storage(CPU, SIXTEEN)
 
 

@@ -111,7 +111,7 @@ def test_a_slice_more_adds_to_what_was_there(slices):
 def test_adding_slices_to_nothing_is_refused():
     problems = Problems.of([gaussian(8, 4).float()])
     found = quantize(problems, column_peaks(problems), 3)
-    with pytest.raises(ValueError, match="needs the result for the slices before"):
+    with pytest.raises(ValueError, match="needs the result for the earlier slices"):
         gram_of_slices(problems, found, low=3)
 
 

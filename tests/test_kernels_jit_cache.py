@@ -211,7 +211,7 @@ def test_warming_up_takes_one_matrix_of_each_storage_class_and_none_that_kernels
 def test_warming_up_without_a_gpu_says_so():
     from kappa_fast.kernels import warmup
 
-    with pytest.raises(RuntimeError, match="compiled for a GPU that torch can use, and there is none here"):
+    with pytest.raises(RuntimeError, match="compiled for a GPU that torch can use, and torch finds none"):
         warmup([torch.zeros(20, 20)])
 
 

@@ -274,9 +274,9 @@ def test_digits_of_eight_bits_stay_in_their_range_at_the_largest_entries():
 def test_bytes_come_in_twos():
     problems = Problems.of([gaussian(8, 4).float()])
     peaks = column_peaks(problems)
-    with pytest.raises(ValueError, match="digits of 8 bits come in twos and at once, not 3"):
+    with pytest.raises(ValueError, match="8 bits need two slices and no earlier ones, not 3"):
         quantize(problems, peaks, 3, bits=8)
-    with pytest.raises(ValueError, match="digits of 8 bits come in twos and at once"):
+    with pytest.raises(ValueError, match="8 bits need two slices and no earlier ones"):
         quantize(problems, peaks, 2, quantize(problems, peaks, 1), bits=8)
 
 

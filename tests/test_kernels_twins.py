@@ -46,7 +46,7 @@ def test_the_gram_matrices_are_products_of_what_the_digits_say():
             assert torch.allclose(torch.tril(view), torch.tril(a.double().T @ a.double()), rtol=1e-12, atol=1e-12)
     with pytest.raises(TypeError, match="use gram_of_slices"):
         twins.gram_of_weights(Problems.of([gaussian(3, 2).float()]))
-    with pytest.raises(ValueError, match="needs the result for the slices before"):
+    with pytest.raises(ValueError, match="needs the result for the earlier slices"):
         twins.gram_of_slices(problems, slices, low=3)
 
 

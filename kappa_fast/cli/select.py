@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from ..report.table import to_plain_text
+from ..report.table import TextTable
 from .budget import (
     By,
     Excluding,
@@ -99,7 +99,7 @@ def lines_of(selection: Selection) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class _Chosen(TextTable):
     """The selected matrices as a table."""
 
     selection: Selection
@@ -112,7 +112,3 @@ class _Chosen:
         if self.limit != 0:
             table = RankingTable(Ranking(self.selection.entries), self.limit)
             yield table.rows_alone(options.max_width)
-
-    def to_text(self, width: int = 100) -> str:
-        """The table as plain text."""
-        return to_plain_text(self, width)

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 _root = Path(__file__).resolve().parents[2]
-_room = _root / "kernels"
+_folder = _root / "kernels"
 
 # In site-packages the same path may be somebody else's package: only a source tree, and only a bare folder, will do.
-if (_root / "setup.py").is_file() and _room.is_dir() and not (_room / "__init__.py").exists():
-    __path__.append(str(_room))
+if (_root / "setup.py").is_file() and _folder.is_dir() and not (_folder / "__init__.py").exists():
+    __path__.append(str(_folder))
 
 
 def warmup(

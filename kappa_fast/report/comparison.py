@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ..texts import printable
 from .names import shorten_names
-from .table import check_limit, format_interval, format_number, to_plain_text
+from .table import TextTable, check_limit, format_interval, format_number, table_of_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -25,7 +25,7 @@ _LEAST = 24
 
 
 @dataclass(frozen=True)
-class ComparisonTable:
+class ComparisonTable(TextTable):
     """A comparison with ``limit`` moves in each direction (None: all), printed by a ``rich.console.Console``.
 
     Raises:
@@ -40,29 +40,16 @@ class ComparisonTable:
         check_limit(self.limit)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        from rich.table import Table
         from rich.text import Text
 
         rows = list(self.rows())
         if rows:
-            room = max(_LEAST, options.max_width - _OTHERS)
-            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-            table.add_column(Text("tensor", "bold"), no_wrap=True, max_width=room)
-            for header in ("before", "after", "ratio", "at least"):
-                table.add_column(Text(header, "bold"), justify="right", no_wrap=True)
-            names = shorten_names([change.key for change in rows], room)
-            for name, change in zip(names, rows, strict=True):
-                table.add_row(*map(Text, (name, *cells_of_change(change))))
-            yield table
+            name_width = max(_LEAST, options.max_width - _OTHERS)
+            names = shorten_names([change.key for change in rows], name_width)
+            cells = [(name, *cells_of_change(change)) for name, change in zip(names, rows, strict=True)]
+            headers = ("before", "after", "ratio", "at least")
+            yield table_of_numbers("tensor", headers, cells, no_wrap=True, max_width=name_width)
         yield from map(Text, self.lines(len(rows)))
-
-    def to_text(self, width: int = 100) -> str:
-        """The same as text without colors.
-
-        Raises:
-            OptionError: less than 60 columns.
-        """
-        return to_plain_text(self, width)
 
     def rows(self) -> Iterator[Change]:
         """The changes that the table shows."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..texts import format_digits, format_seconds, printable
 from .skipped import by_reason
-from .table import check_limit, to_plain_text
+from .table import TextTable, check_limit, table_of_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -23,7 +23,7 @@ MOST_REASONS = 8
 
 
 @dataclass(frozen=True)
-class PlanTable:
+class PlanTable(TextTable):
     """The first ``limit`` groups of a plan (None: all), printed by a ``rich.console.Console`` or ``to_text``.
 
     Raises:
@@ -42,13 +42,8 @@ class PlanTable:
 
         shown = list(self.rows())
         if shown:
-            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-            table.add_column(Text("to be ranked", "bold"), overflow="fold")
-            for header in ("shape", "dtype", "number", "weights", "Gop", "share"):
-                table.add_column(Text(header, "bold"), justify="right", no_wrap=True)
-            for cells in shown:
-                table.add_row(*map(Text, cells))
-            yield table
+            headers = ("shape", "dtype", "number", "weights", "Gop", "share")
+            yield table_of_numbers("to be ranked", headers, shown, overflow="fold")
         yield from map(Text, self.counts())
         facts = Table.grid(padding=(0, 2, 0, 0))
         facts.add_column(no_wrap=True)
@@ -56,14 +51,6 @@ class PlanTable:
         for what, text in self.lines():
             facts.add_row(Text(what, "bold"), Text(text))
         yield facts
-
-    def to_text(self, width: int = 100) -> str:
-        """The same as text without colors.
-
-        Raises:
-            OptionError: less than 60 columns.
-        """
-        return to_plain_text(self, width)
 
     def rows(self) -> Iterator[Sequence[str]]:
         """The cells of the table."""

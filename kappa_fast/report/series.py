@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..texts import printable
 from .comparison import format_factor
 from .names import cut_middle, shorten_names
-from .table import check_limit, format_number, to_plain_text
+from .table import TextTable, check_limit, format_number, table_of_numbers, width_for_names
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -22,7 +22,7 @@ _LABEL = 16
 
 
 @dataclass(frozen=True)
-class SeriesTable:
+class SeriesTable(TextTable):
     """The ``limit`` matrices that moved most (None: all), printed by a ``rich.console.Console`` or ``to_text``.
 
     If the page is too narrow for all rankings, the table omits those in the middle.
@@ -38,34 +38,20 @@ class SeriesTable:
         check_limit(self.limit)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        from rich.table import Table
         from rich.text import Text
 
         rows = self.series.moved()[: self.limit]
         shown = list(range(len(self.series.labels)))
         columns = self._columns(rows, shown)
-        while len(shown) > 2 and self._room(columns, options.max_width) < _LEAST:
+        while len(shown) > 2 and width_for_names(columns, options.max_width) < _LEAST:
             del shown[len(shown) // 2]
             columns = self._columns(rows, shown)
-        room = max(_LEAST, self._room(columns, options.max_width))
         if rows:
-            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-            table.add_column(Text("tensor", "bold"), no_wrap=True)
-            for header, _ in columns:
-                table.add_column(Text(header, "bold"), justify="right", no_wrap=True)
-            names = shorten_names([track.key for track in rows], room)
-            for name, *cells in zip(names, *(cells for _, cells in columns), strict=True):
-                table.add_row(*map(Text, (name, *cells)))
-            yield table
+            name_width = max(_LEAST, width_for_names(columns, options.max_width))
+            names = shorten_names([track.key for track in rows], name_width)
+            cells = zip(names, *(cells for _, cells in columns), strict=True)
+            yield table_of_numbers("tensor", [header for header, _ in columns], cells, no_wrap=True)
         yield from map(Text, self.lines(len(rows), len(shown)))
-
-    def to_text(self, width: int = 100) -> str:
-        """The same as text without colors.
-
-        Raises:
-            OptionError: less than 60 columns.
-        """
-        return to_plain_text(self, width)
 
     def lines(self, shown: int, columns: int | None = None) -> Iterator[str]:
         """The lines below a table of ``shown`` rows and ``columns`` rankings."""
@@ -80,9 +66,6 @@ class SeriesTable:
         labels = [cut_middle(printable(self.series.labels[i]), _LABEL) for i in shown]
         values = [[cell_of(track.kappas[i]) for track in rows] for i in shown]
         return [*zip(labels, values, strict=True), ("ratio", [format_factor(track.ratio) for track in rows])]
-
-    def _room(self, columns: Sequence[tuple[str, list[str]]], width: int) -> int:
-        return width - sum(max(map(len, (header, *cells))) + 2 for header, cells in columns)
 
 
 def cell_of(kappa: float) -> str:

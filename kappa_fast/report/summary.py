@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .names import shorten_names
-from .table import format_number, to_plain_text
+from .table import TextTable, format_number, table_of_numbers, width_for_names
 
 _LEAST = 24  # columns for names
 _DISPENSABLE = ("weights", "number", "highest", "lowest")
@@ -20,41 +20,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SummaryTable:
+class SummaryTable(TextTable):
     """A summary, printed by a ``rich.console.Console`` or ``to_text``."""
 
     summary: Summary
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        from rich.table import Table
-        from rich.text import Text
-
         headers = ["number", "median", "lowest", "highest", "weights"]
         headers += ["taken", "share"] if self.summary.has_selection else []
         columns = dict(zip(headers, zip(*map(cells_of, self.summary), strict=True), strict=False))
         for header in _DISPENSABLE:
-            if self._room(columns, options.max_width) < _LEAST:
+            if width_for_names(columns.items(), options.max_width) < _LEAST:
                 columns.pop(header, None)
-        room, rows = self._room(columns, options.max_width), list(zip(*columns.values(), strict=True))
         first = [row.name or ("outside of layers" if self.summary.by == "layer" else "-") for row in self.summary]
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(Text(self.summary.by, "bold"), no_wrap=True)
-        for header in columns:
-            table.add_column(Text(header, "bold"), justify="right", no_wrap=True)
-        for name, cells in zip(shorten_names(first, room), rows, strict=True):
-            table.add_row(*map(Text, (name, *cells)))
-        yield table
-
-    def _room(self, columns: Mapping[str, Sequence[str]], width: int) -> int:
-        return width - sum(max(map(len, (header, *cells))) + 2 for header, cells in columns.items())
-
-    def to_text(self, width: int = 100) -> str:
-        """The same as text without colors.
-
-        Raises:
-            OptionError: less than 60 columns.
-        """
-        return to_plain_text(self, width)
+        names = shorten_names(first, width_for_names(columns.items(), options.max_width))
+        rows = zip(names, *columns.values(), strict=True)
+        yield table_of_numbers(self.summary.by, columns, rows, no_wrap=True)
 
 
 def cells_of(row: Row) -> list[str]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..results.entries import TensorKappa
@@ -18,6 +18,7 @@ from .names import shorten_names
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, ConsoleRenderable, JustifyMethod, RenderableType, RichCast
+    from rich.table import Table
 
     from ..results.ranking import Ranking
 
@@ -30,8 +31,23 @@ _DISPENSABLE = ("method", "sens.", "dtype", "proven")  # columns that are omitte
 _STYLES = {"ok": "", "rank_deficient": "yellow", "bounded": "dim", "non_finite": "red"}
 
 
+class TextTable:
+    """A table that a ``rich.console.Console`` prints, and that can be had as text."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        raise NotImplementedError
+
+    def to_text(self, width: int = 100) -> str:
+        """The table as text without colors, ``width`` columns wide.
+
+        Raises:
+            OptionError: less than 60 columns.
+        """
+        return to_plain_text(self, width)
+
+
 @dataclass(frozen=True)
-class RankingTable:
+class RankingTable(TextTable):
     """The first ``limit`` entries of a ranking (None: all), printed by a ``rich.console.Console`` or ``to_text``.
 
     Columns: position; key, shortened in the middle where the page is too narrow; shape and dtype, or the format of
@@ -65,24 +81,16 @@ class RankingTable:
         from rich.text import Text
 
         shown = self.ranking.entries[: self.limit]
-        columns, gap, room = _fit(self.columns(shown), width)
+        columns, gap, name_width = _fit(self.columns(shown), width)
         table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
         for header in columns:
             justify: JustifyMethod = "right" if header in _RIGHT else "left"
             # Wide characters (CJK) take two columns each, so a shortened name may be too long and is cut here.
-            limit = room if header == "tensor" else None
+            limit = name_width if header == "tensor" else None
             table.add_column(Text(header, "bold"), justify=justify, no_wrap=True, max_width=limit)
         for entry, *cells in zip(shown, *columns.values(), strict=True):
             table.add_row(*map(Text, cells), style=_STYLES[entry.status])
         return table
-
-    def to_text(self, width: int = 100) -> str:
-        """The table as text without colors, ``width`` columns wide.
-
-        Raises:
-            OptionError: less than 60 columns.
-        """
-        return to_plain_text(self, width)
 
     def columns(self, shown: Sequence[TensorKappa]) -> dict[str, list[str]]:
         """By the header of a column the full texts of its cells for these entries."""
@@ -118,6 +126,25 @@ class RankingTable:
         yield ", ".join(counts) + (" (ranking.skipped says why)" if ranking.skipped else "")
         if ranking.metadata.get("partial"):
             yield "interrupted: matrices are missing"
+
+
+def table_of_numbers(title: str, headers: Iterable[str], rows: Iterable[Iterable[str]], **options: Any) -> Table:
+    """A table of ``rich``: a column of names with this title and these options, and columns of numbers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(Text(title, "bold"), **options)
+    for header in headers:
+        table.add_column(Text(header, "bold"), justify="right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def width_for_names(columns: Iterable[tuple[str, Iterable[str]]], width: int) -> int:
+    """The width that columns of numbers, given by header and cells, leave for names."""
+    return width - sum(max(map(len, (header, *cells))) + 2 for header, cells in columns)
 
 
 def check_limit(limit: object) -> None:
@@ -165,15 +192,15 @@ def _fit(columns: dict[str, list[str]], width: int) -> tuple[dict[str, list[str]
     kept = dict(columns)
     longest = max(map(len, ("tensor", *columns["tensor"])))
 
-    def room(gap: int) -> int:
+    def name_width(gap: int) -> int:
         others = [max(map(len, (header, *cells))) for header, cells in kept.items() if header != "tensor"]
         return width - sum(others) - gap * len(others)
 
-    gap = 2 if room(2) >= longest else 1
+    gap = 2 if name_width(2) >= longest else 1
     for header in _DISPENSABLE:
-        if room(gap) < longest:
+        if name_width(gap) < longest:
             del kept[header]
-    left = max(room(gap), _MIN_NAME)
+    left = max(name_width(gap), _MIN_NAME)
     kept["tensor"] = shorten_names(columns["tensor"], left)
     return kept, gap, left
 

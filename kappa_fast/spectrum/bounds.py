@@ -29,13 +29,13 @@ def start_overlap(n: int, width: int) -> float:
     n - b >= 2, so its quantile is bounded from below in closed form. With b >= n the block spans everything: 1.
     """
     if n - width < 2:
-        return 1.0 if width >= n else _overlap_of_chi(n, width)
+        return 1.0 if width >= n else _overlap_beside_one(width)
     a, c = width / 2, (n - width) / 2
     log_beta = math.lgamma(a) + math.lgamma(c) - math.lgamma(a + c)
     return math.exp(min(0.0, (math.log(FAILURE * a) + log_beta) / a) / 2)
 
 
-def _overlap_of_chi(n: int, width: int) -> float:
+def _overlap_beside_one(width: int) -> float:
     # n - b = 1: the squared cosine follows Beta(b/2, 1/2), and the same bound on the density applies.
     a = width / 2
     log_beta = math.lgamma(a) + math.lgamma(0.5) - math.lgamma(a + 0.5)

@@ -95,13 +95,7 @@ def smallest_eigenvalue(backend: Backend, product: _Product, shift: float) -> fl
 
     The bound is near ``shift`` as a rule, and -inf if G - shift I is not positive definite to working precision.
     """
-    shifted = product.lower.clone()
-    shifted.diagonal().sub_(shift)
-    rounding = U * float(shifted.diagonal().abs().max()) * OUT
-    factor = shifted.clone()
-    if not backend.cholesky([factor])[0]:
-        return -math.inf
-    return shift - (residual_norm(shifted, factor) + rounding + product.error) * OUT - abs(shift) * 4 * U
+    return shift - _defect(backend, product, shift, 1) - abs(shift) * 4 * U
 
 
 def largest_eigenvalue(backend: Backend, product: _Product, bound: float) -> float:
@@ -109,13 +103,18 @@ def largest_eigenvalue(backend: Backend, product: _Product, bound: float) -> flo
 
     The result is near ``bound`` as a rule, and inf if bound I - G is not positive definite to working precision.
     """
-    shifted = -product.lower
-    shifted.diagonal().add_(bound)
+    return bound * (1 + 4 * U) + _defect(backend, product, bound, -1)
+
+
+def _defect(backend: Backend, product: _Product, shift: float, sign: int) -> float:
+    """A bound on how far the smallest eigenvalue of sign (exact matrix - shift I) lies below 0; inf without a proof."""
+    shifted = sign * product.lower
+    shifted.diagonal().sub_(sign * shift)
     rounding = U * float(shifted.diagonal().abs().max()) * OUT
     factor = shifted.clone()
     if not backend.cholesky([factor])[0]:
         return math.inf
-    return bound * (1 + 4 * U) + (residual_norm(shifted, factor) + rounding + product.error) * OUT
+    return (residual_norm(shifted, factor) + rounding + product.error) * OUT
 
 
 def norm_bound(backend: Backend, product: _Product, estimate: float, rtol: float) -> float:
