@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kappa_fast"
 # The one place that may reach up: methods such as Ranking.to_html() find there what they hand a result to.
 CONSUMERS = "kappa_fast.results.consumers"

@@ -14,7 +14,7 @@ import torch
 
 import kappa_fast
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MODULES = ("gpu", "gpu_kernels", "gpu_models", "gpu_results", "gpu_stages", "gpu_timing", "record", "workloads")
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 DOCS = TESTS.parent / "docs"
 NAMED = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
@@ -17,7 +17,8 @@ def test_every_cell_names_a_test_that_exists(page):
     named = NAMED.findall((DOCS / page).read_text())
     assert len(named) > 8
     for file, test in named:
-        assert f"def {test}(" in (TESTS / file).read_text(), (file, test)
+        (path,) = TESTS.rglob(file)
+        assert f"def {test}(" in path.read_text(), (file, test)
 
 
 def test_every_cell_of_the_formats_says_what_happens_there():

@@ -66,7 +66,7 @@ def test_a_model_and_what_it_saves_have_the_same_entries_and_every_interval_hold
     assert {n for n, p in model.named_parameters() if p.ndim >= 2} <= ranked
     for entry in live:
         if "forward()" in evidence_of(live, entry.group):
-            continue  # no attribute of the model: tests/test_sources_called.py has its values
+            continue  # no attribute of the model: tests/sources/test_sources_called.py has its values
         weight = attribute(model, entry.name)[entry.index]
         sigma = torch.linalg.svdvals(weight.double().flatten(1))
         # A norm over a weight in float32, of which another is computed, depends on the number of threads.
