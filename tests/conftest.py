@@ -27,6 +27,9 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from hub_server import Hub
 
+# Helpers that assert: a failure shows the values.
+pytest.register_assert_rewrite("bitsandbytes_codes", "undisturbed", "wrapping")
+
 RunPython = Callable[..., str]
 
 # HYPOTHESIS_PROFILE=explore looks for new counterexamples; the default tries the same examples on every machine.

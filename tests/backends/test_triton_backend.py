@@ -294,7 +294,7 @@ def test_a_wave_of_eight_takes_as_many_launches_as_one_of_two():
 
 def ragged_experts(family):
     """The experts of a tiny model, two in its first layer and one in its second, drawn independently."""
-    from test_sources_transformers import build
+    from architectures import build
 
     state = build(family).state_dict()
     return {n: t[: 2 - ("layers.1" in n)].clone() for n, t in state.items() if t.ndim == 3 and "bias" not in n}

@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from exact_digits import digits
 from launches import counted
 from spectra import gaussian
 
 from kappa_fast.kernels import gram as module
 from kappa_fast.kernels import splits
 from kappa_fast.kernels.gram import Tile, gram_of_slices, gram_of_weights, slice_roundings
-from kappa_fast.kernels.problems import PAD, Problems, target_of
+from kappa_fast.kernels.problems import Problems, target_of
 from kappa_fast.kernels.quantize import Slices, column_peaks, quantize
 from kappa_fast.kernels.splits import triangular_tiles
 
@@ -26,20 +27,6 @@ def wave(dtype=torch.float32):
         dense = gaussian(m, n, seed).to(dtype)
         made.append(dense if seed % 2 else dense.T.contiguous().T)
     return made
-
-
-def digits(problems, slices):
-    """Q of every matrix as Python-exact integers (object arrays would be slow: int64 holds 28 bits)."""
-    found = []
-    for i, (m, n) in enumerate(zip(problems.m.tolist(), problems.n.tolist(), strict=True)):
-        pitch = -(-m // PAD.value) * PAD.value
-        start = int(problems.table[i, 7])
-        total = np.zeros((n, pitch), dtype=np.int64)
-        for k in range(slices.count):
-            part = slices.data[k, start : start + n * pitch].view(n, pitch).numpy().astype(np.int64)
-            total = total * 128 + part
-        found.append(total[:, :m].T)
-    return found
 
 
 def integers(problems, slices, packed):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from exact_digits import digits
 from launches import counted
 from spectra import gaussian, prescribed
-from test_kernels_gram import digits
 
 from kappa_fast.kernels import cholesky as factors
 from kappa_fast.kernels import shifted as module

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from spectra import gaussian
-from test_kernels_ritz import a_wave, dense
+from tridiagonal import a_wave, dense
 
 from kappa_fast.kernels import apply, cholesky, gram, orthogonal, panel, quantize, ritz, triangular, twins
 from kappa_fast.kernels.problems import Problems

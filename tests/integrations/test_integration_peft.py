@@ -110,7 +110,7 @@ def test_a_part_of_a_fused_projection_is_refused_or_widened():
 
 
 def test_experts_of_a_checkpoint_become_parameters_of_the_model(tmp_path):
-    from test_names_matching import on_disk
+    from matched import on_disk
 
     model = build("mixtral")
     on_disk(model, "mixtral", tmp_path)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from families import FAMILIES, batch, build
-from test_wrap import assert_only_the_selected_moved, selection_of, snapshot
+from wrapping import assert_only_the_selected_moved, selection_of, snapshot
 
 import kappa_fast
 from kappa_fast import MissingExtraError, OptionError

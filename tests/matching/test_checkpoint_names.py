@@ -6,12 +6,14 @@ import sys
 import pytest
 import torch
 import transformers
+from configs import with_config
 from families import FAMILIES, SMALL, build
+from matched import everything, on_disk
 from safetensors.torch import load_file, save_file
-from test_names_matching import everything, match, on_disk
 
 import kappa_fast
 from kappa_fast.matching.conversion import Conversion, _rows
+from kappa_fast.matching.names import match
 
 VISION = {
     "hidden_size": 32,
@@ -22,11 +24,6 @@ VISION = {
     "patch_size": 8,
 }
 AS_ON_THE_HUB = ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3"]
-
-
-def with_config(model, folder):
-    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    (folder / "config.json").write_text(json.dumps(config, default=str))
 
 
 @pytest.fixture(params=AS_ON_THE_HUB)

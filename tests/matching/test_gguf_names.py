@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, build
-from test_wrap import snapshot
+from wrapping import snapshot
 
 import kappa_fast
 from kappa_fast.errors import MissingExtraError, OptionError

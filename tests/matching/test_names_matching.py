@@ -10,17 +10,13 @@ import torch
 from families import FAMILIES, MOE, build
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from matched import everything, on_disk
 
 import kappa_fast
 from kappa_fast import MissingExtraError, OptionError, Selection
 from kappa_fast.matching.names import match
 from kappa_fast.matching.pieces import box_of, disjoint, index_of
 from kappa_fast.results.names import plain_name
-
-
-def everything(ranking):
-    return Selection(tuple(ranking), True, {})
 
 
 def some(ranking, *keys):
@@ -87,24 +83,6 @@ def test_a_ranking_of_the_base_model_serves_the_model_with_a_head_and_back():
     assert len(match(everything(base), model)) == len(base)
     whole = kappa_fast.rank(model, progress=False)
     assert len(match(everything(whole), model.model)) == len(whole)
-
-
-def on_disk(model, family, folder):
-    """The tensors as the hub has them: one 2-D tensor for every expert and projection."""
-    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if ".experts.gate_up_proj" in name or ".experts.down_proj" in name:
-            home = name.rpartition(".")[0]
-            home = home.replace(".mlp.", ".block_sparse_moe.") if family == "mixtral" else home
-            for e, matrix in enumerate(tensor):
-                parts = zip((gate, up), matrix.chunk(2), strict=True) if "gate_up" in name else [(down, matrix)]
-                tensors |= {f"{home}.{e}.{part}.weight": piece.contiguous() for part, piece in parts}
-        else:
-            name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if family == "mixtral" else name
-            tensors[name] = tensor.contiguous()
-    save_file(tensors, folder / "model.safetensors")
-    return tensors
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3"])

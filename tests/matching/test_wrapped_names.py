@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 import torch
+from configs import with_config
 from families import SMALL, build
+from matched import everything, on_disk
 from safetensors.torch import load_file, save_file
-from test_checkpoint_names import with_config
-from test_names_matching import everything, on_disk
 from torch import nn
 
 import kappa_fast

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from make_entries import bounded, make_entry, non_finite
-from test_selection import TEN, around, outcome, ranking, resolved_entries
+from selections import TEN, around, outcome, ranking, resolved_entries
 
 from kappa_fast.errors import OptionError
 from kappa_fast.results.entries import TensorKappa

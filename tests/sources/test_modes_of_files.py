@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
+from damaged_codes import FP8_TENSORS, SETS
 from safetensors.torch import save_file
-from test_quantized_damaged import FP8_TENSORS, SETS
-from test_unchanged import MODES
+from undisturbed import MODES
 
 import kappa_fast
 
@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
         save_file({n: t.contiguous() for n, t in tensors.items()}, root / name / "model.safetensors")
         (root / name / "config.json").write_text(json.dumps({"quantization_config": config} if config else {}))
     gguf = pytest.importorskip("gguf")
-    from test_sources_gguf import write
+    from gguf_files import write
 
     codes = gguf.quantize(torch.randn(64, 64).numpy(), gguf.GGMLQuantizationType.Q8_0)
     write(root / "m.gguf", {"blk.0.attn_q.weight": (codes, gguf.GGMLQuantizationType.Q8_0)})

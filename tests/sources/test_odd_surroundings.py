@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import kappa_fast
 from kappa_fast.errors import ComputeError, SourceError
-from kappa_fast.sources.hub import without_secret
+from kappa_fast.sources.hub import safe_cause
 
 
 @pytest.fixture
@@ -92,14 +92,14 @@ def test_a_cause_with_a_password_in_it_is_left_out():
     inner = ValueError("GET https://me:s3cret@hub.example/x failed")
     outer = RuntimeError("the hub did not answer")
     outer.__cause__ = inner
-    assert without_secret(inner) is None
-    assert without_secret(outer) is None
-    assert without_secret(ValueError("plain")) is not None
+    assert safe_cause(inner) is None
+    assert safe_cause(outer) is None
+    assert safe_cause(ValueError("plain")) is not None
     try:
         try:
             raise outer
         except RuntimeError as error:
-            raise SourceError(f"no model ({inner})") from without_secret(error)
+            raise SourceError(f"no model ({inner})") from safe_cause(error)
     except SourceError:
         assert "s3cret" not in traceback.format_exc()
 

@@ -7,17 +7,18 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import EVERYTHING, matrices, one_thread, reasons
+from bitsandbytes_codes import assert_ranked, hard
+from models import EVERYTHING, matrices, reasons
 from packing import minilm
 from safetensors.torch import load_file, save_file
-from test_quantized_reading import peak_of
 from torch import nn
+from torchao_codes import peak_of
 
 import kappa_fast
 from kappa_fast.errors import SourceError
@@ -54,29 +55,6 @@ def by_numpy(codes: torch.Tensor, state: object) -> torch.Tensor:
         absmax = state.state2.code.numpy()[absmax] * scale + np.float32(state.offset)
     values = np.array(TABLES[state.quant_type], np.float32)[code] * absmax[np.arange(code.size) // state.blocksize]
     return torch.from_numpy(values).reshape(state.shape).to(state.dtype)
-
-
-def hard(rows: int, columns: int, kappa: float = 1e3, seed: int = 0) -> torch.Tensor:
-    """A matrix with a prescribed condition number, so that quantization is seen in it."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda m, n: torch.linalg.qr(torch.randn(m, n, generator=generator, dtype=torch.float64)).Q  # noqa: E731
-    n = min(rows, columns)
-    return (draw(rows, n) * torch.logspace(0, -math.log10(kappa), n, dtype=torch.float64) @ draw(columns, n).T).float()
-
-
-def assert_ranked(source: object, expected: Mapping[str, torch.Tensor], **options: object) -> kappa_fast.Ranking:
-    """The keys are those expected, and every interval holds kappa of the float64 SVD of the expected matrix."""
-    with one_thread():
-        ranking = kappa_fast.rank(source, **options)
-        values = {key: torch.linalg.svdvals(weight.double()) for key, weight in expected.items()}
-    assert {entry.key for entry in ranking} == set(expected)
-    for entry in ranking:
-        s = values[entry.key]
-        assert entry.lower <= float(s[0] / s[-1]) <= entry.upper, entry.key
-        assert entry.upper <= 1.05 * entry.lower
-        assert entry.shape == tuple(expected[entry.key].shape)
-        assert entry.quantization.startswith("bitsandbytes ")
-    return ranking
 
 
 # Values

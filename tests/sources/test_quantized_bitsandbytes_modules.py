@@ -7,11 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+from bitsandbytes_codes import assert_ranked, hard
 from models import Experts, LoraLinear, matrices, one_thread, reasons
 from safetensors.torch import save_file
-from test_quantized_bitsandbytes import assert_ranked, hard
-from test_unchanged import nothing_changes
 from torch import nn
+from undisturbed import nothing_changes
 
 import kappa_fast
 from kappa_fast.errors import SourceError

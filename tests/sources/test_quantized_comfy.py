@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from fp4_codes import nvfp4
 from models import matrices, reasons
 from packing import at_blocks, check, check_complete, from_nibbles, numbers, powers, trained
 from safetensors.torch import save_file
-from test_quantized_fp4 import nvfp4
 
 from kappa_fast.errors import SourceError
 from kappa_fast.sources import Filters, open_source

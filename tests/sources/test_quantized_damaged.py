@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from damaged_codes import DTYPES, SETS
 from hypothesis import given
 from hypothesis import strategies as st
 from models import EVERYTHING
-from packing import trained
-from test_quantized_fp4 import as_in_gpt_oss
-from test_quantized_fp8 import FP8, quantized
-from test_quantized_packed import awq, config, gptq, in_turn
-from test_quantized_reading import in_int4, in_nvfp4
 
 from kappa_fast.errors import SourceError
 from kappa_fast.sources.admission import Neighbors, admit
@@ -20,26 +16,6 @@ from kappa_fast.sources.layouts import layout_of
 from kappa_fast.sources.quantized import weights_of
 from kappa_fast.sources.tensors import count_weights, digest_of_headers, read_mapping
 
-WEIGHT = trained(64, 64)
-FP8_TENSORS = dict(zip(("a.weight", "a.weight_scale_inv"), quantized(WEIGHT, (32, 32)), strict=True))
-COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-SETS: list[tuple[dict[str, torch.Tensor], dict[str, object]]] = [
-    (FP8_TENSORS, FP8 | {"weight_block_size": [32, 32]}),
-    (FP8_TENSORS, {}),
-    (as_in_gpt_oss("experts.down_proj", WEIGHT[None].contiguous())[0], {"quant_method": "mxfp4"}),
-    (in_nvfp4(WEIGHT), {}),
-    (in_nvfp4(WEIGHT), {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}),
-    (gptq(WEIGHT, 4, in_turn(16, 64), symmetric=True)[0], config(4, 16)),
-    (gptq(WEIGHT, 3, in_turn(16, 64), symmetric=True)[0], {}),
-    (awq(WEIGHT, 16)[0], {"quant_method": "awq"}),
-    (in_int4(WEIGHT), COMPRESSED),
-    (in_int4(WEIGHT), {}),
-    ({"a.weight": torch.ones(64, 64).char(), "a.weight_scale": torch.ones(64, 1).bfloat16()}, COMPRESSED),
-]
-DTYPES = [
-    *(torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32),
-    *(torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu),
-]
 SETTINGS = ["group_size", "bits", "weight_block_size", "checkpoint_format", "config_groups", "expert_dtype", "ignore"]
 VALUES = [
     0,

@@ -5,36 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from fp8_codes import FP8, dequantized, quantized
 from models import matrices, reasons
-from packing import KINDS, at_blocks, check, check_complete, numbers, powers, saved, trained
+from packing import KINDS, check, check_complete, powers, saved, trained
 
 import kappa_fast
 from kappa_fast.errors import SourceError
 from kappa_fast.sources import Filters, open_source
 
 KIND_NAMES = dict(zip(KINDS, ("e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz"), strict=True))
-FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-
-
-def quantized(
-    weight: torch.Tensor, block: tuple[int, int], dtype: torch.dtype = torch.float8_e4m3fn
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and float32 scales of a matrix or a stack, so that the largest entry of a block is the largest code."""
-    *above, rows, columns = weight.shape
-    counts = (-(-rows // block[0]), -(-columns // block[1]))
-    scale = torch.zeros(*above, *counts)
-    codes = torch.zeros(weight.shape, dtype=dtype)
-    for i in range(counts[0]):
-        for j in range(counts[1]):
-            place = (..., slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
-            part = weight[place]
-            scale[..., i, j] = part.abs().amax((-2, -1)) / torch.finfo(dtype).max
-            codes[place] = (part / scale[..., i, j, None, None]).to(dtype)
-    return codes, scale
-
-
-def dequantized(codes: torch.Tensor, scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    return numbers(codes) * at_blocks(scale.astype(np.float32), codes.shape, block)
 
 
 def test_ragged_blocks_of_a_checkpoint_are_multiplied_by_their_scales(tmp_path):

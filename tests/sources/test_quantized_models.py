@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 from families import build
+from fp4_codes import as_in_gpt_oss
+from fp8_codes import dequantized, quantized
+from matched import everything, on_disk
 from models import one_thread
+from packed_codes import gptq
 from packing import check_complete
 from safetensors.torch import save_file
-from test_names_matching import everything, match, on_disk
-from test_quantized_fp4 import as_in_gpt_oss
-from test_quantized_fp8 import dequantized, quantized
-from test_quantized_packed import gptq
 
 import kappa_fast
+from kappa_fast.matching.names import match
 
 
 def saved_as(model: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path, **quantization: object) -> None:

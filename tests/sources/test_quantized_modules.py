@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from models import Config, Experts, LoraLinear, matrices, reasons
+from packed_codes import GROUP, awq, gptq, in_turn
 from packing import at_blocks, check, numbers, trained
-from test_quantized_packed import GROUP, awq, gptq, in_turn
 from torch import nn
 
 import kappa_fast

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from dataclasses import fields, replace
@@ -11,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fp4_codes import as_in_gpt_oss
+from fp8_codes import FP8, dequantized, quantized
 from models import EVERYTHING, matrices
-from packing import check, in_bytes, minilm, saved, trained
+from packed_codes import awq, config, gptq, in_turn
+from packing import check, minilm, saved, trained
 from safetensors.torch import save_file
-from test_quantized_fp4 import as_in_gpt_oss, nvfp4
-from test_quantized_fp8 import FP8, dequantized, quantized
-from test_quantized_packed import awq, config, gptq, in_turn
-from torch.profiler import ProfilerActivity, profile
+from torchao_codes import in_int4, in_nvfp4, peak_of
 
 import kappa_fast
 from kappa_fast.errors import SourceError
@@ -343,32 +342,9 @@ def test_no_family_takes_what_has_another_dtype_or_rank():
 # Memory
 
 
-def peak_of(matrix) -> int:
-    """Bytes that torch has allocated at most while the matrix was loaded, what is returned among them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
-        loaded = matrix.load()
-    changes = [e.nbytes() for e in recording.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert loaded.numel()
-    return max(itertools.accumulate(changes))
-
-
 def in_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     codes, scale = quantized(weight, (64, 64))
     return {"a.weight": codes, "a.weight_scale_inv": scale}
-
-
-def in_nvfp4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    codes, scale, by = nvfp4(weight)
-    return {"a.weight_packed": in_bytes(codes), "a.weight_scale": scale, "a.weight_global_scale": torch.tensor([by])}
-
-
-def in_int4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    rows, columns = weight.shape
-    zero = {"a.weight_zero_point": torch.zeros(rows // 8, 4).int(), "a.weight_scale": torch.ones(rows, 4).bfloat16()}
-    return zero | {
-        "a.weight_packed": torch.zeros(rows, columns // 8).int(),
-        "a.weight_shape": torch.tensor([rows, columns]),
-    }
 
 
 SHUFFLED = np.random.default_rng(0).permutation(in_turn(64, 256))

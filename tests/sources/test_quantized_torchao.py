@@ -13,8 +13,8 @@ import pytest
 import torch
 from models import EVERYTHING, Experts, matrices, reasons
 from safetensors.torch import save_file
-from test_quantized_reading import peak_of
 from torch import nn
+from torchao_codes import peak_of
 
 import kappa_fast
 from kappa_fast.errors import MissingExtraError, SourceError

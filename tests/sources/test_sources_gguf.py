@@ -5,49 +5,28 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from gguf_files import MODEL, gguf, key, split, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import EVERYTHING, matrices, reasons, weights
+from models import EVERYTHING, matrices, reasons
 
 import kappa_fast
 from kappa_fast.errors import MissingExtraError, SourceError, SourceNotFoundError
 from kappa_fast.sources import Filters, files, open_source
 from kappa_fast.sources.gguf_header import read_header
 
-gguf = pytest.importorskip("gguf")
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType  # noqa: E402
-from gguf.quants import dequantize, quantize  # noqa: E402
-
 Kind = GGMLQuantizationType
-MODEL = {
-    name: t.numpy() for name, t in weights(blk__0__attn_q__weight=(64, 96), blk__1__attn_q__weight=(96, 64)).items()
-}
 CODED = sorted(
     (kind for kind in Kind if kind.name[:2] in ("Q2", "Q3", "Q4", "Q5", "Q6", "Q8", "IQ", "TQ", "MX")), key=int
 )
 UNKNOWN = {Kind.Q8_1, Kind.Q8_K}  # what products are computed in, and nothing is stored in
-
-
-def write(path: Path, tensors: Mapping[str, Any], architecture: str = "llama", split: tuple[int, ...] = ()) -> Path:
-    """A file with arrays, or pairs of codes and their kind; ``split``: which of how many parts it says it is."""
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, number in zip(("split.no", "split.count"), split, strict=False):
-        writer.add_uint16(key, number)
-    for name, value in tensors.items():
-        codes, kind = value if isinstance(value, tuple) else (value, None)
-        writer.add_tensor(name, codes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def codes_of(kind: Kind, *shape: int) -> np.ndarray:
@@ -289,13 +268,6 @@ def test_a_header_with_a_wrong_byte_is_refused_or_gives_tensors_of_the_shapes_it
         assert all(tuple(m.load().shape) == m.shape for m in found.matrices)
 
 
-def split(folder: Path) -> list[Path]:
-    parts = [folder / f"m-{i + 1:05d}-of-00002.gguf" for i in range(2)]
-    for i, (part, (name, array)) in enumerate(zip(parts, MODEL.items(), strict=True)):
-        write(part, {name: array}, split=(i, 2))
-    return parts
-
-
 def test_the_parts_of_a_split_model_are_one_model(tmp_path):
     parts = split(tmp_path)
     for path in (*parts, tmp_path):
@@ -344,10 +316,6 @@ def header(tensors: int, keys: int, rest: bytes = b"", version: int = 3) -> byte
 def info(name: bytes, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
     sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
     return struct.pack("<Q", len(name)) + name + sizes + struct.pack("<IQ", kind, offset)
-
-
-def key(name: str) -> bytes:
-    return struct.pack("<Q", len(name)) + name.encode()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from hub_server import COMMIT, FIRST, INDEX, MODEL, NAMES, SECOND, SHARDED, SINGLE, store_in_cache
+from packed_codes import GROUP, gptq, in_turn
 from safetensors.torch import save
-from test_quantized_packed import GROUP, gptq, in_turn
 
 import kappa_fast
 from kappa_fast.errors import MissingExtraError, SourceError, SourceNotFoundError

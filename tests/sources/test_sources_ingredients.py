@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from models import matrices, reasons, weights
+from packed_codes import awq, gptq, in_turn
 from packing import saved, trained
-from test_quantized_packed import awq, gptq, in_turn
 
 from kappa_fast.errors import SourceError
 from kappa_fast.sources import Filters, open_source

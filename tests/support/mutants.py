@@ -181,7 +181,7 @@ def fp8(folder: Path, rng: random.Random) -> Path:
 
 def companions(folder: Path, rng: random.Random) -> Path:
     """Codes of many formats with what lies beside them, some of it lost, of another dtype or shape, or misnamed."""
-    from test_quantized_damaged import DTYPES, SETS
+    from damaged_codes import DTYPES, SETS
 
     tensors, said = rng.choice(SETS)
     tensors, settings = dict(tensors), dict(said)
@@ -213,7 +213,7 @@ def companions(folder: Path, rng: random.Random) -> Path:
 
 def gguf(folder: Path, rng: random.Random) -> Path:
     import gguf as library
-    from test_sources_gguf import write
+    from gguf_files import write
 
     kind = library.GGMLQuantizationType.Q8_0
     plain = np.random.default_rng(rng.randrange(1 << 30)).standard_normal((SIDE, 32), dtype=np.float32)

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from families import build
+from resumed import chosen, net, stepped
 from torch import nn
 from trainers import IGNORED, examples, make
 
@@ -17,22 +18,6 @@ from kappa_fast import OptionError
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-
-
-def net() -> nn.Module:
-    """Layers of one shape, so that torch cannot tell their states apart."""
-    return nn.Sequential(*(nn.Linear(20, 20, bias=False) for _ in range(4)))
-
-
-def chosen(model, *positions):
-    return kappa_fast.rank(model, include=[rf"^{i}\." for i in positions], progress=False).select(top_p=1.0)
-
-
-def stepped(model, selection, optimizer=torch.optim.AdamW):
-    made = kappa_fast.wrap(optimizer, model, selection, lr=1e-2)
-    model(torch.randn(4, 20)).square().sum().backward()
-    made.step()
-    return made
 
 
 def test_the_state_of_an_optimizer_is_refused_by_one_of_another_selection_of_equal_shapes():

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from test_resumed_training import chosen, net, stepped
+from resumed import chosen, net, stepped
 from trainers import IGNORED, KINDS, arguments, make, trainer_of
 
 import kappa_fast

@@ -9,39 +9,13 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, MOE, batch, build
+from wrapping import assert_only_the_selected_moved, selection_of, snapshot
 
 import kappa_fast
 from kappa_fast import OptionError, Selection, wrap
 from kappa_fast.matching.names import match
 
 STEPS = 50
-
-
-def selection_of(model: torch.nn.Module, *, experts: bool = True) -> Selection:
-    """Every third matrix of every group, so that experts and halves are selected in part."""
-    ranking = kappa_fast.rank(model, progress=False)
-    keys = sorted(entry.key for entry in ranking)
-    chosen = set(keys[::3]) if experts else {key for key in keys[::3] if "[" not in key}
-    entries = tuple(entry for entry in ranking if entry.key in chosen)
-    return Selection(entries=entries, boundary_certain=True, settings={})
-
-
-def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_only_the_selected_moved(
-    model: torch.nn.Module, selection: Selection, before: dict[str, torch.Tensor], *, all_moved: bool = True
-) -> None:
-    targets = {target.name: target for target in match(selection, model)}
-    for name, parameter in model.named_parameters():
-        now, then = parameter.detach().clone(), before[name].clone()
-        if name in targets:
-            for index in targets[name].indices:
-                if all_moved:
-                    assert not torch.equal(now[index], then[index]), f"{name}{list(index)} did not move"
-                now[index], then[index] = 0, 0
-        assert torch.equal(now, then), f"{name} moved where it is frozen"
 
 
 class Alone:

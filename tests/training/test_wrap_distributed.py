@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, batch, build
 from ranks import on_two_ranks
-from test_wrap import assert_only_the_selected_moved, selection_of, snapshot
+from wrapping import assert_only_the_selected_moved, selection_of, snapshot
 
 import kappa_fast
 from kappa_fast import OptionError
