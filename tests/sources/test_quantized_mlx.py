@@ -120,7 +120,7 @@ def test_a_rotation_beside_the_codes_is_no_weight_and_they_are_not_read(tmp_path
     stored, _ = affine(trained(ROWS, COLUMNS), 4, 64)
     path = saved(tmp_path, under("a", stored | {"rotation": torch.eye(64)}), **settings())
     assert matrices(path) == {}
-    assert reasons(path)["a.weight"].endswith("with rotation which is not part of that format")
+    assert reasons(path)["a.weight"].endswith("but the layer also has rotation, which is not part of that format")
 
 
 def test_both_spellings_of_the_config_say_the_same(tmp_path):

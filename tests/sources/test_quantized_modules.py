@@ -300,7 +300,7 @@ def test_a_selection_of_layers_without_parameters_says_that_codes_cannot_be_trai
     stored, _ = gptq(trained(96, 128), 4, in_turn(), symmetric=False, offset=0)
     model = nn.ModuleDict({"a": TorchQuantLinear(stored, 2), "plain": nn.Linear(128, 32)})
     selection = kappa_fast.rank(model).select(num_tensors=2)
-    with pytest.raises(OptionError, match=r"keeps 'a\.qweight' in place of the weight: it is quantized"):
+    with pytest.raises(OptionError, match=r"holds 'a\.qweight' in place of the weight: it is quantized"):
         selection.apply(model)
 
 
@@ -371,7 +371,7 @@ class HQQLinear(nn.Module):
 
 def test_an_hqq_layer_that_dequantizes_to_another_shape_is_an_error():
     with pytest.raises(
-        SourceError, match=r"'weight': dequantize\(\) of HQQLinear gives \(32, 16\) instead of \(32, 32\)"
+        SourceError, match=r"'weight': dequantize\(\) of HQQLinear returns \(32, 16\) instead of \(32, 32\)"
     ):
         kappa_fast.rank(HQQLinear())
 
