@@ -141,9 +141,7 @@ def check_rank_options(options: Mapping[str, Any]) -> None:
     known = [name for name in inspect.signature(rank).parameters if name not in ("source", "process_group")]
     unknown = next((name for name in options if name not in known), None)
     if unknown is not None:
-        raise OptionError(
-            f"rank_options has {unknown!r}, which is not an option of rank(): the options are {', '.join(known)}"
-        )
+        raise OptionError(f"rank_options has {unknown!r}, which rank() does not take: it takes {', '.join(known)}")
     Options(**{f.name: options[f.name] for f in fields(Options) if f.init and f.name in options})
 
 

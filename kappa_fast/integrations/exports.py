@@ -199,9 +199,7 @@ def _esft(selection: Selection, model: nn.Module | None) -> str:
             advice = r"rank with include=r'\.experts\b', and select with unit='expert'"
             if selection.include:
                 advice = f"select without including({selection.include[0]!r})"
-            raise OptionError(
-                f"ESFT's configuration names experts only, and {entry.key!r} is not in an expert: {advice}"
-            )
+            raise OptionError(f"ESFT's configuration names experts only, and {entry.key!r} is not in one: {advice}")
         experts.setdefault(str(layer), set()).add(int(expert.rpartition("[")[2].rstrip("]")))
     # ESFT looks up every layer that has experts, also those of which none is trained.
     layers = {layer_of(name) for name, _ in model.named_parameters()} if model is not None else set(map(int, experts))

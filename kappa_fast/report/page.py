@@ -111,14 +111,9 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _source(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    source = metadata.get("source")
-    return source if isinstance(source, Mapping) else {}
-
-
 def title_of(metadata: Mapping[str, Any]) -> str:
     """The name of the model of a ranking: that of its file or directory, else its class or type."""
-    source = _source(metadata)
+    source = serialize.mapping_of(metadata.get("source"))
     path = source.get("path")
     if isinstance(path, str) and PurePath(path).name:
         return printable(PurePath(path).name)
@@ -128,7 +123,7 @@ def title_of(metadata: Mapping[str, Any]) -> str:
 
 def _facts(ranking: Ranking) -> Iterator[tuple[str, str]]:
     """The facts at the head of the page as (name, value)."""
-    metadata, source = ranking.metadata, _source(ranking.metadata)
+    metadata, source = ranking.metadata, serialize.mapping_of(ranking.metadata.get("source"))
     if source.get("model_type"):
         yield "Model type", printable(str(source["model_type"]))
     count = metadata.get("num_parameters")

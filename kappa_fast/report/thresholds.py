@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 from ..results.cuts import Cut, Pool, _first_place, _last_place, _separated, cut_by_count, cut_by_kappa, cut_by_params
@@ -83,31 +83,29 @@ def _steps_of_kappa(pool: Pool, by_kappa: Sequence[Unit]) -> Iterator[Step]:
 def _steps_of_params(pool: Pool, known: Sequence[Unit]) -> list[Step]:
     latest, earliest = _latest(known), _earliest([*pool.ranked, *_least(pool.bounded, _first_place)])
     sums = [0, *accumulate(unit.numel for unit in known)]
-    rest: dict[tuple[int, str], tuple[Unit, ...]] = {}
-    bounded: dict[tuple[int, str], tuple[Unit, ...]] = {}
-    for extremes, units in ((rest, pool.ranked[len(known) :]), (bounded, pool.bounded)):
-        for unit in units:
-            _add(extremes, unit)
-    steps: list[Step] = []
+    rest, bounded, steps = Extremes(), Extremes(), list[Step]()
+    rest.add(pool.ranked[len(known) :])
+    bounded.add(pool.bounded)
     for k in range(len(known), -1, -1):
         last, stop = latest[k - 1 : k] if k else [], known[k : k + 1]
-        for unit in stop:
-            _add(rest, unit)
+        rest.add(stop)
         if stop and not _separated(last, earliest[k : k + 1]):  # no certain cut, however many weights are left
             steps.append((sums[k], Cut((), False)))
             continue
-        others = [[unit for extremes in found.values() for unit in extremes] for found in (rest, bounded)]
-        reduced = Pool((*last, *stop, *others[0]), tuple(others[1]), 0, 0)
-        sizes = {unit.numel for unit in (*reduced.ranked[len(last) :], *reduced.bounded)}
-        for left in sorted({0, *(size for size in sizes if not stop or size < stop[0].numel)}, reverse=True):
+        reduced = Pool((*last, *stop, *chain(*rest.values())), tuple(chain(*bounded.values())), 0, 0)
+        sizes = {size for size, _ in (*rest, *bounded) if not stop or size < stop[0].numel}
+        for left in sorted({0, *sizes}, reverse=True):
             steps.append((sums[k] + left, cut_by_params(reduced, sum(unit.numel for unit in last) + left)))
     return steps[::-1]
 
 
-def _add(extremes: dict[tuple[int, str], tuple[Unit, ...]], unit: Unit) -> None:
-    """Among units of one size and status, only those whose scores may be the smallest or the largest count."""
-    units = (*extremes.get((unit.numel, unit.status), ()), unit)
-    extremes[unit.numel, unit.status] = min(units, key=_first_place), min(units, key=_last_place)
+class Extremes(dict[tuple[int, str], tuple[Unit, ...]]):
+    """By size and status the units that may come first: by the lower and by the upper end of the interval."""
+
+    def add(self, units: Iterable[Unit]) -> None:
+        for unit in units:
+            alike = (*self.get((unit.numel, unit.status), ()), unit)
+            self[unit.numel, unit.status] = min(alike, key=_first_place), min(alike, key=_last_place)
 
 
 def _latest(units: Sequence[Unit]) -> list[Unit]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from ..errors import OptionError
 from . import serialize
@@ -65,14 +63,9 @@ def _check_one_model(one: Selection, other: Selection) -> None:
                 f"the selections are of different rankings: kappa of {entry.key!r} is {twin.kappa!r} in one and "
                 f"{entry.kappa!r} in the other; select both from the same ranking"
             )
-    prints = [_source(selection).get("fingerprint") for selection in (one, other)]
+    prints = [serialize.mapping_of(selection.settings.get("source")).get("fingerprint") for selection in (one, other)]
     if None not in prints and prints[0] != prints[1]:
         raise OptionError("the selections are of different models: select both from the same ranking")
-
-
-def _source(selection: Selection) -> Mapping[str, Any]:
-    source = selection.settings.get("source")
-    return source if isinstance(source, Mapping) else {}
 
 
 def _made(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,7 @@ def _nothing_in_common(before: Ranking, after: Ranking, reshaped: Sequence[tuple
 def _caveats(
     before: Ranking, after: Ranking, changes: Sequence[Change], reshaped: Sequence[tuple[TensorKappa, TensorKappa]]
 ) -> Iterator[str]:
-    ours, theirs = (_mapping(r.metadata.get("settings")) for r in (before, after))
+    ours, theirs = (serialize.mapping_of(r.metadata.get("settings")) for r in (before, after))
     for name, why in _SETTINGS.items():
         if name in ours and name in theirs and ours[name] != theirs[name]:
             yield f"{name} is {ours[name]!r} and {theirs[name]!r}: {why}"
@@ -114,12 +114,8 @@ def _caveats(
         for old, new in other[:SHOWN]:
             count = kinds[old, new]
             yield f"{what} is {old} and {new} in {count} matrices: kappa is that of the rounded weights"
-    prints = [_mapping(r.metadata.get("source")).get("fingerprint") for r in (before, after)]
+    prints = [serialize.mapping_of(r.metadata.get("source")).get("fingerprint") for r in (before, after)]
     # If every matrix has its counterpart, other differences between the sources do not matter.
     paired = len(changes) == len(before.entries) == len(after.entries)
     if None not in prints and prints[0] != prints[1] and not paired:
         yield "the sources differ in names, shapes or dtypes: are they the same model?"
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

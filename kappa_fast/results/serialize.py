@@ -68,6 +68,11 @@ def thaw(value: Any) -> Any:
     return value
 
 
+def mapping_of(value: object) -> Mapping[str, Any]:
+    """The value if it is a mapping, else an empty one: for metadata, in which a file may have anything."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def encode_entry(entry: TensorKappa) -> dict[str, Any]:
     """One entry as plain JSON."""
     return {item.name: _as_json(getattr(entry, item.name)) for item in fields(entry)}
