@@ -368,7 +368,7 @@ def test_lbfgs_takes_whole_parameters_only():
 
 def test_muon_refuses_what_is_no_matrix_by_name():
     model = build("llama")
-    with pytest.raises(OptionError, match=r"Muon works on matrices, and 'model\.norm\.weight' is none"):
+    with pytest.raises(OptionError, match=r"Muon works on matrices, and 'model\.norm\.weight' is not one"):
         wrap(torch.optim.Muon, model, selection_of(model).including(r"^model\.norm"))
 
 
