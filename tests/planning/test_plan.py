@@ -294,7 +294,7 @@ def test_everything_skipped_is_a_plan_of_nothing():
         ({"certify": "selection"}, r"give top= as well"),
         ({"device": "meta"}, r"has no float64 arithmetic"),
         ({"memory_budget": "lots"}, r"memory_budget='lots' is no size"),
-        ({"include": "("}, r"is no regular expression"),
+        ({"include": "("}, r"is not a regular expression"),
         ({"measure": "no"}, r"measure='no': give True or False"),
         ({"device_model": 3}, r"device_model=3 has no published figures here"),
         ({"device_model": "tpu"}, r"device_model='tpu' has no published figures here: choose one of h200, h100"),

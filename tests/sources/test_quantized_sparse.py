@@ -57,7 +57,7 @@ def test_sparse_and_quantized_is_skipped_whole():
 def test_bits_and_values_that_do_not_fit_are_refused():
     dense = two_of_four(trained(64, 96))
     good = {"a.compressed": dense[dense != 0], "a.bitmask": bitmask(dense.numpy()), "a.shape": torch.tensor([64, 96])}
-    with pytest.raises(SourceError, match=r"it says \(64, 90\)|it says \(64, 128\)"):
+    with pytest.raises(SourceError, match=r"it is \(64, 90\)|it is \(64, 128\)"):
         open_source(good | {"a.shape": torch.tensor([64, 128])}, Filters())
     with pytest.raises(SourceError, match="'shape' beside it is missing"):
         open_source({k: t for k, t in good.items() if k != "a.shape"}, Filters())
