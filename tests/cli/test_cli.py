@@ -256,6 +256,7 @@ def fails(result, code: int, message: str) -> None:
     assert re.fullmatch(rf"error: .*{message}.*\n", result[2]), result[2]
 
 
+@pytest.mark.long
 def test_a_mixture_of_experts_says_nothing_on_stderr_of_what_transformers_imports(root, tmp_path):
     build("mixtral").save_pretrained(tmp_path)
     command = [sys.executable, "-m", "kappa_fast", "rank", str(tmp_path), "--min-dim", "4", "--no-cache"]
@@ -283,7 +284,7 @@ def test_an_option_that_rank_refuses_is_wrong_use(cli, checkpoint):
 
 
 def test_a_cache_directory_that_is_none_is_wrong_use(cli, checkpoint, no_work):
-    fails(cli("rank", checkpoint, "--cache-dir", checkpoint), 2, "no directory: give the path of")
+    fails(cli("rank", checkpoint, "--cache-dir", checkpoint), 2, "not a directory: give the path of")
     fails(cli("rank", checkpoint, "--cache-dir", ""), 2, "--cache-dir '' is not a directory")
     fails(cli("rank", checkpoint, "--cache-dir", "x" * 300), 2, "x' is not a directory")
 
@@ -412,6 +413,7 @@ def test_ctrl_c_without_a_file_and_a_cache_says_how_to_keep_it(checkpoint):
     assert err == "interrupted: 2 of 5 matrices are done; --json FILE would have kept them\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
 def test_after_ctrl_c_or_sigterm_the_same_command_goes_on(number, code, word, checkpoint):
     stopped, out, err = interrupt("rank", checkpoint, number=getattr(signal, number))

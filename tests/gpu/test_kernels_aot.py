@@ -21,10 +21,12 @@ def compile_in_children(root, *arguments):
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1800, check=False)
 
 
-AT_ONCE = ("sm_90", "gfx942")  # one of each compiler; the others take as long again
+IN_CI = ("sm_90", "gfx942")  # one of each compiler; the others take as long again
 
 
-@pytest.mark.parametrize("target", [t if t in AT_ONCE else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS])
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=pytest.mark.long if t in IN_CI else pytest.mark.slow) for t in TARGETS]
+)
 def test_every_kernel_compiles_with_every_value_of_its_constants(target, root):
     done = compile_in_children(root, "--quick", target)
     assert done.returncode == 0, done.stdout + done.stderr

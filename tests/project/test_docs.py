@@ -133,7 +133,7 @@ def test_what_a_docstring_says_of_several_names_is_said_of_each(root, tmp_path, 
     assert [str(item.annotation) for item in errors.value] == ["ValueError", "TypeError"]
 
 
-@pytest.mark.parametrize("name", ["first-ranking", "first-training"])
+@pytest.mark.parametrize("name", ["first-ranking", pytest.param("first-training", marks=pytest.mark.long)])
 def test_the_python_of_the_first_pages_runs_as_written(name, root, run_python, tmp_path):
     (example,) = re.findall(
         r"^```python\n(.+?)^```", (root / "docs" / f"{name}.md").read_text(), re.DOTALL | re.MULTILINE

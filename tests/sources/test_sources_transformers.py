@@ -10,15 +10,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from architectures import (
-    DEEPSEEK,
     FAMILIES,
+    Family,
     build,
     transformers,
 )
 
 from kappa_fast.sources import Filters, open_source
 
-DEEPSEEK |= dict(num_key_value_heads=4, q_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16)
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request) -> tuple[Family, torch.nn.Module]:
+    return FAMILIES[request.param], build(request.param)
 
 
 def test_every_group_has_the_shapes_of_its_pieces(family):

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-
-
 SMALL = dict(
     hidden_size=64,
     intermediate_size=48,
@@ -22,14 +20,9 @@ SMALL = dict(
     eos_token_id=1,
     pad_token_id=2,
 )
-
-
 EXPERTS = dict(moe_intermediate_size=32, num_experts_per_tok=2)
-
-
 DEEPSEEK = dict(EXPERTS, n_routed_experts=4, first_k_dense_replace=1, n_group=1, topk_group=1, kv_lora_rank=32)
-
-
+DEEPSEEK |= dict(num_key_value_heads=4, q_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16)
 GPT2 = dict(n_embd=64, n_layer=2, n_head=4, vocab_size=100, bos_token_id=0, eos_token_id=1)
 
 
@@ -45,23 +38,11 @@ class Family:
 
 
 GATE_UP = {"gate_up_proj.gate": (48, 64), "gate_up_proj.up": (48, 64), "experts.down_proj": (64, 48)}
-
-
 NARROW = {"gate_up_proj.gate": (32, 64), "gate_up_proj.up": (32, 64), "experts.down_proj": (64, 32)}
-
-
 COLUMNS = {"gate_up_proj.gate": (64, 48), "gate_up_proj.up": (64, 48), "experts.down_proj": (48, 64)}
-
-
 QKV = {"qkv_proj.weight.q": (64, 64), "qkv_proj.weight.k": (32, 64), "qkv_proj.weight.v": (32, 64)}
-
-
 C_ATTN = {f"c_attn.weight.{piece}": (64, 64) for piece in "qkv"}
-
-
 THIRDS = {f"Wqkv.weight.{piece}": (64, 64) for piece in "qkv"}
-
-
 FAMILIES = {
     "mixtral": Family("MixtralConfig", dict(num_local_experts=4), GATE_UP, routers=2),
     "qwen2_moe": Family("Qwen2MoeConfig", dict(EXPERTS, num_experts=4), NARROW, routers=4),
@@ -115,8 +96,3 @@ def build(name: str) -> torch.nn.Module:
     config = getattr(transformers, family.config)(**{**SMALL, **family.options})
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request) -> tuple[Family, torch.nn.Module]:
-    return FAMILIES[request.param], build(request.param)

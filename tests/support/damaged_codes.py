@@ -13,8 +13,6 @@ WEIGHT = trained(64, 64)
 
 
 FP8_TENSORS = dict(zip(("a.weight", "a.weight_scale_inv"), quantized(WEIGHT, (32, 32)), strict=True))
-
-
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 
 
@@ -31,8 +29,6 @@ SETS: list[tuple[dict[str, torch.Tensor], dict[str, object]]] = [
     (in_int4(WEIGHT), {}),
     ({"a.weight": torch.ones(64, 64).char(), "a.weight_scale": torch.ones(64, 1).bfloat16()}, COMPRESSED),
 ]
-
-
 DTYPES = [
     *(torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32),
     *(torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu),

@@ -6,8 +6,6 @@ import torch
 from spectra import gaussian
 
 N = 160
-
-
 SPECTRA = {
     "even": torch.linspace(0.01, 1, N, dtype=torch.float64),
     "steep": torch.logspace(-8, 6, N, dtype=torch.float64),

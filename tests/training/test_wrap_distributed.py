@@ -151,6 +151,7 @@ def muon_on_shards(rank):
 FAMILY = ["mixtral", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "mixtral")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILY)
 def test_data_parallel_ranks_agree_and_leave_the_rest_alone(family):
     on_two_ranks(data_parallel, family)
