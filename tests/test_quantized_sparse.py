@@ -61,5 +61,5 @@ def test_bits_and_values_that_do_not_fit_are_refused():
         open_source(good | {"a.shape": torch.tensor([64, 128])}, Filters())
     with pytest.raises(SourceError, match="'shape' beside it is missing"):
         open_source({k: t for k, t in good.items() if k != "a.shape"}, Filters())
-    with pytest.raises(SourceError, match="has a bit for 3072 of 6144 weights, but there are 3000 values"):
+    with pytest.raises(SourceError, match="has bits for 3072 of 6144 weights, but there are 3000 values"):
         matrices(good | {"a.compressed": good["a.compressed"][:3000]})["a.weight"].load()
