@@ -55,8 +55,8 @@ class Products(TorchDispatchMode):
         self._written = False
         self._weight = _storage(weight)
         # The tensors are kept alive, so that no other tensor can get the same storage.
-        self._made_of = {_storage(tensor): (Origin.INPUT, tensor) for tensor in given}
-        self._made_of[self._weight] = (Origin.WEIGHT, weight)
+        self._origins = {_storage(tensor): (Origin.INPUT, tensor) for tensor in given}
+        self._origins[self._weight] = (Origin.WEIGHT, weight)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -71,19 +71,19 @@ class Products(TorchDispatchMode):
         product = self._product(name, args) if name in _PRODUCTS else None
         result = func(*args, **kwargs)
         if product is None:
-            product = self._of((*args, *kwargs.values()))
+            product = self._origin_of((*args, *kwargs.values()))
             if name.startswith("new_") or name.endswith("_like"):  # only shape, dtype and device are used
                 product = Origin.NOTHING
         if torch.Tag.nondeterministic_seeded in func.tags:
             product |= Origin.CHANCE
         self.depends_on_input |= name in _NUMBERS and bool(product & Origin.INPUT)
-        self._note(func, args, kwargs, result, product)
+        self._record(func, args, kwargs, result, product)
         return result
 
     def _product(self, name: str, args: Any) -> Origin | None:
         """Record the operand of a product with an input, and return the origin of the result; None for others."""
         first, second = (args[place] for place in _PRODUCTS[name])
-        made = self._of([first]), self._of([second])
+        made = self._origin_of([first]), self._origin_of([second])
         for side, (operand, of_operand, of_other) in enumerate(((first, *made), (second, *made[::-1]))):
             if not of_other & Origin.INPUT or of_other & Origin.WEIGHT:
                 continue
@@ -97,14 +97,14 @@ class Products(TorchDispatchMode):
         is_weight = _storage(operand) == self._weight and not self._written
         self.operands.append(Operand(operand, origin, is_weight))
 
-    def _of(self, values: Iterable[Any]) -> Origin:
+    def _origin_of(self, values: Iterable[Any]) -> Origin:
         found = Origin.NOTHING
         for tensor in tree_leaves(list(values)):
             if isinstance(tensor, torch.Tensor):
-                found |= self._made_of.get(_storage(tensor), (Origin.NOTHING,))[0]
+                found |= self._origins.get(_storage(tensor), (Origin.NOTHING,))[0]
         return found
 
-    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, origin: Origin) -> None:
+    def _record(self, func: Any, args: Any, kwargs: Any, result: Any, origin: Origin) -> None:
         written = []
         if func._schema.is_mutable:
             given = [*zip(func._schema.arguments, args, strict=False)]
@@ -112,7 +112,7 @@ class Products(TorchDispatchMode):
             written = [value for a, value in given if a.alias_info is not None and a.alias_info.is_write]
         for tensor in tree_leaves([written, result]):
             if isinstance(tensor, torch.Tensor) and origin:
-                self._made_of[_storage(tensor)] = (self._of([tensor]) | origin, tensor)
+                self._origins[_storage(tensor)] = (self._origin_of([tensor]) | origin, tensor)
         self._written |= any(isinstance(t, torch.Tensor) and _storage(t) == self._weight for t in tree_leaves(written))
 
 
