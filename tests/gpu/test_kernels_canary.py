@@ -312,7 +312,7 @@ def test_factors_that_are_finished_wrong_and_say_nothing_are_found(proofs, monke
             result.packed[66 * 80] *= -1  # no square of a length tells
 
     monkeypatch.setattr(cholesky, "finish_columns", launcher)
-    with pytest.raises(CanaryError, match=r"^factors leave"):
+    with pytest.raises(CanaryError, match=r"^factors are off by"):
         proofs()
 
 
