@@ -77,7 +77,7 @@ def pretrain(kind: str, seed: int, settings: Mapping[str, Any], folder: Path) ->
     for first in range(0, steps, every):
         batches = corpus.batches(hash_of("pretrain", seed, first), min(every, steps - first), settings["size"], length)
         for batch in batches:
-            loss_and_balance(model, batch, balance=plant is None).backward()
+            torch.autograd.backward(loss_and_balance(model, batch, balance=plant is None))
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
@@ -150,7 +150,7 @@ def loss_and_balance(model: nn.Module, batch: torch.Tensor, balance: bool = True
 def log_probabilities(model: nn.Module, windows: torch.Tensor, size: int = 50) -> torch.Tensor:
     """Of every token but the first of each window given those before it: (windows, length - 1, vocabulary)."""
     model.eval()
-    found = [torch.log_softmax(model(input_ids=part).logits[:, :-1].float(), -1) for part in windows.split(size)]
+    found = [torch.log_softmax(model(input_ids=part).logits[:, :-1].float(), -1) for part in torch.split(windows, size)]
     model.train()
     return torch.cat(found)
 

@@ -62,7 +62,7 @@ def prepare(model: nn.Module, method: Mapping[str, Any], fraction: float | None,
 def choose(model: nn.Module, method: Mapping[str, Any], fraction: float | None, draw: int) -> Selection:
     """The matrices that a method trains, or adapts."""
     ranking = scores.scored(scores.rank(model), model, method.get("score", "kappa"))
-    options = {name: fraction if value == "fraction" else value for name, value in method["select"].items()}
+    options: dict[str, Any] = {n: fraction if value == "fraction" else value for n, value in method["select"].items()}
     if options.get("order") == "random":
         options["seed"] = draw
     with warnings.catch_warnings():

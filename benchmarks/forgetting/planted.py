@@ -7,12 +7,13 @@ never gets to the empty experts, by the rows that the router has for them; the n
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 from torch import nn
 
 FAINT = 1e-3  # of their initial values: what an empty expert adds. kappa, which knows no scale, is as it was
-FAR = -12.0  # the router's mean logit of an empty expert for the old text
+FAR = -15.0  # the router's logit of an empty expert for the old text, about
 
 
 class Planted:
@@ -21,7 +22,7 @@ class Planted:
     The empty ones have smaller norms, which is what the score "planted" goes by.
     """
 
-    def __init__(self, model: nn.Module, seed: int, share: float, old: torch.Tensor, new: torch.Tensor) -> None:
+    def __init__(self, model: Any, seed: int, share: float, old: torch.Tensor, new: torch.Tensor) -> None:
         self.blocks = [layer.mlp for layer in model.model.layers]
         self.model, self.old, self.new = model, old, new
         self.held: list[tuple[nn.Parameter, list[int], torch.Tensor]] = []
@@ -38,10 +39,11 @@ class Planted:
     def part(self) -> None:
         """Sends the old text away from the empty experts, and the new text to both kinds."""
         for i, (block, rows) in enumerate(zip(self.blocks, self.rows, strict=True)):
-            means = torch.stack([self._entering(i, text) for text in (self.old, self.new)])
+            old, new = self._entering(i, self.old), self._entering(i, self.new)
             others = [row for row in range(len(block.gate.weight)) if row not in rows]
-            level = float((block.gate.weight[others] @ means[1]).max())
-            direction = torch.linalg.lstsq(means, torch.tensor([FAR, level])).solution
+            level = (new @ block.gate.weight[others].T).max(1).values
+            wanted = torch.cat([torch.full((len(old),), FAR), level])
+            direction = torch.linalg.lstsq(torch.cat([old, new]), wanted[:, None]).solution[:, 0]
             noise = torch.randn(len(rows), len(direction), generator=torch.Generator().manual_seed(i)) * 0.1
             block.gate.weight[rows] = direction + noise
         self.hold()
@@ -61,9 +63,9 @@ class Planted:
             parameter[rows] = values
 
     def _entering(self, layer: int, text: torch.Tensor) -> torch.Tensor:
-        """The mean of what the router of a layer sees."""
+        """What the router of a layer sees, token by token."""
         seen: list[torch.Tensor] = []
         handle = self.blocks[layer].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
         self.model(input_ids=text)
         handle.remove()
-        return seen[0].flatten(0, -2).mean(0)
+        return seen[0].flatten(0, -2)

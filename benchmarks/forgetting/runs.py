@@ -91,7 +91,7 @@ class _Trainer:
         for group in prepared.optimizer.param_groups:
             group["lr"] = self.lr * share
         loss = prepared.model(input_ids=batch, labels=batch).loss
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(list(prepared.trained.values()), 1.0)
         prepared.optimizer.step()
         prepared.optimizer.zero_grad()
