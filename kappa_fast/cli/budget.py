@@ -28,6 +28,29 @@ PerGroup = Annotated[bool, typer.Option("--per-group", help="The budget counts w
 UnitOption = Annotated[Unit, typer.Option("--unit", help="What is selected as a whole.")]
 
 
+class Order(StrEnum):
+    """Which matrices a budget takes first."""
+
+    LOWEST = "lowest"
+    HIGHEST = "highest"
+    RANDOM = "random"
+
+
+class Match(StrEnum):
+    """What a random draw has in common with the lowest."""
+
+    TYPE = "type"
+    LAYER = "layer"
+
+
+OrderOption = Annotated[Order, typer.Option("--order", help="Which come first; the others are controls.")]
+Seed = Annotated[int | None, typer.Option(help="Of the random order.", show_default="0")]
+MatchOption = Annotated[
+    list[Match] | None,
+    typer.Option("--match", help="Draw as many of each type, in each layer, as the lowest. May be given twice."),
+]
+
+
 class By(StrEnum):
     """The rows of a summary."""
 
@@ -59,6 +82,13 @@ def given_options(
     options |= {"include": include or None, "exclude": exclude or None}
     usual = {"per_group": False, "unit": "matrix", "fill": False, "include": None, "exclude": None}
     return {name: value for name, value in options.items() if value != usual[name]}
+
+
+def given_order(order: Order, seed: int | None, match: list[Match] | None) -> dict[str, Any]:
+    """The order, as options of ``Ranking.select``, without what was left as it is."""
+    options: dict[str, Any] = {} if order == Order.LOWEST else {"order": order.value}
+    options |= {} if seed is None else {"seed": seed}
+    return options | ({"match": tuple(item.value for item in match)} if match else {})
 
 
 def given_budget(

@@ -15,10 +15,14 @@ from .budget import (
     Excluding,
     Fill,
     Including,
+    MatchOption,
     MaxKappa,
     MaxParams,
     NumTensors,
+    Order,
+    OrderOption,
     PerGroup,
+    Seed,
     SelectExclude,
     SelectInclude,
     TopP,
@@ -26,6 +30,7 @@ from .budget import (
     UnitOption,
     given_budget,
     given_options,
+    given_order,
 )
 from .files import read_ranking
 from .outcome import outcome
@@ -53,6 +58,9 @@ def select(
     fill: Fill = False,
     include: SelectInclude = None,
     exclude: SelectExclude = None,
+    order: OrderOption = Order.LOWEST,
+    seed: Seed = None,
+    match: MatchOption = None,
     including: Including = None,
     excluding: Excluding = None,
     summary: Annotated[By | None, typer.Option(help="Show what is taken of each group or layer.")] = None,
@@ -74,7 +82,8 @@ def select(
         if not budget:
             raise OptionError("give a budget: --max-params 0.1, --top-p, --num-tensors or --max-kappa, or several")
         ranking = read_ranking(path)
-        found = ranking.select(**budget, **given_options(per_group, unit, fill, include, exclude))
+        options = given_options(per_group, unit, fill, include, exclude) | given_order(order, seed, match)
+        found = ranking.select(**budget, **options)
         found = found.including(*(including or ())).excluding(*(excluding or ()))
         output.write_json(found.to_json, found.document)
         from ..report.frames import rows_of
@@ -93,6 +102,7 @@ def lines_of(selection: Selection) -> list[str]:
     low, high = selection.kappa_range
     lines = [f"{len(selection):,} matrices of {len(selection.names):,} parameters, kappa {low:.4g} to {high:.4g}"]
     lines += [selection.describe()] if all(entry.numel for entry in selection) else []
+    lines += [f"took {selection.took()}"] if selection.took() else []
     lines += [selection.unfit()] if selection.unfit() else []
     certain = "certain: exact values would take the same" if selection.boundary_certain else "uncertain"
     return [*lines, f"the cut is {certain}"]

@@ -8,7 +8,7 @@ import re
 _NAMES = (
     *("top", "top_per_group", "rtol", "certify", "include", "exclude", "embeddings", "routers", "fused", "min_dim"),
     *("max_dim", "device", "backend", "memory_budget", "num_tensors", "top_p", "max_kappa", "max_params", "per_group"),
-    *("unit", "fill"),
+    *("unit", "fill", "order", "seed", "match"),
 )
 _VALUE = r"""(?P<value>r?'[^']*'|r?"[^"]*"|\[[^\]]*\]|\.\.\.|[\w.+-]*\w)?"""
 _GIVEN = re.compile(rf"(?<![\w'\"./=-])(?P<name>{'|'.join(_NAMES)})=(?!=){_VALUE}")

@@ -126,7 +126,9 @@ def _code(selection: Selection) -> str:
     arguments = [f"{name}={value!r}" for name, value in selection.budgets.items()]
     arguments += ["per_group=True"] if settings.get("per_group") else []
     arguments += ["fill=True"] if settings.get("fill") else []
-    given = {name: thaw(settings[name]) for name in ("include", "exclude") if name in settings}
+    given = {
+        name: thaw(settings[name]) for name in ("include", "exclude", "order", "seed", "match") if name in settings
+    }
     arguments += [f"{name}={patterns!r}" for name, patterns in given.items()]
     arguments += [f"unit={settings['unit']!r}"] if settings.get("unit", "matrix") != "matrix" else []
     calls = [f"ranking.select({', '.join(arguments)})"]

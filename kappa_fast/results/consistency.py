@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
 from .entries import TensorKappa
+from .orders import OrderName
 from .units import UnitName
 
 Budgets = Mapping[str, tuple[str, Callable[[Any], bool]]]  # by name: the valid values in words, and a check
@@ -67,9 +68,12 @@ def contradicted_budget(
         return f"'value' is {str(value)[:60]!r}, not {expected}"
     if unit not in get_args(UnitName) or not isinstance(settings.get("per_group", False), bool):
         return "'unit' or 'per_group' has a value that select() does not take"
+    order = settings.get("order", "lowest")
+    if order not in get_args(OrderName):
+        return f"'order' is {str(order)[:60]!r}, none of {', '.join(get_args(OrderName))}"
     if unit != "matrix" or settings.get("per_group"):
         return None  # the budget counts units or groups, of which the entries do not tell enough
-    if budget == "max_kappa":
+    if budget == "max_kappa" and order == "lowest":
         beyond = next((e for e in entries if e.kappa > value or (certain and e.upper > value)), None)
         if beyond is not None:
             sure = " for certain" if certain else ""
@@ -119,6 +123,7 @@ _METADATA: Budgets = {
     "device": _TEXTS,
     "threads": ("a count", _is_count),
     "num_parameters": ("a count", _is_count),
+    "took": _COUNTS,
     "seconds": _NUMBER,
     "partial": ("true or false", lambda value: isinstance(value, bool)),
 }

@@ -12,6 +12,7 @@ from ..errors import OptionError, RankingFileError, missing_extra
 from . import consumers, serialize
 from .consistency import contradicted_score, wrong_metadata
 from .entries import Skipped, Status, TensorKappa
+from .orders import MatchName, OrderName
 from .selecting import select
 from .selection import Selection
 from .summary import By, Summary, summarize
@@ -135,8 +136,11 @@ class Ranking(Sequence[TensorKappa]):
         fill: bool = False,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        order: OrderName = "lowest",
+        seed: int | None = None,
+        match: MatchName | Sequence[MatchName] = (),
     ) -> Selection:
-        """The matrices to train: the lowest scores within one budget, or within each of several.
+        """The matrices to train: the lowest scores within one budget, or within each of several; or a control for them.
 
         With several budgets a unit is selected if each of them alone would select it.
 
@@ -147,21 +151,28 @@ class Ranking(Sequence[TensorKappa]):
             max_params: how many weights, as a count (int) or as a fraction (float in (0, 1]) of all parameters of the
                 model, ranked or not. Units are taken in score order up to the first that does not fit any more.
             per_group: apply the budget within each group (same layer type) on its own. max_params is shared out in
-                proportion to the weights that each group has in the ranking.
+                proportion to the weights that each group has in the ranking; what whole matrices leave of the shares
+                goes to the groups whose next matrix was nearest to fitting. top_p is rounded down in each group, and
+                ``selection.took()`` says what it came to.
             unit: what is taken or left as a whole: "matrix" (an entry), "expert" (all matrices of one expert; those
                 outside of experts on their own) or "parameter" (the stored tensor). The kappa and the score of a unit
                 are the geometric means over its matrices.
             fill: with max_params, a unit that does not fit is passed over, and smaller ones after it are still taken.
             include, exclude: regular expressions (re.search) on keys, names and aliases, which choose the candidates.
                 A share of max_params refers to all parameters of the model, one of top_p to the candidates.
+            order: "lowest" scores first, "highest" first, or "random". The latter two are controls: whether the lowest
+                are better than others shows only where others are trained too.
+            seed: for random orders, 0 by default; the same seed draws the same units of the same model.
+            match: "type", "layer" or both: draw as many units of each type (group), in each layer, and of each size as
+                the lowest would take, so that only kappa differs. Without it a random order is cut by the budget.
 
-        Rank-deficient units come last and only num_tensors and top_p reach them. Units with a nan or inf in
-        their weights are never selected. A unit with a matrix that was not resolved (``top``) is not selected either:
-        where it could belong to the selection, the error says which ``top`` is needed.
+        Rank-deficient units come last in every order and only num_tensors and top_p reach them. Units with a nan or
+        inf in their weights are never selected. A unit with a matrix that was not resolved (``top``) is not selected
+        either: where it could belong to the selection, the error says which ``top`` is needed.
 
         Raises:
-            OptionError: no budget, a value out of range, nothing fits the budget, or the ranking was not
-                resolved far enough.
+            OptionError: no budget, a value out of range, nothing fits the budget, the ranking was not
+                resolved far enough, or ``match`` leaves no other draw than the lowest.
 
         Warns:
             UserWarning: the ranking was interrupted, so matrices are missing.
@@ -175,6 +186,9 @@ class Ranking(Sequence[TensorKappa]):
             fill=fill,
             include=include,
             exclude=exclude,
+            order=order,
+            seed=seed,
+            match=match,
         )
 
     def filter(

@@ -6,7 +6,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..errors import OptionError
 from .budgets import BUDGETS, is_count
 from .cuts import Cut, Pool, cut_by_all, cut_by_count, cut_by_kappa, cut_by_params, fraction_count
 from .entries import TensorKappa
+from .orders import MatchName, Order, OrderName
 from .selection import Selection, compiled, matches
 from .units import Unit, UnitName, check_unit, make_units
 
@@ -30,17 +31,21 @@ def select(
     fill: bool,
     include: Patterns,
     exclude: Patterns,
+    order: OrderName = "lowest",
+    seed: int | None = None,
+    match: MatchName | Sequence[MatchName] = (),
 ) -> Selection:
     """See ``Ranking.select``; this takes the entries and the metadata of a ranking."""
     given = _the_budgets(budgets)
     _check_fill(fill, budgets)
+    way = Order.of(order, seed, match, budgets)
     candidates = matching(entries, include, exclude)
     units = make_units(candidates, unit)
     if not any(item.status != "non_finite" for item in units):
         raise OptionError(f"there is nothing to select: {_why_empty(entries, units)}")
     params = next((_params(b.value, metadata, units) for b in given if b.name == "max_params"), 0)
-    pools, every = _pools(units, per_group), max(1, sum(item.numel for item in units))
-    cuts = [_cut(pool, given, params * pool.numel // every, fill) for pool in pools]
+    pools = _pools(way.arranged(units), per_group)
+    cuts = _cuts(pools, given, params, fill)
     words = ", ".join(map(str, given))
     if any(cut.needed for cut in cuts):
         by_entry = unit == "matrix" and all(pool.horizon > -math.inf for pool in pools) and candidates == tuple(entries)
@@ -50,9 +55,12 @@ def select(
         had = settings.get("top") if isinstance(settings, Mapping) else None
         what = "what was resolved" + (f" with top={had}" if had is not None else "")
         raise OptionError(f"select({words}) reaches beyond {what}: rank again {advice}, or select less")
-    chosen = {entry.key for cut in cuts for item in cut.chosen for entry in item.members}
-    if not chosen:
+    taken = [item for cut in cuts for item in cut.chosen]
+    if not taken:
         raise OptionError(f"select({words}) selects nothing: {_nothing_fits(given, params, pools, fill)}")
+    if way.match:
+        taken = way.drawn(units, taken)
+    chosen = {entry.key for item in taken for entry in item.members}
     partial = bool(metadata.get("partial"))
     if partial:
         # stacklevel: past this function and Ranking.select, to whoever called it.
@@ -65,6 +73,8 @@ def select(
         boundary_certain=not partial and all(cut.certain for cut in cuts),
         settings=_settings(given, cuts, metadata, per_group=bool(per_group), unit=unit)
         | ({"fill": True} if fill else {})
+        | ({"took": {"units": len(taken), "of": len(units), "groups": len(pools)}} if per_group else {})
+        | way.settings
         | {name: _listed(p) for name, p in (("include", include), ("exclude", exclude)) if p is not None},
     )
 
@@ -126,6 +136,7 @@ def check_budget(options: Mapping[str, Any]) -> None:
     _the_budgets(budgets)
     _check_fill(options.get("fill", False), budgets)
     check_unit(options.get("unit", "matrix"))
+    Order.of(options.get("order", "lowest"), options.get("seed"), options.get("match"), budgets)
     matching((), options.get("include"), options.get("exclude"))
 
 
@@ -145,7 +156,7 @@ def _check_names(options: Mapping[str, Any]) -> None:
         raise OptionError(f"{unknown!r} is no option of select(): {advice}")
 
 
-_OPTIONS = ("per_group", "unit", "fill", "include", "exclude")
+_OPTIONS = ("per_group", "unit", "fill", "include", "exclude", "order", "seed", "match")
 
 
 def _the_budgets(budgets: Mapping[str, Any]) -> list[_Budget]:
@@ -188,6 +199,37 @@ def _pools(units: Sequence[Unit], per_group: bool) -> list[Pool]:
     return [Pool.of(group) for group in groups.values()]
 
 
+def _cuts(pools: Sequence[Pool], given: Sequence[_Budget], params: int, fill: bool) -> list[Cut]:
+    """What the budgets take from each pool, ``max_params`` shared out by their weights.
+
+    A share is no whole number of matrices. So what all shares leave over together goes to the pools whose next matrix
+    was nearest to fitting, one for each: the whole then takes what was asked for, as far as whole matrices can.
+    """
+    every = max(1, sum(pool.numel for pool in pools))
+    shares = [params * pool.numel // every for pool in pools]
+    cuts = [_cut(pool, given, share, fill) for pool, share in zip(pools, shares, strict=True)]
+    if len(pools) < 2 or all(budget.name != "max_params" for budget in given) or any(cut.needed for cut in cuts):
+        return cuts
+    left = params - sum(_numel(cut) for cut in cuts)
+
+    def nearness(i: int) -> tuple[float, str]:
+        return -(shares[i] - _numel(cuts[i])) / cuts[i].unfit[0].numel, cuts[i].unfit[0].key
+
+    for i in sorted((i for i, cut in enumerate(cuts) if cut.unfit), key=nearness):
+        if cuts[i].unfit[0].numel > left:
+            continue
+        more = _cut(pools[i], given, _numel(cuts[i]) + cuts[i].unfit[0].numel, fill)
+        left -= _numel(more) - _numel(cuts[i])
+        # Which pools get one more hangs on sizes: with several in a pool, on the order of its matrices too.
+        alike = len({unit.numel for unit in pools[i].ranked}) == 1
+        cuts[i] = more if alike else replace(more, certain=False)
+    return cuts
+
+
+def _numel(cut: Cut) -> int:
+    return sum(item.numel for item in cut.chosen)
+
+
 def _cut(pool: Pool, given: Sequence[_Budget], params: int, fill: bool) -> Cut:
     def one(budget: _Budget) -> Callable[[Pool], Cut]:
         if budget.name == "num_tensors":
@@ -222,12 +264,10 @@ def _nothing_fits(given: Sequence[_Budget], params: int, pools: Sequence[Pool], 
         return f"the smallest kappa is {lowest.kappa!r}, of {lowest.key}"
     if all(budget.name != "max_params" for budget in given):
         return "no matrix is within all of these budgets"
-    total = sum(pool.numel for pool in pools)
     some = [(pool, item) for pool in pools for item in pool.regular] if fill else first
-    needs = [(-(-item.numel * total // pool.numel), item) for pool, item in some]
-    need, item = min(needs, key=lambda pair: (pair[0], pair[1].key))
+    item = min((item for _, item in some), key=lambda item: (item.numel, item.key))
     which = "which is the smallest" if fill else "which comes first"
     return (
         f"{params:,} weights have no room for {item.key} with {item.numel:,}, {which}; "
-        f"the smallest max_params that selects something is {need}"
+        f"the smallest max_params that selects something is {item.numel}"
     )

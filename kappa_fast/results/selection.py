@@ -36,8 +36,9 @@ class Selection:
             the cut is its value; for max_params it must also be certain which matrix was the first that did not fit.
             Scores other than kappa have no interval: then True only if the kappas are exactly known or all matrices
             are selected. False for a ranking that was interrupted.
-        settings: the budgets and their values; per_group, unit, fill, include and exclude as they were given; the
-            number of parameters of the model, the matrices that did not fit, and the source of the ranking.
+        settings: the budgets and their values; per_group, unit, fill, include, exclude and order as they were given;
+            how many units were taken within groups; the number of parameters of the model, the matrices that did not
+            fit, and the source of the ranking.
         include: patterns of further parameters of the model that are trained, ranked or not.
         exclude: patterns of parameters that are not trained, even if they are entries or match ``include``.
     """
@@ -99,6 +100,14 @@ class Selection:
         count, rest = found.get("count", 1), "" if self.settings.get("fill") else " (fill=True goes on to smaller ones)"
         more = f" and {count - 1:,} more" if isinstance(count, int) and count > 1 else ""
         return f"{found.get('first')} with {found.get('numel'):,} weights{more} did not fit{rest}"
+
+    def took(self) -> str:
+        """What budgets within each group came to, in words; "" if they were not within groups."""
+        found: Any = self.settings.get("took")
+        if not isinstance(found, Mapping):
+            return ""
+        units, every, groups = (int(found.get(name, 0)) for name in ("units", "of", "groups"))
+        return f"{units:,} of {every:,} in {groups:,} groups: {100 * units / max(1, every):.1f}%"
 
     @property
     def kappa_range(self) -> tuple[float, float]:
@@ -250,6 +259,8 @@ class Selection:
             low, high = self.kappa_range
             parts.append(f"kappa {low:.4g} to {high:.4g}")
         parts += [f"{name}={value}" for name, value in self.budgets.items()]
+        parts += [f"order={self.settings['order']}"] if "order" in self.settings else []
+        parts += [self.took()] if self.took() else []
         parts += [self.unfit()] if self.unfit() else []
         parts += [f"including {', '.join(self.include)}"] if self.include else []
         parts += [f"excluding {', '.join(self.exclude)}"] if self.exclude else []

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+import re
 from dataclasses import FrozenInstanceError, replace
 
 import mpmath
@@ -180,27 +181,42 @@ def test_per_group_is_the_same_as_selecting_in_each_group(entries, count):
 def test_per_group_shares_max_params_out_by_the_weights_of_each_group(entries, budget):
     whole = ranking(entries)
     total = sum(entry.numel for entry in entries)
-    expected: set[str] = set()
-    for group in {entry.group for entry in entries}:
-        members = [entry for entry in whole if entry.group == group]
-        left = budget * sum(entry.numel for entry in members) // total
-        for entry in members:
-            if entry.numel > left:
-                break
-            left -= entry.numel
-            expected.add(entry.key)
-    if expected:
-        selection = whole.select(max_params=budget, per_group=True)
-        assert set(selection.keys) == expected
-        assert selection.num_params <= budget
-        assert list(selection) == [entry for entry in whole if entry.key in expected]
-    else:
-        with pytest.raises(OptionError, match=r"smallest max_params that selects something is \d+$") as caught:
-            whole.select(max_params=budget, per_group=True)
-        enough = int(str(caught.value).split()[-1])
+    groups = [[entry for entry in whole if entry.group == group] for group in {entry.group for entry in entries}]
+    if isinstance(selection := outcome(whole, max_params=budget, per_group=True), str):
+        assert re.search(r"smallest max_params that selects something is \d+$", selection)
+        enough = int(selection.split()[-1])
         assert len(whole.select(max_params=enough, per_group=True)) >= 1
         with pytest.raises(OptionError):
             whole.select(max_params=enough - 1, per_group=True)
+        return
+    assert selection.num_params <= budget
+    left = budget - selection.num_params
+    for members in groups:
+        share = budget * sum(entry.numel for entry in members) // total
+        sums = [0, *itertools.accumulate(entry.numel for entry in members)]
+        floor = sum(taken <= share for taken in sums) - 1
+        taken = [entry in selection for entry in members]
+        assert taken == sorted(taken, reverse=True)  # the lowest of the group
+        assert floor <= sum(taken) <= floor + 1  # what the share says, rounded down or up
+        if sum(taken) == floor < len(members):
+            assert members[floor].numel > left  # nothing is left over that would fit
+    assert list(selection) == [entry for entry in whole if entry.key in selection.keys]
+
+
+def test_twenty_percent_per_group_are_twenty_percent():
+    entries = [
+        make_entry(f"layers.{layer}.{name}", 2.0 + layer, group=name, shape=(4, 4), layer=layer)
+        for name in ("q", "k", "v", "o", "gate", "up", "down")
+        for layer in range(8)
+    ]
+    selection = ranking(entries).select(max_params=0.2, per_group=True)
+    assert selection.share == 11 / 56  # 7/56 where every group rounds its 1.6 down
+    assert {sum(e.group == group for e in selection) for group in {e.group for e in entries}} == {1, 2}
+    assert selection.boundary_certain
+    assert selection.took() == "11 of 56 in 7 groups: 19.6%"
+    assert "11 of 56 in 7 groups: 19.6%" in repr(selection)
+    assert ranking(entries).select(top_p=0.2, per_group=True).took() == "7 of 56 in 7 groups: 12.5%"
+    assert ranking(entries).select(top_p=0.2).took() == ""
 
 
 def test_top_p_per_group_counts_in_each_group():

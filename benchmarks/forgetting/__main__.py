@@ -1,0 +1,72 @@
+"""``python -m benchmarks.forgetting``: --smoke, --plan FILE --folder DIR, --report, --status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from . import __doc__ as about
+from .plan import PLANS, Plan
+
+
+def main() -> None:
+    """Reads the command line and does what it says."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: a run has one thread
+    parser = argparse.ArgumentParser("python -m benchmarks.forgetting", description=about)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--smoke", action="store_true", help="a study of a minute on made-up text, with its report")
+    parser.add_argument("--plan", type=Path, default=PLANS / "study.json", help="what to run (default: the study)")
+    parser.add_argument("--folder", type=Path, help="where bases and journal are; the same again goes on")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at once, of one thread each")
+    parser.add_argument("--most", type=int, help="end after so many")
+    parser.add_argument("--report", action="store_true", help="write tables and figures of what is there")
+    parser.add_argument("--status", action="store_true", help="say how much is there")
+    parser.add_argument("--out", type=Path, help="where --report writes (default: FOLDER/report)")
+    given = parser.parse_args()
+    if given.smoke:
+        with tempfile.TemporaryDirectory() as scratch:
+            smoke(given.folder or Path(scratch), given.workers)
+        return
+    if given.folder is None:
+        parser.error("--folder is missing")
+    plan = Plan.read(given.plan)
+    if given.report:
+        from .report import write
+
+        print(write(plan, given.folder, given.out or given.folder / "report"))
+        return
+    from .study import go_on, left_over
+
+    if given.status:
+        left = left_over(plan, given.folder)
+        bases = sum(job["what"] == "base" for job in left)
+        print(f"{plan.name}: of {len(plan.jobs())} results {len(left)} are missing, {bases} of them bases")
+        return
+    missing = go_on(plan, given.folder, given.workers, _say, given.most)
+    _say(f"{missing} results are missing")
+
+
+def smoke(folder: Path, workers: int) -> None:
+    """All parts once, in little."""
+    from .report import write
+    from .study import go_on
+
+    started = time.monotonic()
+    plan = Plan.read(PLANS / "smoke.json")
+    missing = go_on(plan, folder, workers, lambda line: None)
+    write(plan, folder, folder / "report")
+    failed = [line for line in (folder / "journal.jsonl").read_text().splitlines() if '"status":"failed"' in line]
+    print(f"{len(plan.jobs())} results in {time.monotonic() - started:.0f} s; {missing} missing, {len(failed)} failed")
+    if missing or failed:
+        raise SystemExit("\n".join([*failed[:1], "the smoke study has failed"]))
+
+
+def _say(line: str) -> None:
+    print(time.strftime("%H:%M:%S"), line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Orders of a selection: the lowest scores first, and its controls, the highest first and random draws."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from ..errors import OptionError
+from .budgets import is_count
+from .units import Unit
+
+OrderName = Literal["lowest", "highest", "random"]
+MatchName = Literal["type", "layer"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which end of the ranking a budget begins at; for random ones the seed, and what they match of the lowest."""
+
+    name: OrderName = "lowest"
+    seed: int = 0
+    match: tuple[MatchName, ...] = ()
+
+    @classmethod
+    def of(cls, order: Any, seed: Any, match: Any, budgets: Mapping[str, Any]) -> Order:
+        """The options of ``Ranking.select``, checked.
+
+        Raises:
+            OptionError: one of them is none, or they do not go together.
+        """
+        if order not in get_args(OrderName):
+            raise OptionError(f"order={order!r} is unknown: use one of {', '.join(map(repr, get_args(OrderName)))}")
+        if seed is not None and not (is_count(seed) or (seed == 0 and not isinstance(seed, bool | float))):
+            raise OptionError(f"seed={seed!r}: give an int from 0 on")
+        listed = (match,) if isinstance(match, str) else tuple(match or ())
+        unknown = next((name for name in listed if name not in get_args(MatchName)), None)
+        if unknown is not None:
+            raise OptionError(f"match={match!r}: give 'type', 'layer' or both")
+        if order != "random" and (seed is not None or listed):
+            given = "seed" if seed is not None else "match"
+            raise OptionError(f"{given}= is for random draws: give order='random', or leave it out")
+        if order != "lowest" and not listed and budgets.get("max_kappa") is not None:
+            raise OptionError(
+                f"max_kappa says which matrices, not how many, so order={order!r} cannot go by it: give num_tensors, "
+                "top_p or max_params, or order='random' with match='type', which draws as many of each type"
+            )
+        return cls(order, int(seed or 0), tuple(name for name in get_args(MatchName) if name in listed))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a selection says of its order; nothing where it is the usual one."""
+        if self.name == "lowest":
+            return {}
+        if self.name == "highest":
+            return {"order": "highest"}
+        return {"order": "random", "seed": self.seed} | ({"match": list(self.match)} if self.match else {})
+
+    def arranged(self, units: Sequence[Unit]) -> list[Unit]:
+        """The units with scores that put those first that a budget is to take first."""
+        if self.name == "lowest" or self.match:
+            return list(units)
+        if self.name == "highest":
+            return [replace(u, score=-u.score, score_lower=-u.score_upper, score_upper=-u.score_lower) for u in units]
+        self._check_resolved(units)
+        places = {unit.key: float(i) for i, unit in enumerate(sorted(units, key=self._lot))}
+        return [replace(u, score=places[u.key], score_lower=places[u.key], score_upper=places[u.key]) for u in units]
+
+    def drawn(self, units: Sequence[Unit], chosen: Sequence[Unit]) -> list[Unit]:
+        """As many random units of each type, layer and size as ``chosen`` has, from all of full rank.
+
+        Raises:
+            OptionError: some units were not resolved, or there is only one way to draw.
+        """
+        self._check_resolved(units)
+        cells: dict[tuple[Any, ...], list[Unit]] = {}
+        taken = {unit.key for unit in chosen}
+        for unit in units:
+            if unit.status == "ok" or unit.key in taken:
+                cells.setdefault(self._cell(unit), []).append(unit)
+        found: list[Unit] = []
+        choice = False
+        for members in cells.values():
+            count = sum(unit.key in taken for unit in members)
+            choice = choice or 0 < count < len(members)
+            found += sorted(members, key=self._lot)[:count]
+        if not choice:
+            advice = "match less" if len(self.match) > 1 else "give a smaller budget, or another unit"
+            raise OptionError(
+                f"match={self.match!r} leaves one way to draw, the lowest themselves, which is no control: {advice}"
+            )
+        return found
+
+    def _cell(self, unit: Unit) -> tuple[Any, ...]:
+        layers = tuple(sorted({-1 if entry.layer is None else entry.layer for entry in unit.members}))
+        return (
+            unit.numel,
+            tuple(entry.shape for entry in unit.members),
+            unit.group if "type" in self.match else "",
+            layers if "layer" in self.match else (),
+        )
+
+    def _lot(self, unit: Unit) -> tuple[bytes, str]:
+        # By the seed and the key alone: neither the order of entries nor what else there is changes a lot.
+        return hashlib.sha256(f"{self.seed} {unit.key}".encode()).digest(), unit.key
+
+    def _check_resolved(self, units: Sequence[Unit]) -> None:
+        unresolved = next((unit for unit in units if unit.status == "bounded"), None)
+        if unresolved is not None:
+            raise OptionError(
+                f"order='random' draws from all matrices, and {unresolved.key} was not resolved: rank again without top"
+            )
