@@ -90,7 +90,7 @@ def test_the_factory_waits_for_a_model_that_is_made_later(tmp_path):
 def test_the_callback_points_to_the_factory_when_the_model_is_made_later(tmp_path):
     callback = KappaTuneCallback(num_tensors=2)
     trainer = trainer_for(None, tmp_path, model_init=lambda: build("llama"), callbacks=[callback])
-    with pytest.raises(OptionError, match=r"another model since it was ranked \(model_init does\).*optimizer_factory"):
+    with pytest.raises(OptionError, match=r"another model since the ranking \(model_init does\).*optimizer_factory"):
         trainer.train()
     with pytest.raises(OptionError, match="the Trainer has no model yet"):
         KappaTuneCallback(num_tensors=2).on_init_end(None, None, None, None)
