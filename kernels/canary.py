@@ -293,7 +293,7 @@ def _check_start(device: torch.device) -> None:
     found = start.column_digests(Problems.of([x.to(device) for x in (a, changed.view(torch.float32), a)])).cpu()
     before, after, again = found.split(40)
     if not torch.equal(before, again) or (before == after).tolist() != 20 * [False, True]:
-        raise CanaryError(f"column_digests does not give equal columns equal digests, and others others, on {device}")
+        raise CanaryError(f"column_digests does not tell columns apart on {device}")
 
 
 def _check_far(device: torch.device) -> None:
