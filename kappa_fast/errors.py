@@ -33,6 +33,10 @@ class SourceError(KappaError, ValueError):
     """The source is no model, or holds something that cannot be read as weights."""
 
 
+class ShardedError(SourceError, NotImplementedError):
+    """Weights are spread over several processes in a way that cannot be read from where it was asked."""
+
+
 class SourceNotFoundError(SourceError, FileNotFoundError):
     """A file, directory or shard that was named does not exist."""
 

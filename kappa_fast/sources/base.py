@@ -15,6 +15,7 @@ import torch
 
 from ..errors import SourceError
 from ..results.entries import Index, Skipped
+from .spread import Shards
 
 COMPUTED = "computed by"  # how evidence begins of a weight that a module computes from its parameters
 Role = Literal["adapter", "embedding", "head", "router", "scales", "ingredient"]
@@ -117,6 +118,7 @@ class Stored:
         prefetch: ``prefetch(index)`` has the operating system read ahead what ``take(index)`` will want; it neither
             waits nor takes memory nor raises. None where there is nothing to read.
         location: the file and the offset in it where the values begin, for reading in the order of the disk.
+        is_spread: whether ``take`` may need what other processes hold.
         stamp: what identifies the values without reading them, None if nothing does.
         out_of_sight: True for a weight of the model whose values are nowhere to be read; a warning counts these.
         unfollowed: True where nobody knows whether its layer multiplies with these values or computes others from them;
@@ -138,6 +140,7 @@ class Stored:
     overhead: int = 0
     prefetch: Callable[[Index], None] | None = field(default=None, repr=False, compare=False)
     location: tuple[str, int] | None = None
+    is_spread: bool = False
     stamp: Stamp | None = None
     evidence: str = ""
     out_of_sight: bool = False
@@ -199,6 +202,7 @@ class Inventory:
         buffers: names of what lies beside the tensors and is no candidate itself.
         in_peft: whether PEFT has wrapped the model, which makes more names those of adapters.
         config: what config.json says, for checkpoints.
+        shards: what of it lies on several processes; None if nothing does.
     """
 
     tensors: Sequence[Stored]
@@ -208,6 +212,7 @@ class Inventory:
     buffers: Collection[str] = ()
     in_peft: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
+    shards: Shards | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +223,7 @@ class Matrix:
     the storage allows one, detached, never to be written to. It may be called more than once. Quantized weights
     (``quantization`` says how) are dequantized by it: ``load(device)`` moves their codes there first.
     ``prefetch()`` has the operating system read ahead what ``load()`` will want, if anything has to be read;
-    ``location`` is where that begins, a file and an offset.
+    ``location`` is where that begins, a file and an offset. ``is_spread``: ``load()`` may need what others hold.
     ``stamp`` identifies the values of this matrix without reading them, where something does.
     """
 
@@ -236,6 +241,7 @@ class Matrix:
     overhead: int = 0  # bytes that load() needs at its peak beside the matrix
     prefetch: Callable[[], None] | None = field(default=None, repr=False, compare=False)
     location: tuple[str, int] | None = None
+    is_spread: bool = False
     stamp: Stamp | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -256,6 +262,7 @@ class Source:
     ``absent``: those of ``skipped`` that are weights of the model without values to read (packed, on the meta device).
     ``unfollowed``: the names of weights that are ranked as they are held, though their layer has a forward() that
     cannot be followed and may compute others from them.
+    ``shards``: what of it lies on several processes, to be connected before anything is loaded; None if nothing does.
     """
 
     matrices: tuple[Matrix, ...]
@@ -265,3 +272,4 @@ class Source:
     in_memory: bool = True  # False where load() brings a tensor into memory that was not there before
     absent: tuple[Skipped, ...] = ()
     unfollowed: tuple[str, ...] = ()
+    shards: Shards | None = None

@@ -29,8 +29,10 @@ from .classes import looks_up
 from .effective import PARAMETRIZATIONS, RANDOM, Asked, Effective, alone
 from .products import Made, Products
 from .twins import Convert, copied, twin_of
+from .unsharded import device_of, has_stand_ins
 
 _BUILT_IN = (nn.Linear, _ConvNd)
+_SPREAD = "it asks for values that lie on several processes to be followed: rank the model before it is sharded"
 _OF_INPUT = "made anew from each input, so that it has no single condition number"
 
 
@@ -55,7 +57,7 @@ def weight_in_forward(module: nn.Module, computed: Effective | None = None) -> E
         return None
     like = found.weight if found.weight is not None else _own(module, leaf)
     how = _how(module) if computed is None else f"{computed.how}, {_how(module)}"
-    device = computed.device if computed is not None else _own(module, leaf).device
+    device = computed.device if computed is not None else device_of(_own(module, leaf))
     ingredients = (leaf,) if computed is None else computed.ingredients
     problem = f"computed by {how}: {found.problem}" if found.problem is not None else None
     return Effective(leaf, ingredients, how, tuple(like.shape), like.dtype, device, called, problem)
@@ -170,6 +172,8 @@ class _Called(Asked):
             if seen is not None and seen.weight is not None and self._seen(_wide_on_meta) == _Seen():
                 return _Seen()
             whole = not any(t.is_meta for t in (*self._module.parameters(), *self._module.buffers()))
+            if seen is None and has_stand_ins(self._module):
+                return _Seen(problem=_SPREAD)
             if seen is None and whole:
                 seen = self._seen(copied)
         return seen

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..results.entries import Index
 from . import codes
 from .twins import Convert, copied, twin_of
+from .unsharded import device_of
 
 PARAMETRIZATIONS = "parametrizations"
 Answer = TypeVar("Answer")
@@ -79,7 +80,7 @@ def effective_weights(module: nn.Module) -> Iterator[Effective]:
         else:
             problem = f"computed from {', '.join(pieces)} in a way that {type(module).__name__} does not tell: make a "
             problem += "plain parameter of it to rank it"
-            yield Effective(leaf, pieces, "", tuple(like.shape), like.dtype, like.device, _never, problem)
+            yield Effective(leaf, pieces, "", tuple(like.shape), like.dtype, device_of(like), _never, problem)
 
 
 def ingredients_of(module: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -143,7 +144,7 @@ def _described(
             problem = f"computed by {how}: {RANDOM}" if is_random else None
         except Exception as error:  # what users write may fail in any way
             problem = f"computed by {how}, which fails ({type(error).__name__}: {str(error)[:80]})"
-    return Effective(leaf, ingredients, how, shape, dtype, like.device, asked, problem)
+    return Effective(leaf, ingredients, how, shape, dtype, device_of(like), asked, problem)
 
 
 def _never(index: Index, device: torch.device | None = None) -> torch.Tensor:
