@@ -92,7 +92,8 @@ def rank(
         ComputeError: a single matrix does not fit into memory, or a library routine failed on it.
         Interrupted: Ctrl-C; its ``partial`` is the Ranking of what was done.
         ProcessGroupError: another rank has failed, hangs, or has other weights, settings or versions.
-        NotImplementedError: a parameter is sharded (DTensor, ZeRO).
+        ShardedError: the model is sharded (DTensor, FSDP, ZeRO-3), and ``process_group`` is not there to rank it
+            together, or how it is sharded is not understood.
 
     Warns:
         UserWarning: weights of the model have no values to read; layers may compute others from what is ranked, in a
@@ -122,6 +123,10 @@ def rank(
         with undisturbed():
             opened = open_source(source, options.filters, places_of, quiet=not shown(progress))
             stops.check()
+            if ranks is not None:
+                ranks.connect(opened)
+            elif opened.shards is not None:
+                opened.shards.check_here()
             _warn_absent(opened)
             _warn_unfollowed(opened)
             if adapters is None and isinstance(source, torch.nn.Module):

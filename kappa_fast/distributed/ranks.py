@@ -15,6 +15,7 @@ from ..errors import OptionError, ProcessGroupError
 from ..sources.base import Source
 from . import agreement
 from .line import AGAIN, Line
+from .pieces import Pieces
 from .shares import Shares
 
 if TYPE_CHECKING:
@@ -48,8 +49,9 @@ def joined(process_group: ProcessGroup | None) -> Iterator[Ranks | None]:
 
     store = PrefixStore("kappa_fast", _store_of(group))
     line = Line(store, group.rank(), group.size(), _timeout_of(group))
+    ranks = Ranks(line, group)
     try:
-        yield Ranks(line, group)
+        yield ranks
         line.meet("done")
     except KeyboardInterrupt:
         line.fail("interrupted", f"rank {line.rank} was interrupted; {AGAIN}")
@@ -62,6 +64,7 @@ def joined(process_group: ProcessGroup | None) -> Iterator[Ranks | None]:
         line.fail("error", f"rank {line.rank} failed ({type(error).__name__}: {text}); {AGAIN} once that is corrected")
         raise
     finally:
+        ranks.close()
         line.close()
 
 
@@ -78,11 +81,27 @@ class Ranks:
         self._batch: list[list[Any]] = []
         self._exchanged = 0.0  # when
         self._waited, self._done = 0.0, 0  # seconds, matrices
+        self._pieces: Pieces | None = None
 
     @property
     def first(self) -> bool:
         """Whether this is rank 0."""
         return self._line.rank == 0
+
+    def connect(self, source: Source) -> None:
+        """Let this rank read what others hold of a sharded model; for others it does nothing.
+
+        Raises:
+            OptionError: a piece is on a process that does not belong to the group.
+            ProcessGroupError: a rank is lost.
+        """
+        if source.shards is not None:
+            self._pieces = Pieces(source.shards, self._line, self._group, _store_of(self._group))
+
+    def close(self) -> None:
+        """Nothing more is asked of this rank. Never raises."""
+        if self._pieces is not None:
+            self._pieces.close()
 
     def agree(self, source: Source, settings: Mapping[str, Any]) -> None:
         """Make sure that all ranks are about to do the same.
@@ -110,6 +129,8 @@ class Ranks:
                     self._refuse(name, mine, theirs[name])
         with self._waiting():
             self._line.meet("agreed")
+            if self._pieces is not None:
+                self._pieces.agree()
 
     def _refuse(self, what: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         others = agreement.differing(mine, theirs)
@@ -234,7 +255,7 @@ class Ranks:
         """Rank 0's, with what only the ranks together know; the same on all of them.
 
         ``ranks`` is a list with a dict for each: seconds of the whole run and of waiting for others, how many
-        matrices it has resolved, bytes of JSON that it has sent and received.
+        matrices it has resolved, bytes of JSON that it has sent and received, bytes of weights that others gave it.
         """
         line = self._line
         told = {
@@ -246,6 +267,7 @@ class Ranks:
                 "matrices": self._done,
                 "sent": line.sent,
                 "received": line.received,
+                "gathered": 0 if self._pieces is None else self._pieces.received,
             },
         }
         line.post(f"metadata/{line.rank}", told)

@@ -1,0 +1,205 @@
+"""Sharded models, ranked where they are: the same ranking as of the whole model, whatever has sharded it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import Outcome, on_ranks
+from sharding import (
+    Net,
+    distributed_parameter,
+    expert_parallel,
+    flattened,
+    fully_sharded,
+    mesh,
+    tensor_parallel,
+)
+
+import kappa_fast
+from kappa_fast import OptionError, ProcessGroupError, ShardedError
+
+distributed = pytest.importorskip("torch.distributed")
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+def passed(outcomes: list[Outcome]) -> None:
+    for outcome in outcomes:
+        assert outcome.error is None, outcome.trace
+        assert outcome.seconds > 0, "it was killed"
+
+
+def together(model, **options):
+    return kappa_fast.rank(model, process_group=torch.distributed.group.WORLD, **options)
+
+
+def as_whole(model, whole=None, **options):
+    """The ranking of all ranks, which is that of the whole model."""
+    expected = kappa_fast.rank(Net() if whole is None else whole, **options)
+    before = {name: (id(p), local_bytes(p)) for name, p in model.named_parameters()}
+    found = together(model, **options)
+    assert {name: (id(p), local_bytes(p)) for name, p in model.named_parameters()} == before
+    assert list(map(repr, found)) == list(map(repr, expected))
+    assert found.skipped == expected.skipped
+    assert found.metadata["num_parameters"] == expected.metadata["num_parameters"]
+    assert found.metadata["source"] == expected.metadata["source"]
+    return found
+
+
+def local_bytes(parameter):
+    local = parameter.detach()
+    local = local.to_local() if hasattr(local, "to_local") else local
+    return local.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def refused(error, match, model, **options):
+    with pytest.raises(error, match=match):
+        kappa_fast.rank(model, **options)
+
+
+def world():
+    return torch.distributed.get_world_size()
+
+
+def fsdp2(rank):
+    model = fully_sharded(Net(), mesh(world()))
+    refused(ShardedError, r"sharded over several processes \(DTensor\), and so are .*process_group", model)
+    found = as_whole(model)
+    shares = found.metadata["ranks"]
+    assert all(share["matrices"] for share in shares)
+    held = sum(p.numel() * p.element_size() for p in Net().parameters())
+    assert sum(share["gathered"] for share in shares) < 1.5 * held
+    as_whole(model, top=4, certify="selection")
+    as_whole(model, fused="stored", embeddings=True, certify=True)
+    as_whole(fully_sharded(Net().to(torch.bfloat16), mesh(world())), Net().to(torch.bfloat16), memory_budget="64KB")
+
+
+def after_steps(rank):
+    model = fully_sharded(Net(), mesh(world()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model(torch.arange(8).view(2, 4)).square().mean().backward()
+    optimizer.step()
+    whole = Net()
+    whole.load_state_dict({n: t.full_tensor() for n, t in model.state_dict().items()})
+    assert len(as_whole(model, whole)) > 0
+    with torch.no_grad():
+        model(torch.arange(8).view(2, 4))
+    refused(ShardedError, r"FSDP2 has gathered the parameters of FSDPNet.*reshard\(\)", model)
+    model.reshard()
+    as_whole(model, whole)
+
+
+def parallel(rank):
+    as_whole(tensor_parallel(Net(), mesh(world())))
+    as_whole(expert_parallel(Net(), mesh(world())))
+    as_whole(expert_parallel(tensor_parallel(Net(), mesh(world())), mesh(world())))
+
+
+def two_dimensions(rank):
+    from torch.distributed.tensor import Replicate, Shard
+
+    grid = mesh(2, 2, names=("data", "tensor"))
+    as_whole(fully_sharded(tensor_parallel(Net(), grid["tensor"]), grid["data"]))
+    model = fully_sharded(Net(), grid)  # replicated along the first
+    as_whole(model)
+    for placements in ((Shard(0), Shard(1)), (Shard(1), Shard(0)), (Shard(0), Shard(0)), (Replicate(), Shard(1))):
+        model = Net()
+        for leaf in ("gate_up_proj", "down_proj"):
+            distributed_parameter(model.layers[1].experts, leaf, grid, *placements)
+        distributed_parameter(model.layers[0].attention, "in_proj_weight", grid, *placements)
+        distributed_parameter(model.mix, "weight", grid, *placements)
+        as_whole(model)
+
+
+def copies_differ(rank):
+    model = fully_sharded(Net(), mesh(2, 2))
+    if rank == 3:
+        with torch.no_grad():
+            model.layers[1].up.weight.to_local()[0, 0] += 1
+    with pytest.raises(
+        ProcessGroupError, match=r"rank 3 has another copy of layers\.1\.up\.weight from .* than rank 1"
+    ):
+        together(model)
+
+
+def fsdp1(rank):
+    for use_orig_params in (True, False):
+        model = flattened(Net(), use_orig_params=use_orig_params)
+        refused(ShardedError, r"sharded over several processes \(FSDP\)", model)
+        as_whole(model)
+        model(torch.arange(8).view(2, 4)).square().mean().backward()
+        as_whole(model, top=3)
+        if use_orig_params:
+            refused(ShardedError, "what FSDP1 has put around the model is not there", model.module)
+
+
+def state_dicts(rank):
+    weights = fully_sharded(Net(), mesh(world())).state_dict()
+    expected = kappa_fast.rank(Net().state_dict())
+    assert list(map(repr, together(weights))) == list(map(repr, expected))
+
+
+def not_understood(rank):
+    from torch.distributed.tensor import DTensor, Partial
+
+    model, on = Net(), mesh(world())
+    model.back.weight = torch.nn.Parameter(DTensor.from_local(model.back.weight.detach(), on, [Partial()]))
+    refused(ShardedError, r"back\.weight: sharded .* in a way that is not read: Partial is none of", model)
+    assert "back.weight" not in [entry.name for entry in together(model, exclude="back")]
+    half = torch.distributed.new_group([0])
+    if rank == 0:
+        model = fully_sharded(Net(), mesh(world()))
+        refused(ShardedError, "process_group", model, process_group=half)
+    else:
+        fully_sharded(Net(), mesh(world()))
+
+
+def in_a_part_of_the_group(rank):
+    pair = torch.distributed.new_group([0, 1])
+    model = fully_sharded(Net(), mesh(world()))
+    if rank < 2:
+        refused(OptionError, r"process_group lacks rank 2, which holds a part of", model, process_group=pair)
+    torch.distributed.barrier()
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_fully_sharded_models_are_ranked_as_whole_ones(size):
+    passed(on_ranks(size, fsdp2))
+
+
+@pytest.mark.slow
+def test_what_is_ranked_is_what_has_been_trained():
+    passed(on_ranks(2, after_steps))
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_tensor_and_expert_parallel_models_are_ranked_as_whole_ones(size):
+    passed(on_ranks(size, parallel))
+
+
+@pytest.mark.slow
+def test_meshes_of_two_dimensions():
+    passed(on_ranks(4, two_dimensions))
+
+
+@pytest.mark.slow
+def test_copies_that_differ_are_named():
+    passed(on_ranks(4, copies_differ))
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_models_in_fsdp1_are_ranked_as_whole_ones(size):
+    passed(on_ranks(size, fsdp1))
+
+
+@pytest.mark.slow
+def test_state_dicts_of_shards():
+    passed(on_ranks(2, state_dicts))
+
+
+def test_what_is_not_understood_is_refused_by_name():
+    passed(on_ranks(2, not_understood))
+
+
+@pytest.mark.slow
+def test_all_that_hold_the_model_must_take_part():
+    passed(on_ranks(3, in_a_part_of_the_group))
