@@ -119,3 +119,16 @@ def flattened(model: nn.Module, *, use_orig_params: bool) -> nn.Module:
         use_orig_params=use_orig_params,
         device_id=torch.device("cpu"),
     )
+
+
+def zero3(model: nn.Module) -> nn.Module:
+    """Partitioned by DeepSpeed, with its optimizer around it."""
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    return engine
