@@ -112,7 +112,7 @@ class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[mi
         rankings, history: as of KappaDriftCallback.
 
     Raises:
-        OptionError: an option is misspelt or cannot work, or there is no budget.  on_init_end: the model is sharded,
+        OptionError: an option is misspelt or cannot work, or there is no budget.  on_init_end: the model
             has adapters of PEFT, or has a selection already.  on_train_begin: the Trainer has made another model since;
             a run is resumed that had another selection or other options.
 

@@ -45,7 +45,7 @@ def whole_module(model: nn.Module) -> tuple[nn.Module, Shards | None]:
     Raises:
         ShardedError: it is sharded in a way, or in a state, that is not understood.
     """
-    if not _is_sharded(model):
+    if not is_sharded(model):
         return model, None
     copy = _Copy(model)
     return copy.module(model), copy.shards
@@ -59,7 +59,8 @@ def whole_mapping(weights: Mapping[str, torch.Tensor]) -> tuple[Mapping[str, tor
     return {name: stands.of(str(name), tensor) for name, tensor in weights.items()}, stands.shards
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds a part of a parameter, or of a buffer, where the model had the whole."""
     held = [t for module in model.modules() for t in (*module._parameters.values(), *module._buffers.values())]
     tensors = any(t is not None and (is_dtensor(t) or is_partitioned(t) or hasattr(t, _FLATTENED)) for t in held)
     return tensors or any(is_wrapper(module) or _fsdp_state(module) is not None for module in model.modules())
@@ -146,6 +147,9 @@ class _Copy:
             leaf: None if t is None else self._stands.of(self._named(module, leaf), t)
             for leaf, t in module._buffers.items()
         }
+        for hooks in ("_forward_hooks", "_forward_pre_hooks"):  # those of ZeRO-3 gather parameters, and change nothing
+            kept = {key: hook for key, hook in vars(module)[hooks].items() if not _is_of_deepspeed(hook)}
+            vars(made)[hooks] = type(vars(module)[hooks])(kept)
         vars(made)["_modules"] = {n: None if m is None else self.module(m) for n, m in module._modules.items()}
         copied: nn.Module = made
         return copied
@@ -174,6 +178,10 @@ class _Copy:
     def _plain_name(self, module: nn.Module) -> str:
         words = self._names.get(id(module), "").split(".")
         return ".".join(word for word in words if word != "_fsdp_wrapped_module")
+
+
+def _is_of_deepspeed(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("deepspeed.")
 
 
 def _class_of(module: nn.Module) -> type[nn.Module]:
