@@ -13,6 +13,7 @@ from sharding import (
     fully_sharded,
     mesh,
     tensor_parallel,
+    zero3,
 )
 
 import kappa_fast
@@ -138,6 +139,141 @@ def state_dicts(rank):
     assert list(map(repr, together(weights))) == list(map(repr, expected))
 
 
+def drift(rank):
+    """The callback ranks what the Trainer has sharded since, and finds what has moved."""
+    from types import SimpleNamespace
+
+    from kappa_fast.integrations.transformers import KappaDriftCallback
+
+    model = Net()
+    callback = KappaDriftCallback(rerank_every=2)
+    control = SimpleNamespace(should_log=False)
+    callback.on_init_end(None, None, control, model=model)
+    fully_sharded(model, mesh(world()))
+    state = SimpleNamespace(global_step=2, epoch=None, log_history=[])
+    callback.on_step_end(None, state, control)
+    assert {found["largest"] for kind, found in callback.history[0].items() if kind != "step"} == {0.0}
+    with torch.no_grad():
+        model.layers[0].up.weight.to_local()[:, 0].mul_(5)
+    state.global_step = 4
+    callback.on_step_end(None, state, control)
+    assert callback.history[1]["trained"]["largest"] > 0.1
+
+
+def adapters(rank):
+    import peft
+
+    def adapted():
+        torch.manual_seed(1)
+        config = peft.LoraConfig(target_modules=["up", "down"], r=4, init_lora_weights=False)
+        return peft.get_peft_model(Net(), config)
+
+    model = adapted()
+    fully_sharded(model.base_model.model, mesh(world()))
+    expected, found = kappa_fast.rank(adapted(), adapters="merged"), together(model, adapters="merged")
+    assert list(map(repr, found)) == list(map(repr, expected))
+    assert found.skipped == expected.skipped
+    with pytest.warns(UserWarning, match="the model has adapters of PEFT"):
+        together(model)
+
+
+def partitioned(rank):
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    engine = zero3(Net())
+    refused(ShardedError, r"sharded over several processes \(ZeRO-3\)", engine.module)
+    as_whole(engine.module)
+    loss = engine(torch.arange(8).view(2, 4)).square().mean()
+    engine.backward(loss)
+    engine.step()
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        whole = Net()
+        whole.load_state_dict({name: t.detach().clone() for name, t in engine.module.state_dict().items()})
+    as_whole(engine.module, whole)
+
+
+def stage_of(rank):
+    """Half of the model, as a pipeline has it: one layer of the two, and the head again where it is tied."""
+    model = Net()
+    del model.layers[1 - rank % 2]
+    model.layers = torch.nn.ModuleDict({str(rank % 2): model.layers[0]})
+    if rank % 2:
+        del model.embed, model.mix, model.back
+    return model
+
+
+def pipeline(rank):
+    expected = kappa_fast.rank(Net(), embeddings=True)
+    as_mine = {entry.key: entry for entry in expected}
+    found = together(stage_of(rank), stages=True, embeddings=True)
+    assert {entry.key for entry in found} == {*as_mine, "head.weight"}  # of its own on the last stage
+    for entry in found:
+        if entry.name not in ("embed.weight", "head.weight"):
+            assert repr(entry) == repr(as_mine[entry.key])
+    head = Net().head.weight.numel()
+    assert found.metadata["num_parameters"] == sum(p.numel() for p in Net().parameters()) + head
+    assert all(share["matrices"] and not share["gathered"] for share in found.metadata["ranks"])
+    assert len(together(stage_of(rank), stages=True, top=3)) == len(found) - 1  # without embed
+    other = Net()
+    if rank:
+        other.layers[1].up = torch.nn.Linear(24, 30)
+    with pytest.raises(ProcessGroupError, match=r"rank 1 has another layers\.1\.up\.weight than rank 0"):
+        together(other, stages=True)
+    with torch.no_grad():
+        other = Net()
+        other.layers[0].up.weight[0, 0] += rank
+    with pytest.raises(ProcessGroupError, match=r"rank 1 has another copy of layers\.0\.up\.weight than rank 0"):
+        together(other, stages=True)
+    with pytest.raises(ProcessGroupError, match=r"rank 1 has other settings than rank 0 .stages: True against False"):
+        together(Net(), stages=bool(rank))
+    refused(OptionError, "stages=True .* process_group", Net(), stages=True)
+
+
+def pipeline_of_shards(rank):
+    """Two stages, each on two ranks that share it out: 0 and 2, 1 and 3."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "stage"))
+    model = stage_of(rank)
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model.layers[str(rank % 2)], mesh=grid["data"])
+    fully_shard(model, mesh=grid["data"])
+    expected = {entry.key: repr(entry) for entry in kappa_fast.rank(Net())}
+    found = together(model, stages=True)
+    assert {entry.key: repr(entry) for entry in found if entry.name != "head.weight"} == expected
+
+
+def experts_apart(rank):
+    """Experts with numbers of the whole model, one on each rank; the rest is everywhere."""
+
+    def moe():
+        torch.manual_seed(0)
+        experts = {str(i): torch.nn.Linear(24, 40, bias=False) for i in range(2)}
+        return torch.nn.ModuleDict({"dense": torch.nn.Linear(24, 24), "experts": torch.nn.ModuleDict(experts)})
+
+    model = moe()
+    del model.experts[str(1 - rank)]
+    expected = kappa_fast.rank(moe())
+    found = together(model, stages=True)
+    assert list(map(repr, found)) == list(map(repr, expected))
+    assert found.metadata["num_parameters"] == expected.metadata["num_parameters"]
+    model = moe()
+    del model.experts["1"]
+    with torch.no_grad():
+        model.experts["0"].weight += rank  # two experts under one name
+    with pytest.raises(ProcessGroupError, match=r"rank 1 has another copy of experts\.0\.weight"):
+        together(model, stages=True)
+
+
+def sharded_on_one(rank):
+    """One rank has the whole model, the other shards of it."""
+    model = fully_sharded(Net(), mesh(world()))
+    with pytest.raises(ProcessGroupError, match=r"rank 1 has other matrices than rank 0 .sharded: True against False"):
+        together(model if rank else Net())
+
+
 def not_understood(rank):
     from torch.distributed.tensor import DTensor, Partial
 
@@ -194,6 +330,43 @@ def test_models_in_fsdp1_are_ranked_as_whole_ones(size):
 @pytest.mark.slow
 def test_state_dicts_of_shards():
     passed(on_ranks(2, state_dicts))
+
+
+@pytest.mark.slow
+def test_the_callback_ranks_shards():
+    pytest.importorskip("transformers")
+    passed(on_ranks(2, drift))
+
+
+@pytest.mark.slow
+def test_adapters_in_a_sharded_model():
+    pytest.importorskip("peft")
+    passed(on_ranks(2, adapters))
+
+
+@pytest.mark.slow
+def test_models_partitioned_by_zero3(monkeypatch):
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    passed(on_ranks(2, partitioned))
+
+
+def test_stages_of_a_pipeline_are_ranked_as_one_model():
+    passed(on_ranks(2, pipeline))
+
+
+@pytest.mark.slow
+def test_sharded_stages_of_a_pipeline():
+    passed(on_ranks(4, pipeline_of_shards))
+
+
+@pytest.mark.slow
+def test_experts_apart():
+    passed(on_ranks(2, experts_apart))
+
+
+def test_shards_here_and_a_whole_model_there_are_refused():
+    passed(on_ranks(2, sharded_on_one))
 
 
 def test_what_is_not_understood_is_refused_by_name():

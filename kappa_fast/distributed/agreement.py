@@ -43,11 +43,11 @@ def contents(source: Source, moved: Callable[[], None]) -> dict[str, str]:
     return {matrix.key: " + ".join(map(_identity, _files(matrix))) for matrix in source.matrices}
 
 
-def inventory(source: Source) -> dict[str, Any]:
-    """What is ranked and what is not, by key."""
+def inventory(source: Source, *, shards: bool = True) -> dict[str, Any]:
+    """What is ranked and what is not, by key, and how what is sharded lies on its processes."""
     ranked = {m.key: f"{m.shape} {m.dtype} {m.quantization} {m.aliases} {m.index}" for m in source.matrices}
-    shards = source.shards.tensors if source.shards is not None else {}
-    spread = {f"{t.name} in pieces": f"{t.shape} {t.dtype} {t.kind}: {t.how}" for t in shards.values()}
+    found = source.shards.tensors.values() if shards and source.shards is not None else ()
+    spread = {f"{t.name} in pieces": f"{t.shape} {t.dtype} {t.kind}: {t.how}" for t in found}
     left_out = {s.name: f"{s.shape}, {s.reason}" for s in source.skipped}
     return {**ranked, **spread, **left_out, "number of parameters": source.num_parameters}
 

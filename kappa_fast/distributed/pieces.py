@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..cache.fingerprints import fingerprint
 from ..errors import OptionError, ProcessGroupError
+from ..sources.base import Source
 from ..sources.spread import Box, Piece, Shards, Spread
 from .exchange import Exchange
 from .line import Line
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 class Pieces:
     """The shards of a model that the ranks of a group hold together, connected for one call of rank()."""
 
-    def __init__(self, shards: Shards, line: Line, group: ProcessGroup, store: Store) -> None:
+    def __init__(self, source: Source, line: Line, group: ProcessGroup, store: Store) -> None:
         """
         Raises:
             OptionError: a piece is on a process that does not belong to the group.
             ProcessGroupError: a rank is lost.
         """
+        shards = source.shards or Shards()
         self._shards, self._line = shards, line
         self._numbers = _numbers_in(group, shards)
         self._exchange = Exchange(line, store, self._give)
@@ -36,8 +38,8 @@ class Pieces:
         """Bytes of weights that other ranks have given to this one."""
         return self._exchange.received
 
-    def agree(self) -> None:
-        """Make sure that all copies of a piece are equal, wherever they are.
+    def agree(self, others: Mapping[str, Callable[[], torch.Tensor]]) -> None:
+        """Make sure that all copies of a piece are equal, wherever they are, and of others that several ranks hold.
 
         Raises:
             ProcessGroupError: they are not; its ``rank`` has another one than the first that holds it.
@@ -49,6 +51,9 @@ class Pieces:
             for piece in spread.own(self._shards.rank)
             if len(piece.ranks) > 1 or len(set(spread.over)) < line.size
         }
+        for name, load in others.items():
+            line.moved()
+            mine[name] = fingerprint(load())
         line.post(f"pieces/{line.rank}", mine)
         if line.rank == 0:
             line.post("pieces", _odd([line.expect(f"pieces/{rank}") for rank in range(line.size)]))

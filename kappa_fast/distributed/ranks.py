@@ -16,7 +16,8 @@ from ..sources.base import Source
 from . import agreement
 from .line import AGAIN, Line
 from .pieces import Pieces
-from .shares import Shares
+from .shares import Shares, shares_of
+from .stages import united
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -82,21 +83,33 @@ class Ranks:
         self._exchanged = 0.0  # when
         self._waited, self._done = 0.0, 0  # seconds, matrices
         self._pieces: Pieces | None = None
+        self._holders: Mapping[str, tuple[int, ...]] = {}  # by key, where not all ranks hold all matrices,
+        self._holders_at: Sequence[tuple[int, ...]] = ()  # and by position
 
     @property
     def first(self) -> bool:
         """Whether this is rank 0."""
         return self._line.rank == 0
 
-    def connect(self, source: Source) -> None:
-        """Let this rank read what others hold of a sharded model; for others it does nothing.
+    def connected(self, source: Source, stages: bool) -> Source:
+        """The source with all that the ranks have together: pieces of weights, and with ``stages`` whole parts.
 
         Raises:
             OptionError: a piece is on a process that does not belong to the group.
-            ProcessGroupError: a rank is lost.
+            ProcessGroupError: a rank is lost, or has something else than others under one name.
         """
-        if source.shards is not None:
-            self._pieces = Pieces(source.shards, self._line, self._group, _store_of(self._group))
+        kinds = {"stages": stages, "sharded": stages or source.shards is not None}
+        if self.first:
+            self._line.post("kinds", kinds)
+        elif (theirs := self._line.expect("kinds")) != kinds:
+            self._refuse("settings" if theirs["stages"] != stages else "matrices", kinds, theirs)
+        if stages:
+            together = united(source, self._line)
+            source, self._holders = together.source, together.holders
+            self._holders_at = [self._holders[matrix.key] for matrix in source.matrices]
+        if kinds["sharded"]:
+            self._pieces = Pieces(source, self._line, self._group, _store_of(self._group))
+        return source
 
     def close(self) -> None:
         """Nothing more is asked of this rank. Never raises."""
@@ -112,8 +125,8 @@ class Ranks:
         told = {
             "versions": agreement.versions(),
             "settings": json.loads(json.dumps(dict(settings))),
-            "matrices": agreement.inventory(source),
-            "weights": agreement.contents(source, self._line.moved),
+            "matrices": agreement.inventory(source, shards=not self._holders),
+            "weights": {} if self._holders else agreement.contents(source, self._line.moved),
         }
         large = ("matrices", "weights")
         if self.first:
@@ -130,7 +143,12 @@ class Ranks:
         with self._waiting():
             self._line.meet("agreed")
             if self._pieces is not None:
-                self._pieces.agree()
+                self._pieces.agree(self._copies(source))
+
+    def _copies(self, source: Source) -> dict[str, Callable[[], torch.Tensor]]:
+        """What this rank is not the only one to hold, of different parts of a model."""
+        shared = {m.key: m for m in source.matrices if len(self._holders.get(m.key, ())) > 1 and not m.is_spread}
+        return {key: m.load for key, m in shared.items() if self._line.rank in self._holders[key]}
 
     def _refuse(self, what: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         others = agreement.differing(mine, theirs)
@@ -182,7 +200,9 @@ class Ranks:
                 self._line.post(self._key("known"), known)
             with self._waiting():
                 yield from self._taken(self._line.expect(self._key("known")), open_, question, store)
-        shares = Shares.of({i: costs[i] for i in positions if i in open_}, self._line.size)
+        everybody = tuple(range(self._line.size))
+        left = {i: costs[i] for i in positions if i in open_}
+        shares = shares_of(left, lambda i: self._holders_at[i] if self._holders_at else everybody)
         for mine in self._assigned(shares):
             with contextlib.closing(own(mine)) as found_here:
                 for position, found in found_here:
@@ -200,10 +220,15 @@ class Ranks:
                 batch = self._line.until(self._next)
             yield from self._taken(batch, open_, question, store)
 
-    def _assigned(self, shares: Shares) -> Iterator[Sequence[int]]:
-        yield shares.first[self._line.rank]
-        while (number := self._line.count(self._key("handed out")) - 1) < len(shares.pieces):
-            yield shares.pieces[number]
+    def _assigned(self, shares: Mapping[tuple[int, ...], Shares]) -> Iterator[Sequence[int]]:
+        """What this rank works on, of all that it holds: its first shares, then pieces."""
+        mine = {ranks: share for ranks, share in shares.items() if self._line.rank in ranks}
+        for ranks, share in mine.items():
+            yield share.first[ranks.index(self._line.rank)]
+        for ranks, share in mine.items():
+            handed_out = self._key(f"handed out/{','.join(map(str, ranks))}")
+            while (number := self._line.count(handed_out) - 1) < len(share.pieces):
+                yield share.pieces[number]
 
     def _told(self, position: int, found: R, question: Question[R], store: ResultCache | None) -> list[Any]:
         known = None if store is None else store.told(position)

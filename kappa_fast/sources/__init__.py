@@ -134,6 +134,7 @@ def _opened(inventory: Inventory, filters: Filters, places_of: PlacesOf | None, 
         absent=tuple(absent),
         unfollowed=tuple(name for name in unfollowed if name in ranked),
         shards=inventory.shards,
+        sizes={t.name: t.numel for t in inventory.tensors},
     )
 
 

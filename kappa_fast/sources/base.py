@@ -263,6 +263,7 @@ class Source:
     ``unfollowed``: the names of weights that are ranked as they are held, though their layer has a forward() that
     cannot be followed and may compute others from them.
     ``shards``: what of it lies on several processes, to be connected before anything is loaded; None if nothing does.
+    ``sizes``: how many entries each tensor has, by its first name, those of one dimension too.
     """
 
     matrices: tuple[Matrix, ...]
@@ -273,3 +274,4 @@ class Source:
     absent: tuple[Skipped, ...] = ()
     unfollowed: tuple[str, ...] = ()
     shards: Shards | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
