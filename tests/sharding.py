@@ -29,10 +29,10 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, inner: int) -> None:
         super().__init__()
         self.attention = Attention(size)
-        self.up, self.down = nn.Linear(size, 3 * size + 1), nn.Linear(3 * size + 1, size, bias=False)
+        self.up, self.down = nn.Linear(size, inner), nn.Linear(inner, size, bias=False)
         self.standard = Standardized(size, size)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(size, size))
         self.experts = Experts(3, size, 20)
@@ -49,13 +49,13 @@ class Layer(nn.Module):
 class Net(nn.Module):
     """Two layers, a convolution, an embedding, and a head that is tied to it."""
 
-    def __init__(self, size: int = 24) -> None:
+    def __init__(self, size: int = 24, inner: int = 73) -> None:  # which no number of ranks divides
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(50, size)
         self.mix = nn.Conv1d(size, size + 3, 3, padding=1)
         self.back = nn.Linear(size + 3, size)
-        self.layers = nn.ModuleList(Layer(size) for _ in range(2))
+        self.layers = nn.ModuleList(Layer(size, inner) for _ in range(2))
         self.head = nn.Linear(size, 50, bias=False)
         self.head.weight = self.embed.weight
 

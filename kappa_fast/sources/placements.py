@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import ShardedError
 from .spread import Piece, Spread
 
 _KNOWN = ("Replicate", "Shard", "_StridedShard")  # the class itself: one that inherits may divide in another way
@@ -52,6 +53,28 @@ def spread_of(name: str, tensor: torch.Tensor) -> Spread:
     if problem is not None:
         problem = f"sharded over several processes ({how}) in a way that is not read: {problem}"
     return Spread(name, "DTensor", how, ranks, shape, tensor.dtype, local.device, pieces, local, problem=problem)
+
+
+def pieces_here(tensor: torch.Tensor) -> tuple[Piece, ...]:
+    """What this process has of a DTensor, piece by piece; where it is a summand, that counts as the place it adds to.
+
+    Raises:
+        ShardedError: its placements are not understood.
+    """
+    from torch.distributed.tensor import Replicate
+
+    itself: Any = tensor
+    mesh = itself.device_mesh
+    placements = tuple(Replicate() if p.is_partial() else p for p in itself.placements)
+    unknown = _refused(local_of(tensor), placements)
+    if unknown is not None:
+        raise ShardedError(f"a tensor of shape {tuple(tensor.shape)} is sharded in a way that is not read: {unknown}")
+    coordinate = tuple(mesh.get_coordinate() or ())
+    if not coordinate:  # this process does not belong to the mesh
+        return ()
+    boxes = itertools.product(*_runs(tuple(tensor.shape), tuple(mesh.shape), placements, coordinate))
+    parts = [tuple(zip(*box, strict=True)) or ((), (), ()) for box in boxes]
+    return tuple(Piece(tuple(start), tuple(size), tuple(at), (mesh.get_rank(),)) for start, size, at in parts)
 
 
 def _refused(local: torch.Tensor, placements: tuple[Any, ...]) -> str | None:
