@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from ranks import Outcome, on_ranks
@@ -180,6 +182,7 @@ def adapters(rank):
 def partitioned(rank):
     import deepspeed
 
+    os.environ["LOCAL_RANK"] = str(rank)
     deepspeed.init_distributed("gloo")
     engine = zero3(Net())
     refused(ShardedError, r"sharded over several processes \(ZeRO-3\)", engine.module)
