@@ -135,10 +135,14 @@ def fsdp1(rank):
             refused(ShardedError, "what FSDP1 has put around the model is not there", model.module)
 
 
-def state_dicts(rank):
+def state_dicts(rank, cache):
     weights = fully_sharded(Net(), mesh(world())).state_dict()
     expected = kappa_fast.rank(Net().state_dict())
-    assert list(map(repr, together(weights))) == list(map(repr, expected))
+    for computed in (len(expected), 0):
+        found = together(weights, cache=cache)
+        assert list(map(repr, found)) == list(map(repr, expected))
+        assert found.metadata["cache"]["computed"] == computed
+    assert dict(kappa_fast.rank(Net().state_dict(), cache=cache).metadata["cache"])["computed"] == 0
 
 
 def drift(rank):
@@ -331,8 +335,8 @@ def test_models_in_fsdp1_are_ranked_as_whole_ones(size):
 
 
 @pytest.mark.slow
-def test_state_dicts_of_shards():
-    passed(on_ranks(2, state_dicts))
+def test_state_dicts_of_shards_and_the_cache(tmp_path):
+    passed(on_ranks(2, state_dicts, tmp_path))
 
 
 @pytest.mark.slow

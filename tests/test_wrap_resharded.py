@@ -10,6 +10,7 @@ from test_sharded import passed
 from test_wrap import assert_only_the_selected_moved, snapshot
 
 import kappa_fast
+from kappa_fast import OptionError
 from kappa_fast.training.masks import frozen_mask, local_mask
 
 distributed = pytest.importorskip("torch.distributed")
@@ -95,6 +96,11 @@ def applied(rank):
     assert_only_the_selected_moved(found, selected(), before)
 
 
+def not_by_element(rank):
+    with pytest.raises(OptionError, match="Adafactor takes statistics of whole matrices, and 'layers"):
+        kappa_fast.wrap(torch.optim.Adafactor, fully_sharded(net(), mesh(2)), selected())
+
+
 def prepared(kind):
     from torch.nn.parallel import DistributedDataParallel
 
@@ -135,6 +141,11 @@ def test_meshes_of_two_dimensions_train_exactly_what_is_selected():
 @pytest.mark.slow
 def test_apply_on_shards():
     passed(on_ranks(2, applied))
+
+
+@pytest.mark.slow
+def test_optimizers_that_look_at_whole_matrices_are_refused_for_parts_of_shards():
+    passed(on_ranks(2, not_by_element))
 
 
 @pytest.mark.slow

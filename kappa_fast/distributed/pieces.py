@@ -30,6 +30,8 @@ class Pieces:
         shards = source.shards or Shards()
         self._shards, self._line = shards, line
         self._numbers = _numbers_in(group, shards)
+        for device in {t.device for t in shards.tensors.values() if t.device.type == "cuda"}:
+            torch.cuda.synchronize(device)  # other threads read what the caller's streams may still write
         self._exchange = Exchange(line, store, self._give)
         shards.connect(self._fetch)
 

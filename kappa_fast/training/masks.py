@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
+from ..errors import OptionError
 from ..matching.names import Target
 from ..matching.pieces import box_of
+from ..results.entries import Index
 from ..sources.placements import pieces_here
 
 Tensor = torch.Tensor
+_OF_WHOLE: tuple[type, ...] = tuple(filter(None, (getattr(torch.optim, "Adafactor", None),)))
 
 
 def frozen_mask(target: Target) -> Tensor:
@@ -54,6 +57,20 @@ def local_mask(mask: Tensor, tensor: Tensor) -> Tensor:
         there = tuple(slice(None) if m == 1 else slice(at, at + size) for m, _, size, at in parts)
         made[there] = mask[tuple(slice(None) if m == 1 else slice(start, start + size) for m, start, size, _ in parts)]
     return made
+
+
+def element_by_element(optimizer_cls: type, target: Target, indices: tuple[Index, ...]) -> tuple[Index, ...]:
+    """The pieces of a parameter, each of which this optimizer can train alone.
+
+    Raises:
+        OptionError: it takes statistics of whole matrices, and only parts of shards are to be trained.
+    """
+    if is_sharded(target.parameter) and issubclass(optimizer_cls, _OF_WHOLE):
+        raise OptionError(
+            f"{optimizer_cls.__name__} takes statistics of whole matrices, and {target.name!r} is a sharded parameter "
+            "of which a part is selected: use an optimizer that works element by element, or unit='parameter'"
+        )
+    return indices
 
 
 class Frozen:
