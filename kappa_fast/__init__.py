@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         OptionError,
         ProcessGroupError,
         RankingFileError,
+        ShardedError,
         SourceError,
         SourceNotFoundError,
     )
@@ -51,6 +52,7 @@ __all__ = [
     "OptionError",
     "SourceError",
     "SourceNotFoundError",
+    "ShardedError",
     "RankingFileError",
     "BackendError",
     "ComputeError",

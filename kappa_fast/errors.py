@@ -34,6 +34,10 @@ class SourceError(KappaError, ValueError):
         self.says_exclude = says_exclude
 
 
+class ShardedError(SourceError, NotImplementedError):
+    """Weights are spread over several processes in a way that cannot be read from where it was asked."""
+
+
 class SourceNotFoundError(SourceError, FileNotFoundError):
     """A file, directory or shard does not exist."""
 

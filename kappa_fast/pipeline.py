@@ -12,6 +12,7 @@ import torch
 
 from .cache import CacheOption, cache_directory, opened_cache
 from .distributed.ranks import joined
+from .errors import OptionError
 from .execution.executor import Executor, usable_device
 from .execution.progress import ProgressOption, shown
 from .execution.run import Run
@@ -55,6 +56,7 @@ def rank(
     cache: CacheOption = None,
     progress: ProgressOption = None,
     process_group: ProcessGroup | None = None,
+    stages: bool = False,
 ) -> Ranking:
     """Rank the weight matrices of a model by their condition number sigma_max / sigma_min, lowest first.
 
@@ -83,6 +85,8 @@ def rank(
         progress: None for a bar on a terminal, True, False, or a callable that takes a Progress.
         process_group: of torch.distributed, all of whose ranks make this call: each works on a share of the matrices,
             and all return the same Ranking. Without it nothing is asked of other processes.
+        stages: the ranks hold different parts of one model (stages of a pipeline, experts of their own), which are
+            ranked where they are and are one Ranking.
 
     Returns:
         A Ranking. The model is not changed in any way, also when an error is raised.
@@ -92,13 +96,16 @@ def rank(
         ComputeError: a single matrix does not fit into memory, or a library routine failed on it.
         Interrupted: Ctrl-C; its ``partial`` is the Ranking of what was done.
         ProcessGroupError: another rank has failed, hangs, or has other weights, settings or versions.
-        NotImplementedError: a parameter is sharded (DTensor, ZeRO).
+        ShardedError: the model is sharded (DTensor, FSDP, ZeRO-3), and ``process_group`` is not there to rank it
+            together, or how it is sharded is not understood.
 
     Warns:
         UserWarning: weights of the model have no values to read; layers may compute others from what is ranked, in a
             way that cannot be followed; intervals could not be proven; the cache is damaged, or cannot be written to;
             adapters of PEFT have learned something that is left out.
     """
+    if stages and process_group is None:
+        raise OptionError("stages=True says that other processes have the rest: give their process_group")
     with joined(process_group) as ranks:
         options = Options(
             top=top,
@@ -122,6 +129,10 @@ def rank(
         with undisturbed():
             opened = open_source(source, options.filters, places_of, quiet=not shown(progress))
             stops.check()
+            if ranks is not None:
+                opened = ranks.connected(opened, stages)
+            elif opened.shards is not None:
+                opened.shards.check_here()
             _warn_absent(opened)
             _warn_unfollowed(opened)
             if adapters is None and isinstance(source, torch.nn.Module):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hub_server import Hub
 
 # Helpers that assert: a failure shows the values.
-pytest.register_assert_rewrite("bitsandbytes_codes", "undisturbed", "wrapping")
+pytest.register_assert_rewrite("bitsandbytes_codes", "sharding", "undisturbed", "wrapping")
 
 RunPython = Callable[..., str]
 

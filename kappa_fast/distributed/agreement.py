@@ -31,22 +31,25 @@ def contents(source: Source, moved: Callable[[], None]) -> dict[str, str]:
     """What identifies the values of every matrix, by key.
 
     Of weights in memory a hash of all their bits. Of files their names, sizes and times of change, or their content
-    where the hub's cache has it in the name: no rank reads a tensor that it does not rank.
+    where the hub's cache has it in the name: no rank reads a tensor that it does not rank. Pieces of sharded weights
+    are not compared here: each is on one rank, or its copies are compared (``pieces.py``).
     """
     if source.in_memory:
         found = {}
         for matrix in source.matrices:
             moved()
-            found[matrix.key] = fingerprint(matrix.load())
+            found[matrix.key] = "in pieces" if matrix.is_spread else fingerprint(matrix.load())
         return found
     return {matrix.key: " + ".join(map(_identity, _files(matrix))) for matrix in source.matrices}
 
 
-def inventory(source: Source) -> dict[str, Any]:
-    """What is ranked and what is not, by key."""
+def inventory(source: Source, *, shards: bool = True) -> dict[str, Any]:
+    """What is ranked and what is not, by key, and how what is sharded lies on its processes."""
     ranked = {m.key: f"{m.shape} {m.dtype} {m.quantization} {m.aliases} {m.index}" for m in source.matrices}
+    found = source.shards.tensors.values() if shards and source.shards is not None else ()
+    spread = {f"{t.name} in pieces": f"{t.shape} {t.dtype} {t.kind}: {t.how}" for t in found}
     left_out = {s.name: f"{s.shape}, {s.reason}" for s in source.skipped}
-    return {**ranked, **left_out, "number of parameters": source.num_parameters}
+    return {**ranked, **spread, **left_out, "number of parameters": source.num_parameters}
 
 
 def digest(document: Mapping[str, Any]) -> str:

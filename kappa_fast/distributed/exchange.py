@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from ..cache.records import Query, decode, encode
 from ..sources.base import Matrix
 from .line import Line
-from .shares import Shares
+from .shares import shares_of
 
 if TYPE_CHECKING:
     from ..cache import ResultCache
@@ -60,14 +60,21 @@ class Exchange(Generic[R]):
         messages: list[Message] = self._line.expect(self._key("known"))
         return messages
 
-    def assigned(self) -> Iterator[Sequence[Matrix]]:
-        """The matrices that this rank is to work on: its first share, then a piece whenever it asks for one."""
-        matrices = dict(self.open)
+    def assigned(self, holders: Mapping[str, tuple[int, ...]]) -> Iterator[Sequence[Matrix]]:
+        """The matrices that this rank is to work on: its first shares, then a piece whenever it asks for one.
+
+        holders: by the key of a matrix the ranks that can work on it; those of a matrix that is not named are all.
+        """
+        matrices, everybody = dict(self.open), tuple(range(self._line.size))
         costs = {number: self._step.cost(matrix) for number, matrix in matrices.items()}
-        shares = Shares.of(costs, self._line.size)
-        yield [matrices[number] for number in shares.first[self._line.rank]]
-        while (piece := self._line.count(self._key("handed out")) - 1) < len(shares.pieces):
-            yield [matrices[number] for number in shares.pieces[piece]]
+        shares = shares_of(costs, lambda number: holders.get(matrices[number].key, everybody))
+        mine = {ranks: share for ranks, share in shares.items() if self._line.rank in ranks}
+        for ranks, share in mine.items():
+            yield [matrices[number] for number in share.first[ranks.index(self._line.rank)]]
+        for ranks, share in mine.items():
+            handed_out = self._key(f"handed out/{','.join(map(str, ranks))}")
+            while (piece := self._line.count(handed_out) - 1) < len(share.pieces):
+                yield [matrices[number] for number in share.pieces[piece]]
 
     def add(self, matrix: Matrix, result: R) -> None:
         """A result that this rank has computed; it goes with the next ``send``."""

@@ -15,6 +15,8 @@ from ..sources.base import Matrix, Source
 from . import agreement
 from .exchange import Exchange, Step
 from .line import AGAIN, Line
+from .pieces import Pieces
+from .stages import united
 
 if TYPE_CHECKING:
     import threading
@@ -49,8 +51,9 @@ def joined(process_group: ProcessGroup | None) -> Iterator[Ranks | None]:
 
     store = PrefixStore("kappa_fast", _store_of(group))
     line = Line(store, group.rank(), group.size(), _timeout_of(group))
+    ranks = Ranks(line, group)
     try:
-        yield Ranks(line, group)
+        yield ranks
         line.meet("done")
     except KeyboardInterrupt:
         line.fail("interrupted", f"rank {line.rank} was interrupted; {AGAIN}")
@@ -63,6 +66,7 @@ def joined(process_group: ProcessGroup | None) -> Iterator[Ranks | None]:
         line.fail("error", f"rank {line.rank} failed ({type(error).__name__}: {text}); {AGAIN} once that is corrected")
         raise
     finally:
+        ranks.close()
         line.close()
 
 
@@ -78,11 +82,37 @@ class Ranks:
         self._steps = 0  # of the work, so far
         self._sent_at = 0.0
         self._waited, self._computed = 0.0, 0  # seconds, matrices
+        self._pieces: Pieces | None = None
+        self._holders: Mapping[str, tuple[int, ...]] = {}  # by key, if not all ranks hold all matrices
 
     @property
     def first(self) -> bool:
         """Whether this is rank 0."""
         return self._line.rank == 0
+
+    def connected(self, source: Source, stages: bool) -> Source:
+        """The source with all that the ranks have together: pieces of weights, and with ``stages`` whole parts.
+
+        Raises:
+            OptionError: a piece is on a process that does not belong to the group.
+            ProcessGroupError: a rank is lost, or has something else than others under one name.
+        """
+        kinds = {"stages": stages, "sharded": stages or source.shards is not None}
+        if self.first:
+            self._line.post("kinds", kinds)
+        elif (theirs := self._line.expect("kinds")) != kinds:
+            self._refuse("settings" if theirs["stages"] != stages else "matrices", kinds, theirs)
+        if stages:
+            together = united(source, self._line)
+            source, self._holders = together.source, together.holders
+        if kinds["sharded"]:
+            self._pieces = Pieces(source, self._line, self._group, _store_of(self._group))
+        return source
+
+    def close(self) -> None:
+        """Nothing more is asked of this rank. Never raises."""
+        if self._pieces is not None:
+            self._pieces.close()
 
     def agree(self, source: Source, settings: Mapping[str, Any]) -> None:
         """Make sure that all ranks are about to do the same.
@@ -94,8 +124,8 @@ class Ranks:
         mine = {
             "versions": agreement.versions(),
             "settings": json.loads(json.dumps(dict(settings))),
-            "matrices": agreement.inventory(source),
-            "weights": agreement.contents(source, self._line.moved),
+            "matrices": agreement.inventory(source, shards=not self._holders),
+            "weights": {} if self._holders else agreement.contents(source, self._line.moved),
         }
         large = ("matrices", "weights")
         if self.first:
@@ -111,6 +141,13 @@ class Ranks:
                     self._refuse(name, value, theirs[name])
         with self._waiting():
             self._line.meet("agreed")
+            if self._pieces is not None:
+                self._pieces.agree(self._copies(source))
+
+    def _copies(self, source: Source) -> dict[str, Callable[[], torch.Tensor]]:
+        """The weights that other ranks hold too, if the ranks hold different parts of a model."""
+        shared = {m.key: m for m in source.matrices if len(self._holders.get(m.key, ())) > 1 and not m.is_spread}
+        return {key: m.load for key, m in shared.items() if self._line.rank in self._holders[key]}
 
     def _refuse(self, what: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         others = agreement.differing(mine, theirs)
@@ -165,7 +202,7 @@ class Ranks:
             with self._waiting():
                 known = exchange.known()
             yield from exchange.received(known)
-        for share in exchange.assigned():
+        for share in exchange.assigned(self._holders):
             with contextlib.closing(compute(step, share, stop)) as computed:
                 for matrix, result in computed:
                     self._line.moved()
@@ -197,7 +234,7 @@ class Ranks:
         """Rank 0's, with what only the ranks together know; the same on all of them.
 
         ``ranks`` is a list with a dict for each: seconds of the whole run and of waiting for others, how many
-        matrices it has resolved, bytes of JSON that it has sent and received.
+        matrices it has resolved, bytes of JSON that it has sent and received, bytes of weights that others gave it.
         """
         line = self._line
         own = {
@@ -209,6 +246,7 @@ class Ranks:
                 "matrices": self._computed,
                 "sent": line.sent,
                 "received": line.received,
+                "gathered": 0 if self._pieces is None else self._pieces.received,
             },
         }
         line.post(f"metadata/{line.rank}", own)

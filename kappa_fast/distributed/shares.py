@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 FIRST = 0.5  # of the cost; a rank at half the speed of the others is then done with its share as they run out of work
@@ -41,6 +41,14 @@ class Shares:
             first[rank].append(i)
             given, taken = given + costs[i], taken + 1
         return cls(tuple(map(tuple, first)), _pieces(order[taken:], costs, ranks, total))
+
+
+def shares_of(costs: Mapping[int, float], holders: Callable[[int], tuple[int, ...]]) -> dict[tuple[int, ...], Shares]:
+    """The shares of all that hold the same matrices, by their ranks: ``first`` is in the order of these."""
+    found: dict[tuple[int, ...], dict[int, float]] = {}
+    for i, cost in costs.items():
+        found.setdefault(holders(i), {})[i] = cost
+    return {ranks: Shares.of(part, len(ranks)) for ranks, part in sorted(found.items())}
 
 
 def _pieces(order: list[int], costs: Mapping[int, float], ranks: int, total: float) -> tuple[tuple[int, ...], ...]:

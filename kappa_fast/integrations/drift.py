@@ -19,7 +19,7 @@ from ..pipeline import rank
 from ..results.entries import TensorKappa
 from ..results.ranking import Ranking
 from ..sources.adapters import adapted_in
-from ..training.masks import is_sharded
+from ..sources.unsharded import is_sharded
 
 try:
     from transformers import TrainerCallback
@@ -56,7 +56,8 @@ class KappaDriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             the largest relative change of kappa since the beginning.
 
     Raises:
-        OptionError: an option is not valid.  on_init_end: the Trainer has no model yet, or the model is sharded.
+        OptionError: an option is not valid.  on_init_end: the Trainer has no model yet.
+        ShardedError: the model is sharded in a way that is not understood.
     """
 
     def __init__(
@@ -148,17 +149,19 @@ def check_rank_options(options: Mapping[str, Any]) -> None:
 def ranked(model: nn.Module, options: Mapping[str, Any]) -> Ranking:
     """rank() for a model of the Trainer; weights with adapters are ranked as the merged weights.
 
+    A sharded model is ranked by all processes together: the Trainer calls its callbacks on each of them.
+
     Raises:
-        OptionError: the model is sharded.
+        ShardedError: the model is sharded in a way, or in a state, that is not understood.
     """
-    sharded = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
-    if sharded is not None:
-        raise OptionError(
-            f"{sharded!r} is sharded, and sharded models cannot be ranked yet: rank the checkpoint, and give the "
-            "selection to optimizer_factory()"
-        )
     merged = {"adapters": "merged"} if adapted_in(model) is not None else {}
-    return rank(model, **{**merged, **options})
+    together: dict[str, Any] = {}
+    if is_sharded(model):
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            together = {"process_group": distributed.group.WORLD}
+    return rank(model, **{**merged, **options, **together})
 
 
 def write_log(args: Any, state: Any, control: Any, figures: Mapping[str, float]) -> None:

@@ -111,7 +111,7 @@ class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[mi
         rankings, history: see KappaDriftCallback.
 
     Raises:
-        OptionError: an option is misspelt or not valid, or there is no budget.  on_init_end: the model is sharded,
+        OptionError: an option is misspelt or not valid, or there is no budget.  on_init_end: the model
             has adapters of PEFT, or has a selection already.  on_train_begin: the Trainer has made another model since;
             the resumed run had another selection or other options.
 

@@ -34,6 +34,7 @@ from .layouts import Layout, Part, layout_of
 from .module import read_module
 from .names import is_read_directly
 from .tensors import count_weights, read_mapping
+from .unsharded import whole_mapping, whole_module
 
 __all__ = ["Filters", "Matrix", "PlacesOf", "Source", "open_source"]
 
@@ -66,7 +67,7 @@ def open_source(
         MissingExtraError: a package that the source needs (huggingface_hub, gguf) is not installed.
         SourceNotFoundError: there is no such path or model, or a shard that an index names is missing.
         SourceError: the source cannot be read, has no parameter with two or more dimensions, or two with one name.
-        NotImplementedError: a parameter is sharded.
+        ShardedError: a parameter is sharded in a way, or in a state, that is not understood.
     """
     if not isinstance(source, (str, os.PathLike)):
         return _opened(_read(source, filters, without_values, quiet), filters, places_of, without_values)
@@ -136,6 +137,8 @@ def _opened(inventory: Inventory, filters: Filters, places_of: PlacesOf | None, 
         in_memory=inventory.in_memory,
         absent=tuple(absent),
         unfollowed=tuple(name for name in unfollowed if name in ranked),
+        shards=inventory.shards,
+        sizes={t.name: t.numel for t in inventory.tensors},
     )
 
 
@@ -197,9 +200,11 @@ def _pieces(stored: Stored, place: Place | None, around: Neighbors, split: bool)
 
 def _read(source: object, filters: Filters, without_values: bool, quiet: bool) -> Inventory:
     if isinstance(source, torch.nn.Module):
-        return read_module(source, filters.adapters)
+        module, shards = whole_module(source)
+        return replace(read_module(module, filters.adapters), shards=shards)
     if isinstance(source, Mapping):
-        return read_mapping(source)
+        mapping, shards = whole_mapping(source)
+        return replace(read_mapping(mapping), shards=shards)
     if isinstance(source, (str, os.PathLike)):
         if not os.fspath(source):
             raise OptionError("the path of the checkpoint is empty: give a .safetensors file or a directory with them")
@@ -266,6 +271,7 @@ def _matrix(stored: Stored, part: Part, place: Place | None) -> Matrix:
         overhead=stored.overhead + _discarded_bytes(stored, part),
         prefetch=None if stored.prefetch is None else partial(stored.prefetch, index),
         location=stored.location,
+        is_spread=stored.is_spread,
         stamp=None if stored.stamp is None else _part_of(stored.stamp, part, index),
     )
 

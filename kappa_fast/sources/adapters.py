@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,10 @@ import torch
 from ..errors import SourceError
 from ..results.entries import Index
 from .base import COMPUTED, Stored
+from .placements import is_dtensor, local_of
 from .tensors import identity
+from .twins import copied, copy_module
+from .unsharded import has_stand_ins, stands_for
 
 NO_MERGE = "the adapters of {} cannot be merged into it: adapters='base' ranks it without them"
 
@@ -45,12 +48,14 @@ def has_trained_adapters(model: torch.nn.Module) -> bool:
     found = list(_adapted(model))
     lora = [a.layer for a in found if a.copied is None and hasattr(a.layer, "lora_B")]
     if any(_moved(layer) for layer in lora) or any(
-        a.copied is not None and not torch.equal(a.copied, a.weight) for a in found
+        a.copied is not None and not torch.equal(local_of(a.copied), local_of(a.weight)) for a in found
     ):
         return True
     others = [a for a in found if a.copied is None and not any(a.layer is layer for layer in lora)]
     if not others:
         return False
+    if any(is_dtensor(a.weight) for a in others):  # to try one is to wait for others
+        return True
     one = min(others, key=lambda a: a.weight.numel())
     with torch.no_grad():
         made = _merge(one)
@@ -84,19 +89,25 @@ def merged(model: torch.nn.Module, tensors: Sequence[Stored], held: Mapping[str,
 def _made(stored: Stored, adapted: Adapted) -> Stored:
     kind = type(adapted.layer).__name__
     if adapted.copied is not None:
-        return replace(stored, take=partial(_take_copied, adapted.copied), evidence=f"the copy that {kind} uses")
+        evidence = f"the copy that {kind} uses"
+        found = stands_for(adapted.copied)
+        take_copy = partial(_take_copied, adapted.copied) if found is None else found[0].taker(found[1])
+        return replace(stored, take=take_copy, evidence=evidence, is_spread=stored.is_spread or found is not None)
     if stored.quantization is not None:
         plain = hasattr(adapted.layer, "lora_B") and not getattr(adapted.layer, "lora_variant", None)
         if not plain or not hasattr(adapted.layer, "get_delta_weight"):
             return replace(stored, problem=NO_MERGE.format(kind))
-        take: Callable[..., torch.Tensor] = partial(_take_added, stored, adapted)
+        take = partial(_take_added, stored, adapted)
     elif not callable(getattr(adapted.layer, "merge", None)):
         return replace(stored, problem=NO_MERGE.format(kind))
     else:
         take = partial(_take_merged, stored, adapted)
     size = 0 if stored.dtype is None else 4 * math.prod(stored.shape) * stored.dtype.itemsize
     evidence = f"with the adapters of {kind}"
-    return replace(stored, take=take, stamp=None, overhead=stored.overhead + size, evidence=evidence)
+    spread = stored.is_spread or has_stand_ins(adapted.layer)
+    if spread and take.func is _take_added:
+        return replace(stored, problem=NO_MERGE.format(f"{kind}, which lie on several processes,"))
+    return replace(stored, take=take, stamp=None, overhead=stored.overhead + size, evidence=evidence, is_spread=spread)
 
 
 def _take_copied(copied: torch.Tensor, index: Index, device: torch.device | None = None) -> torch.Tensor:
@@ -188,13 +199,14 @@ def _moved(layer: Any) -> bool:
     """Return whether the second factor of an active LoRA is not zero; it is initialized with zeros."""
     factors = (getattr(layer, words, {}) for words in ("lora_B", "lora_embedding_B"))
     weights = [getattr(f[n], "weight", f[n]) for f in factors for n in _in_use(layer) if n in f]
-    return any(bool(weight.detach().count_nonzero()) for weight in weights)
+    return any(bool(local_of(weight).count_nonzero()) for weight in weights)
 
 
 def _merge(adapted: Adapted) -> torch.Tensor | None:
     """Return the weight that a copy of the layer has after merging its adapters; None if merging is not supported."""
     try:
-        layer = copy.deepcopy(adapted.layer)
+        spread = has_stand_ins(adapted.layer)
+        layer = copy_module(adapted.layer, copied) if spread else copy.deepcopy(adapted.layer)
         layer.merge(safe_merge=False)
     except (AttributeError, NotImplementedError, TypeError, ValueError):
         return None

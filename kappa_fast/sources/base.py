@@ -15,6 +15,7 @@ import torch
 
 from ..errors import SourceError
 from ..results.entries import Index, Skipped
+from .spread import Shards
 
 COMPUTED = "computed by"  # the beginning of the evidence of a weight that a module computes from its parameters
 Role = Literal["adapter", "embedding", "head", "router", "scales", "ingredient"]
@@ -118,6 +119,7 @@ class Stored:
         prefetch: ``prefetch(index)`` asks the operating system to read ahead what ``take(index)`` will read; it does
             not wait, allocate or raise. None if nothing has to be read.
         location: the file and the offset where the values begin, for reading in the order of the disk.
+        is_spread: True if ``take`` may need data that other processes hold.
         stamp: identifies the values without reading them; None if that is impossible.
         out_of_sight: True for a weight of the model whose values cannot be read; a warning counts such weights.
         unfollowed: True if it is unknown whether the layer multiplies with these values or computes others from them;
@@ -139,6 +141,7 @@ class Stored:
     overhead: int = 0
     prefetch: Callable[[Index], None] | None = field(default=None, repr=False, compare=False)
     location: tuple[str, int] | None = None
+    is_spread: bool = False
     stamp: Stamp | None = None
     evidence: str = ""
     out_of_sight: bool = False
@@ -199,6 +202,7 @@ class Inventory:
         buffers: names of tensors that are not candidates for ranking.
         in_peft: True if PEFT has wrapped the model, so that more names are those of adapters.
         config: the content of config.json, for checkpoints.
+        shards: the tensors that are spread over several processes, or None.
     """
 
     tensors: Sequence[Stored]
@@ -208,6 +212,7 @@ class Inventory:
     buffers: Collection[str] = ()
     in_peft: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
+    shards: Shards | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +224,7 @@ class Matrix:
     quantized weights (``quantization`` is the format); ``load(device)`` moves their codes to ``device`` first.
     ``prefetch()`` asks the operating system to read ahead what ``load()`` will read; None if nothing has to be read.
     ``location`` is the file and the offset where these values begin.
+    ``is_spread``: ``load()`` may need data that other processes hold.
     ``stamp`` identifies the values of this matrix without reading them; None if that is impossible.
     """
 
@@ -236,6 +242,7 @@ class Matrix:
     overhead: int = 0  # bytes that load() needs at its peak in addition to the matrix
     prefetch: Callable[[], None] | None = field(default=None, repr=False)
     location: tuple[str, int] | None = None
+    is_spread: bool = False  # whether load() may need what other processes hold
     stamp: Stamp | None = field(default=None, repr=False)
 
     @property
@@ -256,6 +263,8 @@ class Source:
     ``absent``: the entries of ``skipped`` that are weights whose values cannot be read (packed, on the meta device).
     ``unfollowed``: the names of weights that are ranked as stored, although it is unknown whether their layer
     computes others from them in its forward().
+    ``shards``: the tensors that are spread over several processes, to be connected before anything is loaded; or None.
+    ``sizes``: the number of entries of each tensor by its first name, tensors of one dimension included.
     """
 
     matrices: tuple[Matrix, ...]
@@ -265,3 +274,5 @@ class Source:
     in_memory: bool = True  # False if load() reads tensors into memory; True if they are in memory already
     absent: tuple[Skipped, ...] = ()
     unfollowed: tuple[str, ...] = ()
+    shards: Shards | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)

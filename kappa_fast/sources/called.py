@@ -29,8 +29,10 @@ from .classes import looks_up
 from .effective import PARAMETRIZATIONS, RANDOM, ComputedTake, Effective, exclusive
 from .products import Origin, Products
 from .twins import Convert, copied, copy_module
+from .unsharded import device_of, has_stand_ins
 
 _BUILT_IN = (nn.Linear, _ConvNd)
+_SPREAD = "it asks for values that lie on several processes to be followed: rank the model before it is sharded"
 _OF_INPUT = "it depends on the input, so that it has no single condition number"
 
 
@@ -56,7 +58,7 @@ def weight_in_forward(module: nn.Module, computed: Effective | None = None) -> E
         return None
     like = found.weight if found.weight is not None else _own(module, leaf)
     how = _how(module) if computed is None else f"{computed.how}, {_how(module)}"
-    device = computed.device if computed is not None else _own(module, leaf).device
+    device = computed.device if computed is not None else device_of(_own(module, leaf))
     ingredients = (leaf,) if computed is None else computed.ingredients
     problem = f"computed by {how}: {found.problem}" if found.problem is not None else None
     return Effective(leaf, ingredients, how, tuple(like.shape), like.dtype, device, take, problem)
@@ -171,6 +173,8 @@ class _ForwardTake(ComputedTake):
             if seen is not None and seen.weight is not None and self._observe(_wide_on_meta) == _Observed():
                 return _Observed()
             whole = not any(t.is_meta for t in (*self._module.parameters(), *self._module.buffers()))
+            if seen is None and has_stand_ins(self._module):
+                return _Observed(problem=_SPREAD)
             if seen is None and whole:
                 seen = self._observe(copied)
         return seen

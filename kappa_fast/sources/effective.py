@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..results.entries import Index
 from . import codes
 from .twins import Convert, copied, copy_module
+from .unsharded import device_of
 
 PARAMETRIZATIONS = "parametrizations"
 Answer = TypeVar("Answer")
@@ -80,7 +81,7 @@ def effective_weights(module: nn.Module) -> Iterator[Effective]:
         else:
             problem = f"computed from {', '.join(pieces)} by unknown code of {type(module).__name__}: make the weight "
             problem += "a plain parameter to rank it"
-            yield Effective(leaf, pieces, "", tuple(like.shape), like.dtype, like.device, _never, problem)
+            yield Effective(leaf, pieces, "", tuple(like.shape), like.dtype, device_of(like), _never, problem)
 
 
 def ingredients_of(module: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -147,7 +148,7 @@ def _described(
             problem = f"computed by {how}: {RANDOM}" if is_random else None
         except Exception as error:  # what users write may fail in any way
             problem = f"computed by {how}, which fails ({type(error).__name__}: {str(error)[:80]})"
-    return Effective(leaf, ingredients, how, shape, dtype, like.device, take, problem)
+    return Effective(leaf, ingredients, how, shape, dtype, device_of(like), take, problem)
 
 
 def _never(index: Index, device: torch.device | None = None) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..errors import ShardedError
 from ..results.names import base_name
 from .adapters import merged
 from .base import COMPUTED, Home, Inventory, Role, Stored
@@ -21,6 +22,7 @@ from .names import has_adapters
 from .packed import packed_weights
 from .quantized import modules, weights_of
 from .tensors import digest_of_headers, identity, is_lazy, model_types_in, own_names, sharded, store
+from .unsharded import has_stand_ins
 
 # Names of the parts of reparametrized weights, in modules whose parametrization became a part of a traced graph.
 _PARTS = frozenset(("original", "original0", "original1", "weight_g", "weight_v", "weight_orig"))
@@ -33,11 +35,11 @@ def read_module(model: torch.nn.Module, adapters: str = "base") -> Inventory:
     weight with PEFT adapters as the merged weight.
 
     Raises:
-        NotImplementedError: a parameter is sharded (DTensor, FSDP, ZeRO-3).
+        ShardedError: a parameter is a part of what it was, and nothing tells where the rest is.
     """
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
-            raise NotImplementedError(sharded(name or type(model).__name__, "FSDP"))
+            raise ShardedError(sharded(name or type(model).__name__, "FSDP"))
     places, held, (computed, unclear) = _places(model), _held(model), _computed(model)
     computed, shared = _unshared(computed, held)
     parts = {name for item in computed for name in item.parts}
@@ -187,6 +189,7 @@ def _made(
         roles=frozenset(roles),
         overhead=4 * math.prod(weight.shape) * weight.dtype.itemsize,
         evidence=f"{COMPUTED} {weight.how} of {places[0].owner.__class__.__name__}",
+        is_spread=has_stand_ins(places[0].owner),
     )
     yield parts[0], whole
     seen = {identity(held[name].tensor) for name in aliases}

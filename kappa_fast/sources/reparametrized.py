@@ -157,6 +157,7 @@ class _Found:
             main,
             names=tuple(dict.fromkeys((name, *main.names))),
             take=_Combined(parts, compute),
+            is_spread=any(part.is_spread for part in parts.values()),
             overhead=3 * size,  # the parts, and an intermediate product
             prefetch=_Prefetch(tuple(parts.values())) if main.prefetch is not None else None,
             stamp=Stamp.joined([part.stamp for part in parts.values()], evidence),

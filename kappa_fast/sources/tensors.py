@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ..errors import SourceError
+from ..errors import ShardedError, SourceError
 from ..results.names import base_name, unwrapped
 from . import codes
 from .base import Inventory, Role, Stored, Take
@@ -17,6 +18,7 @@ from .ownership import is_unread, without_ingredients
 from .quantized import weights_of
 from .quantized.live import weights_in
 from .reparametrized import combine_parts
+from .unsharded import device_of, stands_for
 
 # Attributes in which quantized parameters keep their scales.
 _OF_PARAMETER = ("quant_state", "SCB")
@@ -27,7 +29,7 @@ def read_mapping(weights: Mapping[str, torch.Tensor]) -> Inventory:
 
     Raises:
         SourceError: a key is not a string, or a value is not a tensor.
-        NotImplementedError: a tensor is sharded.
+        ShardedError: a tensor is a part of a larger one, and it is unknown where the rest is.
     """
     groups: dict[object, list[str]] = {}
     for name, tensor in weights.items():
@@ -59,14 +61,15 @@ def store(
 
     Raises:
         SourceError: the scales of the tensor do not fit.
-        NotImplementedError: the tensor is sharded.
+        ShardedError: the tensor is a part of a larger one, and it is unknown where the rest is.
     """
     if is_lazy(tensor) or tensor.is_nested:
         why = "nested: it has several shapes" if tensor.is_nested else "lazy, without a shape yet: run the model once"
         return Stored(names, (0, 0), tensor.dtype, tensor.device, _taker(tensor), why, parent, model_types, roles)
     refuse_sharded(names[0], tensor)
     shape, why_not = tuple(tensor.shape), _problem(tensor)
-    plain = Stored(names, shape, tensor.dtype, tensor.device, _taker(tensor), why_not, parent, model_types, roles)
+    plain = Stored(names, shape, tensor.dtype, device_of(tensor), _taker(tensor), why_not, parent, model_types, roles)
+    plain = _put_together(plain, tensor)
     return weights_in(plain, tensor, holder or parent) or plain
 
 
@@ -113,7 +116,7 @@ def refuse_sharded(name: str, tensor: torch.Tensor) -> None:
     """Raise for a weight of which this process holds only a part.
 
     Raises:
-        NotImplementedError: the tensor is a DTensor, belongs to FSDP1, or to ZeRO-3 without being gathered.
+        ShardedError: the tensor is a DTensor, belongs to FSDP1, or to ZeRO-3 without being gathered.
     """
     kind = next((c.__name__ for c in type(tensor).__mro__ if c.__name__ in ("DTensor", "ShardedTensor")), None)
     if kind is None and (type(tensor).__name__ == "FlatParameter" or hasattr(tensor, "_is_flat_param")):
@@ -122,14 +125,14 @@ def refuse_sharded(name: str, tensor: torch.Tensor) -> None:
     if kind is None and shape and tuple(tensor.shape) != shape:
         kind = "ZeRO-3"
     if kind is not None:
-        raise NotImplementedError(sharded(f"{name} of shape {shape or tuple(tensor.shape)}", kind))
+        raise ShardedError(sharded(f"{name} of shape {shape or tuple(tensor.shape)}", kind))
 
 
 def sharded(what: str, kind: str) -> str:
     """Return the message for a weight that is sharded over processes; ``kind`` names the method."""
     return (
-        f"{what} is sharded over several processes ({kind}), which is not supported yet: "
-        "rank the checkpoint directory, or the model before it is sharded or after it is gathered"
+        f"{what} is sharded over several processes ({kind}), and nothing here tells "
+        "where the rest is: rank the checkpoint directory, or the model before it is sharded or after it is gathered"
     )
 
 
@@ -169,6 +172,16 @@ def model_types_in(config: object) -> tuple[str, ...]:
 
     found = (get(config, "model_type"), get(get(config, "text_config"), "model_type"))
     return tuple(dict.fromkeys(kind for kind in found if isinstance(kind, str)))
+
+
+def _put_together(stored: Stored, tensor: torch.Tensor) -> Stored:
+    """With a way to the values where the tensor only stands for one that lies on several processes."""
+    found = stands_for(tensor)
+    if found is None:
+        return stored
+    shards, spread = found
+    error = None if spread.problem is None else ShardedError(f"{stored.name}: {spread.problem}")
+    return replace(stored, take=shards.taker(spread), overhead=spread.overhead, is_spread=True, error=error)
 
 
 def _taker(tensor: torch.Tensor) -> Take:

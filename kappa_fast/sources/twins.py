@@ -21,6 +21,9 @@ import torch
 import torch.fx
 from torch import nn
 
+from .placements import is_dtensor
+from .unsharded import stands_for
+
 Convert = Callable[[torch.Tensor], torch.Tensor]
 _HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_always_called"),
@@ -53,8 +56,9 @@ def copy_module(module: nn.Module, convert: Convert) -> Any:
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a detached copy of a tensor: code of users may work in place."""
-    return tensor.detach().clone()
+    """Return a detached copy of a tensor, of a sharded one the whole: code of users may work in place."""
+    found = stands_for(tensor)
+    return tensor.detach().clone() if found is None else found[0].read(found[1]).clone()
 
 
 class _Copier:
@@ -107,7 +111,9 @@ class _Copier:
 
     def _tensor(self, tensor: torch.Tensor | None, clone: bool, elsewhere: bool = False) -> Any:
         if tensor is not None and id(tensor) not in self._known:
-            shared = elsewhere and not self._on_meta
+            if is_dtensor(tensor):  # where a module keeps it on the side: to work with it is to wait for others
+                raise UnreachableError("a tensor on several processes belongs to it that is no parameter of it")
+            shared = elsewhere and not self._on_meta and stands_for(tensor) is None
             converted = tensor.detach() if shared else self._convert(tensor)
             self._remember(tensor, converted.clone() if clone else converted)
         return None if tensor is None else self._known[id(tensor)]

@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 
+from ..errors import OptionError
 from ..matching.names import Target
 from ..matching.pieces import box_of
+from ..results.entries import Index
+from ..sources.placements import pieces_here
 
 Tensor = torch.Tensor
+_OF_WHOLE: tuple[type, ...] = tuple(filter(None, (getattr(torch.optim, "Adafactor", None),)))
 
 
 def frozen_mask(target: Target) -> Tensor:
@@ -46,12 +50,27 @@ def local_mask(mask: Tensor, tensor: Tensor) -> Tensor:
     """The part of a parameter's mask that belongs to the part of the parameter on this rank."""
     if not is_sharded(tensor):
         return mask
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    local = local_part(tensor)
+    made = torch.ones([1 if m == 1 else n for m, n in zip(mask.shape, local.shape, strict=True)], dtype=torch.bool)
+    for piece in pieces_here(tensor):
+        parts = list(zip(mask.shape, piece.start, piece.size, piece.at, strict=True))
+        there = tuple(slice(None) if m == 1 else slice(at, at + size) for m, _, size, at in parts)
+        made[there] = mask[tuple(slice(None) if m == 1 else slice(start, start + size) for m, start, size, _ in parts)]
+    return made
 
-    sharded: Any = tensor
-    shape, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
-    parts = zip(mask.shape, shape, offset, strict=True)
-    return mask[tuple(slice(None) if size == 1 else slice(start, start + length) for size, length, start in parts)]
+
+def element_by_element(optimizer_cls: type, target: Target, indices: tuple[Index, ...]) -> tuple[Index, ...]:
+    """The pieces of a parameter, each of which this optimizer can train alone.
+
+    Raises:
+        OptionError: it takes statistics of whole matrices, and only parts of shards are to be trained.
+    """
+    if is_sharded(target.parameter) and issubclass(optimizer_cls, _OF_WHOLE):
+        raise OptionError(
+            f"{optimizer_cls.__name__} takes statistics of whole matrices, and {target.name!r} is a sharded parameter "
+            "of which a part is selected: use an optimizer that works element by element, or unit='parameter'"
+        )
+    return indices
 
 
 class Frozen:
@@ -63,7 +82,9 @@ class Frozen:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The mask for the local part of a tensor of the parameter's shape."""
-        key = (tensor.device, is_sharded(tensor), tuple(local_part(tensor).shape))
+        itself: Any = tensor
+        where = (itself.placements, str(itself.device_mesh)) if is_sharded(tensor) else ()
+        key = (tensor.device, where, tuple(local_part(tensor).shape))
         if key not in self._local:
             self._local[key] = local_mask(self.mask, tensor).to(tensor.device)
         return self._local[key]

@@ -25,7 +25,7 @@ from ..results.names import plain_name
 from ..results.selection import Selection
 from .groups import parted, patterns_without_decay
 from .handle import Handle, apply
-from .masks import Frozen, is_sharded
+from .masks import Frozen, element_by_element, is_sharded
 from .states import check_names, check_shapes
 
 Pieces = tuple[Index, ...]
@@ -134,7 +134,7 @@ def _pieces(optimizer_cls: type[Optimizer], target: Target) -> Pieces | None:
             f"LBFGS evaluates the model many times in a step, which a part of {name!r} does not allow: select whole "
             "parameters with unit='parameter', or use another optimizer"
         )
-    return indices
+    return element_by_element(optimizer_cls, target, indices)
 
 
 def _matrices(name: str, index: Index, parameter: torch.Tensor) -> list[Index]:

@@ -135,12 +135,6 @@ def test_options_that_cannot_work_are_named(options, message):
         KappaTuneCallback(num_tensors=1, **options)
 
 
-def test_sharded_models_are_refused(monkeypatch):
-    monkeypatch.setattr("kappa_fast.integrations.drift.is_sharded", lambda p: True)
-    with pytest.raises(OptionError, match=r"'model\.embed_tokens\.weight' is sharded, .*optimizer_factory"):
-        KappaTuneCallback(num_tensors=1).on_init_end(None, None, None, build("llama"))
-
-
 @pytest.mark.parametrize("family", ["mixtral", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
 def test_accelerate_prepares_model_optimizer_and_scheduler(family):
     accelerate = pytest.importorskip("accelerate")

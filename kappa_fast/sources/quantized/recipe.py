@@ -135,6 +135,7 @@ def compose(stored: Stored, recipe: Recipe) -> Stored:
         take=_Taker(recipe),
         quantization=recipe.quantization,
         overhead=read + matrix * recipe.peak,
+        is_spread=any(part.is_spread for part in recipe.inputs.values()),
         prefetch=None if stored.prefetch is None else partial(_prefetch, recipe),
         stamp=_stamp(recipe),
     )
