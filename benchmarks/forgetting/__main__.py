@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -45,7 +47,11 @@ def main() -> None:
         bases = sum(job["what"] == "base" for job in left)
         print(f"{plan.name}: of {len(plan.jobs())} results {len(left)} are missing, {bases} of them bases")
         return
-    missing = go_on(plan, given.folder, given.workers, _say, given.most)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end too
+    try:
+        missing = go_on(plan, given.folder, given.workers, _say, given.most)
+    except BlockingIOError:
+        raise SystemExit(f"{given.folder}: another process is at this study") from None
     _say(f"{missing} results are missing")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Mapping
@@ -88,7 +89,9 @@ def pretrain(kind: str, seed: int, settings: Mapping[str, Any], folder: Path) ->
             plant.part()
         curve.append((first + len(batches), loss_of(model, held_out)))
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / f"{base_name(kind, seed)}.safetensors")
+    scratch = folder / f".{base_name(kind, seed)}.{os.getpid()}"
+    save_file(weights, scratch)
+    scratch.replace(folder / f"{base_name(kind, seed)}.safetensors")
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights": weights_digest(model),

@@ -16,6 +16,12 @@ class Journal:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self._lock: int | None = None
+
+    def let_go(self) -> None:
+        """For a forked process: a lock is held by all that have its file open, and is the parent's alone."""
+        if self._lock is not None:
+            os.close(self._lock)
 
     def records(self) -> dict[str, dict[str, Any]]:
         """The last record of each id, in the order in which they came."""
@@ -43,8 +49,10 @@ class Journal:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("ab") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = stream.fileno()
             self._cut_torn_line()
             yield
+            self._lock = None
 
     def add(self, record: dict[str, Any]) -> None:
         """Appends a record, for good."""

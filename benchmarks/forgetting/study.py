@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
 import selectors
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -95,10 +97,13 @@ class _Crew:
     def _start(self, job: dict[str, Any]) -> int:
         """A process of its own, forked from this one, in which the libraries are loaded already."""
         reading, writing = os.pipe()
+        parent = os.getpid()
         child = os.fork()
         if child == 0:
-            os.close(reading)
             try:
+                os.close(reading)
+                self.journal.let_go()
+                _end_with(parent)
                 with os.fdopen(writing, "wb") as stream:
                     stream.write(json.dumps(perform(job, self.plan, self.folder)).encode())
             finally:
@@ -126,6 +131,14 @@ class _Crew:
             self.done.add(job["id"])
         name = " ".join(str(job[key]) for key in ("kind", "base", "task", "method", "draw", "lr") if key in job)
         self.say(f"{name}: {found['status']}{' ' + found['error'].splitlines()[-1] if 'error' in found else ''}")
+
+
+def _end_with(parent: int) -> None:
+    """On Linux a run does not outlive a study that is killed; elsewhere it ends by itself, and nobody hears of it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def _warm_up() -> None:
