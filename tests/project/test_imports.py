@@ -26,6 +26,7 @@ PUBLIC_NAMES = [
     "OptionError",
     "SourceError",
     "SourceNotFoundError",
+    "ShardedError",
     "RankingFileError",
     "BackendError",
     "ComputeError",
