@@ -247,7 +247,7 @@ def test_a_run_whose_weights_the_trainer_does_not_load_back_is_not_resumed(kind,
 def test_a_run_with_other_options_is_not_resumed(changed, words, tmp_path):
     trainer(tmp_path, 3)[0].train()
     second, _ = trainer(tmp_path, 4, changed)
-    with pytest.raises(OptionError, match=rf"begun with other options of KappaTuneCallback: {words}\. Give those"):
+    with pytest.raises(OptionError, match=rf"begun with other options of KappaTuneCallback: {words}\. Give the same"):
         second.train(resume_from_checkpoint=True)
 
 

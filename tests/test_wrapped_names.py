@@ -177,7 +177,7 @@ def test_the_advice_of_an_export_to_esft_leads_out():
             for part, shape in (("gate_proj", (20, 24)), ("up_proj", (20, 24)), ("down_proj", (24, 20))):
                 tensors[f"model.layers.{layer}.mlp.{expert}.{part}.weight"] = torch.randn(shape)
     selection = kappa_fast.rank(tensors, include="experts", progress=False).select(num_tensors=6, unit="expert")
-    with pytest.raises(OptionError, match="is none: rank with include=") as error:
+    with pytest.raises(OptionError, match="is not in one: rank with include=") as error:
         selection.to_esft()
     advised = re.search(r"include=r'(.*?)'", str(error.value))[1]
     selection = kappa_fast.rank(tensors, include=advised, progress=False).select(num_tensors=2, unit="expert")
