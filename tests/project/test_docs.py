@@ -155,7 +155,7 @@ def test_the_options_table_lists_the_options_of_rank_with_their_defaults(root):
         values = [eval(value) for value in defaults.split(", ")]
         listed |= dict(zip(parts, values * len(parts) if len(values) == 1 else values, strict=True))
     parameters = inspect.signature(kappa_fast.rank).parameters.items()
-    reserved = {"source", "process_group", "stages"}
+    reserved = {"source", "process_group"}
     assert listed == {name: parameter.default for name, parameter in parameters if name not in reserved}
 
 
