@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -44,11 +45,11 @@ def spread_of(name: str, tensor: torch.Tensor) -> Spread:
     mesh, placements = itself.device_mesh, tuple(itself.placements)
     ranks = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
     how = f"{', '.join(map(str, placements))} on a mesh of {' x '.join(map(str, mesh.shape))}"
-    problem, pieces = _refused(local, placements), tuple[Piece, ...]()
+    problem, pieces = _refused(local, mesh, placements), tuple[Piece, ...]()
     if problem is None:
         pieces = _pieces(shape, tuple(mesh.shape), ranks, placements)
         held = _held_by(shape, tuple(mesh.shape), placements, tuple(mesh.get_coordinate() or ()))
-        if held != tuple(local.shape) and 0 not in (*held, *local.shape):
+        if held != tuple(local.shape) and math.prod(held) + local.numel() > 0:
             problem = f"its part here is {tuple(local.shape)} instead of {held}"
     if problem is not None:
         problem = f"sharded over several processes ({how}) in a way that is not read: {problem}"
@@ -66,10 +67,13 @@ def pieces_here(tensor: torch.Tensor) -> tuple[Piece, ...]:
     itself: Any = tensor
     mesh = itself.device_mesh
     placements = tuple(Replicate() if p.is_partial() else p for p in itself.placements)
-    unknown = _refused(local_of(tensor), placements)
-    if unknown is not None:
-        raise ShardedError(f"a tensor of shape {tuple(tensor.shape)} is sharded in a way that is not read: {unknown}")
-    coordinate = tuple(mesh.get_coordinate() or ())
+    local, coordinate = local_of(tensor), tuple(mesh.get_coordinate() or ())
+    problem = _refused(local, mesh, placements)
+    held = _held_by(tuple(tensor.shape), tuple(mesh.shape), placements, coordinate)
+    if problem is None and held != tuple(local.shape) and math.prod(held) + local.numel() > 0:
+        problem = f"its part here is {tuple(local.shape)} instead of {held}"
+    if problem is not None:
+        raise ShardedError(f"a tensor of shape {tuple(tensor.shape)} is sharded in a way that is not read: {problem}")
     if not coordinate:  # this process does not belong to the mesh
         return ()
     boxes = itertools.product(*_runs(tuple(tensor.shape), tuple(mesh.shape), placements, coordinate))
@@ -77,10 +81,13 @@ def pieces_here(tensor: torch.Tensor) -> tuple[Piece, ...]:
     return tuple(Piece(tuple(start), tuple(size), tuple(at), (mesh.get_rank(),)) for start, size, at in parts)
 
 
-def _refused(local: torch.Tensor, placements: tuple[Any, ...]) -> str | None:
+def _refused(local: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> str | None:
     unknown = next((p for p in placements if type(p).__name__ not in _KNOWN), None)
     if unknown is not None:
         return f"{type(unknown).__name__} is none of {', '.join(_KNOWN)}"
+    if any(bool((mesh.mesh.diff(dim=dim) <= 0).any()) for dim in range(mesh.mesh.dim())):
+        # torch orders the ranks of a group, so the piece of a process is not the one at its place in the mesh.
+        return "the ranks of its mesh do not ascend along every dimension"
     if type(local) not in (torch.Tensor, torch.nn.Parameter):
         return f"its pieces are of the class {type(local).__name__}"
     return None if local.layout == torch.strided else f"its pieces are {local.layout}"

@@ -22,6 +22,7 @@ from sharding import (
 
 import kappa_fast
 from kappa_fast import OptionError, ProcessGroupError, ShardedError
+from kappa_fast.sources.placements import pieces_here
 
 distributed = pytest.importorskip("torch.distributed")
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
@@ -274,12 +275,18 @@ def sharded_on_one(rank):
 
 
 def not_understood(rank):
-    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Partial, Shard
 
     model, on = Net(), mesh(world())
     model.back.weight = torch.nn.Parameter(DTensor.from_local(model.back.weight.detach(), on, [Partial()]))
     refused(ShardedError, r"back\.weight: sharded .* in a way that is not read: Partial is none of", model)
     assert "back.weight" not in [entry.name for entry in together(model, exclude="back")]
+    backwards, model = DeviceMesh("cpu", [1, 0]), Net()
+    distributed_parameter(model.back, "weight", backwards, Shard(0))
+    refused(ShardedError, r"back\.weight: sharded .* do not ascend along every dimension", model)
+    with pytest.raises(ShardedError, match="do not ascend"):
+        pieces_here(model.back.weight)
     half = torch.distributed.new_group([0])
     if rank == 0:
         model = fully_sharded(Net(), mesh(world()))
