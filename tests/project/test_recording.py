@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import recording
+from recording_plain import Place, plain
 
 AREAS = ("matrices", "errors")
 NUMBER, ERROR, WARNING = "matrices: small 1e+03 float64", "errors: rank, {'rtol': 0}", "errors: an interrupted ranking"
@@ -83,6 +84,16 @@ def test_other_words_differ_unless_numbers_alone_count(recorded, tmp_path):
     changed[ERROR]["error"]["text"]["$text"] += "!"
     assert compared(tmp_path, recorded, changed) == 1
     assert compared(tmp_path, recorded, changed, "--numbers-only") == 0
+
+
+@pytest.mark.parametrize("holder", ["metadata", "settings", "anything"])
+def test_words_about_the_source_are_marked_as_words_wherever_they_stand(holder, tmp_path):
+    said = {holder: {"source": {"evidence": {"it is called so": ["a", "b"]}, "layouts": {"a": "as is usual"}}}}
+    found = plain([said], Place(tmp_path))[0][holder]["source"]
+    assert found == {
+        "evidence": [[{"$text": "it is called so"}, ["a", "b"]]],
+        "layouts": {"a": {"$text": "as is usual"}},
+    }
 
 
 def test_nothing_of_this_machine_is_in_a_recording(recorded, root):

@@ -90,6 +90,10 @@ def plain(value: Any, place: Place, name: str = "") -> Any:
         return plain(without_volatile(value.document()), place)
     if dataclasses.is_dataclass(value):
         return {f.name: plain(getattr(value, f.name), place, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping) and name == "evidence":  # names by words
+        return [[{WORDS: place.scrubbed(str(words))}, plain(names, place)] for words, names in value.items()]
+    if isinstance(value, Mapping) and name == "layouts":
+        return {group: {WORDS: place.scrubbed(str(words))} for group, words in value.items()}
     if isinstance(value, Mapping):
         return {place.scrubbed(str(key)): plain(item, place, str(key)) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
@@ -110,8 +114,6 @@ def without_volatile(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(metadata)
-    if isinstance(found.get("source"), Mapping):
-        found["source"] = _of_source(found["source"])
     if isinstance(found.get("versions"), Mapping):
         found["versions"] = {**found["versions"], "kappa_fast": "<version>"}
     if found.get("partial"):  # how far threads are when the others stop is a matter of time
@@ -121,19 +123,9 @@ def _of_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _of_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """What is told of the weights, some of it in words."""
-    found = dict(source)
-    if "evidence" in found:
-        found["evidence"] = [[Text(words), names] for words, names in found["evidence"].items()]
-    if "layouts" in found:
-        found["layouts"] = {group: Text(str(words)) for group, words in found["layouts"].items()}
-    return found
-
-
 def _of_plan(document: Mapping[str, Any]) -> dict[str, Any]:
     """A plan without what was measured."""
-    found = {**document, "kappa_fast": "<version>", "source": _of_source(document["source"])}
+    found = {**document, "kappa_fast": "<version>"}
     if found["prediction"] is not None:
         found["prediction"] = "<seconds>"
     if found["reading"] is not None:
