@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recording_cases_results import by_hand
-from recording_cases_runs import LONGEST, environment
+from recording_cases_runs import LONGEST, environment, settle
 from recording_cases_views import moved
 from recording_plain import Lines, Text, without_volatile
 from recording_sources import Cases, Stored, gaussian, model_tensors
@@ -140,6 +140,7 @@ def _prepared(stored: Stored) -> Path:
     by_hand().to_json(folder / "hand.json")
     moved().to_json(folder / "moved.json")
     moved(2.0, True).to_json(folder / "broke.json")
+    settle(folder / "model.safetensors")
     return folder
 
 
