@@ -276,19 +276,27 @@ def _used(products: Products, weight: torch.Tensor, flat: bool) -> _Observed:
 
 
 def _entries_of(views: list[torch.Tensor]) -> int:
-    """Return how many entries of a storage the views cover; entries of overlapping views with gaps count repeatedly."""
-    gaps = sum(view.numel() for view in views if not _is_dense(view))
+    """Return how many entries of a storage the views cover together.
+
+    Views with gaps are marked in a mask of one byte per entry, because they may lie within each other.
+    """
     found, end = 0, 0
-    dense = [(int(v.storage_offset()), v.numel()) for v in views if _is_dense(v)]
-    for start, stop in sorted((start, start + count) for start, count in dense):
+    spans = sorted((int(v.storage_offset()), int(v.storage_offset()) + _extent(v)) for v in views)
+    if any(_extent(view) != view.numel() for view in views):
+        mask = torch.zeros(max(stop for _, stop in spans), dtype=torch.bool, device="cpu")
+        for view in views:
+            shape = [1 if stride == 0 else n for n, stride in zip(view.shape, view.stride(), strict=True)]
+            mask.as_strided(shape, view.stride(), view.storage_offset()).fill_(True)
+        return int(mask.count_nonzero())
+    for start, stop in spans:
         found += max(0, stop - max(start, end))
         end = max(end, stop)
-    return gaps + found
+    return found
 
 
-def _is_dense(view: torch.Tensor) -> bool:
-    """Return whether the entries of a view are contiguous, in any order of the dimensions."""
-    return 1 + sum((n - 1) * stride for n, stride in zip(view.shape, view.stride(), strict=True)) == view.numel()
+def _extent(view: torch.Tensor) -> int:
+    """Return the number of entries from the first to the last of a view, in the order of its storage."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(view.shape, view.stride(), strict=True)) if view.numel() else 0
 
 
 def _shaped(operand: torch.Tensor, weight: torch.Tensor, flat: bool) -> torch.Tensor | None:

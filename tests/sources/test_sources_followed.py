@@ -289,6 +289,19 @@ class Overlapping(nn.Linear):
         return functional.linear(x, self.weight[:30]).sum() + functional.linear(x, self.weight[5:32]).sum()
 
 
+class OverlappingColumns(nn.Linear):
+    def forward(self, x):
+        return functional.linear(x[:, :14], self.weight[:, :14]) + functional.linear(x[:, 6:20], self.weight[:, 6:20])
+
+
+class ThroughEachOther(nn.Linear):
+    """Rows and columns together: as many entries as the weight has, but not all of it."""
+
+    def forward(self, x):
+        columns = functional.linear(x[:, :12], self.weight[:, :12])
+        return columns.sum() + functional.linear(x, self.weight[:20]).sum()
+
+
 class InPieces(nn.Linear):
     def forward(self, x):
         return functional.linear(x, (2 * self.weight)[:30])
@@ -307,6 +320,8 @@ class InPieces(nn.Linear):
         (Stack, r"multiplies with a matrix of shape \(1, 60, 24\) instead of \(3, 20, 24\)"),
         (lambda: InPart(24, 40), r"multiplies with a part of shape \(30, 24\) of \(40, 24\)"),
         (lambda: Overlapping(24, 40), r"multiplies with a part of shape \(30, 24\) of \(40, 24\)"),
+        (lambda: OverlappingColumns(24, 40), r"multiplies with a part of shape \(40, 14\) of \(40, 24\)"),
+        (lambda: ThroughEachOther(24, 40), r"multiplies with a part of shape \(40, 12\) of \(40, 24\)"),
         (lambda: InPieces(24, 40), r"multiplies with a matrix of shape \(30, 24\) instead of \(40, 24\)"),
     ],
 )
@@ -337,6 +352,20 @@ class Columns(nn.Linear):
         return functional.linear(x[:, :16], self.weight[:, :16]) + functional.linear(x[:, 16:], self.weight[:, 16:])
 
 
+class OverlappingWhole(nn.Linear):
+    """Columns that overlap, and together are all."""
+
+    def forward(self, x):
+        return functional.linear(x[:, :16], self.weight[:, :16]) + functional.linear(x[:, 10:], self.weight[:, 10:])
+
+
+class Interleaved(nn.Linear):
+    """Every second column, and the others."""
+
+    def forward(self, x):
+        return functional.linear(x[:, ::2], self.weight[:, ::2]) + functional.linear(x[:, 1::2], self.weight[:, 1::2])
+
+
 class Halves(nn.Linear):
     """Multiplies with all of its parameter, in two products."""
 
@@ -345,7 +374,9 @@ class Halves(nn.Linear):
         return functional.linear(x, first) * functional.linear(x, second).sigmoid()
 
 
-@pytest.mark.parametrize("layer", [lambda: Halves(24, 40), lambda: Columns(24, 40), Grouped])
+@pytest.mark.parametrize(
+    "layer", [*(lambda kind=kind: kind(24, 40) for kind in (Halves, Columns, OverlappingWhole, Interleaved)), Grouped]
+)
 def test_a_parameter_whose_pieces_are_all_used_stands_as_it_is(layer):
     model = nn.Sequential(layer())
     ranking = kappa_fast.rank(model, progress=False)
