@@ -175,7 +175,6 @@ def _warn_unproven(entries: Iterable[TensorKappa], certify: object) -> None:
         warn(
             f"float64 cannot prove the interval of {len(unproven)} of the entries, {unproven[0]!r} among them: "
             "they keep certified=False and their best estimate",
-            stacklevel=3,
         )
 
 
@@ -185,7 +184,6 @@ def _warn_absent(source: Source) -> None:
         warn(
             f"{len(source.absent)} weights of the model have no values to read and are not ranked, {first.name!r} "
             f"among them ({first.reason}); ranking.skipped has them all, and shares of the parameters count them",
-            stacklevel=3,
         )
 
 
@@ -195,16 +193,12 @@ def _warn_unfollowed(source: Source) -> None:
             f"{len(source.unfollowed)} weights are ranked as they are held, {source.unfollowed[0]!r} among them, "
             "though their layers may compute others from them (by a mask, a scale), in a forward() or a graph that "
             'cannot be followed: leave those out with exclude=; metadata["source"]["evidence"] has them all',
-            stacklevel=3,
         )
 
 
 def _warn_adapters(model: torch.nn.Module) -> None:
     if has_trained_adapters(model):
-        import warnings
-
-        warnings.warn(
+        warn(
             "the model has adapters of PEFT that change its weights, and the weights are ranked without them: "
             "adapters='merged' ranks what the model computes, and adapters='base' says that this is meant",
-            stacklevel=3,
         )

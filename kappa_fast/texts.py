@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 
 # The part of a URL that may hold a password, and the form of access tokens of the hub.
@@ -11,6 +12,8 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 _PARAMETER = re.compile(
     r"(?<=[?&])(?P<key>[\w-]{0,40}(?:token|key|secret|signature|password)[\w-]{0,40})=[^\s&'\"]+", re.IGNORECASE
 )
+# Modules whose frames a warning passes over: those of this package, and contextlib between them.
+_OURS = re.compile(r"kappa_fast(?:\.|$)|contextlib$")
 
 
 def printable(text: str) -> str:
@@ -33,9 +36,12 @@ def cleaned(text: str) -> str:
     return without_secrets(printable(text))
 
 
-def warn(message: str, stacklevel: int) -> None:
-    """Issue a UserWarning with ``cleaned`` text; ``stacklevel`` counts from the caller, as in ``warnings.warn``."""
-    warnings.warn(cleaned(message), stacklevel=stacklevel + 1)
+def warn(message: str) -> None:
+    """Issue a UserWarning with ``cleaned`` text for the line of the user's code that called kappa_fast."""
+    frame, level = sys._getframe(1), 2  # of the caller, as warnings.warn counts
+    while frame.f_back is not None and _OURS.match(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(cleaned(message), stacklevel=level)
 
 
 def format_seconds(value: float) -> str:

@@ -303,10 +303,9 @@ class ResultCache:
             warn(
                 f"damaged or foreign files in the cache: {len(self._damaged)}, {path} among them ({reason}); what they "
                 "should hold was computed and written anew",
-                stacklevel=5,
             )
         if (failure := self.new_failure()) is not None:
-            warn(failure, stacklevel=5)
+            warn(failure)
 
     def new_failure(self) -> str | None:
         """Why nothing can be kept, in words for a warning; None where it can, or where this was asked before."""

@@ -73,7 +73,7 @@ class Run:
                 for matrix, resolution in results:
                     stops.check()
                     if self._cache is not None and (failure := self._cache.new_failure()) is not None:
-                        warn(failure, stacklevel=3)
+                        warn(failure)
                     self.entries[matrix] = self._entry(matrix, resolution, goal)
                     self._tracker.advance(1, operations(matrix.shape))
 

@@ -84,7 +84,6 @@ def _check_names(names: list[str], selection: Selection) -> None:
     warn(
         f"{about}, and so for {len(strange)} of the {len(names)} names: these will not train. Give the model that "
         "is to be trained as model= (in Python)",
-        stacklevel=5,
     )
 
 
@@ -207,7 +206,6 @@ def _esft(selection: Selection, model: nn.Module | None) -> str:
     if model is None:
         warn(
             f"ESFT needs every layer of the model, and the last selected one is {last}: give model= if it has more",
-            stacklevel=4,
         )
     listed = {str(layer): sorted(experts.get(str(layer), ())) for layer in range(last + 1)}
     return json.dumps({"experts": listed, "shared_experts": False, "non_expert_modules": False}, indent=2) + "\n"

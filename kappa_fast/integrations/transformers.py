@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..errors import OptionError, missing_extra
 from ..results.entries import TensorKappa
 from ..results.selecting import check_budget
 from ..results.selection import Selection
+from ..texts import warn
 from ..training.handle import Handle, refuse_occupied
 from ..training.optimizer import wrap
 from .drift import KappaDriftCallback
@@ -173,11 +173,10 @@ class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[mi
                 check_weights(kept, self._model, self.handle.selection)
                 self.history = [dict(found) for found in kept.get("history", ())]
             elif self._resumed != state.global_step:
-                warnings.warn(
+                warn(
                     f"training goes on after step {state.global_step} of a run whose selection is not known (no {KEPT} "
                     "for it), so that the state of the optimizer may belong to other parameters: give the checkpoint "
                     "in TrainingArguments(resume_from_checkpoint=...) too, or begin with a new optimizer",
-                    stacklevel=2,
                 )
             check_optimizer(more.get("optimizer"), self._model)
         if isinstance(states, dict):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
 from ..errors import OptionError
+from ..texts import warn
 from .budgets import BUDGETS, is_count
 from .cuts import Cut, Pool, cut_by_all, cut_by_count, cut_by_kappa, cut_by_params, fraction_count
 from .entries import TensorKappa
@@ -63,10 +63,8 @@ def select(
     chosen = {entry.key for item in taken for entry in item.members}
     partial = bool(metadata.get("partial"))
     if partial:
-        # stacklevel: past this function and Ranking.select, to whoever called it.
-        warnings.warn(
+        warn(
             "the ranking was interrupted, so matrices that belong to the selection may be missing: rank again",
-            stacklevel=3,
         )
     return Selection(
         entries=tuple(entry for entry in entries if entry.key in chosen),

@@ -212,7 +212,6 @@ def _files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
                 warn(
                     f"{path} is shard {part}: only its tensors are ranked, and fractions of the parameters refer to "
                     "this shard; give the directory to rank the model",
-                    stacklevel=2,
                 )
             return [path], None
         raise _not_safetensors(path)

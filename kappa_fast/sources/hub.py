@@ -81,7 +81,6 @@ def snapshot(wanted: HubId, quiet: bool = False) -> Path:
         warn(
             f"{wanted} is ranked as it is in the cache ({usable}): its files have neither an index nor numbers, so "
             "only the hub can say whether a file is missing, and the hub did not answer",
-            stacklevel=2,
         )
         return usable
 

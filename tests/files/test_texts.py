@@ -50,7 +50,7 @@ def test_an_interruption_is_cleaned_too():
 def test_a_warning_is_cleaned_and_comes_from_the_line_that_caused_it():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn("file \x1b]0;title\x07", stacklevel=1)
+        warn("file \x1b]0;title\x07")
     (found,) = caught
     assert str(found.message) == r"file \x1b]0;title\x07"
     assert found.filename == __file__

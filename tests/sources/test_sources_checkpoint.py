@@ -12,6 +12,7 @@ from checkpoints import FIRST, INDEX, MODEL, SECOND, same_as_in_memory, save_sha
 from models import EVERYTHING, matrices, reasons, weights
 from safetensors.torch import save_file
 
+import kappa_fast
 from kappa_fast.sources import Filters, files, open_source
 from kappa_fast.sources.checkpoint import DTYPES
 from kappa_fast.sources.files import DataFile, Region
@@ -37,6 +38,15 @@ def test_a_file_a_directory_a_sharded_directory_and_its_index_are_all_the_model(
     assert same_as_in_memory(sharded)
     with pytest.warns(UserWarning, match=r"is shard 2 of 2: only its tensors are ranked.*give the directory"):
         assert matrices(sharded / SECOND).keys() < matrices(sharded).keys()
+
+
+def test_the_warning_of_a_single_shard_points_to_who_asked_for_it(sharded):
+    with pytest.warns(UserWarning, match="is shard 2 of 2") as caught:
+        kappa_fast.rank(sharded / SECOND, min_dim=2, progress=False)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(UserWarning, match="is shard 2 of 2") as caught:
+        kappa_fast.plan(sharded / SECOND, min_dim=2, measure=False)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_a_file_may_have_any_name_that_ends_in_safetensors(tmp_path):
