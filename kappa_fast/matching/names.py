@@ -62,6 +62,12 @@ def holds_codes(parameter: torch.Tensor) -> bool:
     return itself or getattr(parameter, "quant_state", None) is not None
 
 
+def require_module(model: object) -> None:
+    """Raise OptionError for anything but a module."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"expected the model, a torch.nn.Module, not a {type(model).__name__}: give the model")
+
+
 def match(selection: Selection, model: nn.Module) -> list[Target]:
     """Return the parameters of ``model`` that ``selection`` names, in the order of ``named_parameters()``.
 
@@ -70,11 +76,12 @@ def match(selection: Selection, model: nn.Module) -> list[Target]:
     shapes are compared, values are not.
 
     Raises:
-        OptionError: the model lacks a selected parameter, has it in another shape, or holds codes where a part of it is
-            selected; or an ``including`` pattern matches nothing.
+        OptionError: ``model`` is not a module; it lacks a selected parameter, has it in another shape, or holds codes
+            where a part of it is selected; or an ``including`` pattern matches nothing.
         MissingExtraError: the names of a checkpoint need transformers, or those of llama.cpp need gguf, and it is not
             installed.
     """
+    require_module(model)
     names = _Names(model)
     chosen: dict[str, list[tuple[Index, TensorKappa]]] = {}
     unknown: list[TensorKappa] = []

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..errors import OptionError
-from ..matching.names import Target, holds_codes, match
+from ..matching.names import Target, holds_codes, match, require_module
 from ..results.selection import Selection
 from ..sources.adapters import adapted_in
 from .masks import Frozen
@@ -204,6 +204,7 @@ class _Guard:
 
 def refuse_occupied(model: nn.Module) -> None:
     """Raises OptionError if the model has a selection or adapters of PEFT, so that no selection can be applied."""
+    require_module(model)
     if held_on(model):
         raise OptionError(
             "this model has a selection already, and two selections would freeze each other's weights: "

@@ -179,6 +179,9 @@ def test_a_held_model_is_set_free_wherever_the_handle_is():
     kappa_fast.restore(model)  # nothing to do
     with pytest.raises(OptionError, match=r"restore\(\) takes the model, not a str"):
         kappa_fast.restore("model")
+    for use in (selection.apply, lambda model: kappa_fast.wrap(torch.optim.SGD, model, selection, lr=1.0)):
+        with pytest.raises(OptionError, match=r"expected the model, a torch\.nn\.Module, not a dict: give the model"):
+            use({"weight": torch.zeros(2, 2)})
 
 
 @pytest.mark.parametrize("kind", KINDS)
