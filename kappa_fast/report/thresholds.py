@@ -12,7 +12,7 @@ from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
-from ..results.cuts import Cut, Pool, _first_place, _last_place, _separated, cut_by_count, cut_by_kappa, cut_by_params
+from ..results.cuts import Cut, Pool, cut_by_count, cut_by_kappa, cut_by_params, first_place, last_place, separated
 from ..results.entries import TensorKappa
 from ..results.units import Unit, make_units
 
@@ -58,7 +58,7 @@ def _summarize(steps: Iterable[Step]) -> tuple[list[tuple[float, float | None]],
 
 
 def _steps_of_count(pool: Pool) -> Iterator[Step]:
-    latest, earliest, nearest = _latest(pool.ranked), _earliest(pool.ranked), _least(pool.bounded, _first_place)
+    latest, earliest, nearest = _latest(pool.ranked), _earliest(pool.ranked), _least(pool.bounded, first_place)
     for k, last in enumerate(pool.ranked):
         yield k + 1, cut_by_count(Pool((latest[k], last, *earliest[k + 1 : k + 2]), nearest, 0, 0), 2)
     if pool.bounded:
@@ -81,7 +81,7 @@ def _steps_of_kappa(pool: Pool, by_kappa: Sequence[Unit]) -> Iterator[Step]:
 
 
 def _steps_of_params(pool: Pool, known: Sequence[Unit]) -> list[Step]:
-    latest, earliest = _latest(known), _earliest([*pool.ranked, *_least(pool.bounded, _first_place)])
+    latest, earliest = _latest(known), _earliest([*pool.ranked, *_least(pool.bounded, first_place)])
     sums = [0, *accumulate(unit.numel for unit in known)]
     rest, bounded, steps = Extremes(), Extremes(), list[Step]()
     rest.add(pool.ranked[len(known) :])
@@ -89,7 +89,7 @@ def _steps_of_params(pool: Pool, known: Sequence[Unit]) -> list[Step]:
     for k in range(len(known), -1, -1):
         last, stop = latest[k - 1 : k] if k else [], known[k : k + 1]
         rest.add(stop)
-        if stop and not _separated(last, earliest[k : k + 1]):  # no certain cut, however many weights are left
+        if stop and not separated(last, earliest[k : k + 1]):  # no certain cut, however many weights are left
             steps.append((sums[k], Cut((), False)))
             continue
         reduced = Pool((*last, *stop, *chain(*rest.values())), tuple(chain(*bounded.values())), 0, 0)
@@ -105,17 +105,17 @@ class Extremes(dict[tuple[int, str], tuple[Unit, ...]]):
     def add(self, units: Iterable[Unit]) -> None:
         for unit in units:
             alike = (*self.get((unit.numel, unit.status), ()), unit)
-            self[unit.numel, unit.status] = min(alike, key=_first_place), min(alike, key=_last_place)
+            self[unit.numel, unit.status] = min(alike, key=first_place), min(alike, key=last_place)
 
 
 def _latest(units: Sequence[Unit]) -> list[Unit]:
     """Among the units up to each one, the unit whose score may be the largest."""
-    return list(accumulate(units, partial(max, key=_last_place)))
+    return list(accumulate(units, partial(max, key=last_place)))
 
 
 def _earliest(units: Sequence[Unit]) -> list[Unit]:
     """Among the units from each one on, the unit whose score may be the smallest."""
-    return list(accumulate(reversed(units), partial(min, key=_first_place)))[::-1]
+    return list(accumulate(reversed(units), partial(min, key=first_place)))[::-1]
 
 
 def _least(units: Sequence[Unit], key: Callable[[Unit], Any]) -> tuple[Unit, ...]:

@@ -76,7 +76,7 @@ def cut_by_count(pool: Pool, count: int) -> Cut:
     chosen = pool.ranked[:count]
     if pool.bounded and count and (len(chosen) < count or chosen[-1].score > pool.horizon):
         return Cut((), False, needed=count)
-    return Cut(chosen, _separated(chosen, pool.without(chosen)))
+    return Cut(chosen, separated(chosen, pool.without(chosen)))
 
 
 def cut_by_kappa(pool: Pool, value: float) -> Cut:
@@ -113,7 +113,7 @@ def cut_by_params(pool: Pool, budget: int, fill: bool = False) -> Cut:
             every = len(pool.ranked) + len(pool.bounded)
             return Cut((), False, needed=every if fill else len(known) + further)
     rest = pool.without(chosen)
-    certain = _filling_is_certain(known, budget) if fill else _separated(chosen, rest) and _stop_is_certain(rest, left)
+    certain = _filling_is_certain(known, budget) if fill else separated(chosen, rest) and _stop_is_certain(rest, left)
     return Cut(tuple(chosen), certain, unfit=tuple(unfit))
 
 
@@ -136,7 +136,7 @@ def cut_by_all(pool: Pool, cuts: Sequence[Callable[[Pool], Cut]], max_kappa: flo
     rest = pool.without(chosen)
     # One that is certain, and less than all others: what is ahead of everything else fits them as well.
     least = any(cut.certain and {unit.key for unit in cut.chosen} == keys for cut in found)
-    decided = below and least and _separated(chosen, rest)
+    decided = below and least and separated(chosen, rest)
     unfit = tuple(unit for cut in found for unit in cut.unfit)
     return Cut(chosen, decided or all(cut.certain for cut in found), unfit=unfit)
 
@@ -147,8 +147,8 @@ def _filling_is_certain(known: Sequence[Unit], budget: int) -> bool:
     left = budget
     reach: tuple[float, str] = (-math.inf, "")
     run: list[Unit] = []
-    for unit in [*sorted(known, key=_first_place), None]:
-        if unit is None or not run or _first_place(unit) > reach:
+    for unit in [*sorted(known, key=first_place), None]:
+        if unit is None or not run or first_place(unit) > reach:
             sizes = [other.numel for other in run]
             if run and sum(sizes) > left >= min(sizes) and len(run) > 1:
                 return False
@@ -156,7 +156,7 @@ def _filling_is_certain(known: Sequence[Unit], budget: int) -> bool:
             run = []
         if unit is not None:
             run.append(unit)
-            reach = max(reach, _last_place(unit))
+            reach = max(reach, last_place(unit))
     return True
 
 
@@ -170,18 +170,20 @@ def _how_many_fit(units: Sequence[Unit], budget: int) -> int:
     return count
 
 
-def _separated(chosen: Sequence[Unit], rest: Sequence[Unit]) -> bool:
+def separated(chosen: Sequence[Unit], rest: Sequence[Unit]) -> bool:
     """Whether every chosen unit comes before every other one for all scores within their intervals; keys break ties."""
     if not chosen or not rest:
         return True
-    return max(map(_last_place, chosen)) < min(map(_first_place, rest))
+    return max(map(last_place, chosen)) < min(map(first_place, rest))
 
 
-def _first_place(unit: Unit) -> tuple[float, str]:
+def first_place(unit: Unit) -> tuple[float, str]:
+    """The earliest place that the score of a unit allows."""
     return unit.score_lower, unit.key
 
 
-def _last_place(unit: Unit) -> tuple[float, str]:
+def last_place(unit: Unit) -> tuple[float, str]:
+    """The latest place that the score of a unit allows."""
     return unit.score_upper, unit.key
 
 
@@ -190,5 +192,5 @@ def _stop_is_certain(rest: Sequence[Unit], left: int) -> bool:
     fitting = [unit for unit in rest if unit.numel <= left and unit.status != "rank_deficient"]
     if not fitting:
         return True
-    first = min(map(_first_place, fitting))
-    return any(unit.numel > left and _last_place(unit) < first for unit in rest)
+    first = min(map(first_place, fitting))
+    return any(unit.numel > left and last_place(unit) < first for unit in rest)
