@@ -398,7 +398,7 @@ def test_including_keeps_the_patterns_for_the_model():
 @pytest.mark.parametrize("method", ["including", "excluding"])
 def test_a_pattern_that_is_no_regular_expression_is_refused(method, pattern):
     selection = ranking(TEN).select(num_tensors=2)
-    with pytest.raises(OptionError, match=r"is no regular expression \(.*\): re\.escape\(name\) makes one"):
+    with pytest.raises(OptionError, match=r"is not a regular expression \(.*\): re\.escape\(name\) makes one"):
         getattr(selection, method)(pattern)
 
 

@@ -152,7 +152,7 @@ def test_candidates_are_chosen_by_name_and_shares_stay_those_of_the_model():
     assert WHOLE.select(top_p=1.0, include=["tied", "up"], exclude=r"\.1\.").keys == (NAMED[2].key, NAMED[4].key)
     with pytest.raises(OptionError, match="nothing to select: no entry has a matching name"):
         WHOLE.select(top_p=1.0, include="nobody")
-    with pytest.raises(OptionError, match=r"'\(' is no regular expression"):
+    with pytest.raises(OptionError, match=r"'\(' is not a regular expression"):
         WHOLE.select(top_p=1.0, include="(")
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
 SMALL = dict(
     hidden_size=64,
     intermediate_size=48,

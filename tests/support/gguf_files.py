@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
+import gguf
 from models import weights
 
-gguf = pytest.importorskip("gguf")
 MODEL = {
     name: t.numpy() for name, t in weights(blk__0__attn_q__weight=(64, 96), blk__1__attn_q__weight=(96, 64)).items()
 }
