@@ -343,7 +343,9 @@ def compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
         try:
             compiled.append(re.compile(pattern))
         except (re.error, TypeError, OverflowError, RecursionError) as error:
-            raise OptionError(f"{pattern!r} is no regular expression ({error}): re.escape(name) makes one") from error
+            raise OptionError(
+                f"{pattern!r} is not a regular expression ({error}): re.escape(name) makes one"
+            ) from error
     return compiled
 
 
