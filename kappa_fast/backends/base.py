@@ -21,6 +21,7 @@ DROP = 16.0  # a direction below DROP u of the operator's norm is rounding error
 QUICK_MARGIN = 1e4
 # The memory for matrices that climb at one time, as a share of the memory of all first rungs of the wave: few climb.
 CLIMBING = 0.5
+EXPONENT = 0x7F800000  # these bits of a float32 are the largest power of two below its absolute value, or 0
 FEW_RUNS = 16  # up to so many runs of rows are copied one by one
 
 

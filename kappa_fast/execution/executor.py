@@ -17,9 +17,10 @@ import torch
 from ..backends import Backend, get_backend
 from ..errors import BackendError, ComputeError, KappaError, OptionError
 from ..machine.memory import is_out_of_memory, physical
-from ..machine.threads import each_on_one_thread, fits_one_thread
+from ..machine.threads import each_on_one_thread, fits_one_thread, usual_threads
 from ..machine.torch_state import undisturbed_thread
 from ..sources.base import Matrix, Source
+from ..spectrum.small import batch_size
 from .cost import operations
 from .prefetch import Staged, one_ahead, read_ahead
 from .step import Step
@@ -50,7 +51,7 @@ def usable_device(device: torch.device | str | None) -> torch.device | None:
 class PlannedWave:
     """Matrices that are worked on together; ``nbytes`` is what they are taken to need beside the weights.
 
-    side_by_side: whether each is worked on alone, by one thread of many where it is small enough.
+    side_by_side: whether threads share them out, and all threads work on what is too large for one.
     """
 
     device: torch.device
@@ -70,6 +71,7 @@ class Executor:
         self._reads_ahead = any(matrix.prefetch is not None for matrix in source.matrices)
         self._name, self._device, self._budget, self._proofs = backend, device, budget, proofs
         self._backends: dict[torch.device, Backend] = {}
+        self._budgets: dict[torch.device, int] = {}
         self._tried: list[Backend] = []  # with those that have been given up
         self._waves_done, self._counting = 0, threading.Lock()
         self._warm: set[tuple[tuple[int, int], torch.dtype]] = set()  # what kernels have been compiled for
@@ -107,7 +109,9 @@ class Executor:
 
     def budget_on(self, device: torch.device) -> int:
         """Bytes that a wave may take there."""
-        return self._budget or default_budget(device)
+        if device not in self._budgets:
+            self._budgets[device] = self._budget or default_budget(device)
+        return self._budgets[device]
 
     def results(
         self, step: Step[R], matrices: Sequence[Matrix], stop: threading.Event | None = None
@@ -236,10 +240,20 @@ class Executor:
 
 
 def _by_threads(wave: Sequence[Matrix]) -> tuple[list[list[Matrix]], list[list[Matrix]]]:
-    """Every matrix as a wave of its own: those that one thread works on, and those that all threads share."""
-    small = [matrix for matrix in wave if fits_one_thread(matrix.shape)]
-    small.sort(key=lambda matrix: operations(matrix.shape), reverse=True)  # so that no core waits at the end
-    return [[matrix] for matrix in small], [[matrix] for matrix in wave if not fits_one_thread(matrix.shape)]
+    """The wave in parts: those that one thread each works on, and single matrices that all threads share.
+
+    Small matrices of one shape make a part together, so that all threads have some.
+    """
+    alike: dict[tuple[int, int], list[Matrix]] = {}
+    for matrix in wave:
+        if fits_one_thread(matrix.shape):
+            alike.setdefault(matrix.shape, []).append(matrix)
+    parts: list[list[Matrix]] = []
+    for shape, matrices in alike.items():
+        size = min(batch_size(max(shape), min(shape)), -(-len(matrices) // usual_threads()))
+        parts += [matrices[start : start + size] for start in range(0, len(matrices), size)]
+    parts.sort(key=lambda part: len(part) * operations(part[0].shape), reverse=True)  # so that no core waits at the end
+    return parts, [[matrix] for matrix in wave if not fits_one_thread(matrix.shape)]
 
 
 def _check_fits(matrix: Matrix) -> None:

@@ -21,6 +21,7 @@ from ..execution.executor import Executor
 from ..execution.step import Step
 from ..machine.threads import SINGLE_THREAD_OPERATIONS, fits_one_thread
 from ..sources.base import Matrix, Source
+from ..spectrum import small
 from ..spectrum.ladder import left_to_the_svd, resolve
 from ..spectrum.resolution import Goal, Resolution
 
@@ -133,7 +134,10 @@ def kind_of(backend: Backend, shape: Shape, dtype: torch.dtype, certify: bool) -
     """The kind of such a matrix on this backend."""
     tall = (max(shape), min(shape))
     large = backend.side_by_side and not fits_one_thread(tall)
-    method = "svd" if left_to_the_svd(tall) else backend.rungs(tall, dtype, proofs=certify)[0].name
+    if backend.side_by_side and small.eligible(tall, Goal(1e-2, certify)):
+        method = small.METHOD
+    else:
+        method = "svd" if left_to_the_svd(tall) else backend.rungs(tall, dtype, proofs=certify)[0].name
     return Kind(method, dtype, large, certify)
 
 
@@ -213,7 +217,8 @@ class _Run:
         kind = self.kind(item)
         expected = self.expected(item)
         rounds = max(1, min(3, int(0.1 / max(expected, 1e-3))))
-        at_once = WAVE if not self.backend.side_by_side else 1 if kind.large else torch.get_num_threads()
+        in_parts = torch.get_num_threads() * small.batch_size(max(shape), min(shape))
+        at_once = WAVE if not self.backend.side_by_side else 1 if kind.large else in_parts
         times = _resolve_timed(self.backend, _trained_like(shape, dtype, self.backend.device, hard), self._goal,
                                at_once, rounds)  # fmt: skip
         sample = Sample(kind, shape, tuple(times))

@@ -17,7 +17,7 @@ import torch
 from ..backends.base import CLIMBING, Backend, Factors, Operand, Panel, Rung, Tensor
 from ..machine.torch_state import flushes
 from . import certify as proofs
-from . import exact
+from . import exact, small
 from .bounds import norm_factor
 from .krylov import WIDTH, Extreme, largest
 from .polish import U64, Triplets, polish, sensitivities
@@ -76,6 +76,7 @@ def resolve(
     if flushes():  # a subnormal number that was flushed to zero would make a proof wrong
         operands = [replace(a, exact=False) for a in operands]
     results: list[Resolution | None] = [_resolve_trivial(a) for a in operands]
+    _resolve_small(backend, operands, [weight.dtype for weight in weights], goal, results)
     open_ = [i for i, found in enumerate(results) if found is None]
     kinds = [(operands[i].shape, weights[i].dtype) for i in open_]
     rungs = {k: () if left_to_the_svd(k[0]) else backend.rungs(*k, proofs=goal.certify) for k in set(kinds)}
@@ -95,6 +96,23 @@ def resolve(
         assert climber.best is not None  # the exact rung always gives a result
         results[climber.position] = _unscale(climber.best, climber.operand.exponent)
     return [r for r in results if r is not None]
+
+
+def _resolve_small(
+    backend: Backend,
+    operands: Sequence[Operand],
+    dtypes: Sequence[torch.dtype],
+    goal: Goal,
+    results: list[Resolution | None],
+) -> None:
+    """Add to ``results`` those of small matrices that batches of float64 Gram matrices resolve on the CPU."""
+    shapes = [a.shape if found is None else None for a, found in zip(operands, results, strict=True)]
+    here = backend.side_by_side  # an accelerator leaves to the CPU what the last rung would do there
+    which = [i for i, s in enumerate(shapes) if s and (here or left_to_the_svd(s)) and small.eligible(s, goal)]
+    founds = small.resolve_small([operands[i] for i in which], [dtypes[i] for i in which], goal)
+    for i, found in zip(which, founds, strict=True):
+        if found is not None:
+            results[i] = _unscale(found, operands[i].exponent)
 
 
 def _prove(backend: Backend, climbers: Sequence[_Climber], rtol: float) -> None:

@@ -30,6 +30,7 @@ from kappa_fast.machine.memory import is_out_of_memory
 from kappa_fast.pipeline import rank
 from kappa_fast.sources import Matrix, Source
 from kappa_fast.spectrum import exact
+from kappa_fast.spectrum import small as batches
 
 CPU = torch.device("cpu")
 GIVEN = weights(a=(200, 170), b=(180, 180), c=(64, 32), d=(40, 90), e=(300, 165))
@@ -357,6 +358,7 @@ def test_exact_decompositions_share_the_budget_and_one_that_exceeds_it_runs_alon
         return found
 
     small = {f"w{i}": torch.randn(40, 30) for i in range(4)}  # by a singular value decomposition from the start
+    monkeypatch.setattr(batches, "eligible", lambda shape, goal: False)
     expected = list(rank(small))
     monkeypatch.setattr(exact, "decompose", watched)
     # Waves are cut by what the backend takes, which must not be what keeps them apart.
@@ -384,6 +386,7 @@ def test_decompositions_that_wait_for_room_are_dropped_when_the_run_is_interrupt
             waiting.set()
         return taken(room, a)
 
+    monkeypatch.setattr(batches, "eligible", lambda shape, goal: False)
     monkeypatch.setattr(exact, "decompose", slow)
     monkeypatch.setattr(exact.MemoryGate, "taken", watched)
     monkeypatch.setattr(TorchBackend, "workspace", lambda *_, **__: 1)

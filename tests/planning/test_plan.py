@@ -271,7 +271,7 @@ def test_what_would_take_too_long_is_measured_on_a_smaller_matrix_of_the_same_ki
 
 def test_weights_that_are_measured_resolve_on_the_first_rung_and_hard_ones_do_not():
     easy, hard = (
-        kappa_fast.rank({"w": calibration._trained_like((1024, 256), F32, torch.device("cpu"), hard)})[0]
+        kappa_fast.rank({"w": calibration._trained_like((2048, 640), F32, torch.device("cpu"), hard)})[0]
         for hard in (False, True)
     )
     assert easy.method == "cholesky32"

@@ -26,7 +26,7 @@ from spectra import (
 
 from kappa_fast.backends.start import gaussian_block
 from kappa_fast.backends.torch_backend import TorchBackend
-from kappa_fast.spectrum import ladder
+from kappa_fast.spectrum import ladder, small
 from kappa_fast.spectrum.krylov import WIDTH
 from kappa_fast.spectrum.ladder import resolve
 from kappa_fast.spectrum.resolution import Goal, Resolution
@@ -38,10 +38,12 @@ BEYOND = 1e13  # float64 may take a matrix with a larger kappa for singular, nev
 both = pytest.mark.parametrize("certify", [False, True], ids=["estimate", "proof"])
 
 
-@pytest.fixture(autouse=True)
-def _small_matrices_climb_too(monkeypatch):
-    # The truth is known for small matrices; the ladder must hold for them although one SVD would be faster.
+@pytest.fixture(autouse=True, params=["batches", "ladder"])
+def _small_matrices_climb_too(monkeypatch, request):
+    # The truth is known for small matrices; the ladder must hold for them although batches or an SVD would be faster.
     monkeypatch.setattr(ladder, "EXACT_BELOW", 32)
+    if request.param == "ladder":
+        monkeypatch.setattr(small, "eligible", lambda shape, goal: False)
 
 
 @pytest.fixture(autouse=True)

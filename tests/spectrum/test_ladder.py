@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spectra import SPECTRA, contains, cosines, gaussian, growing, kappa_of, prescribed, trained_like
 
 from kappa_fast.backends.torch_backend import CHOLESKY64, TorchBackend
-from kappa_fast.spectrum import exact, ladder
+from kappa_fast.spectrum import exact, ladder, small
 from kappa_fast.spectrum.krylov import Extreme
 from kappa_fast.spectrum.ladder import resolve
 from kappa_fast.spectrum.polish import Triplets
@@ -34,6 +34,7 @@ DTYPES = [
 def _small_matrices_climb_too(monkeypatch):
     # Which side is small is a matter of speed; what the ladder promises must hold for every size that it may meet.
     monkeypatch.setattr(ladder, "EXACT_BELOW", SMALL)
+    monkeypatch.setattr(small, "eligible", lambda shape, goal: False)
 
 
 def one(weight, goal) -> Resolution:

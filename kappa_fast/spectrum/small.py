@@ -1,0 +1,341 @@
+"""Small matrices on the CPU: equal shapes in batches, both ends of the spectrum proven by shifted Cholesky factors.
+
+For symmetric M and any L, lambda_min(M) >= -||M - L L^T||, since L L^T is positive semidefinite. With M = G - t I and
+M = T I - G, G = A^T A, that bounds sigma_n from below and sigma_1 from above. t and T are placed by the eigenvalues of
+G as LAPACK has them, or by a few steps of block Lanczos. Nothing is assumed of the accuracy of these, nor of that of L:
+where they are wrong, the interval is too wide or there is none, and the matrix is left to the ladder. The same factors
+give the singular vectors, by inverse iteration. docs/numerics.md, section 5, has the bounds.
+
+Every matrix of a batch is computed as it would be alone, to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..backends.base import Operand, Tensor
+from ..machine.threads import each_on_one_thread, fits_one_thread
+from .certify import OUT, OUT_ULP, TINY, U, gamma
+from .polish import binade_totals, ratio_bound, sensitivity
+from .resolution import Goal, Resolution
+
+METHOD = "gram64"
+# Columns from which the ladder is faster: 2048 x 512 takes 41 ms here and 45 to 50 there, 3072 x 768 takes 91 to 98 and
+# 73 to 93. The ladder proves nothing yet, so with proofs all that fits is tried here first.
+BELOW = 640
+PROOFS_BELOW = 4096  # of tall matrices; a large square one is likely to have a kappa that a Gram matrix cannot resolve
+SQUARE_PROOFS_BELOW, TALL = 1024, 1.25
+KRYLOV_FROM = 224  # columns from which Lanczos steps are faster than all eigenvalues
+KRYLOV_RTOL = 2e-3  # for a smaller rtol all eigenvalues are computed, up to EIGENVALUES_UP_TO columns
+EIGENVALUES_UP_TO = 1024
+# Rows of a block, whose products are summed on their own: as many as have NARROW_ENTRIES entries, or WIDE_ROWS.
+NARROW_ENTRIES, WIDE_ROWS = 1 << 15, 1024
+# A matrix with more than ALONE columns is worked on by PANEL of them at a time. MKL's products with AVX-512 work on
+# multiples of 24 columns: the lower triangle of a 1536 x 384 Gram matrix takes 0.69 of the full product with panels of
+# 96 columns, and 0.96 with 128.
+ALONE, PANEL, WIDE_PANEL = 128, 96, 288
+BATCH_ENTRIES = 1 << 17  # entries of the matrices of one batch
+HELD_ENTRIES = 1 << 20  # entries up to which a matrix is converted as a whole
+# Libraries round by the alignment, so matrices share a batch only if each begins at a cache line, of 8 float64 numbers.
+# For the same reason products have two columns at least: with one a lone matrix is multiplied in another way.
+ALIGNED = 8
+WIDTH = 8  # columns of a Lanczos block
+STEPS = 12
+CHECKED = (2, 4, 6, 8, 10, 11)  # the steps, from 0, after which the Ritz values are looked at
+CANCELLED = 1e-3  # of what was multiplied: what is left then is not orthogonal to the basis, to working precision
+RESIDUAL = 0.25  # a residual (of the largest Ritz value) below this share of sqrt(rtol) is small enough
+PLACED = 1.5  # how many rtol (of sigma^2) t and T are placed beyond estimates by Lanczos steps
+SOLVES = 3
+
+Operator = Callable[[Tensor], Tensor]
+
+
+def eligible(shape: tuple[int, int], goal: Goal) -> bool:
+    """Whether a matrix of this shape (m, n), m >= n, is tried here first."""
+    m, n = shape
+    proofs_below = PROOFS_BELOW if m >= TALL * n else SQUARE_PROOFS_BELOW
+    if n >= (proofs_below if goal.certify else BELOW):
+        return False
+    return n >= 2 and (goal.rtol >= KRYLOV_RTOL or n <= EIGENVALUES_UP_TO)
+
+
+def batch_size(m: int, n: int) -> int:
+    """How many matrices (m, n), m >= n, make a batch: their entries fit into a cache."""
+    return max(1, BATCH_ENTRIES // (m * n)) if m % ALIGNED == 0 == n % ALIGNED else 1
+
+
+def batches(kinds: Sequence[tuple[int, int, bool]]) -> Iterator[list[int]]:
+    """The positions of matrices (m, n, turned or not) of equal kinds, as many at a time as fit into a cache."""
+    alike: dict[tuple[int, int, bool], list[int]] = {}
+    for i, kind in enumerate(kinds):
+        alike.setdefault(kind, []).append(i)
+    for (m, n, _), which in alike.items():
+        count = batch_size(m, n)
+        yield from (which[start : start + count] for start in range(0, len(which), count))
+
+
+def resolve_small(operands: Sequence[Operand], dtypes: Sequence[torch.dtype], goal: Goal) -> list[Resolution | None]:
+    """One resolution, in scaled units, for every operand whose interval is as narrow as the goal's rtol; else None.
+
+    operands: finite and not zero.  dtypes: those of the stored weights.
+    """
+    found: list[Resolution | None] = [None] * len(operands)
+
+    def resolve_batch(which: list[int]) -> list[Resolution | None]:
+        return _resolve_batch([operands[i] for i in which], [dtypes[i] for i in which], goal)
+
+    parts = list(batches([(*a.shape, a.turned) for a in operands]))
+    # Several threads would share out a batch in another way than a matrix, and round it in another way.
+    threaded = torch.get_num_threads() > 1
+    shared = [which for which in parts if threaded and fits_one_thread(operands[which[0]].shape)]
+    rest = [which for which in parts if not threaded or not fits_one_thread(operands[which[0]].shape)]
+    with contextlib.closing(each_on_one_thread(resolve_batch, shared)) as finished:
+        for which, resolutions in itertools.chain(finished, ((which, resolve_batch(which)) for which in rest)):
+            for i, resolution in zip(which, resolutions, strict=True):
+                if resolution is not None and resolution.half_width <= goal.rtol:
+                    found[i] = resolution
+    return found
+
+
+class _Batch:
+    """Tall matrices of one shape (m, n), and blocks of their rows (b, rows, n) in float64 on the CPU."""
+
+    def __init__(self, operands: Sequence[Operand]) -> None:
+        self.shape = m, n = operands[0].shape
+        self.rows = NARROW_ENTRIES // n // ALIGNED * ALIGNED if n < ALONE else WIDE_ROWS
+        self._tensors = [a.tensor for a in operands]
+        self._turned = operands[0].turned
+        self._held = self._converted(0, m) if m * n <= HELD_ENTRIES else None
+
+    def _converted(self, start: int, stop: int) -> Tensor:
+        """Turned matrices lie in memory as their weights do, column by column."""
+        rows, (_, n), count = stop - start, self.shape, len(self._tensors)
+        block = torch.empty((count, n, rows) if self._turned else (count, rows, n), dtype=torch.float64)
+        for place, tensor in zip(block, self._tensors, strict=True):
+            lines = tensor[start:stop]
+            place.copy_(lines.T if self._turned else lines)
+        return block.mT if self._turned else block
+
+    def blocks(self, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(first row, values) of one block after the other, of up to ``rows`` rows, or of all that is converted."""
+        m = self.shape[0]
+        if rows is None:
+            rows = self.rows if self._held is None else m
+        for start in range(0, m, rows):
+            stop = min(start + rows, m)
+            yield start, self._converted(start, stop) if self._held is None else self._held[:, start:stop]
+
+    def gram(self) -> tuple[Tensor, int]:
+        """A^T A (b, n, n), and how often a term of it is rounded at most: first in its block, then with the blocks."""
+        m, n = self.shape
+        panel = _panel(n)
+        g = torch.empty((len(self._tensors), n, n), dtype=torch.float64)
+        for start, x in self.blocks(self.rows):
+            for j in range(0, n, panel):
+                e = min(j + panel, n)
+                part = torch.bmm(x[:, :, j:].mT, x[:, :, j:e])
+                g[:, j:, j:e] = g[:, j:, j:e].add_(part) if start else part
+        for j in range(panel, n, panel):
+            g[:, :j, j : j + panel] = g[:, j : j + panel, :j].mT
+        return g, min(m, self.rows) + -(-m // self.rows) + 1
+
+    def images(self, x: Tensor) -> Tensor:
+        """A X (b, m, k) for X (b, n, k)."""
+        parts = [torch.bmm(block, x) for _, block in self.blocks()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def binade_totals(self, left: Tensor, right: Tensor) -> list[float]:
+        """See polish.binade_totals."""
+        totals = [binade_totals(x, left[:, i : i + x.shape[1]], right) for i, x in self.blocks()]
+        return functools.reduce(torch.add, totals).tolist()
+
+
+def _panel(n: int) -> int:
+    if n <= ALONE:
+        return n
+    return PANEL if n < BELOW else WIDE_PANEL
+
+
+def _resolve_batch(operands: Sequence[Operand], dtypes: Sequence[torch.dtype], goal: Goal) -> list[Resolution | None]:
+    a = _Batch(operands)
+    n = a.shape[1]
+    g, roundings = a.gram()
+    trace = g.diagonal(dim1=1, dim2=2).sum(dim=1)
+    unknown = gamma(roundings) * trace * OUT + TINY  # of G
+    resolved = unknown + 2 * gamma(n + 2) * trace  # an eigenvalue can be proven about so closely
+    placed = _placed_by_lanczos if n >= KRYLOV_FROM and goal.rtol >= KRYLOV_RTOL else _placed_by_eigenvalues
+    ends = placed(g, resolved, goal.rtol)
+    if ends is None:
+        return [None] * len(operands)
+    factor, defect = _factor_shifted(torch.neg(g), -ends.bound)
+    highest = (ends.bound * OUT_ULP + (defect + unknown) * OUT).tolist()
+    top = _iterated(factor, ends.top)
+    factor, defect = _factor_shifted(g, ends.shift)
+    lowest = (ends.shift - (defect + unknown) * OUT - ends.shift.abs() * 4 * U).tolist()
+    right = torch.cat([top, _iterated(factor, ends.bottom)], dim=2)
+    left = a.images(right)
+    reached = torch.linalg.vector_norm(left, dim=1)
+    lengths, norms = torch.linalg.vector_norm(right, dim=1).tolist(), trace.sqrt().tolist()
+    totals = a.binade_totals(left / reached[:, None].square(), right)
+    results: list[Resolution | None] = []
+    for i, (high, low) in enumerate(reached.tolist()):
+        if not (ends.hopeful[i] and lowest[i] > 0 and highest[i] < math.inf and 0 < low < math.inf):
+            results.append(None)
+            continue
+        below = ratio_bound(a.shape, norms[i], (high, low), (lengths[i][0], lengths[i][1]), 1)
+        largest, smallest = high / lengths[i][0], low / lengths[i][1]
+        kappa = max(largest / smallest, below)
+        above = max(math.sqrt(highest[i] / lowest[i]) * (1 + 8 * U), kappa)
+        moved = sensitivity(totals[i], dtypes[i], operands[i].exponent, largest, smallest)
+        proven = goal.certify and operands[i].exact
+        results.append(Resolution("ok", kappa, below, above, largest, smallest, METHOD, proven, moved))
+    return results
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where both ends of every G are to be proven, bound above its eigenvalues and shift below them, both (b,).
+
+    top, bottom: vectors (b, n, 1) from which to iterate for those of the ends.  hopeful: whether rounding lets a proof
+    come close enough, for each matrix.
+    """
+
+    bound: Tensor
+    shift: Tensor
+    top: Tensor
+    bottom: Tensor
+    hopeful: list[bool]
+
+
+def _placed_by_eigenvalues(g: Tensor, resolved: Tensor, rtol: float) -> _Placed | None:
+    """As close to LAPACK's eigenvalues as rounding lets a proof come; None if that is too far for all matrices."""
+    n = g.shape[1]
+    theta = torch.linalg.eigvalsh(g)
+    high, low = theta[:, -1], theta[:, 0]
+    hopeful = (resolved < rtol * low).tolist()
+    if not any(hopeful):
+        return None
+    start = _start(n, 2).expand(len(g), -1, -1)
+    bound = high + 4 * (resolved + 2 * n * gamma(n + 2) * high)
+    return _Placed(bound, low - 5 * resolved, start[:, :, :1], start[:, :, 1:], hopeful)
+
+
+def _placed_by_lanczos(g: Tensor, resolved: Tensor, rtol: float) -> _Placed | None:
+    """By Ritz values, with room for what these may lack; None if no matrix can be resolved."""
+    start = _start(g.shape[1], WIDTH)
+    factor = torch.linalg.cholesky_ex(g).L
+
+    def inverse(x: Tensor) -> Tensor:
+        y = torch.linalg.solve_triangular(factor, x, upper=False)
+        return torch.linalg.solve_triangular(factor.mT, y, upper=True)
+
+    theta, bottom = _lanczos(inverse, start, len(g), rtol)
+    shift = (1 - PLACED * rtol) / theta
+    hopeful = (resolved < rtol * shift).tolist()
+    if not any(hopeful):
+        return None
+    narrow = g.to(torch.float32)
+    high, top = _lanczos(lambda x: torch.bmm(narrow, x), start.to(torch.float32), len(g), rtol)
+    return _Placed(high * (1 + PLACED * rtol), shift, top.to(torch.float64), bottom, hopeful)
+
+
+@functools.lru_cache(64)
+def _start(n: int, width: int) -> Tensor:
+    """An orthonormal block (n, width) to start from. Anybody may know it: nothing that is proven depends on it."""
+    return torch.linalg.qr(torch.randn((n, width), dtype=torch.float64, generator=torch.Generator().manual_seed(n))).Q
+
+
+def _lanczos(operator: Operator, start: Tensor, count: int, rtol: float) -> tuple[Tensor, Tensor]:
+    """Largest Ritz values (b,) and their vectors (b, n, 1), each after the steps that its own residual asks for."""
+    n = start.shape[0]
+    steps = min(STEPS, n // WIDTH)
+    basis = start.new_empty((count, n, steps * WIDTH))
+    projected = start.new_zeros((count, steps * WIDTH, steps * WIDTH), dtype=torch.float64)
+    block = start.expand(count, -1, -1)
+    values, vectors = start.new_zeros(count, dtype=torch.float64), start.new_zeros((count, n, 1))
+    open_ = list(range(count))
+    for step in range(steps):
+        size = (step + 1) * WIDTH
+        basis[:, :, size - WIDTH : size] = block
+        known = basis[:, :, :size]
+        image = operator(block)
+        coefficients = torch.bmm(known.mT, image)
+        block, coupling = torch.linalg.qr(torch.baddbmm(image, known, coefficients, alpha=-1))
+        _orthogonalize_cancelled(block, known, coupling, coefficients)
+        projected[:, :size, size - WIDTH : size] = coefficients
+        if step not in CHECKED:
+            continue
+        t = projected[:, :size, :size]
+        finite = torch.isfinite(t).all(dim=2).all(dim=1)[:, None, None]  # LAPACK must not get a nan or inf
+        theta, s = torch.linalg.eigh(torch.where(finite, t, 0.0), UPLO="U")
+        outside = torch.linalg.vector_norm(torch.bmm(coupling.to(torch.float64), s[:, -WIDTH:, -2:]), dim=1)[:, 1]
+        far = (outside / theta[:, -1]).tolist()
+        done = [i for i in open_ if not far[i] > RESIDUAL * math.sqrt(rtol) or step == steps - 1]
+        if done:
+            values[done] = theta[done, -1]
+            vectors[done] = torch.bmm(known[done], s[done, :, -2:].to(known.dtype))[:, :, 1:]
+            open_ = [i for i in open_ if i not in done]
+            if not open_:
+                break
+    return values, vectors
+
+
+def _orthogonalize_cancelled(block: Tensor, known: Tensor, coupling: Tensor, coefficients: Tensor) -> None:
+    """Once more, in place, for matrices some of whose new directions are hardly more than rounding errors."""
+    least = coupling.diagonal(dim1=1, dim2=2).abs().amin(dim=1)
+    cancelled = least < CANCELLED * coefficients.abs().amax(dim=2).amax(dim=1)
+    for i in cancelled.nonzero()[:, 0].tolist():
+        for _ in range(2):
+            rest = block[i] - known[i] @ (known[i].T @ block[i])
+            block[i] = torch.linalg.qr(rest).Q
+
+
+def _factor_shifted(shifted: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors L of M = shifted - shift I, and bounds (b,) on ||M - L L^T||_2 with all rounding, inf without a factor.
+
+    shifted: symmetric (b, n, n); its memory becomes that of L, whose entries above the diagonal are undefined. What a
+    block column of M leaves after all earlier ones is at hand when it is factored, so its residual costs a product with
+    the diagonal block alone. Every entry of M - L L^T is a sum whose terms are rounded n + 2 times at most.
+    """
+    n = shifted.shape[1]
+    diagonal = shifted.diagonal(dim1=1, dim2=2)
+    diagonal -= shift[:, None]
+    formed = U * diagonal.abs().amax(dim=1)
+    left, size = torch.zeros_like(shift), torch.zeros_like(shift)  # ||M - L L^T||_F^2 as computed, and ||L||_F^2
+    sound = torch.ones_like(shift, dtype=torch.bool)
+    panel = _panel(n)
+    for start in range(0, n, panel):
+        stop = min(start + panel, n)
+        rest = shifted[:, start:, start:stop]
+        if start:
+            rest = torch.baddbmm(rest, shifted[:, start:, :start], shifted[:, start:stop, :start].mT, alpha=-1)
+        head, tail = rest[:, : stop - start], rest[:, stop - start :]
+        d, info = torch.linalg.cholesky_ex(head)
+        sound &= info == 0
+        left += torch.linalg.matrix_norm(torch.baddbmm(head, d, d.mT, alpha=-1)).square()
+        size += torch.linalg.matrix_norm(d).square()
+        if stop < n:
+            below = torch.linalg.solve_triangular(d.mT, tail, upper=True, left=False)
+            left += 2 * torch.linalg.matrix_norm(torch.baddbmm(tail, below, d.mT, alpha=-1)).square()
+            size += torch.linalg.matrix_norm(below).square()
+            shifted[:, stop:, start:stop] = below
+        shifted[:, start:stop, start:stop] = d
+    residual = left.sqrt()
+    defect = (residual + gamma(n + 2) * (2 * size + residual) + formed) * OUT + TINY
+    return shifted, torch.where(sound & torch.isfinite(defect), defect, math.inf)
+
+
+def _iterated(factor: Tensor, x: Tensor) -> Tensor:
+    """Inverse iteration with L L^T: unit vectors (b, n, 1)."""
+    for _ in range(SOLVES):
+        x = torch.linalg.solve_triangular(factor, x, upper=False)
+        x = torch.linalg.solve_triangular(factor.mT, x, upper=True)
+        x = x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x
