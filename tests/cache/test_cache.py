@@ -308,7 +308,8 @@ def test_progress_counts_what_comes_from_the_cache(tmp_path):
 def test_of_a_wave_only_what_is_unknown_is_worked_on(tmp_path, monkeypatch):
     """Whole waves at once, as on an accelerator; the first attempt at the rest runs out of memory."""
     monkeypatch.setattr(TorchBackend, "side_by_side", False)
-    rank({key: WEIGHTS[key] for key in ("layers.1.w", "layers.4.w", "zero")}, cache=tmp_path)
+    with one_thread():
+        rank({key: WEIGHTS[key] for key in ("layers.1.w", "layers.4.w", "zero")}, cache=tmp_path)
     original, sizes = kappa_fast.execution.run.resolve, []
 
     def crowded(backend, given, **options):
