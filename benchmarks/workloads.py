@@ -33,10 +33,11 @@ def weights(rows: int, columns: int, kind: Kind, seed: int, strength: float = 4.
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(rows, columns, generator=generator)
     if kind == "trained":
-        left = torch.linalg.qr(torch.randn(rows, OUTLIERS, generator=generator)).Q
-        right = torch.linalg.qr(torch.randn(columns, OUTLIERS, generator=generator)).Q
+        outliers = min(OUTLIERS, min(rows, columns) // 4)
+        left = torch.linalg.qr(torch.randn(rows, outliers, generator=generator)).Q
+        right = torch.linalg.qr(torch.randn(columns, outliers, generator=generator)).Q
         edge = math.sqrt(rows) + math.sqrt(columns)
-        spectrum = edge * torch.logspace(math.log10(strength), math.log10(0.5), OUTLIERS)
+        spectrum = edge * torch.logspace(math.log10(strength), math.log10(0.5), outliers)
         matrix += (left * spectrum) @ right.T
     return matrix.mul_(0.02)
 
