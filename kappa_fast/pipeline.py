@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from .cache import CacheOption, cache_directory, opened_cache
-from .distributed.ranks import joined
 from .errors import OptionError
 from .execution.executor import Executor, usable_device
 from .execution.progress import ProgressOption, shown
@@ -32,6 +32,8 @@ from .texts import warn
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from .distributed.ranks import Ranks
 
 
 def rank(
@@ -106,7 +108,7 @@ def rank(
     """
     if stages and process_group is None:
         raise OptionError("stages=True says that other processes have the rest: give their process_group")
-    with joined(process_group) as ranks:
+    with _joined(process_group) as ranks:
         options = Options(
             top=top,
             top_per_group=top_per_group,
@@ -158,6 +160,15 @@ def rank(
         ranking = run.ranking(time.perf_counter() - started)
     _warn_unproven(ranking, certify)
     return ranking
+
+
+def _joined(process_group: ProcessGroup | None) -> contextlib.AbstractContextManager[Ranks | None]:
+    """The ranks of a group for the body of one call, see distributed.ranks.joined(); None without a group."""
+    if process_group is None:
+        return contextlib.nullcontext()
+    from .distributed.ranks import joined  # most runs are of one process, and need none of this
+
+    return joined(process_group)
 
 
 def _what_must_agree(options: Options, executor: Executor, cache: Path | None) -> dict[str, Any]:

@@ -9,13 +9,12 @@ import platform
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .._version import __version__
 from ..cache import LowerBoundQuery, ResolutionQuery, ResultCache
-from ..distributed.ranks import Ranks
 from ..errors import OptionError
 from ..machine import signals as stops
 from ..options import Options
@@ -33,6 +32,9 @@ from .executor import Executor
 from .progress import ProgressOption, Tracker, tracking
 from .step import Step
 from .top import BudgetedTop, TopGroup
+
+if TYPE_CHECKING:
+    from ..distributed.ranks import Ranks
 
 Results = Callable[[Step[Any], Sequence[Matrix], threading.Event], Generator[tuple[Matrix, Any], None, None]]
 Batch = tuple[Sequence[Matrix], Goal]  # matrices, and what they are resolved to

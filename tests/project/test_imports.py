@@ -2,6 +2,7 @@
 
 import json
 
+import safetensors.torch
 import torch
 
 import kappa_fast
@@ -93,3 +94,38 @@ def test_importing_takes_under_a_second_beyond_torch_and_loads_no_optional_packa
         if report["seconds"] < 1.0:
             break
     assert report["seconds"] < 1.0
+
+
+# What ranking a checkpoint has no use for; each would be found here the day that something imports it after all.
+UNUSED = {
+    *HEAVY_OR_OPTIONAL - {"rich", "typer"},  # a command is made with typer, and its table with rich
+    *("accelerate", "numba", "sklearn", "torchao", "tqdm", "urllib3"),
+    *("torch._dynamo", "torch._inductor", "torch.onnx", "torch.utils.data", "torch.utils.tensorboard"),
+    *(f"kappa_fast.{room}" for room in ("distributed", "integrations", "kernels", "planning", "training")),
+    *(f"kappa_fast.report.{file}" for file in ("notebook", "page", "plot")),
+}
+
+COMMAND = """
+import json, sys
+import torch
+before = set(sys.modules)
+from kappa_fast.cli import main
+sys.argv = ["kappa-fast", "rank", "model.safetensors", "--no-cache", "--quiet", "--json", "ranking.json"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_the_command_rank_loads_nothing_that_it_does_not_use(run_python, root, tmp_path):
+    safetensors.torch.save_file({"layers.0.weight": torch.eye(32)}, tmp_path / "model.safetensors")
+    added = json.loads(run_python(COMMAND, cwd=tmp_path, env={"PYTHONPATH": str(root)}).splitlines()[-1])
+    assert "kappa_fast.pipeline" in added  # the command has done its work in that process
+    assert [name for name in added if any(f"{name}.".startswith(f"{unused}.") for unused in UNUSED)] == []
+
+
+def test_the_command_line_shows_its_help_without_torch(run_python, root):
+    code = "import sys; from kappa_fast.cli import app; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    assert run_python(code, cwd=root).split() == ["False", "False"]
