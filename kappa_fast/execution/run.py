@@ -31,7 +31,7 @@ from .cost import operations
 from .executor import Executor
 from .progress import ProgressOption, Tracker, tracking
 from .step import Step
-from .top import BudgetedTop, TopGroup
+from .top import BudgetedTop, TopGroup, scouted, worth_probing
 
 if TYPE_CHECKING:
     from ..distributed.ranks import Ranks
@@ -111,36 +111,40 @@ class Run:
         if callable(self._options.score):  # bounds of kappa say nothing of another score
             yield self._source.matrices, self._options.goal
         else:
+            yield [matrix for group in order.groups for matrix in group.first], self._options.goal
             for group in order.groups:
-                yield from self._batches_of(group)
+                yield from self._rest_of(group)
         if self._options.certify == "selection":  # once more, with proofs: who is among the lowest is known only now
             winners = order.winners(self.entries)
             self._tracker.extend(len(winners), _operations(winners))
             yield winners, replace(self._options.goal, certify=True)
 
-    def _batches_of(self, group: TopGroup) -> Iterator[Batch]:
-        """The likeliest first; a proven lower bound above the cutoff ends a matrix's way.
+    def _rest_of(self, group: TopGroup) -> Iterator[Batch]:
+        """What remains of a group but for those that a proven lower bound above the cutoff rules out, all at once.
 
-        The size of a batch does not depend on the waves: what is resolved must not depend on memory.
+        What is resolved must not depend on memory, so no batch depends on the waves.
         """
-        rest = list(group.order)
-        bounds: dict[Matrix, float] | None = None
-        while True:
+        rest = group.order[len(group.first) :]
+        while rest and math.isinf(group.cutoff(self.entries)):  # singular or broken matrices were among the likeliest
+            yield rest[: group.count], self._options.goal
+            rest = rest[group.count :]
+        if rest:
             cutoff = group.cutoff(self.entries)
-            if bounds is None and math.isfinite(cutoff):
-                bounds = self._lower_bounds(rest, cutoff)
-                rest.sort(key=lambda matrix: (bounds[matrix], matrix.key))
-            batch, rest = rest[: group.count], rest[group.count :]
-            hopeless = [matrix for matrix in batch if bounds is not None and bounds[matrix] > cutoff]
-            self._report_bounds(hopeless, bounds or {})
-            yield [matrix for matrix in batch if matrix not in hopeless], replace(self._options.goal, cutoff=cutoff)
-            if not rest:
-                break
+            bounds = self._lower_bounds(rest, cutoff)
+            hopeless = [matrix for matrix in rest if bounds.get(matrix, 1.0) > cutoff]
+            self._report_bounds(hopeless, bounds)
+            ruled_out = set(hopeless)
+            yield [matrix for matrix in rest if matrix not in ruled_out], replace(self._options.goal, cutoff=cutoff)
 
     def _lower_bounds(self, matrices: Sequence[Matrix], cutoff: float) -> dict[Matrix, float]:
+        """Bounds of the matrices that a probe may prove to lie above the cutoff: scouts tell which shapes they have."""
         step = Step(LowerBoundQuery(cutoff), functools.partial(lower_bounds, cutoff=cutoff), self._cache)
-        with contextlib.closing(self._results(step, matrices, self._stop)) as results:
-            return dict(results)
+        scouts, others = scouted(matrices)
+        with contextlib.closing(self._results(step, scouts, self._stop)) as results:
+            bounds = dict(results)
+        worthwhile = worth_probing(others, bounds, cutoff)
+        with contextlib.closing(self._results(step, worthwhile, self._stop)) as results:
+            return bounds | dict(results)
 
     def _report_bounds(self, matrices: Sequence[Matrix], bounds: Mapping[Matrix, float]) -> None:
         """Report matrices as bounded only."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..results.entries import TensorKappa
 from ..sources.base import Matrix
+
+SCOUTS = 3  # matrices of one shape that tell whether probes of that shape prove anything
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,19 @@ class TopGroup:
 
     count: int
     order: tuple[Matrix, ...]
+
+    @property
+    def first(self) -> tuple[Matrix, ...]:
+        """The likeliest ``count``, which are resolved at once, and with them the next ones of the last one's shape.
+
+        A probe hardly ever tells matrices of one shape apart, and cores would wait for each other twice. Where the
+        next ones are more than ``count``, too much would be resolved, and there are none.
+        """
+        if not 0 < self.count < len(self.order):
+            return self.order[: self.count]
+        last, rest = _sides(self.order[self.count - 1]), self.order[self.count :]
+        alike = sum(1 for _ in itertools.takewhile(lambda matrix: _sides(matrix) == last, rest))
+        return self.order[: self.count + (alike if alike <= self.count else 0)]
 
     def cutoff(self, entries: Mapping[Matrix, TensorKappa]) -> float:
         """An upper bound of the count-th lowest kappa: whatever is proven to lie above it is not among the lowest."""
@@ -50,6 +66,30 @@ class BudgetedTop:
             resolved = [m for m in group.order if m in entries and entries[m].status == "ok"]
             chosen += sorted(resolved, key=lambda m: (entries[m].score, entries[m].key))[: group.count]
         return chosen
+
+
+def scouted(matrices: Sequence[Matrix]) -> tuple[list[Matrix], list[Matrix]]:
+    """Up to SCOUTS matrices of every shape, spread over those of that shape, and the others."""
+    alike: dict[tuple[int, int], list[Matrix]] = {}
+    for matrix in matrices:
+        alike.setdefault(_sides(matrix), []).append(matrix)
+    scouts, others = list[Matrix](), list[Matrix]()
+    for members in alike.values():
+        chosen = {(2 * i + 1) * len(members) // (2 * SCOUTS) for i in range(SCOUTS)}
+        for position, matrix in enumerate(members):
+            (scouts if position in chosen else others).append(matrix)
+    return scouts, others
+
+
+def worth_probing(matrices: Sequence[Matrix], bounds: Mapping[Matrix, float], cutoff: float) -> list[Matrix]:
+    """Those of a shape of which a scout is proven to lie above the cutoff."""
+    shapes = {_sides(matrix) for matrix, bound in bounds.items() if bound > cutoff}
+    return [matrix for matrix in matrices if _sides(matrix) in shapes]
+
+
+def _sides(matrix: Matrix) -> tuple[int, int]:
+    """The larger side and the smaller one: kappa does not change where a matrix is turned."""
+    return max(matrix.shape), min(matrix.shape)
 
 
 def expected_kappa(shape: tuple[int, int]) -> float:

@@ -56,8 +56,9 @@ class Work:
         cls, matrices: Sequence[Matrix], top: int | float | None, per_group: bool, certify: bool | Literal["selection"]
     ) -> Work:
         groups = BudgetedTop.of(matrices, top, per_group).groups
+        certain = [matrix for group in groups for matrix in group.first]
         likeliest = [matrix for group in groups for matrix in group.order[: group.count]]
-        return cls(likeliest, matrices, likeliest if certify == "selection" else (), certify is True)
+        return cls(certain, matrices, likeliest if certify == "selection" else (), certify is True)
 
     @property
     def floor(self) -> tuple[Sequence[Matrix], Sequence[Matrix], Sequence[Matrix]]:

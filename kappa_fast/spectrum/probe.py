@@ -17,7 +17,9 @@ from .polish import ratio_bound
 
 WIDTH = 4
 STEPS = 8
-HOPELESS = 0.7  # a ratio below this share of the cutoff after half the steps is not expected to reach the cutoff
+# From the second step on the ratio grows no faster than in proportion to the steps, for Gaussian and trained weights;
+# one that would stay below the cutoff even with so much growth to spare is given up.
+SPARE = 1.2
 
 
 def lower_bounds(backend: Backend, weights: Sequence[Tensor], cutoff: float) -> list[float]:
@@ -41,7 +43,7 @@ def lower_bounds(backend: Backend, weights: Sequence[Tensor], cutoff: float) -> 
             ratio = math.sqrt(max(0.0, high) / max(low, 1e-30))
             if ratio > 1.01 * cutoff:
                 promising.append(j)
-            elif not over and (step < STEPS // 2 or ratio > HOPELESS * cutoff):
+            elif not over and (step == 1 or ratio * SPARE * STEPS / step > cutoff):
                 going.append(j)
         if promising:
             low_vectors = vectors.gather(2, least[:, :, None].expand(-1, vectors.shape[1], 1))

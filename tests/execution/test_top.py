@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import one_thread
 
+import kappa_fast.execution.executor
 import kappa_fast.execution.run
 from kappa_fast import Ranking, TensorKappa
 from kappa_fast.execution.top import BudgetedTop, expected_kappa
@@ -192,6 +193,61 @@ def test_no_work_is_done_for_matrices_that_are_clearly_above(resolved):
     assert set(resolved) == {(64, 200)}
     assert len(resolved) == 4
     assert Counter(e.method for e in ranking if e.status == "bounded") == {"probe": 10}
+
+
+@pytest.fixture
+def probed(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes that are probed, as it happens."""
+    original, shapes = kappa_fast.execution.run.lower_bounds, list[tuple[int, ...]]()
+
+    def lower_bounds(backend, weights, **options):
+        shapes.extend(tuple(w.shape) for w in weights)
+        return original(backend, weights, **options)
+
+    monkeypatch.setattr("kappa_fast.execution.run.lower_bounds", lower_bounds)
+    return shapes
+
+
+def test_a_cut_through_one_shape_resolves_all_of_it_at_once_and_probes_the_others(resolved, probed):
+    ranking = rank(MODELS["mixed"], top=6)  # all four (64, 200), and two of four (260, 170)
+    assert Counter(resolved) == {(64, 200): 4, (260, 170): 4}
+    assert Counter(probed) == {(180, 180): 4}
+    assert lowest(ranking, 6) == lowest(FULL["mixed"], 6)
+
+
+def test_where_half_of_one_shape_is_wanted_nothing_is_probed(resolved, probed):
+    rank(MODELS["one"], top=0.5)
+    assert len(resolved) == 8
+    assert probed == []
+
+
+def test_of_a_shape_in_which_probes_prove_nothing_only_scouts_are_probed(resolved, probed):
+    source = {f"layers.{i}.w": gaussian(260, 176, i) for i in range(12)}
+    assert rank(source, top=2)[:2] == rank(source)[:2]
+    assert len(probed) == 3
+    assert len(resolved) == 24  # of both rankings
+
+
+def test_what_scouts_are_proven_to_lie_above_rules_out_the_others_too(resolved, probed):
+    source = {f"low.{i}": gaussian(64, 200, i) for i in range(2)} | {
+        f"high.{i}": gaussian(180, 180, i) for i in range(9)
+    }
+    assert Counter(e.status for e in rank(source, top=2)) == {"ok": 2, "bounded": 9}
+    assert len(probed) == 9
+    assert len(resolved) == 2
+
+
+def test_the_likeliest_of_all_groups_are_resolved_together(monkeypatch):
+    together = []
+    original = kappa_fast.execution.executor.Executor.results
+
+    def results(self, step, chosen, stop=None):
+        together.append(len(chosen))
+        return original(self, step, chosen, stop)
+
+    monkeypatch.setattr(kappa_fast.execution.executor.Executor, "results", results)
+    rank(MODELS["mixed"], top=2, top_per_group=True)
+    assert together == [12]  # no core waits for the end of a group
 
 
 def test_everything_is_resolved_where_it_could_matter(resolved):
