@@ -10,10 +10,12 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from ..machine.helping import share
 from .base import DROP, EXPONENT, Extension, Factors, Operand, Panel, Ritz, Rung, Tensor, dense_projection
 from .start import gaussian_block
 
@@ -289,9 +291,12 @@ def _gram(a: Tensor, dtype: torch.dtype, chunk: int | None = None) -> Tensor:
         return _gram_in_chunks(a.to(dtype), g, chunk)
     for start, stop in _row_chunks(a, GRAM_CHUNK_BYTES, dtype.itemsize):
         rows = a[start:stop].to(dtype)
-        for j in range(0, n, TILE):
-            g[j:, j : j + TILE].addmm_(rows[:, j:].T, rows[:, j : j + TILE])
+        share([partial(_add_tile, g, rows, j) for j in range(0, n, TILE)])
     return g
+
+
+def _add_tile(g: Tensor, rows: Tensor, j: int) -> None:
+    g[j:, j : j + TILE].addmm_(rows[:, j:].T, rows[:, j : j + TILE])
 
 
 def _gram_in_chunks(a: Tensor, g: Tensor, chunk: int) -> Tensor:
@@ -317,10 +322,12 @@ def _cholesky(g: Tensor) -> bool:
         if e < n:
             below = torch.linalg.solve_triangular(block.T, g[e:, j:e], upper=True, left=False)
             g[e:, j:e] = below
-            for c in range(e, n, UPDATE):
-                d = min(c + UPDATE, n)
-                g[c:, c:d].addmm_(below[c - e :], below[c - e : d - e].T, alpha=-1)
+            share([partial(_subtract_tile, g, below, e, c) for c in range(e, n, UPDATE)])
     return True
+
+
+def _subtract_tile(g: Tensor, below: Tensor, e: int, c: int) -> None:
+    g[c:, c : c + UPDATE].addmm_(below[c - e :], below[c - e : c - e + UPDATE].T, alpha=-1)
 
 
 def _factor(a: Tensor, rung: Rung) -> Any:

@@ -17,7 +17,7 @@ import torch
 from ..backends import Backend, get_backend
 from ..errors import BackendError, ComputeError, KappaError, OptionError
 from ..machine.memory import is_out_of_memory, physical
-from ..machine.threads import each_on_one_thread, fits_one_thread, usual_threads
+from ..machine.threads import deserves_help, each_on_one_thread, fits_one_thread, usual_threads
 from ..machine.torch_state import undisturbed_thread
 from ..sources.base import Matrix, Source
 from ..spectrum.small import batch_size
@@ -120,7 +120,7 @@ class Executor:
 
         Waves come in the order of the disk where the weights come from one, and the next ones are read ahead from it;
         an accelerator gets one of them while it works on this one. On a CPU the small matrices of a wave are worked on
-        side by side, one thread for each, and the large ones one by one.
+        side by side, one thread for each, and threads without one help the others; the large ones one by one.
 
         stop: is set if this ends early, before it waits for what still runs.
         """
@@ -142,7 +142,9 @@ class Executor:
                     continue
                 for wave in coming:
                     small, large = _by_threads(wave)
-                    with contextlib.closing(each_on_one_thread(partial(self._attempt, step), small, stop)) as finished:
+                    helping = undisturbed_thread if any(deserves_help(m.shape) for (m,) in small) else None
+                    work = each_on_one_thread(partial(self._attempt, step), small, stop, helping)
+                    with contextlib.closing(work) as finished:
                         for alone, computed in finished:
                             yield from zip(alone, computed, strict=True)
                     for alone in large:

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from ..errors import ComputeError
+from .helping import Crew
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,6 +24,9 @@ R = TypeVar("R")
 # with two threads in each. Which matrices are small enough depends on their shape alone, since the number of threads
 # may change the last bits of a product.
 SINGLE_THREAD_OPERATIONS = 3e10  # m n^2; such a matrix takes about 0.3 s on one core
+# Threads for which there is no matrix help the others with matrices of so many operations, m n^2, or more: each part
+# that they are given takes a millisecond then.
+HELPED_OPERATIONS = 1e9
 
 _beginning = threading.Lock()
 
@@ -46,23 +50,39 @@ def fits_one_thread(shape: tuple[int, int]) -> bool:
     return float(max(shape)) * min(shape) ** 2 <= SINGLE_THREAD_OPERATIONS
 
 
+def deserves_help(shape: tuple[int, int]) -> bool:
+    """Whether a matrix of this shape, which one thread works on, is large enough for others to take parts of it."""
+    return float(max(shape)) * min(shape) ** 2 >= HELPED_OPERATIONS
+
+
 def each_on_one_thread(
-    task: Callable[[T], R], items: Sequence[T], stop: threading.Event | None = None
+    task: Callable[[T], R],
+    items: Sequence[T],
+    stop: threading.Event | None = None,
+    helping: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
 ) -> Generator[tuple[T, R], None, None]:
     """Pairs (item, task(item)) as they finish, at most as many at a time as torch has threads, one thread in each.
+
+    The items are begun in their order: the longest should come first.
 
     An exception of a task, or one thrown into the iterator (Ctrl-C), waits for the tasks that are running and drops
     those that are not. A task for which the others leave no memory (a ComputeError that says so) is run again alone,
     when they are done. torch's number of threads is what it was, also for threads that others begin in the meantime.
 
     stop: is set by such an exception, for tasks that wait for something themselves.
+    helping: makes the context in which threads without an item do parts of what tasks share() (machine/helping.py).
+    Without it there are none.
     """
     if not items:
         return
-    count = min(usual_threads(), len(items))
+    threads = usual_threads()
+    count = min(threads, len(items)) if helping is None else threads
     begun = threading.Barrier(count + 1)
+    crew = Crew()
 
     def begin() -> None:
+        if helping is not None:
+            crew.join()
         torch.get_num_threads()  # the first call in a thread takes the number of the process, later ones its own
         torch.set_num_threads(1)
         with contextlib.suppress(threading.BrokenBarrierError):
@@ -74,6 +94,9 @@ def each_on_one_thread(
             threads = torch.get_num_threads()
             try:
                 futures = {pool.submit(task, item): item for item in items}
+                if helping is not None:
+                    for _ in range(count):  # they wait in line behind the items
+                        pool.submit(crew.help, helping)
                 begun.wait()
             except RuntimeError as error:
                 raise no_thread(error) from error
@@ -92,6 +115,7 @@ def each_on_one_thread(
             else:
                 yield item, result
             del future  # an exception holds what the task had in memory
+        crew.close()
         for item in crowded:
             yield item, pool.submit(task, item).result()
     except BaseException:
@@ -99,4 +123,5 @@ def each_on_one_thread(
             stop.set()
         raise
     finally:
+        crew.close()
         pool.shutdown(wait=True, cancel_futures=True)
