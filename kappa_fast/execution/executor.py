@@ -142,7 +142,8 @@ class Executor:
                     continue
                 for wave in coming:
                     small, large = _by_threads(wave)
-                    helping = undisturbed_thread if any(deserves_help(m.shape) for (m,) in small) else None
+                    deserving = any(deserves_help(matrix.shape) for part in small for matrix in part)
+                    helping = undisturbed_thread if deserving else None
                     work = each_on_one_thread(partial(self._attempt, step), small, stop, helping)
                     with contextlib.closing(work) as finished:
                         for alone, computed in finished:
