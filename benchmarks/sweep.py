@@ -97,12 +97,12 @@ class Sweep:
     def clock(self) -> str:
         return "processor" if self.threads == 1 else "wall"
 
-    def cells(self, chosen: Sequence[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def cells(self, chosen: Sequence[Any], seconds: float = EACH) -> Iterator[tuple[Any, dict[str, Any]]]:
         for cell in chosen:
             if ("cells", str(cell)) in self.known:
                 self._learn(cell, self.known["cells", str(cell)])
             elif self.left > 0:
-                yield cell, self.keep("cells", str(cell), self.cell(cell))
+                yield cell, self.keep("cells", str(cell), self.cell(cell, seconds))
 
     def cell(self, cell: Any, seconds: float = EACH, *, quick: bool = False) -> dict[str, Any]:
         """All ways in turn; the ratio of the fastest plain way that is right to rank()."""
@@ -192,7 +192,7 @@ def stages(options: argparse.Namespace) -> None:
         for name, found in sweep.claims(list(CLAIMS)):
             print(f"{name}: {found['figure']:.3f}", flush=True)
     if "cells" in options.only:
-        for cell, found in sweep.cells(list(cells())):
+        for cell, found in sweep.cells(list(cells()), options.seconds):
             print(f"{cell}: {found.get('ratio', float('nan')):.3f}  {found.get('best')}", flush=True)
 
 
@@ -203,6 +203,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--minutes", type=float, default=60.0, help="for every number of threads")
+    parser.add_argument("--seconds", type=float, default=EACH, help="for the turns of a cell")
     parser.add_argument("--threads", type=_numbers, default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--only", type=lambda text: text.split(","), default=["machine", "claims", "cells"])
@@ -222,8 +223,9 @@ def main(given: Sequence[str] | None = None) -> int:
     else:
         options.output.mkdir(parents=True, exist_ok=True)
         for threads in options.threads:
-            again = ["--threads", str(threads), "--minutes", str(options.minutes), "--output", str(options.output)]
-            command = [sys.executable, __file__, *again, "--only", ",".join(options.only)]
+            again = ["--threads", str(threads), "--minutes", str(options.minutes), "--seconds", str(options.seconds)]
+            where = ["--output", str(options.output), "--only", ",".join(options.only)]
+            command = [sys.executable, __file__, *again, *where]
             if code := subprocess.run(command, check=False).returncode:
                 return code
     return 0
