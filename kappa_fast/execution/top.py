@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from ..results.entries import TensorKappa
 from ..sources.base import Matrix
 
-SCOUTS = 3  # matrices of one shape that tell whether probes of that shape prove anything
+# Matrices of one shape that tell whether probes of that shape prove anything: one of so many, and this many at most.
+ONE_SCOUT_OF = 4
+SCOUTS = 3
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,14 @@ class BudgetedTop:
 
 
 def scouted(matrices: Sequence[Matrix]) -> tuple[list[Matrix], list[Matrix]]:
-    """Up to SCOUTS matrices of every shape, spread over those of that shape, and the others."""
+    """A few matrices of every shape, spread over those of that shape, and the others."""
     alike: dict[tuple[int, int], list[Matrix]] = {}
     for matrix in matrices:
         alike.setdefault(_sides(matrix), []).append(matrix)
     scouts, others = list[Matrix](), list[Matrix]()
     for members in alike.values():
-        chosen = {(2 * i + 1) * len(members) // (2 * SCOUTS) for i in range(SCOUTS)}
+        count = min(SCOUTS, -(-len(members) // ONE_SCOUT_OF))
+        chosen = {(2 * i + 1) * len(members) // (2 * count) for i in range(count)}
         for position, matrix in enumerate(members):
             (scouts if position in chosen else others).append(matrix)
     return scouts, others
