@@ -30,7 +30,9 @@ class Crew:
 
     def __init__(self) -> None:
         self._jobs: list[_Job] = []
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        # Helpers wait for the one and those who share for the other: each wakes no more threads than it has use for.
+        self._offered, self._finished = threading.Condition(self._lock), threading.Condition(self._lock)
         self._closed = False
 
     def join(self) -> None:
@@ -47,46 +49,47 @@ class Crew:
                 except BaseException as error:
                     job.error = error
                 del task  # it holds what it works on
-                with self._changed:
+                with self._lock:
                     job.running -= 1
-                    self._changed.notify_all()
+                    if not job.running:
+                        self._finished.notify_all()
 
     def close(self) -> None:
         """Let the helpers go: what is shared from now on is done by whoever shares it."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._offered.notify_all()
 
     def work(self, tasks: Sequence[Task]) -> None:
         """Do the tasks, some of them by helpers; see share()."""
         job = _Job(tasks)
-        with self._changed:
+        with self._lock:
             self._jobs.append(job)
-            self._changed.notify_all()
+            self._offered.notify(len(tasks) - 1)
         try:
             while job.error is None and (task := self._taken(job)) is not None:
                 task()
         finally:
-            with self._changed:
+            with self._lock:
                 job.waiting.clear()
-                self._changed.wait_for(lambda: not job.running)
+                self._finished.wait_for(lambda: not job.running)
                 self._jobs.remove(job)
         if job.error is not None:
             raise job.error
 
     def _taken(self, job: _Job) -> Task | None:
-        with self._changed:
+        with self._lock:
             return job.waiting.popleft() if job.waiting else None
 
     def _next(self) -> tuple[_Job, Task] | None:
         """A task of the oldest job that has one waiting, as soon as there is one; None when the crew is closed."""
-        with self._changed:
+        with self._lock:
             while not self._closed:
                 for job in self._jobs:
                     if job.waiting:
                         job.running += 1
                         return job, job.waiting.popleft()
-                self._changed.wait()
+                self._offered.wait()
         return None
 
 

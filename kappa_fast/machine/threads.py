@@ -27,6 +27,7 @@ SINGLE_THREAD_OPERATIONS = 3e10  # m n^2; such a matrix takes about 0.3 s on one
 # Threads for which there is no matrix help the others with matrices of so many operations, m n^2, or more: each part
 # that they are given takes a millisecond then.
 HELPED_OPERATIONS = 1e9
+CREW = 8  # threads for each item at most, its own included: at 2048 columns there are 8 parts at a time to be done
 
 _beginning = threading.Lock()
 
@@ -76,7 +77,7 @@ def each_on_one_thread(
     if not items:
         return
     threads = usual_threads()
-    count = min(threads, len(items)) if helping is None else threads
+    count = min(threads, len(items) * (1 if helping is None else CREW))
     begun = threading.Barrier(count + 1)
     crew = Crew()
 
