@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 
 import mpmath as mp
 import pytest
@@ -136,6 +137,60 @@ def test_the_norm_is_bounded_from_above_whatever_the_estimate(estimate):
     assert proven <= math.sqrt(product.trace) * 1.001
     if estimate == 1:
         assert proven <= float(true) * (1 + 1e-3)
+
+
+NEARLY_FLAT = {
+    "graded": lambda: graded(30, 8, 3, 10),
+    "one sign": lambda: torch.full((30, 12), 1 / 3, dtype=torch.float64) + 0.01 * gaussian(30, 12),
+    "orthogonal": lambda: cosines(16),
+    "gaussian": lambda: gaussian(30, 20),
+}
+
+
+@cache
+def squared_norm(kind):
+    """The largest eigenvalue of the Gram matrix, to 50 digits."""
+    return singular_values(NEARLY_FLAT[kind]())[0] ** 2
+
+
+@pytest.mark.parametrize("bound", [0.5, 0.999, 0.999999, 1.0, 1.000001, 1.001, 1.1, 3.0])
+@pytest.mark.parametrize("kind", NEARLY_FLAT)
+@pytest.mark.parametrize("scale", [2.0**-18, 1.0, 2.0**19])
+def test_a_largest_eigenvalue_proven_in_float32_never_falls_below_the_true_one(kind, bound, scale):
+    a = operand(NEARLY_FLAT[kind]() * scale)
+    product = gram_with_error(BACKEND, a)
+    true = squared_norm(kind) * scale**2 * mp.mpf(4) ** -a.exponent
+    proven = certify._largest_in_float32(BACKEND, product, bound * float(true))
+    assert mp.mpf(proven) >= true
+    if bound > 1.0001:
+        assert proven <= bound * float(true) * (1 + 2e-4)
+    if bound < 0.9999:
+        assert proven == math.inf
+
+
+def test_a_proof_in_float32_is_left_out_where_torch_may_use_less(monkeypatch):
+    product = gram_with_error(BACKEND, operand(gaussian(50, 10)))
+    assert math.isfinite(certify._largest_in_float32(BACKEND, product, product.trace))
+    monkeypatch.setattr(certify, "is_exact", lambda: False)
+    assert certify._largest_in_float32(BACKEND, product, product.trace) == math.inf
+
+
+@pytest.mark.parametrize("bound", [1e-40, 1e-16, 1e31, 1e300, math.inf, math.nan])
+def test_a_proof_in_float32_is_left_out_beyond_its_range(bound):
+    product = gram_with_error(BACKEND, operand(gaussian(50, 10)))
+    assert certify._largest_in_float32(BACKEND, product, bound) == math.inf
+
+
+@pytest.mark.parametrize(("count", "limit", "chunk"), [(5632, 1e-9, 256), (5632, 3.5e-11, 256), (5632, 2.6e-11, 128)])
+def test_sums_are_as_long_as_their_error_allows(count, limit, chunk):
+    size = 1e3
+    assert certify.chunk_for(count, size, limit) == chunk
+    assert gamma(chunk + math.ceil(count / chunk) + 2) * size <= limit
+
+
+def test_sums_have_the_best_length_where_no_error_is_small_enough():
+    assert certify.chunk_for(5632, 1e3, 0.0) == chunk_rows(5632)
+    assert certify.chunk_for(5632, math.inf, 1.0) == chunk_rows(5632)
 
 
 class Sloppy(TorchBackend):
