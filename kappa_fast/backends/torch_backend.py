@@ -40,8 +40,9 @@ GRAM_CHUNK_BYTES = 32 << 20
 DIGEST_BYTES = 64 << 20
 KEPT = "gram64"  # the key of Operand.cache for (rows per partial sum, Gram matrix)
 KEPT_ROWS = 256  # with 64 instead the Gram matrix of a 2048 x 2048 takes a third longer, and is not needed
-SIDE = 512  # the largest side of a block of a chunked Gram matrix, so that partial sums stay in cache
-LEAST_SIDE = 128
+# Sides of the blocks of a chunked Gram matrix, so that partial sums stay in cache, multiples of 24 as TILE is. 2048
+# columns on one thread: 0.79 of the time of 512 and 128.
+SIDE, LEAST_SIDE = 480, 96
 
 
 class TorchBackend:
