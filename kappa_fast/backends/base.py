@@ -34,6 +34,7 @@ class Rung:
     panel: the dtype of blocks that are multiplied by or solved with the factor, if it is not that of the factor.
     power: 2 if the departure (see Backend.departure) bounds errors of squared singular values, as for a factor of a
     Gram matrix; 1 if it bounds errors of the singular values themselves.
+    gram: float64 if the Gram matrix is computed in it whatever the dtype of the factor, and kept for the proof.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Rung:
     power: int
     quick: torch.dtype | None = None
     panel: torch.dtype | None = None
+    gram: torch.dtype | None = None
 
     @property
     def blocks(self) -> torch.dtype:
@@ -294,7 +296,8 @@ class Backend(Protocol):
     def gram(self, operands: Sequence[Operand], dtype: torch.dtype, chunk: int | None = None) -> list[Tensor]:
         """Lower triangles of A^T A, shape (n, n); entries above the diagonal are undefined.
 
-        With ``chunk`` every entry is summed in runs of at most ``chunk`` products, which the proofs rely on.
+        With ``chunk`` every entry is summed in runs of at most ``chunk`` products, which the proofs rely on. Then the
+        result may be one that ``factor`` kept with the operand, which keeps it no longer.
         """
 
     def cholesky(self, grams: Sequence[Tensor]) -> list[bool]:

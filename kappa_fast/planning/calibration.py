@@ -34,7 +34,7 @@ FEW = 6
 FAR = 4.0  # ratio of operations from which a time is better measured than scaled
 FIRST: tuple[Shape, ...] = (UNIT, (512, 384))  # the first that is no larger than the work shows the speed
 OUTLIERS, STRENGTH = 48, 3.0  # of the matrices that are measured: how many directions, and the first over the edge
-CERTIFIED_GUESS = 4.0  # times as long with proofs
+CERTIFIED_GUESS = 2.5  # times as long with proofs
 CLIMB_GUESS = 2.5  # times as long where the first rung fails and the second answers
 WAVE = 8  # matrices of a wave on an accelerator
 

@@ -1,9 +1,9 @@
 """Proofs for the ladder: upper bounds of kappa in float64 that hold for any estimate and account for all rounding.
 
 Both ends use one fact that relies on no library's factorization: for symmetric M and any L, lambda_min(M) >=
--||M - L L^T||, since L L^T is positive semidefinite. This module computes the residual with a bound on its rounding
-(Rump, BIT 46 (2006) 433, bounds the residual a priori instead). The only assumption about a product is that it is an
-IEEE sum of at most K products, each rounded at most once, in any order, with or without FMA.
+-||M - L L^T||, since L L^T is positive semidefinite. shifted.py computes L and this residual with a bound on its
+rounding (Rump, BIT 46 (2006) 433, bounds the residual a priori instead). The only assumption about a product is that it
+is an IEEE sum of at most K products, each rounded at most once, in any order, with or without FMA.
 
 The bound of sigma_n comes from A^T A - t I where float64 suffices, else from a preconditioner X ~ R^-1, for which
 sigma_n(A) >= sigma_n(A X) / ||X|| (Rump, BIT 51 (2011) 367): kappa then enters once, not squared.
@@ -23,14 +23,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..backends.base import Backend, ExactProducts, Operand, Tensor
+from ..machine.torch_state import is_exact
+from . import shifted
 
 if TYPE_CHECKING:
     from .resolution import Resolution
 
 U = 2.0**-53
+U32 = 2.0**-24
 OUT = 1 + 1e-5  # covers the rounding of scalars, of square roots, and of sums of up to 1e10 terms of one sign
 TINY = 1e-280  # more than all underflows of one product together
 OUT_ULP = 1 + 4 * U
+# With such bounds all underflows in float32 are off by less than TINY32 times the bound together, flushed to zero or
+# not: 2^-126 for each of up to n products of n^2 entries, n up to 2^17, and for each entry that was converted.
+RANGE32 = 1e-15, 1e30
+TINY32 = 1e-15
+CHUNKS = (256, 128, 64, 32)  # products per partial sum, the fastest first
+CHUNK32 = 128
+GROWTH = 8.0  # || |L| |L|^T || over || L L^T || for a factor L of T I - G, as it is seen at least
 # The relative distances between estimate and proven bound that are tried in turn, from about a quarter of rtol on. All
 # rtol share these numbers, so that a narrower rtol never gives a wider interval.
 WIDENINGS = (*(x * 100.0**-k for k in (4, 3, 2, 1) for x in (0.25, 1.0, 4.0)), 0.25, 0.9)
@@ -61,67 +71,70 @@ def chunk_rows(m: int) -> int:
     return max(32, min(256, 32 * round(math.sqrt(m) / 32)))
 
 
-def gram_with_error(backend: Backend, a: Operand) -> _Product:
-    """A^T A in float64. Its error is at most gamma(h) |A|^T |A| entrywise, h = K + ceil(m / K), and || |A|^T |A| ||_2
-    is at most the trace."""
+def chunk_for(count: int, size: float, limit: float) -> int:
+    """The fastest of CHUNKS for which ``count`` products, summed in chunks, err by at most ``limit``; else the best.
+
+    size: the 2-norm of the sum of their absolute values.
+    """
+    return next((k for k in CHUNKS if gamma(k + math.ceil(count / k) + 2) * size <= limit), chunk_rows(count))
+
+
+def gram_with_error(backend: Backend, a: Operand, chunk: int | None = None) -> _Product:
+    """A^T A in float64, in chunks of K rows. Its error is at most gamma(h) |A|^T |A| entrywise, h = K + ceil(m / K)
+    + 1, and || |A|^T |A| ||_2 is at most the trace."""
     m = a.shape[0]
-    k = chunk_rows(m)
+    k = chunk or chunk_rows(m)
     (g,) = backend.gram([a], torch.float64, chunk=k)
     trace = float(g.diagonal().sum()) * OUT
     return _Product(g, gamma(k + math.ceil(m / k) + 1) * trace * OUT + TINY, trace)
 
 
-def residual_norm(matrix: Tensor, factor: Tensor) -> float:
-    """A proven bound on ||M - L L^T||_2 for symmetric M (only its lower triangle is read) and lower triangular L, both
-    (n, n) float64."""
-    n = matrix.shape[0]
-    k = chunk_rows(n)
-    squares = 0.0
-    for j in range(0, n, k):
-        e = min(j + k, n)
-        rest = matrix[j:, j:e].clone()
-        for c in range(0, e, k):
-            d = min(c + k, n)
-            rest -= factor[j:, c:d] @ factor[j:e, c:d].T
-        rest[: e - j] = torch.tril(rest[: e - j])
-        squares += 2 * float(torch.linalg.vector_norm(rest)) ** 2
-    # |M| <= |L| |L|^T + |M - L L^T| entrywise, so M needs no norm of its own.
-    size = 2 * float(torch.linalg.vector_norm(factor)) ** 2 + 2 * math.sqrt(squares)
-    return (math.sqrt(squares) + gamma(k + math.ceil(n / k) + 2) * size) * OUT + TINY
-
-
-def smallest_eigenvalue(backend: Backend, product: _Product, shift: float) -> float:
+def smallest_eigenvalue(backend: Backend, product: _Product, shift: float, chunk: int | None = None) -> float:
     """A proven lower bound of lambda_min of the exact matrix that ``product`` approximates.
 
     The bound is near ``shift`` as a rule, and -inf if G - shift I is not positive definite to working precision.
     """
-    return shift - _defect(backend, product, shift, 1) - abs(shift) * 4 * U
+    return shift - _defect(backend, product, shift, 1, chunk) - abs(shift) * 4 * U
 
 
-def largest_eigenvalue(backend: Backend, product: _Product, bound: float) -> float:
+def largest_eigenvalue(backend: Backend, product: _Product, bound: float, chunk: int | None = None) -> float:
     """A proven upper bound of lambda_max of the exact matrix that ``product`` approximates.
 
     The result is near ``bound`` as a rule, and inf if bound I - G is not positive definite to working precision.
     """
-    return bound * (1 + 4 * U) + _defect(backend, product, bound, -1)
+    return bound * (1 + 4 * U) + _defect(backend, product, bound, -1, chunk)
 
 
-def _defect(backend: Backend, product: _Product, shift: float, sign: int) -> float:
+def _defect(backend: Backend, product: _Product, shift: float, sign: int, chunk: int | None) -> float:
     """A bound on how far the smallest eigenvalue of sign (exact matrix - shift I) lies below 0; inf without a proof."""
-    shifted = sign * product.lower
-    shifted.diagonal().sub_(sign * shift)
-    rounding = U * float(shifted.diagonal().abs().max()) * OUT
-    factor = shifted.clone()
-    if not backend.cholesky([factor])[0]:
+    matrix = sign * product.lower
+    matrix.diagonal().sub_(sign * shift)
+    distance = shifted.factor(backend, matrix, chunk or chunk_rows(matrix.shape[0]), before=1)
+    return (distance + product.error) * OUT + TINY
+
+
+def _largest_in_float32(backend: Backend, product: _Product, bound: float) -> float:
+    """``largest_eigenvalue`` from a factor in float32, whose error is small beside lambda_max; inf without a proof."""
+    if not (is_exact() and RANGE32[0] < bound < RANGE32[1]):
         return math.inf
-    return (residual_norm(shifted, factor) + rounding + product.error) * OUT
+    scale = 2.0 ** -math.frexp(bound)[1]  # the largest entry of the factored matrix then lies near 1
+    matrix = product.lower.to(torch.float32).mul_(-scale)
+    matrix.diagonal().copy_((bound - product.lower.diagonal()) * scale)
+    distance = shifted.factor(backend, matrix, CHUNK32, before=2)  # the diagonal: in float64, then to float32
+    return bound * (1 + 4 * U) + ((distance + TINY32) / scale + product.error) * OUT
 
 
 def norm_bound(backend: Backend, product: _Product, estimate: float, rtol: float) -> float:
     """A proven upper bound of sqrt(lambda_max) of the exact matrix; ``estimate`` approximates the root from below."""
     best = product.trace + product.error
+    n = product.lower.shape[0]
+    narrow = 2 * GROWTH * shifted.gamma(shifted.roundings(n, CHUNK32, 2), U32) < rtol / 2
     for widening in widenings(rtol):
-        proven = largest_eigenvalue(backend, product, estimate**2 * (1 + widening))
+        bound = estimate**2 * (1 + widening)
+        proven = _largest_in_float32(backend, product, bound) if narrow else math.inf
+        if not proven <= bound * (1 + rtol / 2):
+            chunk = chunk_for(n, 2 * n * bound, rtol * bound / 16)
+            proven = largest_eigenvalue(backend, product, bound, chunk)
         if proven < best:
             return math.sqrt(proven) * OUT_ULP
     return math.sqrt(best) * OUT
@@ -230,12 +243,14 @@ class _GramEigenvalueBounds:
 def certified(backend: Backend, a: Operand, found: Resolution, rtol: float) -> Resolution:
     """``found`` with a proven interval, or unchanged if float64 cannot prove one.
 
-    The proof takes two to six times the work of the estimate: the Gram matrix, two factorizations with their residuals,
-    and the preconditioned product where kappa is too large for the Gram matrix.
+    The proof takes the Gram matrix, unless the estimate has left it, a factorization for each end, and the
+    preconditioned product where kappa is too large for the Gram matrix.
     """
     if not a.exact:
         return found
-    product = gram_with_error(backend, a)
+    squares = float(torch.linalg.vector_norm(a.tensor.to(torch.float32))) ** 2
+    limit = rtol * found.sigma_min**2 / 16
+    product = gram_with_error(backend, a, chunk_for(a.shape[0], squares, limit))
     high = norm_bound(backend, product, found.sigma_max, rtol)
     low = 0.0
     # The relative distance of a bound from the Gram matrix: the error of the matrix, and as much for the residual.
@@ -254,8 +269,9 @@ def certified(backend: Backend, a: Operand, found: Resolution, rtol: float) -> R
 
 def _smallest_from_gram(backend: Backend, product: _Product, sigma_min: float, rtol: float) -> float:
     """A proven lower bound of sigma_n from the Gram matrix; 0 where float64 proves no positive one."""
+    chunk = chunk_for(product.lower.shape[0], 2 * product.trace, rtol * sigma_min**2 / 16)
     for widening in widenings(rtol):
-        low = smallest_eigenvalue(backend, product, sigma_min**2 * (1 - widening))
+        low = smallest_eigenvalue(backend, product, sigma_min**2 * (1 - widening), chunk)
         if low > 0:
             return math.sqrt(low) * (1 - 4 * U)
     return 0.0

@@ -209,6 +209,59 @@ def test_cholesky_refuses_what_is_not_a_number():
     assert BACKEND.cholesky([torch.full((40, 40), math.nan, dtype=torch.float64)]) == [False]
 
 
+@pytest.mark.parametrize("n", [1, 5, 128, 129, 300, 520, 700])
+@pytest.mark.parametrize("chunk", [31, 256])
+def test_blocks_cover_the_lower_triangle_of_a_gram_matrix_in_chunks(n, chunk):
+    a = operand(gaussian(n + 9, n))
+    (g,) = BACKEND.gram([a], torch.float64, chunk=chunk)
+    torch.testing.assert_close(torch.tril(g), torch.tril(wide(a).T @ wide(a)), rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_gram_matrix_is_kept_for_the_proof_once(dtype, turned):
+    weight = gaussian(400, 150).to(dtype)
+    a = operand(weight.T if turned else weight)
+    usual, first = (BACKEND.rungs(a.shape, dtype, proofs=proofs)[0] for proofs in (False, True))
+    assert first.name == usual.name
+    assert (usual.gram, first.gram) == (None, torch.float64)
+    BACKEND.factor([a], [usual])
+    assert not a.cache
+    (factor,) = BACKEND.factor([a], [first]).data
+    (kept,) = BACKEND.gram([a], torch.float64, chunk=256)
+    assert not a.cache
+    (anew,) = BACKEND.gram([a], torch.float64, chunk=256)
+    assert kept is not anew
+    assert torch.equal(torch.tril(kept), torch.tril(anew))
+    assert factor.dtype == first.dtype
+    error = torch.linalg.matrix_norm(factor.double() @ factor.double().T - wide(a).T @ wide(a))
+    assert error <= 1e3 * torch.finfo(first.dtype).eps * torch.linalg.matrix_norm(kept)
+
+
+def test_a_kept_gram_matrix_serves_the_next_rung_but_no_other_sums():
+    a = operand(gaussian(400, 150).float())
+    narrow, following, _ = BACKEND.rungs(a.shape, torch.float32, proofs=True)
+    BACKEND.factor([a], [narrow])
+    before = {key: value[1].clone() for key, value in a.cache.items()}
+    (factor,) = BACKEND.factor([a], [following]).data
+    assert factor.dtype == torch.float64
+    assert all(torch.equal(value[1], before[key]) for key, value in a.cache.items())
+    BACKEND.gram([a], torch.float64, chunk=64)
+    assert not a.cache
+
+
+def test_nothing_is_kept_of_what_cannot_be_proven():
+    a = replace(operand(gaussian(400, 150).float()), exact=False)
+    BACKEND.factor([a], [BACKEND.rungs(a.shape, torch.float32, proofs=True)[0]])
+    assert not a.cache
+
+
+def test_kept_gram_matrices_count_as_memory():
+    for shape, more in (((400, 150), 8 * 150**2), ((150, 150), 0)):
+        plain, proven = (BACKEND.workspace(shape, torch.float32, proofs=proofs) for proofs in (False, True))
+        assert proven == plain + more
+
+
 RUNGS = [CHOLESKY32, CHOLESKY64, QR64, LU64]
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 
 import mpmath as mp
 import pytest
@@ -21,7 +22,6 @@ from kappa_fast.spectrum.certify import (
     largest_eigenvalue,
     norm_bound,
     preconditioned_smallest,
-    residual_norm,
     smallest_eigenvalue,
 )
 from kappa_fast.spectrum.ladder import resolve
@@ -101,42 +101,6 @@ def test_the_bound_on_the_error_of_the_gram_matrix_is_small(m):
     assert product.error <= (2 * math.sqrt(m) + 60) * 2.0**-53 * product.trace
 
 
-def lower_factor(symmetric):
-    return torch.linalg.cholesky(symmetric)
-
-
-@pytest.mark.parametrize("n", [1, 2, 31, 33, 40])
-@pytest.mark.parametrize("kind", ["cholesky", "shifted cholesky", "perturbed", "zero", "unrelated"])
-def test_the_residual_of_any_factor_is_within_its_bound(n, kind):
-    matrix = gaussian(2 * n, n).T @ gaussian(2 * n, n)
-    factor = {
-        "cholesky": lambda: lower_factor(matrix),
-        "shifted cholesky": lambda: lower_factor(matrix + 1e-9 * torch.eye(n)),
-        "perturbed": lambda: lower_factor(matrix) * (1 + 1e-7 * gaussian(n, n, 1)),
-        "zero": lambda: torch.zeros(n, n, dtype=torch.float64),
-        "unrelated": lambda: torch.tril(gaussian(n, n, 2)),
-    }[kind]()
-    true = norm(exact_difference(matrix, factor, factor))
-    bound = residual_norm(matrix, factor)
-    assert true <= bound
-    assert bound <= 3 * math.sqrt(n) * true + 1e-12 * float(matrix.trace())
-
-
-def test_the_residual_reads_the_lower_triangle_only():
-    matrix = gaussian(80, 40).T @ gaussian(80, 40)
-    factor = lower_factor(matrix)
-    hidden = torch.tril(matrix) + torch.triu(torch.full_like(matrix, math.nan), 1)
-    assert residual_norm(hidden, factor) == residual_norm(matrix, factor)
-
-
-def test_the_residual_of_many_chunks_is_the_residual():
-    n = 300
-    factor = torch.tril(gaussian(n, n))
-    matrix = factor @ factor.T + torch.diag(torch.linspace(0, 1, n, dtype=torch.float64))
-    full = torch.linalg.matrix_norm(matrix - factor @ factor.T)
-    assert float(full) <= residual_norm(matrix, factor) <= 1.01 * math.sqrt(2) * float(full)
-
-
 @pytest.mark.parametrize("shift", [0.0, 0.5, 0.9, 0.999999, 1.0, 1.000001, 2.0])
 def test_a_proven_smallest_eigenvalue_never_exceeds_the_true_one(shift):
     a = operand(graded(30, 8, 3, 10))
@@ -173,6 +137,60 @@ def test_the_norm_is_bounded_from_above_whatever_the_estimate(estimate):
     assert proven <= math.sqrt(product.trace) * 1.001
     if estimate == 1:
         assert proven <= float(true) * (1 + 1e-3)
+
+
+NEARLY_FLAT = {
+    "graded": lambda: graded(30, 8, 3, 10),
+    "one sign": lambda: torch.full((30, 12), 1 / 3, dtype=torch.float64) + 0.01 * gaussian(30, 12),
+    "orthogonal": lambda: cosines(16),
+    "gaussian": lambda: gaussian(30, 20),
+}
+
+
+@cache
+def squared_norm(kind):
+    """The largest eigenvalue of the Gram matrix, to 50 digits."""
+    return singular_values(NEARLY_FLAT[kind]())[0] ** 2
+
+
+@pytest.mark.parametrize("bound", [0.5, 0.999, 0.999999, 1.0, 1.000001, 1.001, 1.1, 3.0])
+@pytest.mark.parametrize("kind", NEARLY_FLAT)
+@pytest.mark.parametrize("scale", [2.0**-18, 1.0, 2.0**19])
+def test_a_largest_eigenvalue_proven_in_float32_never_falls_below_the_true_one(kind, bound, scale):
+    a = operand(NEARLY_FLAT[kind]() * scale)
+    product = gram_with_error(BACKEND, a)
+    true = squared_norm(kind) * scale**2 * mp.mpf(4) ** -a.exponent
+    proven = certify._largest_in_float32(BACKEND, product, bound * float(true))
+    assert mp.mpf(proven) >= true
+    if bound > 1.0001:
+        assert proven <= bound * float(true) * (1 + 2e-4)
+    if bound < 0.9999:
+        assert proven == math.inf
+
+
+def test_a_proof_in_float32_is_left_out_where_torch_may_use_less(monkeypatch):
+    product = gram_with_error(BACKEND, operand(gaussian(50, 10)))
+    assert math.isfinite(certify._largest_in_float32(BACKEND, product, product.trace))
+    monkeypatch.setattr(certify, "is_exact", lambda: False)
+    assert certify._largest_in_float32(BACKEND, product, product.trace) == math.inf
+
+
+@pytest.mark.parametrize("bound", [1e-40, 1e-16, 1e31, 1e300, math.inf, math.nan])
+def test_a_proof_in_float32_is_left_out_beyond_its_range(bound):
+    product = gram_with_error(BACKEND, operand(gaussian(50, 10)))
+    assert certify._largest_in_float32(BACKEND, product, bound) == math.inf
+
+
+@pytest.mark.parametrize(("count", "limit", "chunk"), [(5632, 1e-9, 256), (5632, 3.5e-11, 256), (5632, 2.6e-11, 128)])
+def test_sums_are_as_long_as_their_error_allows(count, limit, chunk):
+    size = 1e3
+    assert certify.chunk_for(count, size, limit) == chunk
+    assert gamma(chunk + math.ceil(count / chunk) + 2) * size <= limit
+
+
+def test_sums_have_the_best_length_where_no_error_is_small_enough():
+    assert certify.chunk_for(5632, 1e3, 0.0) == chunk_rows(5632)
+    assert certify.chunk_for(5632, math.inf, 1.0) == chunk_rows(5632)
 
 
 class Sloppy(TorchBackend):

@@ -1,0 +1,99 @@
+"""Factors of shifted matrices for the proofs: a Cholesky factorization that measures its own residual as it goes.
+
+For symmetric M and any L, lambda_min(M) >= -||M - L L^T||_2, since L L^T is positive semidefinite. The factorization
+subtracts from each block of columns what the columns before it account for, in separate sums of at most ``chunk``
+products. What is factored then, B, is M less all earlier columns. So B - X D^T (D the diagonal tile, X the rows below
+it) is the residual of these entries as computed, without a product of its own; X and D may be as wrong as they like.
+
+Each term of an entry is rounded at most h = chunk + ceil(n / chunk) + 2 times, so the entry errs by at most
+gamma_h (|M| + |L| |L|^T) (Higham, Accuracy and Stability, 2nd ed., section 3.5), and |M| <= |L| |L|^T + |M - L L^T|.
+docs/numerics.md, section 6, has the derivation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..backends.base import Backend, Tensor
+
+PANEL = 128  # columns of a block
+OUT = 1 + 1e-5  # covers the rounding of scalars, of square roots, and of float64 sums of up to 1e10 terms of one sign
+
+
+def gamma(k: float, u: float) -> float:
+    """K u / (1 - k u), the relative error of k roundings with unit roundoff u; inf from k u = 1/2 on."""
+    return k * u / (1 - k * u) if k * u < 0.5 else math.inf
+
+
+def roundings(n: int, chunk: int, before: int = 0) -> int:
+    """How often a term of an entry of the residual is rounded at most. before: how often entries of M already are."""
+    return min(chunk, n) + math.ceil(n / chunk) + 2 + before
+
+
+def factor(backend: Backend, matrix: Tensor, chunk: int, before: int = 0) -> float:
+    """Factor a symmetric matrix (n, n), float32 or float64, in place: its lower triangle becomes L.
+
+    Only the lower triangle is read; what lies above the diagonal is undefined, before and after.
+    before: how many roundings lie between the entries of M and those of ``matrix``.
+
+    Returns a bound on ||M - L L^T||_2 but for underflows; inf where a pivot is not positive.
+    """
+    n, u = matrix.shape[0], float(torch.finfo(matrix.dtype).eps) / 2
+    residual = matrix.new_zeros((), dtype=torch.float64)
+    squares = torch.zeros_like(residual)
+    room = matrix.new_empty((n, min(PANEL, n)))
+    for j in range(0, n, PANEL):
+        e = min(j + PANEL, n)
+        column = matrix[j:, j:e]
+        _subtract_products(column, matrix[j:, :j], matrix[j:e, :j], chunk, room)
+        tile = torch.tril(column[: e - j])
+        diagonal = tile.clone()
+        if not backend.cholesky([diagonal])[0]:
+            return math.inf
+        column[: e - j] = diagonal
+        _subtract_products(tile, diagonal, diagonal, chunk, room)
+        residual += _squares(torch.tril(tile))
+        squares += _squares(diagonal)
+        if e < n:
+            rest = column[e - j :]
+            below = torch.linalg.solve_triangular(diagonal, rest.T, upper=False).T
+            squares += _squares(below)
+            _subtract_products(rest, below, diagonal, chunk, room)
+            residual += _squares(rest)
+            rest.copy_(below)
+    g = gamma(roundings(n, chunk, before), u)
+    return _distance(matrix, math.sqrt(2 * float(residual)) * OUT, float(squares) * OUT, g)
+
+
+def _distance(factor: Tensor, residual: float, squares: float, g: float) -> float:
+    """A bound on ||M - L L^T||_2 from the residual as computed, with entries off by g (|M| + |L| |L|^T)."""
+    if not (math.isfinite(residual) and math.isfinite(squares) and g < 0.1):
+        return math.inf
+    # || |L| |L|^T ||_2 is at most ||L||_F^2, which is close enough for float64.
+    size = squares if factor.dtype == torch.float64 else min(squares, _largest_row_sum(factor))
+    # ||M - L L^T||_F <= residual + g (2 squares + ||M - L L^T||_F), which is used where it has a factor g.
+    whole = (residual + 2 * g * squares) / (1 - g)
+    return (residual + g * (2 * size + whole)) * OUT
+
+
+def _largest_row_sum(factor: Tensor) -> float:
+    """The largest row sum of |L| |L|^T, rounded up; || |L| |L|^T ||_2 is no larger. L: the lower triangle."""
+    lower = torch.tril(factor).abs_()
+    sums = lower @ lower.sum(dim=0)
+    slack = 1 + 4 * lower.shape[0] * float(torch.finfo(lower.dtype).eps)  # two sums of n numbers of one sign
+    return float(sums.max()) * slack * OUT
+
+
+def _subtract_products(target: Tensor, left: Tensor, right: Tensor, chunk: int, room: Tensor) -> None:
+    """Target -= left right^T in place, in separate sums of at most ``chunk`` products."""
+    product = room[: target.shape[0], : target.shape[1]]
+    for c in range(0, left.shape[1], chunk):
+        torch.mm(left[:, c : c + chunk], right[:, c : c + chunk].T, out=product)
+        target -= product
+
+
+def _squares(x: Tensor) -> Tensor:
+    """||X||_F^2, summed in float64."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
