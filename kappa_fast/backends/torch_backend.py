@@ -38,6 +38,7 @@ PANEL, UPDATE = 240, 96
 CHUNK_BYTES = 1 << 20  # rows are converted so many bytes at a time, which stay in cache (all at once took 3 to 5 times)
 GRAM_CHUNK_BYTES = 32 << 20
 DIGEST_BYTES = 64 << 20
+GRAM_NORM = "gram norm"  # the key in Operand.cache of ||A^T A||_F
 
 
 class TorchBackend:
@@ -89,8 +90,12 @@ class TorchBackend:
         return None
 
     def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> Factors:
-        data = tuple(_factor(a.tensor, rung) for a, rung in zip(operands, rungs, strict=True))
+        data = tuple(_factor(a, rung) for a, rung in zip(operands, rungs, strict=True))
         return Factors(tuple(rungs), tuple(a.shape[1] for a in operands), data)
+
+    def volumes(self, operands: Sequence[Operand], factors: Factors) -> Tensor:
+        rows = [_volume(a, rung, f) for a, rung, f in zip(operands, factors.rungs, factors.data, strict=True)]
+        return torch.stack(rows)
 
     def product(self, factors: Factors, blocks: Panel) -> Panel:
         return _each(_product, factors.rungs, factors.data, _aligned(blocks))
@@ -323,11 +328,13 @@ def _cholesky(g: Tensor) -> bool:
     return True
 
 
-def _factor(a: Tensor, rung: Rung) -> Any:
+def _factor(operand: Operand, rung: Rung) -> Any:
     """L for Cholesky and QR, (A, LU, pivots, A in the quick dtype) for LU; None if a pivot is zero, or not positive in
-    a Cholesky factorization."""
+    a Cholesky factorization. The norm of a Gram matrix is kept in the operand's cache."""
+    a = operand.tensor
     if rung.kind == "cholesky":
         g = _gram(a, rung.dtype)
+        operand.cache[GRAM_NORM] = _symmetric_norm(g)
         return g if _cholesky(g) else None
     wide = a.to(rung.dtype)
     if rung.kind == "qr":
@@ -337,6 +344,27 @@ def _factor(a: Tensor, rung: Rung) -> Any:
     if int(info) != 0:
         return None
     return wide, lu, pivots, wide if rung.quick is None else a.to(rung.quick)
+
+
+def _symmetric_norm(g: Tensor) -> Tensor:
+    """||G||_F of a symmetric matrix from its lower triangle, float64: a float32 sum of squares holds no more than a
+    row of a tile, since longer ones lose digits."""
+    n = g.shape[0]
+    squares = g.new_zeros((), dtype=torch.float64)
+    for j in range(0, n, TILE):
+        e = min(j + TILE, n)
+        tile = g[j:e, j:e]
+        whole = torch.tril(tile) + torch.tril(tile, -1).T
+        below = torch.linalg.vector_norm(g[e:, j:e], dim=1).double()
+        squares += torch.linalg.vector_norm(whole, dim=1).double().square().sum() + 2 * below.square().sum()
+    return squares.sqrt()
+
+
+def _volume(a: Operand, rung: Rung, f: Any) -> Tensor:
+    factor = f[1] if rung.kind == "lu" else f
+    logs = factor.diagonal().double().abs().log()
+    gram = a.cache.get(GRAM_NORM)
+    return torch.stack([logs.sum(), logs.abs().sum(), logs.new_tensor(math.nan) if gram is None else gram])
 
 
 def _product(rung: Rung, f: Any, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar, get_args
 
 from ..results.entries import Status
+from ..results.statistics import STATISTICS, Statistics
 from ..spectrum.resolution import Goal, Resolution
 
 R = TypeVar("R")
@@ -144,7 +145,9 @@ def encode(record: Record) -> dict[str, Any]:
     for name, stored in (("plain", record.plain), ("proven", record.proven)):
         if stored is not None:
             document[name] = {"rtol": _number(stored.rtol)}
-            document[name] |= {key: _number(value) for key, value in vars(stored.resolution).items()}
+            numbers = {key: _number(value) for key, value in vars(stored.resolution).items() if key != "statistics"}
+            known = {key: _number(value) for key, value in vars(stored.resolution.statistics).items()}
+            document[name] |= numbers | {key: value for key, value in known.items() if value is not None}
     if record.probe is not None:
         document["probe"] = {"lower": _number(record.probe.lower), "cutoff": _number(record.probe.cutoff)}
     return document
@@ -171,7 +174,9 @@ def decode(document: Any) -> Record:
     return Record(_resolution(document.get("plain")), _resolution(document.get("proven")), probe)
 
 
-_FLOATS = tuple(item.name for item in fields(Resolution) if item.name not in ("status", "method", "certified"))
+_FLOATS = tuple(
+    item.name for item in fields(Resolution) if item.name not in ("status", "method", "certified", "statistics")
+)
 _STATUSES = get_args(Status)
 
 
@@ -185,7 +190,8 @@ def _resolution(raw: Any) -> StoredResolution | None:
     method, certified = raw.get("method"), raw.get("certified")
     if status not in _STATUSES or not isinstance(method, str) or not isinstance(certified, bool):
         raise ValueError("no status, method or certified")
-    resolution = Resolution(status=status, method=method, certified=certified, **numbers)
+    known = Statistics(**{name: _float(raw, name) for name in STATISTICS if raw.get(name) is not None})
+    resolution = Resolution(status=status, method=method, certified=certified, statistics=known, **numbers)
     if not _is_possible(resolution):
         raise ValueError("an interval that is none")
     rtol = _float(raw, "rtol")
@@ -196,11 +202,23 @@ def _resolution(raw: Any) -> StoredResolution | None:
 
 def _is_possible(resolution: Resolution) -> bool:
     kappa, lower, upper = resolution.kappa, resolution.lower, resolution.upper
+    if not _are_possible(resolution.statistics):
+        return False
     if resolution.status == "ok":
         return 1 <= lower <= kappa <= upper and math.isfinite(kappa)
     if resolution.status == "rank_deficient":
         return kappa == upper == math.inf and lower >= 1
     return resolution.status == "non_finite" and math.isnan(kappa)
+
+
+def _are_possible(found: Statistics) -> bool:
+    if any(value is not None and math.isnan(value) for value in vars(found).values()):
+        return False
+    if found.flatness is None:
+        return found.flatness_lower is found.flatness_upper is found.flatness_by_shape is None
+    if found.flatness_lower is None or found.flatness_upper is None:
+        return False
+    return found.flatness_lower <= found.flatness <= found.flatness_upper <= 0
 
 
 def _float(raw: dict[str, Any], name: str) -> float:

@@ -151,7 +151,10 @@ class Run:
     def _entry(self, matrix: Matrix, resolution: Resolution, goal: Goal) -> TensorKappa:
         if resolution.status == "ok" and resolution.lower > goal.cutoff:
             nan = math.nan
-            resolution = Resolution("bounded", nan, resolution.lower, math.inf, nan, nan, resolution.method)
+            known = resolution.statistics
+            resolution = Resolution(
+                "bounded", nan, resolution.lower, math.inf, nan, nan, resolution.method, statistics=known
+            )
         entry = TensorKappa(
             name=matrix.name,
             aliases=matrix.aliases,
@@ -173,6 +176,7 @@ class Run:
             sensitivity=resolution.sensitivity,
             status=resolution.status,
             quantization=matrix.quantization,
+            **vars(resolution.statistics),
         )
         score = self._options.score
         if callable(score) and resolution.status in ("ok", "rank_deficient"):

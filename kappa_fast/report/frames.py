@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..results.entries import Index, TensorKappa
+from ..results.statistics import STATISTICS
 
 if TYPE_CHECKING:
     import pandas
@@ -22,7 +23,7 @@ def frame_of(entries: Iterable[TensorKappa], library: Any) -> pandas.DataFrame:
     names = [item.name for item in fields(TensorKappa)]
     columns = ["key", *(column for name in names for column in _OWN_COLUMNS.get(name, (name,)))]
     frame = library.DataFrame(list(rows_of(entries)), columns=columns)
-    return frame.astype({"layer": "Int64", "quantization": "string"})
+    return frame.astype({"layer": "Int64", "quantization": "string", **dict.fromkeys(STATISTICS, "float64")})
 
 
 def rows_of(entries: Iterable[TensorKappa]) -> Iterator[dict[str, Any]]:

@@ -44,6 +44,9 @@ class TensorKappa:
         quantization: how the weight was quantized, such as "fp8 e4m3, 128x128 blocks", or None for plain weights.
             Everything else is about the dequantized values; so ``sensitivity`` is about a rounding to their dtype,
             not about the far larger one to the codes.
+        frobenius, stable_rank, participation_ratio, demmel, flatness, flatness_lower, flatness_upper,
+            flatness_by_shape: statistics of all singular values, see docs/scores.md; None where they are not known, as
+            on rungs that do not give them and in files of older versions.
     """
 
     name: str
@@ -66,6 +69,14 @@ class TensorKappa:
     sensitivity: float
     status: Status
     quantization: str | None = None
+    frobenius: float | None = None
+    stable_rank: float | None = None
+    participation_ratio: float | None = None
+    demmel: float | None = None
+    flatness: float | None = None
+    flatness_lower: float | None = None
+    flatness_upper: float | None = None
+    flatness_by_shape: float | None = None
 
     @property
     def key(self) -> str:

@@ -16,8 +16,9 @@ import torch
 
 from ..backends.base import CLIMBING, Backend, Factors, Operand, Panel, Rung, Tensor
 from ..machine.torch_state import flushes
+from ..results.statistics import UNKNOWN, Statistics
 from . import certify as proofs
-from . import exact, small
+from . import exact, small, statistics
 from .bounds import norm_factor
 from .krylov import WIDTH, Extreme, largest
 from .polish import U64, Triplets, polish, sensitivities
@@ -47,6 +48,7 @@ class _Climber:
     level: int = 0  # the index of its current rung
     best: Resolution | None = None
     triplets: Triplets | None = None
+    statistics: Statistics = UNKNOWN
     done: bool = field(default=False)
 
     @property
@@ -94,7 +96,8 @@ def resolve(
         _prove(backend, climbers, goal.rtol)
     for climber in climbers:
         assert climber.best is not None  # the exact rung always gives a result
-        results[climber.position] = _unscale(climber.best, climber.operand.exponent)
+        found = replace(climber.best, statistics=climber.statistics)
+        results[climber.position] = _unscale(found, climber.operand.exponent)
     return [r for r in results if r is not None]
 
 
@@ -142,11 +145,14 @@ def _resolve_trivial(a: Operand) -> Resolution | None:
         return Resolution("non_finite", math.nan, math.nan, math.nan, math.nan, math.nan, "none")
     if a.peak == 0:
         lower = math.inf if a.exact else 1.0
-        return Resolution("rank_deficient", math.inf, lower, math.inf, 0.0, 0.0, "zero", certified=a.exact)
+        known = statistics.of_singular(a.shape, None, 0.0, (0.0, 0.0), 0.0)
+        return Resolution(
+            "rank_deficient", math.inf, lower, math.inf, 0.0, 0.0, "zero", certified=a.exact, statistics=known
+        )
     if a.shape[1] == 1:
         sigma = float(torch.linalg.vector_norm(a.tensor.to(torch.float64)))  # float8 has no norm of its own
         found = Resolution("ok", 1.0, 1.0, 1.0, sigma, sigma, "vector", certified=True, sensitivity=0.0)
-        return _unscale(found, a.exponent)
+        return _unscale(replace(found, statistics=statistics.of_vector(sigma)), a.exponent)
     return None
 
 
@@ -247,6 +253,7 @@ def _resolve_with_factors(backend: Backend, wave: _Factored, goal: Goal) -> None
     """Search both ends of every matrix, polish them, and record the interval."""
     climbers, factors = wave.climbers, wave.factors
     (tops, highest), (bottoms, lowest) = _search(backend, factors, [c.seed for c in climbers], END_SHARE * goal.rtol)
+    volumes = backend.read(backend.volumes([c.operand for c in climbers], factors))
     polished = backend.solve(factors, lowest)
     # The vectors of an operator that overflowed cannot be polished, and LAPACK must not get their NaNs.
     finite = backend.read(torch.isfinite(backend.norms(polished)).all(dim=1))
@@ -260,6 +267,10 @@ def _resolve_with_factors(backend: Backend, wave: _Factored, goal: Goal) -> None
             rounding = 4 * (sum(climber.operand.shape) + 8) * U64
             resolution = _interval(factors.rungs[j], wave.departures[j], tops[j], bottoms[j], triplets, rounding)
             climber.keep(resolution, triplets)
+            ends, power = (triplets.sigma_max, triplets.sigma_min), factors.rungs[j].power
+            climber.statistics = statistics.of_factor(
+                climber.operand.shape, power, wave.departures[j], volumes[j], triplets.norm, ends
+            )
             climber.done = resolution.half_width <= goal.rtol or resolution.lower > goal.cutoff
 
 
@@ -337,6 +348,8 @@ def _finish_exactly(climber: _Climber, goal: Goal) -> None:
         if not suspected and _found_plainly_singular(climber):
             return
         climber.best = Resolution("rank_deficient", math.inf, lower, math.inf, high, low, exact.METHOD)
+        norm = float(torch.linalg.vector_norm(a.tensor.to("cpu", torch.float64)))
+        climber.statistics = statistics.of_singular(a.shape, ends.values, norm, ends.largest, low_up)
         climber.triplets = None
     else:
         upper = high_up / low_low * (1 + 4 * proofs.U)
@@ -344,6 +357,8 @@ def _finish_exactly(climber: _Climber, goal: Goal) -> None:
         kappa = min(max(high / low, lower), upper)
         found = Resolution("ok", kappa, lower, upper, high, low, exact.METHOD, certified=goal.certify and a.exact)
         climber.keep(found, Triplets(high, low, lower, left, right))
+        if ends.values is not None:
+            climber.statistics = statistics.of_values(a.shape, ends.values, ends.smallest)
 
 
 def _found_plainly_singular(climber: _Climber) -> bool:
@@ -356,6 +371,7 @@ def _found_plainly_singular(climber: _Climber) -> bool:
     climber.best = Resolution(
         "rank_deficient", math.inf, math.inf, math.inf, high, 0.0, f"{exact.METHOD}: {reason}", certified=True
     )
+    climber.statistics = statistics.of_singular(a.shape, None, high, (0.0, high), 0.0)
     climber.triplets = None
     return True
 
@@ -372,5 +388,8 @@ def _unscale(found: Resolution, exponent: int) -> Resolution:
     if exponent == 0:
         return found
     half = exponent // 2
-    back = [x * 2.0**half * 2.0 ** (exponent - half) for x in (found.sigma_max, found.sigma_min)]
-    return replace(found, sigma_max=back[0], sigma_min=back[1])
+    norm = found.statistics.frobenius
+    given = (found.sigma_max, found.sigma_min, math.nan if norm is None else norm)
+    back = [x * 2.0**half * 2.0 ** (exponent - half) for x in given]
+    known = found.statistics if norm is None else replace(found.statistics, frobenius=back[2])
+    return replace(found, sigma_max=back[0], sigma_min=back[1], statistics=known)

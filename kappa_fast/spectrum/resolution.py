@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..results.entries import Status
+from ..results.statistics import UNKNOWN, Statistics
 
 # Raise this number when a correction in spectrum/, in a backend or in the reading of weights makes earlier results
 # wrong: cached results with another number are not used any more.
@@ -23,7 +24,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Resolution:
-    """The result for one matrix. Singular values are in the units of the weights."""
+    """The result for one matrix. Singular values and the norm are in the units of the weights."""
 
     status: Status
     kappa: float
@@ -34,6 +35,7 @@ class Resolution:
     method: str
     certified: bool = False
     sensitivity: float = math.nan
+    statistics: Statistics = UNKNOWN
 
     @property
     def half_width(self) -> float:
