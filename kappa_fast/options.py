@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .errors import OptionError
-from .results.entries import TensorKappa
+from .results.scores import KAPPA, NamedScore, Score, text_of
 from .sources.filters import Filters, Patterns
 from .spectrum.resolution import Goal
-
-Score = Literal["kappa"] | Callable[[TensorKappa], float]
 
 
 @dataclass(frozen=True)
@@ -50,11 +47,23 @@ class Options:
             raise OptionError(f"certify={self.certify!r}: give True, False or 'selection'")
         if isinstance(self.certify, str) and self.top is None:
             raise OptionError("certify='selection' proves what decides who is in the top: give top= as well")
-        if not callable(self.score) and not (isinstance(self.score, str) and self.score == "kappa"):
-            raise OptionError(f"score={self.score!r}: give 'kappa' or a callable that takes a TensorKappa")
+        self._check_score()
         chosen = {f.name: getattr(self, f.name) for f in fields(Filters)}
         object.__setattr__(self, "filters", Filters(**{**chosen, "adapters": self.adapters or "base"}))
-        object.__setattr__(self, "goal", Goal(self.rtol, self.certify is True))
+        named = None if callable(self.score) else NamedScore.of(self.score)
+        ends = named is None or named.needs_ends or self.certify is not False
+        wanted = () if named is None else named.statistics
+        object.__setattr__(self, "goal", Goal(self.rtol, self.certify is True, ends=ends, statistics=wanted))
+
+    def _check_score(self) -> None:
+        if callable(self.score):
+            return
+        named = NamedScore.of(self.score)
+        if self.top is not None and named != KAPPA and self.certify != "selection":
+            raise OptionError(
+                f"top= with score={str(self.score)!r} would save nothing, since no bound of such a score is cheaper "
+                "than the score itself: leave top out, and select(num_tensors=...) takes the first"
+            )
 
     def _check_top(self) -> None:
         if self.top is not None:
@@ -75,7 +84,7 @@ class Options:
     def settings(self) -> dict[str, Any]:
         """Plain JSON for ``Ranking.metadata["settings"]`` and ``Plan.settings``; a callable is given by its name."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        found["score"] = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "callable")
+        found["score"] = text_of(self.score)
         found["adapters"] = self.filters.adapters
         for name in ("include", "exclude"):
             kept = getattr(self.filters, name)

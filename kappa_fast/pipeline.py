@@ -21,9 +21,10 @@ from .execution.waves import parse_bytes
 from .machine import signals as stops
 from .machine.torch_state import undisturbed
 from .matching.checkpoint_names import places_of
-from .options import Options, Score
+from .options import Options
 from .results.entries import TensorKappa
 from .results.ranking import Ranking
+from .results.scores import Score
 from .sources import open_source
 from .sources.adapters import has_trained_adapters
 from .sources.base import Source
@@ -69,7 +70,9 @@ def rank(
         rtol: relative half-width that the interval around kappa is to reach.
         certify: True proves every interval in float64 (two to six times the work); "selection" only those of the
             ``top`` entries.
-        score: "kappa", or a callable that gives an entry its score; with a callable everything is resolved.
+        score: "kappa" or another name of docs/scores.md, with a minus in front for the highest first ("-flatness"), or
+            a callable that gives an entry its score. With any but "kappa" everything is resolved, and kappa only as far
+            as the score needs it.
         include, exclude: regular expressions (re.search) on parameter names.
         embeddings, routers: rank embeddings and output heads, and the routers of mixtures of experts.
         fused: "split" ranks the parts of fused projections on their own, "stored" the tensor as it is.

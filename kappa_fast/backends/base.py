@@ -22,6 +22,7 @@ QUICK_MARGIN = 1e4
 # The memory for matrices that climb at one time, as a share of the memory of all first rungs of the wave: few climb.
 CLIMBING = 0.5
 EXPONENT = 0x7F800000  # these bits of a float32 are the largest power of two below its absolute value, or 0
+NORM_TILE = 256  # columns whose squares are summed at a time
 FEW_RUNS = 16  # up to so many runs of rows are copied one by one
 
 
@@ -247,6 +248,21 @@ def dense_projection(columns: Sequence[Tensor]) -> Tensor:
         upper[:, :stop, stop - width : stop] = column
     upper = torch.triu(upper)
     return upper + torch.triu(upper, 1).mT
+
+
+def symmetric_norm(g: Tensor) -> Tensor:
+    """||G||_F of a symmetric matrix from its lower triangle, float64.
+
+    A float32 sum of squares holds no more than a row of a tile, since longer ones lose digits.
+    """
+    n = g.shape[0]
+    rows = [
+        torch.linalg.vector_norm(block, dim=1)
+        for j in range(0, n, NORM_TILE)
+        for block in (torch.tril(g[j : j + NORM_TILE, j : j + NORM_TILE]), g[j + NORM_TILE :, j : j + NORM_TILE])
+    ]
+    lower, diagonal = torch.cat(rows).double(), g.diagonal().double()
+    return (2 * torch.dot(lower, lower) - torch.dot(diagonal, diagonal)).sqrt()
 
 
 class Backend(Protocol):

@@ -14,7 +14,19 @@ from typing import Any
 
 import torch
 
-from .base import DROP, EXPONENT, Extension, Factors, Operand, Panel, Ritz, Rung, Tensor, dense_projection
+from .base import (
+    DROP,
+    EXPONENT,
+    Extension,
+    Factors,
+    Operand,
+    Panel,
+    Ritz,
+    Rung,
+    Tensor,
+    dense_projection,
+    symmetric_norm,
+)
 from .start import gaussian_block
 
 CHOLESKY32 = Rung("cholesky32", "cholesky", torch.float32, 2)
@@ -334,7 +346,7 @@ def _factor(operand: Operand, rung: Rung) -> Any:
     a = operand.tensor
     if rung.kind == "cholesky":
         g = _gram(a, rung.dtype)
-        operand.cache[GRAM_NORM] = _symmetric_norm(g)
+        operand.cache[GRAM_NORM] = symmetric_norm(g)
         return g if _cholesky(g) else None
     wide = a.to(rung.dtype)
     if rung.kind == "qr":
@@ -346,25 +358,11 @@ def _factor(operand: Operand, rung: Rung) -> Any:
     return wide, lu, pivots, wide if rung.quick is None else a.to(rung.quick)
 
 
-def _symmetric_norm(g: Tensor) -> Tensor:
-    """||G||_F of a symmetric matrix from its lower triangle, float64: a float32 sum of squares holds no more than a
-    row of a tile, since longer ones lose digits."""
-    n = g.shape[0]
-    squares = g.new_zeros((), dtype=torch.float64)
-    for j in range(0, n, TILE):
-        e = min(j + TILE, n)
-        tile = g[j:e, j:e]
-        whole = torch.tril(tile) + torch.tril(tile, -1).T
-        below = torch.linalg.vector_norm(g[e:, j:e], dim=1).double()
-        squares += torch.linalg.vector_norm(whole, dim=1).double().square().sum() + 2 * below.square().sum()
-    return squares.sqrt()
-
-
 def _volume(a: Operand, rung: Rung, f: Any) -> Tensor:
     factor = f[1] if rung.kind == "lu" else f
-    logs = factor.diagonal().double().abs().log()
+    logs = factor.diagonal().to(torch.float64, copy=True).abs_().log_()
     gram = a.cache.get(GRAM_NORM)
-    return torch.stack([logs.sum(), logs.abs().sum(), logs.new_tensor(math.nan) if gram is None else gram])
+    return torch.stack([logs.sum(), logs.abs_().sum(), logs.new_tensor(math.nan) if gram is None else gram])
 
 
 def _product(rung: Rung, f: Any, x: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Record:
-    """All that is known of one content: the resolution without proofs, the one with proofs, the bound of a probe.
+    """All that is known of one content: the resolution without proofs, the one with proofs, the bound of a probe, and
+    the statistics that were measured without a resolution.
 
     A proof may be wider than an estimate, so each has a place of its own. A query reads the place that a run without a
     cache would have filled: a run that was killed and goes on finds what it had found, and decides as it would have.
@@ -52,10 +53,16 @@ class Record:
     plain: StoredResolution | None = None
     proven: StoredResolution | None = None
     probe: Probe | None = None
+    measured: StoredResolution | None = None
 
     def merged(self, later: Record) -> Record:
         """Both together: of two resolutions the tighter one, of two probes the later one."""
-        return Record(_tighter(self.plain, later.plain), _tighter(self.proven, later.proven), later.probe or self.probe)
+        return Record(
+            _tighter(self.plain, later.plain),
+            _tighter(self.proven, later.proven),
+            later.probe or self.probe,
+            later.measured or self.measured,
+        )
 
 
 def _tighter(old: StoredResolution | None, new: StoredResolution | None) -> StoredResolution | None:
@@ -94,7 +101,10 @@ class ResolutionQuery(Query[Resolution]):
         return self.goal.certify
 
     def answer(self, record: Record) -> Resolution | None:
-        plain, proven = record.plain, record.proven
+        plain, proven = (self._measured(stored) for stored in (record.plain, record.proven))
+        if not self.goal.ends:
+            known = plain or proven or self._measured(record.measured)
+            return None if known is None else known.resolution
         if not self.goal.certify:
             if plain is not None and plain.serves(self.goal):
                 return plain.resolution
@@ -108,7 +118,16 @@ class ResolutionQuery(Query[Resolution]):
         final = estimate.status != "ok" or estimate.certified or estimate.lower > self.goal.cutoff
         return estimate if final else None
 
+    def _measured(self, stored: StoredResolution | None) -> StoredResolution | None:
+        """The resolution if it has the statistics that are wanted."""
+        if stored is None or stored.resolution.status == "non_finite":
+            return stored
+        known = stored.resolution.statistics
+        return None if any(getattr(known, name) is None for name in self.goal.statistics) else stored
+
     def record_of(self, result: Resolution) -> Record:
+        if result.status == "bounded":
+            return Record(measured=StoredResolution(result, 0.0))
         stopped = result.status == "ok" and result.half_width > self.goal.rtol and result.lower > self.goal.cutoff
         stored = StoredResolution(result, math.inf if stopped else self.goal.rtol)
         return Record(proven=stored) if self.goal.certify else Record(plain=stored)
@@ -142,7 +161,7 @@ class LowerBoundQuery(Query[float]):
 def encode(record: Record) -> dict[str, Any]:
     """Plain JSON; what JSON has no numbers for as "nan", "inf", "-inf"."""
     document: dict[str, Any] = {}
-    for name, stored in (("plain", record.plain), ("proven", record.proven)):
+    for name, stored in (("plain", record.plain), ("proven", record.proven), ("measured", record.measured)):
         if stored is not None:
             document[name] = {"rtol": _number(stored.rtol)}
             numbers = {key: _number(value) for key, value in vars(stored.resolution).items() if key != "statistics"}
@@ -171,7 +190,10 @@ def decode(document: Any) -> Record:
     probe = None if raw is None else Probe(_float(raw, "lower"), _float(raw, "cutoff"))
     if probe is not None and (not probe.lower >= 1 or math.isnan(probe.cutoff)):
         raise ValueError("a bound that is none")
-    return Record(_resolution(document.get("plain")), _resolution(document.get("proven")), probe)
+    plain, proven, measured = (_resolution(document.get(name)) for name in ("plain", "proven", "measured"))
+    if any(found is not None and found.resolution.status == "bounded" for found in (plain, proven)):
+        raise ValueError("a resolution without kappa")
+    return Record(plain, proven, probe, measured)
 
 
 _FLOATS = tuple(
@@ -208,6 +230,8 @@ def _is_possible(resolution: Resolution) -> bool:
         return 1 <= lower <= kappa <= upper and math.isfinite(kappa)
     if resolution.status == "rank_deficient":
         return kappa == upper == math.inf and lower >= 1
+    if resolution.status == "bounded":
+        return math.isnan(kappa) and lower >= 1 and upper == math.inf
     return resolution.status == "non_finite" and math.isnan(kappa)
 
 

@@ -31,7 +31,7 @@ def contradiction(entry: TensorKappa) -> str | None:
         return f"'kappa' is {entry.kappa!r}, outside of its interval from {entry.lower!r} to {entry.upper!r}"
     if entry.status == "rank_deficient" and not entry.kappa == entry.upper == math.inf:
         return f"'kappa' is {entry.kappa!r} and 'upper' {entry.upper!r} for a singular matrix, where both are inf"
-    if entry.status == "bounded" and not (math.isnan(entry.kappa) and entry.upper == math.inf):
+    if entry.status in ("bounded", "scored") and not (math.isnan(entry.kappa) and entry.upper == math.inf):
         return f"'kappa' is {entry.kappa!r} and 'upper' {entry.upper!r}, where only a lower bound is known"
     if entry.sigma_max < entry.sigma_min or entry.sigma_min < 0:
         return f"'sigma_max' is {entry.sigma_max!r} and 'sigma_min' {entry.sigma_min!r}"

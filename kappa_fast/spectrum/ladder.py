@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..backends.base import CLIMBING, Backend, Factors, Operand, Panel, Rung, Tensor
+from ..backends.base import CLIMBING, Backend, Factors, Operand, Panel, Rung, Tensor, symmetric_norm
 from ..machine.torch_state import flushes
 from ..results.statistics import UNKNOWN, Statistics
 from . import certify as proofs
@@ -91,6 +91,8 @@ def resolve(
         if not climber.done:
             with gate.taken(climber.operand):
                 _finish_exactly(climber, goal)
+    for climber in climbers:
+        _complete(backend, climber, goal, gate)
     _measure_sensitivity(backend, [c for c in climbers if c.best is not None and c.best.status == "ok"])
     if goal.certify:
         _prove(backend, climbers, goal.rtol)
@@ -250,8 +252,10 @@ def _factor_accurately(backend: Backend, climbers: Sequence[_Climber], limit: fl
 
 
 def _resolve_with_factors(backend: Backend, wave: _Factored, goal: Goal) -> None:
-    """Search both ends of every matrix, polish them, and record the interval."""
+    """Search both ends of every matrix, polish them, and record the interval; or only what needs no ends."""
     climbers, factors = wave.climbers, wave.factors
+    if not goal.ends:
+        return _measure_factors(backend, wave)
     (tops, highest), (bottoms, lowest) = _search(backend, factors, [c.seed for c in climbers], END_SHARE * goal.rtol)
     volumes = backend.read(backend.volumes([c.operand for c in climbers], factors))
     polished = backend.solve(factors, lowest)
@@ -272,6 +276,21 @@ def _resolve_with_factors(backend: Backend, wave: _Factored, goal: Goal) -> None
                 climber.operand.shape, power, wave.departures[j], volumes[j], triplets.norm, ends
             )
             climber.done = resolution.half_width <= goal.rtol or resolution.lower > goal.cutoff
+
+
+def _measure_factors(backend: Backend, wave: _Factored) -> None:
+    """Record the statistics of the factors, without both ends of the spectrum."""
+    climbers, factors = wave.climbers, wave.factors
+    operands, nan = [c.operand for c in climbers], math.nan
+    ones = Panel.pack([torch.ones((n, 1), dtype=torch.float64, device=backend.device) for n in factors.ns])
+    norms = backend.apply(operands, ones)[1]
+    rows = backend.read(torch.cat([backend.volumes(operands, factors), norms[:, None]], dim=1))
+    for climber, rung, departure, (*volume, norm) in zip(climbers, factors.rungs, wave.departures, rows, strict=True):
+        climber.best = Resolution("bounded", nan, 1.0, math.inf, nan, nan, rung.name)
+        climber.statistics = statistics.of_factor(
+            climber.operand.shape, rung.power, departure, volume, norm, (nan, nan)
+        )
+        climber.done = True
 
 
 def _measure_departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors, limit: float) -> list[float]:
@@ -359,6 +378,23 @@ def _finish_exactly(climber: _Climber, goal: Goal) -> None:
         climber.keep(found, Triplets(high, low, lower, left, right))
         if ends.values is not None:
             climber.statistics = statistics.of_values(a.shape, ends.values, ends.smallest)
+
+
+def _complete(backend: Backend, climber: _Climber, goal: Goal, gate: exact.MemoryGate) -> None:
+    """Compute the statistics that the goal asks for and no rung has given."""
+    known = climber.statistics
+    if all(getattr(known, name) is not None for name in goal.statistics):
+        return
+    a = climber.operand
+    if climber.best is not None and climber.best.status == "rank_deficient":
+        with gate.taken(a):
+            values = exact.decompose_svd(a).values
+        assert values is not None  # an SVD has them all
+        climber.statistics = statistics.of_singular(a.shape, values, known.frobenius or 0.0, values.largest, 0.0)
+    elif known.participation_ratio is None and known.frobenius is not None:
+        (gram,) = backend.gram([a], torch.float32 if climber.dtype != torch.float64 else torch.float64)
+        ratio = statistics.participation(a.shape[1], known.frobenius, float(symmetric_norm(gram)))
+        climber.statistics = replace(known, participation_ratio=ratio)
 
 
 def _found_plainly_singular(climber: _Climber) -> bool:

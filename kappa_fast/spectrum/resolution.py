@@ -15,11 +15,17 @@ NUMERICS = 4
 
 @dataclass(frozen=True)
 class Goal:
-    """An interval of relative half-width ``rtol`` is wanted, unless kappa provably exceeds ``cutoff``."""
+    """An interval of relative half-width ``rtol`` is wanted, unless kappa provably exceeds ``cutoff``.
+
+    ends: False where neither end of the spectrum is wanted, but the statistics that come with a factor.
+    statistics: those that have to be known, whatever the rung gives.
+    """
 
     rtol: float
     certify: bool = False
     cutoff: float = math.inf
+    ends: bool = True
+    statistics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,15 @@ def of_factor(
     return Statistics(
         frobenius=norm,
         stable_rank=(norm / high) ** 2 if high > 0 else None,
-        participation_ratio=min(max((norm * norm / gram) ** 2, 1.0), float(n)) if gram > 0 else None,
+        participation_ratio=participation(n, norm, gram) if gram > 0 else None,
         demmel=norm / low if low > 0 else None,
         **_flatness(shape, flatness, flatness - error, flatness + error),
     )
+
+
+def participation(n: int, norm: float, gram: float) -> float:
+    """(||A||_F^2 / ||A^T A||_F)^2, which rounding may carry out of its range from 1 to n."""
+    return min(max((norm * norm / gram) ** 2, 1.0), float(n))
 
 
 def _flatness(shape: tuple[int, int], flatness: float, lower: float, upper: float) -> dict[str, float | None]:
@@ -108,6 +113,11 @@ class Values:
         low, high = (np.sqrt(np.maximum(x, 0.0)) for x in (found - margin, found + margin))
         low, high = low * (1 - 4 * U) - distance, high * (1 + 4 * U) + distance
         return cls(np.sqrt(np.maximum(found, 0.0)), np.maximum(low, 0.0), high)
+
+    @property
+    def largest(self) -> Interval:
+        """The bounds of the largest of them."""
+        return float(self.low.max()), float(self.high.max())
 
     @property
     def width(self) -> float:
