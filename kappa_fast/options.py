@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .errors import OptionError
 from .results.scores import KAPPA, NamedScore, Score, text_of
+from .results.statistics import REQUESTED
 from .sources.filters import Filters, Patterns
 from .spectrum.resolution import Goal
 
@@ -28,6 +30,7 @@ class Options:
     rtol: float = 1e-2
     certify: bool | Literal["selection"] = False
     score: Score = "kappa"
+    statistics: str | Sequence[str] | None = None
     include: Patterns = None
     exclude: Patterns = None
     embeddings: bool = False
@@ -52,7 +55,7 @@ class Options:
         object.__setattr__(self, "filters", Filters(**{**chosen, "adapters": self.adapters or "base"}))
         named = None if callable(self.score) else NamedScore.of(self.score)
         ends = named is None or named.needs_ends or self.certify is not False
-        wanted = () if named is None else named.statistics
+        wanted = tuple(dict.fromkeys((*(() if named is None else named.statistics), *self._requested())))
         object.__setattr__(self, "goal", Goal(self.rtol, self.certify is True, ends=ends, statistics=wanted))
 
     def _check_score(self) -> None:
@@ -64,6 +67,18 @@ class Options:
                 f"top= with score={str(self.score)!r} would save nothing, since no bound of such a score is cheaper "
                 "than the score itself: leave top out, and select(num_tensors=...) takes the first"
             )
+
+    def _requested(self) -> list[str]:
+        """The statistics that ``statistics`` asks for."""
+        given = (self.statistics,) if isinstance(self.statistics, str) else tuple(self.statistics or ())
+        unknown = next((name for name in given if not isinstance(name, str) or name not in REQUESTED), None)
+        if unknown is not None:
+            raise OptionError(
+                f"statistics={self.statistics!r}: give one or several of {', '.join(map(repr, REQUESTED))}"
+            )
+        if given and self.top is not None and self.score == "kappa":
+            raise OptionError("statistics= takes every matrix, and top= leaves some: give one of both")
+        return [statistic for name in given for statistic in REQUESTED[name]]
 
     def _check_top(self) -> None:
         if self.top is not None:
@@ -86,6 +101,7 @@ class Options:
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         found["score"] = text_of(self.score)
         found["adapters"] = self.filters.adapters
+        found["statistics"] = self.statistics if isinstance(self.statistics, str | None) else list(self.statistics)
         for name in ("include", "exclude"):
             kept = getattr(self.filters, name)
             found[name] = found[name] if isinstance(found[name], str) or kept is None else list(kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +43,7 @@ def rank(
     rtol: float = 1e-2,
     certify: bool | Literal["selection"] = False,
     score: Score = "kappa",
+    statistics: str | Sequence[str] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     embeddings: bool = False,
@@ -73,6 +74,8 @@ def rank(
         score: "kappa" or another name of docs/scores.md, with a minus in front for the highest first ("-flatness"), or
             a callable that gives an entry its score. With any but "kappa" everything is resolved, and kappa only as far
             as the score needs it.
+        statistics: "outliers", "spectrum" or both: those that take all singular values, for several times the work of
+            kappa; not with ``top``.
         include, exclude: regular expressions (re.search) on parameter names.
         embeddings, routers: rank embeddings and output heads, and the routers of mixtures of experts.
         fused: "split" ranks the parts of fused projections on their own, "stored" the tensor as it is.
@@ -116,6 +119,7 @@ def rank(
             rtol=rtol,
             certify=certify,
             score=score,
+            statistics=statistics,
             include=include,
             exclude=exclude,
             embeddings=embeddings,

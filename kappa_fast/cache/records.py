@@ -6,11 +6,11 @@ The cache, the steps of ``execution/`` and the ranks of ``distributed/`` use bot
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar, get_args
 
 from ..results.entries import Status
-from ..results.statistics import STATISTICS, Statistics
+from ..results.statistics import COUNTS, STATISTICS, Statistics
 from ..spectrum.resolution import Goal, Resolution
 
 R = TypeVar("R")
@@ -56,12 +56,12 @@ class Record:
     measured: StoredResolution | None = None
 
     def merged(self, later: Record) -> Record:
-        """Both together: of two resolutions the tighter one, of two probes the later one."""
+        """Both together: of two resolutions the tighter one, with all statistics, and of two probes the later one."""
         return Record(
             _tighter(self.plain, later.plain),
             _tighter(self.proven, later.proven),
             later.probe or self.probe,
-            later.measured or self.measured,
+            _tighter(self.measured, later.measured),
         )
 
 
@@ -70,9 +70,11 @@ def _tighter(old: StoredResolution | None, new: StoredResolution | None) -> Stor
         return new or old
     demanding = new if new.rtol <= old.rtol else old
     if old.resolution.status != "ok" or new.resolution.status != "ok":
-        return demanding
-    narrow = min((demanding, old, new), key=lambda stored: stored.resolution.half_width)
-    return StoredResolution(narrow.resolution, demanding.rtol)
+        kept = demanding
+    else:
+        kept = min((demanding, old, new), key=lambda stored: stored.resolution.half_width)
+    known = kept.resolution.statistics.filled((new if kept is old else old).resolution.statistics)
+    return StoredResolution(replace(kept.resolution, statistics=known), demanding.rtol)
 
 
 class Query(Protocol[R]):
@@ -212,7 +214,10 @@ def _resolution(raw: Any) -> StoredResolution | None:
     method, certified = raw.get("method"), raw.get("certified")
     if status not in _STATUSES or not isinstance(method, str) or not isinstance(certified, bool):
         raise ValueError("no status, method or certified")
-    known = Statistics(**{name: _float(raw, name) for name in STATISTICS if raw.get(name) is not None})
+    found: dict[str, Any] = {name: _float(raw, name) for name in STATISTICS if raw.get(name) is not None}
+    if any(not found[name].is_integer() for name in COUNTS if name in found):
+        raise ValueError("a count that is none")
+    known = Statistics(**found | {name: int(found[name]) for name in COUNTS if name in found})
     resolution = Resolution(status=status, method=method, certified=certified, statistics=known, **numbers)
     if not _is_possible(resolution):
         raise ValueError("an interval that is none")

@@ -44,6 +44,10 @@ ScoreOption = Annotated[
     str,
     typer.Option(metavar="NAME", help="What to sort by: kappa, flatness, stable_rank, ...; -NAME: highest first."),
 ]
+StatisticsOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Those of all singular values too: outliers, spectrum; repeatable."),
+]
 SortOption = Annotated[
     str | None,
     typer.Option("--score", metavar="NAME", help="Sort by this first, from what the file knows; -NAME: highest first."),

@@ -53,6 +53,12 @@ class TensorKappa:
         flatness: mean of log sigma_i - log(mean of sigma_i^2) / 2, -inf for a singular matrix.
         flatness_lower, flatness_upper: the interval that holds the true flatness.
         flatness_by_shape: by how many standard deviations the flatness exceeds the mean of Gaussian matrices.
+        outliers_above: how many singular values lie beyond the upper edge of noise. This and what follows is known with
+            the option ``statistics``, or where it is the score.
+        outliers_below: how many lie below its lower edge.
+        snr: Spectrum's ratio of signal to noise.
+        alpha: the exponent of the power law that fits the largest sigma_i^2.
+        spectral_entropy: of the shares of sigma_i^2, from 0 for rank one to 1 where all are equal.
     """
 
     name: str
@@ -83,6 +89,11 @@ class TensorKappa:
     flatness_lower: float | None = None
     flatness_upper: float | None = None
     flatness_by_shape: float | None = None
+    outliers_above: int | None = None
+    outliers_below: int | None = None
+    snr: float | None = None
+    alpha: float | None = None
+    spectral_entropy: float | None = None
 
     @property
     def key(self) -> str:

@@ -10,14 +10,14 @@ from typing import Any
 
 from ..errors import OptionError
 from .entries import TensorKappa
-from .statistics import STATISTICS
+from .statistics import OF_SPECTRUM, STATISTICS
 
 Score = str | Callable[[TensorKappa], float]
 
-# Of the entries' fields those that sort a ranking; the second tuple needs neither end of the spectrum.
+# The fields that sort a ranking: of either end of the spectrum, of a factor or a norm, and (OF_SPECTRUM) of all of it.
 OF_ENDS = ("kappa", "demmel", "sigma_max", "stable_rank", "sensitivity")
 WITHOUT_ENDS = ("flatness", "flatness_by_shape", "frobenius", "participation_ratio")
-NAMES = (*OF_ENDS, *WITHOUT_ENDS)
+NAMES = (*OF_ENDS, *WITHOUT_ENDS, *OF_SPECTRUM)
 LOGARITHMIC = ("flatness", "flatness_by_shape")  # means over several matrices add them up
 
 

@@ -23,7 +23,7 @@ from ..io.writing import write_bytes
 from .consistency import contradiction
 from .entries import Index, Skipped, Status, TensorKappa
 from .names import group_of, layer_of
-from .statistics import STATISTICS
+from .statistics import COUNTS, STATISTICS
 
 RANKING_FORMAT = "kappa_fast ranking"
 SELECTION_FORMAT = "kappa_fast selection"
@@ -236,6 +236,7 @@ _ENTRY_FIELDS: dict[str, _Reader] = {
     "status": ("one of " + ", ".join(get_args(Status)), _read_status),
     "quantization": ("text or null", lambda raw: None if raw is None else _read_text(raw)),
     **dict.fromkeys(STATISTICS, _STATISTIC),
+    **dict.fromkeys(COUNTS, ("a count or null", lambda raw: None if raw is None else _read_count(raw))),
 }
 
 # Fields that files of older versions do not have; these fields have defaults.

@@ -21,6 +21,11 @@ class Statistics:
         flatness_lower, flatness_upper: an interval that holds the true flatness.
         flatness_by_shape: by how many standard deviations the flatness exceeds the mean over Gaussian matrices of the
             same shape; None for one column, whose flatness is always 0.
+        outliers_above, outliers_below: how many singular values lie beyond the edges of noise. These and what follows
+            take all singular values, and are None unless they were asked for.
+        snr: Spectrum's ratio of signal to noise.
+        alpha: the exponent of the power law that fits the largest sigma_i^2.
+        spectral_entropy: of the shares of sigma_i^2, from 0 for rank one to 1 where all are equal.
     """
 
     frobenius: float | None = None
@@ -31,7 +36,23 @@ class Statistics:
     flatness_lower: float | None = None
     flatness_upper: float | None = None
     flatness_by_shape: float | None = None
+    outliers_above: int | None = None
+    outliers_below: int | None = None
+    snr: float | None = None
+    alpha: float | None = None
+    spectral_entropy: float | None = None
+
+    def filled(self, other: Statistics) -> Statistics:
+        """These, and where one is not known that of ``other``, of the same matrix."""
+        found = vars(self)
+        return Statistics(**{name: vars(other)[name] if value is None else value for name, value in found.items()})
 
 
 UNKNOWN = Statistics()
+REQUESTED = {
+    "outliers": ("outliers_above", "outliers_below"),
+    "spectrum": ("snr", "alpha", "spectral_entropy"),
+}
+COUNTS = REQUESTED["outliers"]
+OF_SPECTRUM = tuple(name for names in REQUESTED.values() for name in names)
 STATISTICS = tuple(item.name for item in fields(Statistics))

@@ -16,9 +16,9 @@ import torch
 
 from ..backends.base import CLIMBING, Backend, Factors, Operand, Panel, Rung, Tensor, symmetric_norm
 from ..machine.torch_state import flushes
-from ..results.statistics import UNKNOWN, Statistics
+from ..results.statistics import OF_SPECTRUM, UNKNOWN, Statistics
 from . import certify as proofs
-from . import exact, small, statistics
+from . import exact, measures, small, statistics
 from .bounds import norm_factor
 from .krylov import WIDTH, Extreme, largest
 from .polish import U64, Triplets, polish, sensitivities
@@ -386,11 +386,20 @@ def _complete(backend: Backend, climber: _Climber, goal: Goal, gate: exact.Memor
     if all(getattr(known, name) is not None for name in goal.statistics):
         return
     a = climber.operand
+    if any(getattr(known, name) is None for name in goal.statistics if name in OF_SPECTRUM):
+        with gate.taken(a):
+            values = measures.singular_values(backend, a)
+        known = climber.statistics = replace(known, **measures.of_spectrum(a.shape, values))
+    if all(getattr(known, name) is not None for name in goal.statistics if name not in OF_SPECTRUM):
+        return
     if climber.best is not None and climber.best.status == "rank_deficient":
         with gate.taken(a):
-            values = exact.decompose_svd(a).values
-        assert values is not None  # an SVD has them all
-        climber.statistics = statistics.of_singular(a.shape, values, known.frobenius or 0.0, values.largest, 0.0)
+            every = exact.decompose_svd(a).values
+        assert every is not None  # an SVD has them all
+        found = statistics.of_singular(a.shape, every, known.frobenius or 0.0, every.largest, 0.0)
+        climber.statistics = replace(
+            known, stable_rank=found.stable_rank, participation_ratio=found.participation_ratio
+        )
     elif known.participation_ratio is None and known.frobenius is not None:
         (gram,) = backend.gram([a], torch.float32 if climber.dtype != torch.float64 else torch.float64)
         ratio = statistics.participation(a.shape[1], known.frobenius, float(symmetric_norm(gram)))

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def participation(n: int, norm: float, gram: float) -> float:
     return min(max((norm * norm / gram) ** 2, 1.0), float(n))
 
 
-def _flatness(shape: tuple[int, int], flatness: float, lower: float, upper: float) -> dict[str, float | None]:
+def _flatness(shape: tuple[int, int], flatness: float, lower: float, upper: float) -> dict[str, Any]:
     found = min(0.0, flatness)
     return {
         "flatness": found,
