@@ -18,6 +18,7 @@ import workloads
 
 import kappa_fast
 from kappa_fast.backends import torch_backend
+from kappa_fast.spectrum import small
 from kappa_fast.spectrum import statistics as beside
 
 ROUNDS = 5
@@ -32,6 +33,10 @@ source = cache(lambda name: MODELS[name]())
 ADDED = (
     (torch_backend, "symmetric_norm"),
     (torch_backend.TorchBackend, "volumes"),
+    (small._Volumes, "of_eigenvalues"),
+    (small._Volumes, "of_factor"),
+    (small._Volumes, "of"),
+    (beside, "of_gram"),
     (beside, "of_factor"),
     (beside, "of_values"),
     (beside, "of_singular"),

@@ -111,6 +111,8 @@ def _resolve_small(
     results: list[Resolution | None],
 ) -> None:
     """Add to ``results`` those of small matrices that batches of float64 Gram matrices resolve on the CPU."""
+    if any(name in OF_SPECTRUM for name in goal.statistics):
+        return  # batches find both ends alone
     shapes = [a.shape if found is None else None for a, found in zip(operands, results, strict=True)]
     here = backend.side_by_side  # an accelerator leaves to the CPU what the last rung would do there
     which = [i for i, s in enumerate(shapes) if s and (here or left_to_the_svd(s)) and small.eligible(s, goal)]

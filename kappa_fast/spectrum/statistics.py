@@ -18,6 +18,7 @@ from ..results.statistics import Statistics
 
 U = 2.0**-53
 NORM_ERROR = 1e-6  # of ||A||_F, see Backend.apply; of the sums of Backend.volumes too, for each column
+GRAM_NORM_ERROR = 1e-10  # of ||A||_F from the trace of a float64 Gram matrix, and of its logarithm
 NARROW = 0.1  # a relative width of the interval of sigma_1 above which it gives no stable rank
 
 Array = np.ndarray
@@ -67,6 +68,24 @@ def of_factor(
         stable_rank=(norm / high) ** 2 if high > 0 else None,
         participation_ratio=participation(n, norm, gram) if gram > 0 else None,
         demmel=norm / low if low > 0 else None,
+        **_flatness(shape, flatness, flatness - error, flatness + error),
+    )
+
+
+def of_gram(shape: tuple[int, int], volume: tuple[float, float, float], norm: float, ends: Interval) -> Statistics:
+    """The statistics of a small matrix from its float64 Gram matrix G; ends: sigma_max and sigma_min.
+
+    volume: the mean logarithm of the singular values, a bound on its error, and ||G||_F.
+    """
+    n = shape[1]
+    mean, error, gram = volume
+    flatness = mean - math.log(norm) + math.log(n) / 2
+    error += GRAM_NORM_ERROR
+    return Statistics(
+        frobenius=norm,
+        stable_rank=max(1.0, (norm / ends[0]) ** 2),
+        participation_ratio=participation(n, norm, gram),
+        demmel=norm / ends[1],
         **_flatness(shape, flatness, flatness - error, flatness + error),
     )
 

@@ -12,6 +12,7 @@ from models import one_thread
 import kappa_fast
 from kappa_fast import OptionError, Ranking
 from kappa_fast.results.scores import NAMES, NamedScore
+from kappa_fast.spectrum import small
 
 
 def generated(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -27,7 +28,13 @@ def weights() -> dict[str, torch.Tensor]:
     return found | {"layers.2.singular": singular}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True)
+def _no_batches(monkeypatch):
+    # Batches of small matrices have both ends of all their matrices: others are too large for quick tests.
+    monkeypatch.setattr(small, "BELOW", 2)
+
+
+@pytest.fixture
 def full(weights) -> Ranking:
     with one_thread():
         return kappa_fast.rank(weights, progress=False)
