@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .errors import OptionError
-from .results.entries import TensorKappa
+from .results.scores import KAPPA, NamedScore, Score, text_of
+from .results.statistics import REQUESTED
 from .sources.filters import Filters, Patterns
 from .spectrum.resolution import Goal
-
-Score = Literal["kappa"] | Callable[[TensorKappa], float]
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Options:
     rtol: float = 1e-2
     certify: bool | Literal["selection"] = False
     score: Score = "kappa"
+    statistics: str | Sequence[str] | None = None
     include: Patterns = None
     exclude: Patterns = None
     embeddings: bool = False
@@ -50,11 +50,35 @@ class Options:
             raise OptionError(f"certify={self.certify!r}: give True, False or 'selection'")
         if isinstance(self.certify, str) and self.top is None:
             raise OptionError("certify='selection' proves what decides who is in the top: give top= as well")
-        if not callable(self.score) and not (isinstance(self.score, str) and self.score == "kappa"):
-            raise OptionError(f"score={self.score!r}: give 'kappa' or a callable that takes a TensorKappa")
+        self._check_score()
         chosen = {f.name: getattr(self, f.name) for f in fields(Filters)}
         object.__setattr__(self, "filters", Filters(**{**chosen, "adapters": self.adapters or "base"}))
-        object.__setattr__(self, "goal", Goal(self.rtol, self.certify is True))
+        named = None if callable(self.score) else NamedScore.of(self.score)
+        ends = named is None or named.needs_ends or self.certify is not False
+        wanted = tuple(dict.fromkeys((*(() if named is None else named.statistics), *self._requested())))
+        object.__setattr__(self, "goal", Goal(self.rtol, self.certify is True, ends=ends, statistics=wanted))
+
+    def _check_score(self) -> None:
+        if callable(self.score):
+            return
+        named = NamedScore.of(self.score)
+        if self.top is not None and named != KAPPA and self.certify != "selection":
+            raise OptionError(
+                f"top= with score={str(self.score)!r} would save nothing, since no bound of such a score is cheaper "
+                "than the score itself: leave top out, and select(num_tensors=...) takes the first"
+            )
+
+    def _requested(self) -> list[str]:
+        """The statistics that ``statistics`` asks for."""
+        given = (self.statistics,) if isinstance(self.statistics, str) else tuple(self.statistics or ())
+        unknown = next((name for name in given if not isinstance(name, str) or name not in REQUESTED), None)
+        if unknown is not None:
+            raise OptionError(
+                f"statistics={self.statistics!r}: give one or several of {', '.join(map(repr, REQUESTED))}"
+            )
+        if given and self.top is not None and self.score == "kappa":
+            raise OptionError("statistics= takes every matrix, and top= leaves some: give one of both")
+        return [statistic for name in given for statistic in REQUESTED[name]]
 
     def _check_top(self) -> None:
         if self.top is not None:
@@ -75,8 +99,9 @@ class Options:
     def settings(self) -> dict[str, Any]:
         """Plain JSON for ``Ranking.metadata["settings"]`` and ``Plan.settings``; a callable is given by its name."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        found["score"] = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "callable")
+        found["score"] = text_of(self.score)
         found["adapters"] = self.filters.adapters
+        found["statistics"] = self.statistics if isinstance(self.statistics, str | None) else list(self.statistics)
         for name in ("include", "exclude"):
             kept = getattr(self.filters, name)
             found[name] = found[name] if isinstance(found[name], str) or kept is None else list(kept)

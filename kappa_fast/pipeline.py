@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,9 +21,10 @@ from .execution.waves import parse_bytes
 from .machine import signals as stops
 from .machine.torch_state import undisturbed
 from .matching.checkpoint_names import places_of
-from .options import Options, Score
+from .options import Options
 from .results.entries import TensorKappa
 from .results.ranking import Ranking
+from .results.scores import Score
 from .sources import open_source
 from .sources.adapters import has_trained_adapters
 from .sources.base import Source
@@ -44,6 +45,7 @@ def rank(
     rtol: float = 1e-2,
     certify: bool | Literal["selection"] = False,
     score: Score = "kappa",
+    statistics: str | Sequence[str] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     embeddings: bool = False,
@@ -71,7 +73,11 @@ def rank(
         rtol: relative half-width that the interval around kappa is to reach.
         certify: True proves every interval in float64 (two to six times the work); "selection" only those of the
             ``top`` entries.
-        score: "kappa", or a callable that gives an entry its score; with a callable everything is resolved.
+        score: "kappa" or another name of docs/scores.md, with a minus in front for the highest first ("-flatness"), or
+            a callable that gives an entry its score. With any but "kappa" everything is resolved, and kappa only as far
+            as the score needs it.
+        statistics: "outliers", "spectrum" or both: those that take all singular values, for several times the work of
+            kappa; not with ``top``.
         include, exclude: regular expressions (re.search) on parameter names.
         embeddings, routers: rank embeddings and output heads, and the routers of mixtures of experts.
         fused: "split" ranks the parts of fused projections on their own, "stored" the tensor as it is.
@@ -115,6 +121,7 @@ def rank(
             rtol=rtol,
             certify=certify,
             score=score,
+            statistics=statistics,
             include=include,
             exclude=exclude,
             embeddings=embeddings,

@@ -16,7 +16,19 @@ from typing import Any
 import torch
 
 from ..machine.helping import share
-from .base import DROP, EXPONENT, Extension, Factors, Operand, Panel, Ritz, Rung, Tensor, dense_projection
+from .base import (
+    DROP,
+    EXPONENT,
+    Extension,
+    Factors,
+    Operand,
+    Panel,
+    Ritz,
+    Rung,
+    Tensor,
+    dense_projection,
+    symmetric_norm,
+)
 from .start import gaussian_block
 
 CHOLESKY32 = Rung("cholesky32", "cholesky", torch.float32, 2)
@@ -45,6 +57,7 @@ KEPT_ROWS = 256  # with 64 instead the Gram matrix of a 2048 x 2048 takes a thir
 # Sides of the blocks of a chunked Gram matrix, so that partial sums stay in cache, multiples of 24 as TILE is. 2048
 # columns on one thread: 0.79 of the time of 512 and 128.
 SIDE, LEAST_SIDE = 480, 96
+GRAM_NORM = "gram norm"  # the key in Operand.cache of ||A^T A||_F
 
 
 class TorchBackend:
@@ -102,6 +115,10 @@ class TorchBackend:
     def factor(self, operands: Sequence[Operand], rungs: Sequence[Rung]) -> Factors:
         data = tuple(_factor(a, rung) for a, rung in zip(operands, rungs, strict=True))
         return Factors(tuple(rungs), tuple(a.shape[1] for a in operands), data)
+
+    def volumes(self, operands: Sequence[Operand], factors: Factors) -> Tensor:
+        rows = [_volume(a, rung, f) for a, rung, f in zip(operands, factors.rungs, factors.data, strict=True)]
+        return torch.stack(rows)
 
     def product(self, factors: Factors, blocks: Panel) -> Panel:
         return _each(_product, factors.rungs, factors.data, _aligned(blocks))
@@ -381,9 +398,11 @@ def _gram_to_factor(a: Operand, rung: Rung) -> Tensor:
 
 def _factor(operand: Operand, rung: Rung) -> Any:
     """L for Cholesky and QR, (A, LU, pivots, A in the quick dtype) for LU; None if a pivot is zero, or not positive in
-    a Cholesky factorization."""
+    a Cholesky factorization. The norm of a Gram matrix is kept in the operand's cache."""
+    a = operand.tensor
     if rung.kind == "cholesky":
         g = _gram_to_factor(operand, rung)
+        operand.cache[GRAM_NORM] = symmetric_norm(g)
         return g if _cholesky(g) else None
     a = operand.tensor
     wide = a.to(rung.dtype)
@@ -394,6 +413,13 @@ def _factor(operand: Operand, rung: Rung) -> Any:
     if int(info) != 0:
         return None
     return wide, lu, pivots, wide if rung.quick is None else a.to(rung.quick)
+
+
+def _volume(a: Operand, rung: Rung, f: Any) -> Tensor:
+    factor = f[1] if rung.kind == "lu" else f
+    logs = factor.diagonal().to(torch.float64, copy=True).abs_().log_()
+    gram = a.cache.get(GRAM_NORM)
+    return torch.stack([logs.sum(), logs.abs_().sum(), logs.new_tensor(math.nan) if gram is None else gram])
 
 
 def _product(rung: Rung, f: Any, x: Tensor) -> Tensor:
@@ -416,7 +442,8 @@ def _departure(a: Tensor, rung: Rung, f: Any, x: Tensor, transposed: bool) -> Te
         wide, lu, pivots, _ = f
         if transposed:
             return torch.linalg.lu_solve(lu, pivots, wide.T @ x, adjoint=True) - x
-        return wide @ torch.linalg.lu_solve(lu, pivots, x) - x
+        # A is column-major, and so is the solution: a product from the left takes 8 ms instead of 54 at 2048.
+        return (torch.linalg.lu_solve(lu, pivots, x).T @ wide.T).T - x
     y = torch.linalg.solve_triangular(f.T, x, upper=True)
     return torch.linalg.solve_triangular(f, _normal(a, y), upper=False) - x
 

@@ -41,6 +41,7 @@ from .triton_waves import (
     rows_of,
     tall,
     unpadded,
+    volumes_of,
 )
 
 if TYPE_CHECKING:
@@ -212,6 +213,17 @@ class TritonBackend:
             for position, (i, failed) in enumerate(zip(chosen, self.read(wave.factored.info), strict=True)):
                 data[i] = None if failed else InWave(wave, position)
         return Factors(tuple(rungs), tuple(a.shape[1] for a in operands), tuple(data))
+
+    def volumes(self, operands: Sequence[Operand], factors: Factors) -> Tensor:
+        """The kernels overwrite their Gram matrices, so their rungs give no norm of these."""
+        found = torch.full((len(factors.ns), 3), math.nan, dtype=torch.float64, device=self.device)
+        for share in self._wave_shares(factors):
+            which = list(share.which)
+            if share.wave is None:
+                found[which] = self._torch.volumes([operands[i] for i in which], factors.take(which))
+            else:
+                found[which, :2] = volumes_of(share.wave, [factors.data[i].position for i in which])
+        return found
 
     def product(self, factors: Factors, blocks: Panel) -> Panel:
         from kappa_fast.kernels.triangular import lower_product, transposed_product

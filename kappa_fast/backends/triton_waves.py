@@ -39,6 +39,7 @@ FEW_BITS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 KINDS = {WEIGHTS16.kind: (0, 7), BYTES.kind: (2, 8), **{rung.kind: (k, 7) for k, rung in SLICES.items()}}
 KEPT = "exact"  # the key in Operand.cache of an ExactGrams and a place in it
 LANES = 16  # columns of a block in the kernels
+LOG_UNIT = 2.0**-32  # of logarithms of pivots: 2^21 of them, each below 2^10, are summed in 64 bits
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,31 @@ def exact_grams(problems: Problems, slices: Slices) -> ExactGrams:
 
     packed = gram_of_slices(problems, slices)
     return ExactGrams(problems, packed, slices.residual, slice_roundings(problems, slices.count, slices.bits))
+
+
+def volumes_of(wave: Wave, positions: Sequence[int]) -> Tensor:
+    """The sums of log l_ii and of its absolute values for the matrices at ``positions`` of a wave: (w, 2), float64.
+
+    Sums of whole numbers, in units of LOG_UNIT: their order, which the wave decides, does not change them.
+    """
+    from kappa_fast.kernels.problems import on_host, to_device
+
+    views = wave.problems.gram_views(wave.factored.packed)
+    starts = [views[i].storage_offset() for i in positions]
+    steps = [views[i].stride(0) + 1 for i in positions]
+    counts = on_host([views[i].shape[0] for i in positions])
+    total, device = int(counts.sum()), wave.problems.device
+    table = on_host([starts, steps]).repeat_interleave(counts, dim=1)
+    inside = torch.arange(total, device="cpu") - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    owner = torch.arange(len(positions), device="cpu").repeat_interleave(counts)
+    places, owner = to_device(table[0] + table[1] * inside, device), to_device(owner, device)
+    packed = wave.factored.packed
+    flat = packed.as_strided((packed.storage_offset() + packed.numel(),), (1,), 0)
+    units = (flat[places].to(torch.float64).log() / LOG_UNIT).round().to(torch.int64)
+    sums = torch.zeros((2, len(positions)), dtype=torch.int64, device=device)
+    sums[0].index_add_(0, owner, units)
+    sums[1].index_add_(0, owner, units.abs())
+    return sums.T.to(torch.float64) * LOG_UNIT
 
 
 def blocks_of(problems: Problems, chosen: Sequence[int]) -> Blocks:

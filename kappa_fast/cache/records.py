@@ -6,10 +6,11 @@ The cache, the steps of ``execution/`` and the ranks of ``distributed/`` use bot
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar, get_args
 
 from ..results.entries import Status
+from ..results.statistics import COUNTS, STATISTICS, Statistics
 from ..spectrum.resolution import Goal, Resolution
 
 R = TypeVar("R")
@@ -42,7 +43,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Record:
-    """All that is known of one content: the resolution without proofs, the one with proofs, the bound of a probe.
+    """All that is known of one content: the resolution without proofs, the one with proofs, the bound of a probe, and
+    the statistics that were measured without a resolution.
 
     A proof may be wider than an estimate, so each has a place of its own. A query reads the place that a run without a
     cache would have filled: a run that was killed and goes on finds what it had found, and decides as it would have.
@@ -51,10 +53,16 @@ class Record:
     plain: StoredResolution | None = None
     proven: StoredResolution | None = None
     probe: Probe | None = None
+    measured: StoredResolution | None = None
 
     def merged(self, later: Record) -> Record:
-        """Both together: of two resolutions the tighter one, of two probes the later one."""
-        return Record(_tighter(self.plain, later.plain), _tighter(self.proven, later.proven), later.probe or self.probe)
+        """Both together: of two resolutions the tighter one, with all statistics, and of two probes the later one."""
+        return Record(
+            _tighter(self.plain, later.plain),
+            _tighter(self.proven, later.proven),
+            later.probe or self.probe,
+            _tighter(self.measured, later.measured),
+        )
 
 
 def _tighter(old: StoredResolution | None, new: StoredResolution | None) -> StoredResolution | None:
@@ -62,9 +70,11 @@ def _tighter(old: StoredResolution | None, new: StoredResolution | None) -> Stor
         return new or old
     demanding = new if new.rtol <= old.rtol else old
     if old.resolution.status != "ok" or new.resolution.status != "ok":
-        return demanding
-    narrow = min((demanding, old, new), key=lambda stored: stored.resolution.half_width)
-    return StoredResolution(narrow.resolution, demanding.rtol)
+        kept = demanding
+    else:
+        kept = min((demanding, old, new), key=lambda stored: stored.resolution.half_width)
+    known = kept.resolution.statistics.filled((new if kept is old else old).resolution.statistics)
+    return StoredResolution(replace(kept.resolution, statistics=known), demanding.rtol)
 
 
 class Query(Protocol[R]):
@@ -93,7 +103,10 @@ class ResolutionQuery(Query[Resolution]):
         return self.goal.certify
 
     def answer(self, record: Record) -> Resolution | None:
-        plain, proven = record.plain, record.proven
+        plain, proven = (self._measured(stored) for stored in (record.plain, record.proven))
+        if not self.goal.ends:
+            known = plain or proven or self._measured(record.measured)
+            return None if known is None else known.resolution
         if not self.goal.certify:
             if plain is not None and plain.serves(self.goal):
                 return plain.resolution
@@ -107,7 +120,16 @@ class ResolutionQuery(Query[Resolution]):
         final = estimate.status != "ok" or estimate.certified or estimate.lower > self.goal.cutoff
         return estimate if final else None
 
+    def _measured(self, stored: StoredResolution | None) -> StoredResolution | None:
+        """The resolution if it has the statistics that are wanted."""
+        if stored is None or stored.resolution.status == "non_finite":
+            return stored
+        known = stored.resolution.statistics
+        return None if any(getattr(known, name) is None for name in self.goal.statistics) else stored
+
     def record_of(self, result: Resolution) -> Record:
+        if result.status == "bounded":
+            return Record(measured=StoredResolution(result, 0.0))
         stopped = result.status == "ok" and result.half_width > self.goal.rtol and result.lower > self.goal.cutoff
         stored = StoredResolution(result, math.inf if stopped else self.goal.rtol)
         return Record(proven=stored) if self.goal.certify else Record(plain=stored)
@@ -141,10 +163,12 @@ class LowerBoundQuery(Query[float]):
 def encode(record: Record) -> dict[str, Any]:
     """Plain JSON; what JSON has no numbers for as "nan", "inf", "-inf"."""
     document: dict[str, Any] = {}
-    for name, stored in (("plain", record.plain), ("proven", record.proven)):
+    for name, stored in (("plain", record.plain), ("proven", record.proven), ("measured", record.measured)):
         if stored is not None:
             document[name] = {"rtol": _number(stored.rtol)}
-            document[name] |= {key: _number(value) for key, value in vars(stored.resolution).items()}
+            numbers = {key: _number(value) for key, value in vars(stored.resolution).items() if key != "statistics"}
+            known = {key: _number(value) for key, value in vars(stored.resolution.statistics).items()}
+            document[name] |= numbers | {key: value for key, value in known.items() if value is not None}
     if record.probe is not None:
         document["probe"] = {"lower": _number(record.probe.lower), "cutoff": _number(record.probe.cutoff)}
     return document
@@ -168,10 +192,15 @@ def decode(document: Any) -> Record:
     probe = None if raw is None else Probe(_float(raw, "lower"), _float(raw, "cutoff"))
     if probe is not None and (not probe.lower >= 1 or math.isnan(probe.cutoff)):
         raise ValueError("a bound that is none")
-    return Record(_resolution(document.get("plain")), _resolution(document.get("proven")), probe)
+    plain, proven, measured = (_resolution(document.get(name)) for name in ("plain", "proven", "measured"))
+    if any(found is not None and found.resolution.status == "bounded" for found in (plain, proven)):
+        raise ValueError("a resolution without kappa")
+    return Record(plain, proven, probe, measured)
 
 
-_FLOATS = tuple(item.name for item in fields(Resolution) if item.name not in ("status", "method", "certified"))
+_FLOATS = tuple(
+    item.name for item in fields(Resolution) if item.name not in ("status", "method", "certified", "statistics")
+)
 _STATUSES = get_args(Status)
 
 
@@ -185,7 +214,11 @@ def _resolution(raw: Any) -> StoredResolution | None:
     method, certified = raw.get("method"), raw.get("certified")
     if status not in _STATUSES or not isinstance(method, str) or not isinstance(certified, bool):
         raise ValueError("no status, method or certified")
-    resolution = Resolution(status=status, method=method, certified=certified, **numbers)
+    found: dict[str, Any] = {name: _float(raw, name) for name in STATISTICS if raw.get(name) is not None}
+    if any(not found[name].is_integer() for name in COUNTS if name in found):
+        raise ValueError("a count that is none")
+    known = Statistics(**found | {name: int(found[name]) for name in COUNTS if name in found})
+    resolution = Resolution(status=status, method=method, certified=certified, statistics=known, **numbers)
     if not _is_possible(resolution):
         raise ValueError("an interval that is none")
     rtol = _float(raw, "rtol")
@@ -196,11 +229,25 @@ def _resolution(raw: Any) -> StoredResolution | None:
 
 def _is_possible(resolution: Resolution) -> bool:
     kappa, lower, upper = resolution.kappa, resolution.lower, resolution.upper
+    if not _are_possible(resolution.statistics):
+        return False
     if resolution.status == "ok":
         return 1 <= lower <= kappa <= upper and math.isfinite(kappa)
     if resolution.status == "rank_deficient":
         return kappa == upper == math.inf and lower >= 1
+    if resolution.status == "bounded":
+        return math.isnan(kappa) and lower >= 1 and upper == math.inf
     return resolution.status == "non_finite" and math.isnan(kappa)
+
+
+def _are_possible(found: Statistics) -> bool:
+    if any(value is not None and math.isnan(value) for value in vars(found).values()):
+        return False
+    if found.flatness is None:
+        return found.flatness_lower is found.flatness_upper is found.flatness_by_shape is None
+    if found.flatness_lower is None or found.flatness_upper is None:
+        return False
+    return found.flatness_lower <= found.flatness <= found.flatness_upper <= 0
 
 
 def _float(raw: dict[str, Any], name: str) -> float:

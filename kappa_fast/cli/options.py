@@ -40,6 +40,18 @@ Rtol = Annotated[float, typer.Option(help="Relative half-width that each interva
 CertifyOption = Annotated[
     Certify, typer.Option(help="Prove the intervals in float64: none, all, or those of the --top.")
 ]
+ScoreOption = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="What to sort by: kappa, flatness, stable_rank, ...; -NAME: highest first."),
+]
+StatisticsOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Those of all singular values too: outliers, spectrum; repeatable."),
+]
+SortOption = Annotated[
+    str | None,
+    typer.Option("--score", metavar="NAME", help="Sort by this first, from what the file knows; -NAME: highest first."),
+]
 Include = Annotated[
     list[str] | None, typer.Option(metavar="REGEX", help="Only names in which this is found; repeatable.")
 ]

@@ -39,6 +39,8 @@ def rank(
     top_per_group: options.TopPerGroup = False,
     rtol: options.Rtol = 1e-2,
     certify: options.CertifyOption = options.Certify.NO,
+    score: options.ScoreOption = "kappa",
+    statistics: options.StatisticsOption = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     embeddings: options.Embeddings = False,
@@ -98,6 +100,8 @@ def rank(
                 top_per_group=top_per_group,
                 rtol=rtol,
                 certify=options.proofs(certify),
+                score=score,
+                statistics=statistics,
                 include=include,
                 exclude=exclude,
                 embeddings=embeddings,
@@ -157,7 +161,12 @@ def summary(ranking: Ranking, rtol: float) -> list[str]:
     status = Counter[str](entry.status for entry in ranking)
     reached = sum(entry.status == "ok" and (entry.upper - entry.lower) / 2 <= rtol * entry.kappa for entry in ranking)
     parts = [f"{reached} of {status['ok']} intervals within rtol {rtol:g}"]
-    names = {"rank_deficient": "rank deficient", "bounded": "only bounded", "non_finite": "with NaN or inf"}
+    names = {
+        "rank_deficient": "rank deficient",
+        "bounded": "only bounded",
+        "scored": "without kappa",
+        "non_finite": "with NaN or inf",
+    }
     parts += [f"{status[key]} {words}" for key, words in names.items() if status[key]]
     metadata = ranking.metadata
     where = f"{', '.join(metadata['device'])}, threads: {metadata['threads']}"

@@ -23,6 +23,7 @@ from .budget import (
     given_budget,
     given_options,
 )
+from .options import SortOption
 from .outcome import outcome
 from .output import Debug, Quiet, Verbose
 
@@ -45,6 +46,7 @@ def report(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the heat map to this file too, .png, .svg or .pdf.")
     ] = None,
+    score: SortOption = None,
     num_tensors: NumTensors = None,
     top_p: TopP = None,
     max_kappa: MaxKappa = None,
@@ -73,6 +75,7 @@ def report(
         from ..results.ranking import Ranking
 
         ranking = Ranking.from_json(path)
+        ranking = ranking if score is None else ranking.by(score)
         selection = ranking.select(**budget, **options) if budget else None
         if plot is not None:  # first, because it can fail for more reasons
             ranking.plot(plot, selection=selection)

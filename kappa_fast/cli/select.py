@@ -33,6 +33,7 @@ from .budget import (
     given_order,
 )
 from .files import read_ranking
+from .options import SortOption
 from .outcome import outcome
 from .output import AllRows, Csv, Debug, Json, Limit, Output, Quiet, Verbose
 
@@ -49,6 +50,7 @@ def select(
             show_default=False,
         ),
     ],
+    score: SortOption = None,
     num_tensors: NumTensors = None,
     top_p: TopP = None,
     max_kappa: MaxKappa = None,
@@ -81,7 +83,7 @@ def select(
         budget = given_budget(num_tensors, top_p, max_kappa, max_params)
         if not budget:
             raise OptionError("give a budget: --max-params 0.1, --top-p, --num-tensors or --max-kappa, or several")
-        ranking = read_ranking(path)
+        ranking = read_ranking(path, score)
         options = given_options(per_group, unit, fill, include, exclude) | given_order(order, seed, match)
         found = ranking.select(**budget, **options)
         found = found.including(*(including or ())).excluding(*(excluding or ()))

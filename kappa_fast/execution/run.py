@@ -15,12 +15,12 @@ import torch
 
 from .._version import __version__
 from ..cache import LowerBoundQuery, ResolutionQuery, ResultCache
-from ..errors import OptionError
 from ..machine import signals as stops
 from ..options import Options
 from ..results.entries import TensorKappa
 from ..results.interruption import Interrupted
 from ..results.ranking import Ranking
+from ..results.scores import scored
 from ..sources.base import Matrix, Source
 from ..spectrum.exact import MemoryGate
 from ..spectrum.ladder import resolve
@@ -108,7 +108,7 @@ class Run:
 
     def _batches(self, order: BudgetedTop) -> Iterator[Batch]:
         """What is resolved together; the next batch depends on the entries of those before."""
-        if callable(self._options.score):  # bounds of kappa say nothing of another score
+        if self._options.score != "kappa":  # bounds of kappa say nothing of another score
             yield self._source.matrices, self._options.goal
         else:
             yield [matrix for group in order.groups for matrix in group.first], self._options.goal
@@ -157,7 +157,10 @@ class Run:
     def _entry(self, matrix: Matrix, resolution: Resolution, goal: Goal) -> TensorKappa:
         if resolution.status == "ok" and resolution.lower > goal.cutoff:
             nan = math.nan
-            resolution = Resolution("bounded", nan, resolution.lower, math.inf, nan, nan, resolution.method)
+            known = resolution.statistics
+            resolution = Resolution(
+                "bounded", nan, resolution.lower, math.inf, nan, nan, resolution.method, statistics=known
+            )
         entry = TensorKappa(
             name=matrix.name,
             aliases=matrix.aliases,
@@ -179,19 +182,10 @@ class Run:
             sensitivity=resolution.sensitivity,
             status=resolution.status,
             quantization=matrix.quantization,
+            **vars(resolution.statistics),
         )
-        score = self._options.score
-        if callable(score) and resolution.status in ("ok", "rank_deficient"):
-            entry = replace(entry, score=_scored(score, entry))
-        return entry
+        return entry if self._options.score == "kappa" else scored(entry, self._options.score)
 
 
 def _operations(matrices: Iterable[Matrix]) -> float:
     return sum(operations(matrix.shape) for matrix in matrices)
-
-
-def _scored(score: Callable[[TensorKappa], float], entry: TensorKappa) -> float:
-    value = score(entry)
-    if not isinstance(value, (int, float)) or math.isnan(value):
-        raise OptionError(f"score() returned {value!r} for {entry.key!r}: it must return a number")
-    return float(value)

@@ -15,6 +15,7 @@ from ..results.entries import Index, TensorKappa
 from ..results.names import group_of, plain_name
 from ..results.selection import Selection
 from .exports import refuse_names_of_gguf
+from .lora_ranks import RankBy, patterns
 from .originals import condition_numbers
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def lora_config(
     *,
     partial: Literal["error", "widen"] = "error",
     model: nn.Module | None = None,
+    rank: RankBy | None = None,
+    budget: int | None = None,
     **options: Any,
 ) -> LoraConfig:
     """A ``peft.LoraConfig`` that adapts exactly the selected matrices.
@@ -42,6 +45,9 @@ def lora_config(
         partial: "error" refuses a tensor that is selected in part, "widen" adapts all of it.
         model: the model whose names are used, if they differ from those of the ranking; ``including`` needs the model,
             and puts the modules that it names into ``modules_to_save``.
+        rank: a statistic of docs/scores.md, such as "stable_rank", or a callable that takes a TensorKappa: each module
+            gets a rank in proportion to it, from 1 on, and an alpha by which all are scaled alike. None: r for all.
+        budget: with ``rank``, how many parameters all adapters together take at most; None is what rank r takes.
         options: options of LoraConfig, such as r, lora_alpha, rank_pattern.
 
     Raises:
@@ -74,7 +80,36 @@ def lora_config(
     options["target_modules"] = modules if converted else "|".join(re.escape(name) for name in modules) or []
     if parameters:
         options["target_parameters"] = parameters
+    if rank is not None:
+        options |= patterns(_entries_of(selection, model, modules, parameters), rank, budget, options)
+    elif budget is not None:
+        raise OptionError("budget= is shared out by rank=: give rank='stable_rank', or leave budget out")
     return LoraConfig(**options)
+
+
+def _entries_of(
+    selection: Selection, model: nn.Module | None, modules: list[str], parameters: list[str]
+) -> dict[str, TensorKappa]:
+    """The entry of each module.
+
+    Raises:
+        OptionError: a module or parameter has several, which would share one rank.
+    """
+    found: dict[str, list[TensorKappa]] = {}
+    if model is None:
+        for entry in selection.entries:
+            found.setdefault(entry.name, []).append(entry)
+    else:
+        from ..matching.names import match
+
+        found = {plain_name(target.name): list(target.entries) for target in match(selection, model)}
+    several = parameters[0] if parameters else next((m for m in modules if len(found[f"{m}.weight"]) != 1), None)
+    if several is not None:
+        raise OptionError(
+            f"rank= gives a module the rank of its one matrix, and {several!r} is a stack or has several: rank with "
+            "fused='stored', or leave it out with excluding()"
+        )
+    return {module: found[f"{module}.weight"][0] for module in modules}
 
 
 def _refuse_uncalled(selection: Selection, model: nn.Module | None, modules: list[str]) -> None:

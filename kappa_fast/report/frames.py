@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..results.entries import Index, TensorKappa
+from ..results.statistics import STATISTICS
 
 if TYPE_CHECKING:
     import pandas
@@ -22,7 +23,7 @@ def frame_of(entries: Iterable[TensorKappa], library: Any) -> pandas.DataFrame:
     names = [item.name for item in fields(TensorKappa)]
     columns = ["key", *(column for name in names for column in _OWN_COLUMNS.get(name, (name,)))]
     frame = library.DataFrame(list(rows_of(entries)), columns=columns)
-    return frame.astype({"layer": "Int64", "quantization": "string"})
+    return frame.astype({"layer": "Int64", "quantization": "string", **dict.fromkeys(STATISTICS, "float64")})
 
 
 def rows_of(entries: Iterable[TensorKappa]) -> Iterator[dict[str, Any]]:
@@ -57,7 +58,9 @@ def _part_text(part: int | slice) -> str:
 
 def frame_of_comparison(comparison: Comparison, library: Any) -> pandas.DataFrame:
     """See ``Comparison.to_dataframe``; ``library`` is pandas."""
-    return library.DataFrame(list(rows_of_comparison(comparison))).astype({"layer": "Int64"})
+    numbers = [f"{name}_{side}" for side in ("before", "after") for name in STATISTICS]
+    frame = library.DataFrame(list(rows_of_comparison(comparison)))
+    return frame.astype({"layer": "Int64", **dict.fromkeys(numbers, "float64")})
 
 
 def rows_of_comparison(comparison: Comparison) -> Iterator[dict[str, Any]]:
@@ -69,7 +72,7 @@ def rows_of_comparison(comparison: Comparison) -> Iterator[dict[str, Any]]:
         row |= {"verdict": change.verdict, "ratio": change.ratio, "at_least": change.at_least}
         for side, entry in (("before", a), ("after", change.after)):
             names = ("kappa", "lower", "upper", "status", "certified", "dtype")
-            row |= {f"{name}_{side}": getattr(entry, name) for name in names}
+            row |= {f"{name}_{side}": getattr(entry, name) for name in (*names, *STATISTICS)}
         yield row
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from ..results.entries import Status, TensorKappa
 from ..results.names import in_model_order
-from ..results.units import geometric_mean
+from .shown import KAPPA, Shown
 
 # A larger map would not be readable; further matrices are listed beside the map.
 MAX_LAYERS = 256
 MAX_COLUMNS = 48
 
-_WORST_FIRST: tuple[Status, ...] = ("non_finite", "rank_deficient", "bounded", "ok")
+_WORST_FIRST: tuple[Status, ...] = ("non_finite", "rank_deficient", "bounded", "scored", "ok")
 
 # Names of projections, in the order in which data passes through them.
 _ROLES = {
@@ -50,8 +50,9 @@ class Cell:
     Attributes:
         row, column: positions in ``Grid.layers`` and ``Grid.columns``.
         members: positions in the ranking, in the order of the numbers in their names.
-        kappa: geometric mean over the members with a finite kappa; nan if there is none.
-        low, high: the smallest and the largest finite kappa.
+        kappa: geometric mean over the members with a finite kappa; nan if there is none. Of another statistic, where
+            that is shown, the mean that ``Shown.mean`` takes.
+        low, high: the smallest and the largest of these.
         status: "ok", or the worst among the members.
     """
 
@@ -74,8 +75,8 @@ class Grid:
     beside: tuple[int, ...]
 
 
-def make_grid(entries: Sequence[TensorKappa]) -> Grid:
-    """Sort the entries of a ranking into layers and types.
+def make_grid(entries: Sequence[TensorKappa], shown: Shown = KAPPA) -> Grid:
+    """Sort the entries of a ranking into layers and types; ``shown``: what the cells show.
 
     Matrices without a layer are beside the grid, and so are matrices beyond ``MAX_LAYERS`` (the highest numbers) or
     ``MAX_COLUMNS`` (the types with the fewest matrices).
@@ -93,7 +94,7 @@ def make_grid(entries: Sequence[TensorKappa]) -> Grid:
     for i, entry in placed.items():
         if entry.layer is not None and entry.group in columns:
             members.setdefault((rows[entry.layer], columns[entry.group]), []).append(i)
-    cells = tuple(_make_cell(entries, where, _by_number(entries, members[where])) for where in sorted(members))
+    cells = tuple(_make_cell(entries, shown, where, _by_number(entries, members[where])) for where in sorted(members))
     depths = dict[int, int]()
     for cell in cells:
         depths[cell.column] = max(depths.get(cell.column, 0), len(cell.members))
@@ -111,28 +112,23 @@ def _by_number(entries: Sequence[TensorKappa], members: Sequence[int]) -> list[i
     return [positions[key] for key in in_model_order(positions)]
 
 
-def _make_cell(entries: Sequence[TensorKappa], where: tuple[int, int], members: Sequence[int]) -> Cell:
+def _make_cell(entries: Sequence[TensorKappa], shown: Shown, where: tuple[int, int], members: Sequence[int]) -> Cell:
     found = [entries[i] for i in members]
     statuses = {entry.status for entry in found}
-    kappas = [entry.kappa for entry in found if has_finite_kappa(entry)]
+    values = [value for value in map(shown.value, found) if not math.isnan(value)]
     return Cell(
         row=where[0],
         column=where[1],
         members=tuple(members),
-        kappa=geometric_mean(kappas) if kappas else math.nan,
-        low=min(kappas, default=math.nan),
-        high=max(kappas, default=math.nan),
+        kappa=shown.mean(values) if values else math.nan,
+        low=min(values, default=math.nan),
+        high=max(values, default=math.nan),
         status=next(status for status in _WORST_FIRST if status in statuses),
     )
 
 
-def has_finite_kappa(entry: TensorKappa) -> bool:
-    """Whether a logarithmic scale can show the kappa of the entry."""
-    return entry.status == "ok" and 0 < entry.kappa < math.inf
-
-
 def color_range(cells: Iterable[Cell]) -> tuple[float, float]:
-    """The smallest and the largest kappa that a map of these cells shows, (1, 10) if there is none."""
+    """The smallest and the largest number that a map of these cells shows, (1, 10) if there is none."""
     kappas = [cell.kappa for cell in cells if not math.isnan(cell.kappa)]
     return (min(kappas), max(kappas)) if kappas else (1.0, 10.0)
 

@@ -28,6 +28,7 @@ _SCRIPTS = ("data", "format", "cut", "tip", "heatmap", "curve", "histogram", "ta
 _STATUSES = {
     "rank_deficient": "rank deficient",
     "bounded": "only bounded from below",
+    "scored": "without kappa, which the score does not need",
     "non_finite": "with NaN or inf",
 }
 

@@ -15,9 +15,10 @@ from ..errors import OptionError, missing_extra
 from ..io.writing import write_bytes
 from ..results.entries import Status
 from ..texts import printable
-from .grid import Cell, Grid, color_range, has_finite_kappa, make_grid
+from .grid import Cell, Grid, color_range, make_grid
 from .names import shorten_names
 from .page import title_of
+from .shown import Shown
 from .table import format_number, shorten
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _MAX_NUMBERS = 4000  # with more cells no kappa is written into them, which woul
 _HATCHES: dict[Status, tuple[str, str]] = {
     "rank_deficient": ("///", "rank deficient"),
     "bounded": ("---", "only bounded from below"),
+    "scored": ("...", "without kappa, which the score does not need"),
     "non_finite": ("xxx", "NaN or inf among the weights"),
 }
 # Inches.
@@ -119,7 +121,7 @@ def render_plot(ranking: Ranking, kind: str, selection: Selection | None = None)
 
 
 def _figure(ranking: Ranking, ax: Any, selection: Selection | None) -> Any:
-    grid = make_grid(ranking.entries)
+    grid = make_grid(ranking.entries, Shown.of(ranking.metadata))
     figure = new_figure() if ax is None else ax.figure
     if grid.cells:
         _draw(figure, ranking, grid, ax, set(selection.keys) if selection is not None else None)
@@ -130,38 +132,40 @@ def _figure(ranking: Ranking, ax: Any, selection: Selection | None) -> Any:
 
 def _draw_bars(figure: Any, ranking: Ranking, ax: Any, chosen: Collection[str]) -> None:
     """The lowest matrices as bars, for models whose matrices have no layer."""
-    shown = [entry for entry in ranking if has_finite_kappa(entry)][:_MOST_BARS]
+    what = Shown.of(ranking.metadata)
+    shown = [entry for entry in ranking if not math.isnan(what.value(entry))][:_MOST_BARS]
     if not shown:
-        raise OptionError("there is nothing to plot: no ranked matrix has a finite kappa")
+        raise OptionError(f"there is nothing to plot: no ranked matrix has a finite {what.name}")
     names = [_unformatted(name) for name in shorten_names([entry.key for entry in shown], 48)]
     if ax is None:
         left, height = 0.3 + _CHARACTER * max(map(len, names)), 0.75 + 0.2 * len(shown)
         figure.set_size_inches(left + 4.2, height)
         ax = figure.add_axes((left / (left + 4.2), 0.4 / height, 4.0 / (left + 4.2), (height - 0.75) / height))
     colors = ["#21918c" if entry.key in chosen or not chosen else "0.75" for entry in shown]
-    ax.barh(range(len(shown)), [entry.kappa for entry in shown], color=colors)
+    ax.barh(range(len(shown)), [what.value(entry) for entry in shown], color=colors)
     ax.set_yticks(range(len(shown)), names)
     ax.set_ylim(len(shown) - 0.5, -0.5)
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    ax.set_xscale("log")
+    if what.logarithmic:
+        ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value, 3)))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("kappa")
-    more = f", the lowest {len(shown):,} of {len(ranking):,}" if len(shown) < len(ranking) else ""
-    ax.set_title(f"kappa of {shorten(_unformatted(title_of(ranking.metadata)), 40)}{more}", loc="left")
+    ax.set_xlabel(_words(what))
+    more = f", the first {len(shown):,} of {len(ranking):,}" if len(shown) < len(ranking) else ""
+    ax.set_title(f"{_words(what)} of {shorten(_unformatted(title_of(ranking.metadata)), 40)}{more}", loc="left")
 
 
 def _draw(figure: Any, ranking: Ranking, grid: Grid, ax: Any, chosen: Collection[str] | None) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import LogNorm, Normalize
 
     labels = column_labels(grid)
     turned = max(map(len, labels)) * _CHARACTER > _CELL_WIDTH
     header = _CHARACTER * max(map(len, labels)) * math.sin(math.radians(_TURN)) + 0.25 if turned else 0.3
     overhang = _CHARACTER * len(labels[-1]) * math.cos(math.radians(_TURN)) - _CELL_WIDTH / 2 if turned else 0.1
-    shown = [status for status in _HATCHES if any(cell.status == status for cell in grid.cells)]
+    shown = [s for s in _HATCHES if any(c.status == s and (s != "scored" or math.isnan(c.kappa)) for c in grid.cells)]
     notes = _notes(ranking, grid)
     notes += ["red frames: selected, with how many of how many where it is a part"] if chosen is not None else []
     body = (_CELL_WIDTH * len(grid.columns), _CELL_HEIGHT * len(grid.layers))
@@ -169,15 +173,17 @@ def _draw(figure: Any, ranking: Ranking, grid: Grid, ax: Any, chosen: Collection
     footer = _SCALE + 0.2 * len(shown) + 0.17 * len(notes) + _MARGIN
     height = 0.35 + header + body[1] + footer
     low, high = color_range(grid.cells)
-    norm = LogNorm(low, high if high > low else low * 1.01)
+    what = Shown.of(ranking.metadata)
+    top = high if high > low else low + 0.01 * abs(low)
+    norm = LogNorm(low, top) if what.logarithmic else Normalize(low, top)
     texts = [_cell_text(cell, ranking, chosen) for cell in grid.cells]
     taken = [_taken(cell, ranking, chosen) > 0 for cell in grid.cells]
-    title = f"kappa of {shorten(_unformatted(title_of(ranking.metadata)), 60)}"
+    title = f"{_words(what)} of {shorten(_unformatted(title_of(ranking.metadata)), 60)}"
     if ax is not None:  # the caller's figure keeps its size and layout
         _draw_cells(ax, grid, colormaps["viridis"], norm, texts, taken)
         _draw_names(ax, grid, labels, turned)
         ax.set_title(title, loc="left")
-        _draw_ticks(figure.colorbar(ScalarMappable(norm, "viridis"), ax=ax), low, high)
+        _draw_ticks(figure.colorbar(ScalarMappable(norm, "viridis"), ax=ax), low, high, what)
         return
     figure.set_size_inches(width, height)
     axes = figure.add_axes((_LAYER_NAMES / width, footer / height, body[0] / width, body[1] / height))
@@ -193,7 +199,7 @@ def _draw(figure: Any, ranking: Ranking, grid: Grid, ax: Any, chosen: Collection
     bar_width = min(3.2, width - _LAYER_NAMES - 0.6)
     scale = figure.add_axes((_LAYER_NAMES / width, (footer - 0.22) / height, bar_width / width, 0.1 / height))
     bar = figure.colorbar(ScalarMappable(norm, "viridis"), cax=scale, orientation="horizontal")
-    _draw_ticks(bar, low, high)
+    _draw_ticks(bar, low, high, what)
     _draw_legend(figure, shown, notes, (width, height))
 
 
@@ -204,7 +210,8 @@ def _draw_cells(axes: Any, grid: Grid, colors: Any, norm: Any, texts: Sequence[s
         known = not math.isnan(cell.kappa)
         face = colors(norm(cell.kappa)) if known else (0.94, 0.94, 0.94, 1.0)
         dark = known and _luminance(face) <= 0.179
-        hatch = _HATCHES[cell.status][0] if cell.status != "ok" else None
+        plain = cell.status == "ok" or (cell.status == "scored" and known)
+        hatch = None if plain else _HATCHES[cell.status][0]
         spot = (cell.column + 0.03, cell.row + 0.05)
         edge = (1.0, 1.0, 1.0, 0.6) if dark else (0.0, 0.0, 0.0, 0.35)
         axes.add_patch(Rectangle(spot, 0.94, 0.9, facecolor=face, hatch=hatch, edgecolor=edge, linewidth=0))
@@ -231,10 +238,14 @@ def _draw_names(axes: Any, grid: Grid, labels: Sequence[str], turned: bool) -> N
     axes.set_xticks([column + 0.5 for column in range(len(labels))], labels, **turn)
 
 
-def _draw_ticks(bar: Any, low: float, high: float) -> None:
+def _words(shown: Shown) -> str:
+    return shown.name.replace("_", " ")
+
+
+def _draw_ticks(bar: Any, low: float, high: float, shown: Shown) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    middle = math.sqrt(low) * math.sqrt(high)
+    middle = math.sqrt(low) * math.sqrt(high) if shown.logarithmic else (low + high) / 2
     ticks = [low, middle, high] if high > low else [low]
     bar.ax.xaxis.set_major_locator(FixedLocator(ticks))
     bar.ax.xaxis.set_minor_locator(NullLocator())
@@ -265,8 +276,10 @@ def _draw_legend(figure: Any, shown: Sequence[Status], notes: Sequence[str], siz
 def _notes(ranking: Ranking, grid: Grid) -> list[str]:
     notes = []
     if any(column.depth > 1 for column in grid.columns):
-        notes.append("several matrices in a cell: geometric mean of those with a finite kappa")
-    if any(cell.status != "ok" and not math.isnan(cell.kappa) for cell in grid.cells):
+        what = Shown.of(ranking.metadata)
+        mean = "geometric mean" if what.logarithmic else "mean"
+        notes.append(f"several matrices in a cell: {mean} of those with a finite {_words(what)}")
+    if any(cell.status not in ("ok", "scored") and not math.isnan(cell.kappa) for cell in grid.cells):
         notes.append("hatched and colored: that is so of some of the matrices in the cell")
     if grid.beside:
         notes.append(f"not shown: {len(grid.beside):,} of {len(ranking):,} matrices, which have no place in the map")
@@ -300,7 +313,7 @@ def _taken(cell: Cell, ranking: Ranking, chosen: Collection[str] | None) -> int:
 def _kappa_text(cell: Cell) -> str:
     if not math.isnan(cell.kappa):
         return _short(cell.kappa)
-    return {"rank_deficient": "inf", "bounded": "bounded", "non_finite": "nan"}.get(cell.status, "?")
+    return {"rank_deficient": "inf", "bounded": "bounded", "scored": "-", "non_finite": "nan"}.get(cell.status, "?")
 
 
 def _short(kappa: float) -> str:

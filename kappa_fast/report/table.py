@@ -28,7 +28,7 @@ _MIN_WIDTH = 60
 _MAX_FORMAT = 8
 _RIGHT = ("#", "score", "kappa", "sens.")
 _DISPENSABLE = ("method", "sens.", "dtype", "proven")  # columns that are omitted for longer names, in this order
-_STYLES = {"ok": "", "rank_deficient": "yellow", "bounded": "dim", "non_finite": "red"}
+_STYLES = {"ok": "", "rank_deficient": "yellow", "bounded": "dim", "scored": "", "non_finite": "red"}
 
 
 class TextTable:
@@ -99,14 +99,14 @@ class RankingTable(TextTable):
             "tensor": [printable(entry.key) for entry in shown],
             "shape": ["x".join(map(str, entry.shape)) if entry.numel else "?" for entry in shown],
             "dtype": [_short_dtype(entry) for entry in shown],
-            "score": [format_number(entry.score) if _is_settled(entry) else "?" for entry in shown],
+            "score": [format_number(entry.score) if _is_scored(entry) else "?" for entry in shown],
             "kappa": [format_number(entry.kappa, max(4, _digits(entry))) for entry in shown],
             "interval": [format_interval(entry) for entry in shown],
             "proven": [("yes" if entry.certified else "no") if _is_settled(entry) else "-" for entry in shown],
             "sens.": [format_relative(entry.sensitivity) for entry in shown],
             "method": [_how(entry) for entry in shown],
         }
-        if all(entry.score == entry.kappa for entry in self.ranking if _is_settled(entry)):
+        if all(entry.score == entry.kappa for entry in self.ranking if _is_scored(entry)):
             del columns["score"]
         return columns
 
@@ -173,8 +173,12 @@ def _is_settled(entry: TensorKappa) -> bool:
     return entry.status in ("ok", "rank_deficient")
 
 
+def _is_scored(entry: TensorKappa) -> bool:
+    return _is_settled(entry) or entry.status == "scored"
+
+
 def _how(entry: TensorKappa) -> str:
-    return printable(entry.method) if entry.status == "ok" else entry.status.removeprefix("rank_")
+    return printable(entry.method) if entry.status in ("ok", "scored") else entry.status.removeprefix("rank_")
 
 
 def _short_dtype(entry: TensorKappa) -> str:

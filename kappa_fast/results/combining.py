@@ -9,7 +9,7 @@ from . import serialize
 from .entries import Status, TensorKappa
 from .selection import Selection
 
-_ORDER: dict[Status, int] = {"ok": 0, "rank_deficient": 1, "bounded": 2, "non_finite": 3}
+_ORDER: dict[Status, int] = {"ok": 0, "scored": 0, "rank_deficient": 1, "bounded": 2, "non_finite": 3}
 
 
 def union(one: Selection, other: Selection) -> Selection:

@@ -10,6 +10,8 @@ from .entries import TensorKappa
 from .orders import OrderName
 from .units import UnitName
 
+ROUNDING = 1e-9  # of statistics that have a least value
+
 Budgets = Mapping[str, tuple[str, Callable[[Any], bool]]]  # by name: the valid values in words, and a check
 
 
@@ -29,12 +31,30 @@ def contradiction(entry: TensorKappa) -> str | None:
         return f"'kappa' is {entry.kappa!r}, outside of its interval from {entry.lower!r} to {entry.upper!r}"
     if entry.status == "rank_deficient" and not entry.kappa == entry.upper == math.inf:
         return f"'kappa' is {entry.kappa!r} and 'upper' {entry.upper!r} for a singular matrix, where both are inf"
-    if entry.status == "bounded" and not (math.isnan(entry.kappa) and entry.upper == math.inf):
+    if entry.status in ("bounded", "scored") and not (math.isnan(entry.kappa) and entry.upper == math.inf):
         return f"'kappa' is {entry.kappa!r} and 'upper' {entry.upper!r}, where only a lower bound is known"
     if entry.sigma_max < entry.sigma_min or entry.sigma_min < 0:
         return f"'sigma_max' is {entry.sigma_max!r} and 'sigma_min' {entry.sigma_min!r}"
     if entry.sensitivity < 0:
         return f"'sensitivity' is {entry.sensitivity!r}"
+    return _wrong_statistic(entry)
+
+
+def _wrong_statistic(entry: TensorKappa) -> str | None:
+    """A sentence about a statistic that no matrix has, else None."""
+    least = {"frobenius": 0.0, "stable_rank": 1.0, "participation_ratio": 1.0, "demmel": 1.0}
+    for name, floor in least.items():
+        value = getattr(entry, name)
+        if value is not None and value < floor * (1 - ROUNDING):
+            return f"{name!r} is {value!r}, which is below {floor:g}"
+    ends = (entry.flatness_lower, entry.flatness, entry.flatness_upper)
+    if all(x is None for x in ends) and entry.flatness_by_shape is None:
+        return None
+    lower, flatness, upper = ends
+    if lower is None or flatness is None or upper is None:
+        return f"'flatness' is {flatness!r}, and its interval from {lower!r} to {upper!r}"
+    if not lower <= flatness <= upper <= 0:
+        return f"'flatness' is {flatness!r}, outside of its interval from {lower!r} to {upper!r}, or above 0"
     return None
 
 

@@ -26,10 +26,10 @@ class Pool:
     @classmethod
     def of(cls, units: Iterable[Unit]) -> Pool:
         units = tuple(units)
-        ranked = [unit for unit in units if unit.status in ("ok", "rank_deficient")]
+        ranked = [unit for unit in units if unit.status in ("ok", "scored", "rank_deficient")]
         bounded = [unit for unit in units if unit.status == "bounded"]
         return cls(
-            ranked=tuple(sorted(ranked, key=lambda unit: (unit.status != "ok", unit.score, unit.key))),
+            ranked=tuple(sorted(ranked, key=lambda unit: (unit.status == "rank_deficient", unit.score, unit.key))),
             bounded=tuple(sorted(bounded, key=lambda unit: (unit.lower, unit.key))),
             size=len(units),
             numel=sum(unit.numel for unit in units),
@@ -38,7 +38,7 @@ class Pool:
     @property
     def regular(self) -> tuple[Unit, ...]:
         """The units of full rank, in score order."""
-        return tuple(unit for unit in self.ranked if unit.status == "ok")
+        return tuple(unit for unit in self.ranked if unit.status != "rank_deficient")
 
     @property
     def horizon(self) -> float:

@@ -77,7 +77,7 @@ class Order:
         cells: dict[tuple[Any, ...], list[Unit]] = {}
         taken = {unit.key for unit in chosen}
         for unit in units:
-            if unit.status == "ok" or unit.key in taken:
+            if unit.status in ("ok", "scored") or unit.key in taken:
                 cells.setdefault(self._cell(unit), []).append(unit)
         found: list[Unit] = []
         choice = False

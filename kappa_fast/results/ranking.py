@@ -13,6 +13,7 @@ from . import consumers, serialize
 from .consistency import contradicted_score, wrong_metadata
 from .entries import Skipped, Status, TensorKappa
 from .orders import MatchName, OrderName
+from .scores import Score, scored, text_of
 from .selecting import select
 from .selection import Selection
 from .summary import By, Summary, summarize
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
     from .consumers import Comparison, RankingTable, Series
 
 # Resolved entries come first, so that the first k entries of a ranking with top=k are the lowest k.
-_STATUS_ORDER: dict[Status, int] = {"ok": 0, "rank_deficient": 1, "bounded": 2, "non_finite": 3}
+_STATUS_ORDER: dict[Status, int] = {"ok": 0, "scored": 0, "rank_deficient": 1, "bounded": 2, "non_finite": 3}
+_STATUS_WORDS: dict[Status, str] = {
+    "scored": "without kappa",
+    "rank_deficient": "rank deficient",
+    "bounded": "only bounded",
+    "non_finite": "nan",
+}
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -113,7 +120,7 @@ class Ranking(Sequence[TensorKappa]):
         parts = [f"{len(self)} matrices"]
         if resolved:
             parts.append(f"kappa {min(resolved):.4g} to {max(resolved):.4g}")
-        for status, words in (("rank_deficient", "rank deficient"), ("bounded", "only bounded"), ("non_finite", "nan")):
+        for status, words in _STATUS_WORDS.items():
             count = sum(entry.status == status for entry in self.entries)
             parts += [f"{count} {words}"] if count else []
         return f"Ranking({', '.join([*parts, f'{len(self.skipped)} skipped'])})"
@@ -190,6 +197,20 @@ class Ranking(Sequence[TensorKappa]):
             seed=seed,
             match=match,
         )
+
+    def by(self, score: Score) -> Ranking:
+        """The same matrices sorted by another score, from what is known of them: nothing is computed.
+
+        Args:
+            score: a name of docs/scores.md, with a minus in front for the highest first ("-flatness"), or a callable
+                that gives an entry its score.
+
+        Raises:
+            OptionError: there is no such score, an entry does not have it, or the callable returned no number.
+        """
+        settings = {**serialize.mapping_of(self.metadata.get("settings")), "score": text_of(score)}
+        entries = [scored(entry, score) for entry in self.entries]
+        return Ranking(entries, self.skipped, {**self.metadata, "settings": settings})
 
     def filter(
         self,
@@ -340,6 +361,7 @@ class Ranking(Sequence[TensorKappa]):
     ) -> Any:
         """Draw the heat map of layers and types of matrices; returns the matplotlib Figure.
 
+        It shows kappa, or the statistic by whose name the ranking is sorted: ``ranking.by("flatness").plot()``.
         Several matrices of one type in one layer (experts) are shown by their geometric mean. If no matrix has the
         number of a layer in its name, the lowest matrices are shown as bars. The backend of matplotlib and its settings
         stay as they are.

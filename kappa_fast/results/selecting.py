@@ -15,7 +15,9 @@ from .budgets import BUDGETS, is_count
 from .cuts import Cut, Pool, cut_by_all, cut_by_count, cut_by_kappa, cut_by_params, fraction_count
 from .entries import TensorKappa
 from .orders import MatchName, Order, OrderName
+from .scores import KAPPA, score_of
 from .selection import Selection, compiled, matches
+from .serialize import mapping_of
 from .units import Unit, UnitName, check_unit, make_units
 
 Patterns = str | Sequence[str] | None
@@ -40,9 +42,11 @@ def select(
     _check_fill(fill, budgets)
     way = Order.of(order, seed, match, budgets)
     candidates = matching(entries, include, exclude)
-    units = make_units(candidates, unit)
+    score = score_of(metadata)
+    units = make_units(candidates, unit, score)
     if not any(item.status != "non_finite" for item in units):
         raise OptionError(f"there is nothing to select: {_why_empty(entries, units)}")
+    _check_kappas_known(given, units)
     params = next((_params(b.value, metadata, units) for b in given if b.name == "max_params"), 0)
     pools = _pools(way.arranged(units), per_group)
     cuts = _cuts(pools, given, params, fill)
@@ -70,11 +74,25 @@ def select(
         entries=tuple(entry for entry in entries if entry.key in chosen),
         boundary_certain=not partial and all(cut.certain for cut in cuts),
         settings=_settings(given, cuts, metadata, per_group=bool(per_group), unit=unit)
+        | ({} if score == KAPPA else {"score": _score_text(metadata)})
         | ({"fill": True} if fill else {})
         | ({"took": {"units": len(taken), "of": len(units), "groups": len(pools)}} if per_group else {})
         | way.settings
         | {name: _listed(p) for name, p in (("include", include), ("exclude", exclude)) if p is not None},
     )
+
+
+def _score_text(metadata: Mapping[str, Any]) -> str:
+    return str(mapping_of(metadata.get("settings")).get("score", "kappa"))
+
+
+def _check_kappas_known(given: Sequence[_Budget], units: Sequence[Unit]) -> None:
+    without = next((unit for unit in units if any(entry.status == "scored" for entry in unit.members)), None)
+    if without is not None and any(budget.name == "max_kappa" for budget in given):
+        raise OptionError(
+            f"max_kappa needs kappa, which the score of this ranking did not need, and that of {without.key} is not "
+            "known: rank with score='kappa', and sort with ranking.by()"
+        )
 
 
 def _settings(

@@ -111,8 +111,8 @@ class Selection:
 
     @property
     def kappa_range(self) -> tuple[float, float]:
-        """The smallest and the largest kappa of the selection, (nan, nan) if it is empty."""
-        kappas = [entry.kappa for entry in self.entries]
+        """The smallest and the largest kappa of the selection, (nan, nan) if none is known."""
+        kappas = [entry.kappa for entry in self.entries if not math.isnan(entry.kappa)]
         return (min(kappas), max(kappas)) if kappas else (math.nan, math.nan)
 
     def including(self, *patterns: str) -> Selection:

@@ -23,6 +23,7 @@ from ..io.writing import write_bytes
 from .consistency import contradiction
 from .entries import Index, Skipped, Status, TensorKappa
 from .names import group_of, layer_of
+from .statistics import COUNTS, STATISTICS
 
 RANKING_FORMAT = "kappa_fast ranking"
 SELECTION_FORMAT = "kappa_fast selection"
@@ -74,8 +75,9 @@ def mapping_of(value: object) -> Mapping[str, Any]:
 
 
 def encode_entry(entry: TensorKappa) -> dict[str, Any]:
-    """One entry as plain JSON."""
-    return {item.name: _as_json(getattr(entry, item.name)) for item in fields(entry)}
+    """One entry as plain JSON; statistics that are not known are left out."""
+    known = {item.name: getattr(entry, item.name) for item in fields(entry)}
+    return {name: _as_json(v) for name, v in known.items() if v is not None or name not in STATISTICS}
 
 
 def encode_skipped(skipped: Skipped) -> dict[str, Any]:
@@ -186,6 +188,12 @@ def _read_float(raw: Any) -> float:
     return number
 
 
+def _read_ordered(raw: Any) -> float:
+    number = _read_float(raw)
+    _require(not math.isnan(number))
+    return number
+
+
 def _read_index(raw: Any) -> Index:
     def part(item: Any) -> int | slice:
         if not isinstance(item, list):
@@ -204,6 +212,7 @@ def _read_status(raw: Any) -> str:
 
 _TEXT: _Reader = ("text", _read_text)
 _FLOAT: _Reader = ('a number, "nan", "inf" or "-inf"', _read_float)
+_STATISTIC: _Reader = ('a number, "inf", "-inf" or null', lambda raw: None if raw is None else _read_ordered(raw))
 
 _ENTRY_FIELDS: dict[str, _Reader] = {
     "name": _TEXT,
@@ -226,10 +235,12 @@ _ENTRY_FIELDS: dict[str, _Reader] = {
     "sensitivity": _FLOAT,
     "status": ("one of " + ", ".join(get_args(Status)), _read_status),
     "quantization": ("text or null", lambda raw: None if raw is None else _read_text(raw)),
+    **dict.fromkeys(STATISTICS, _STATISTIC),
+    **dict.fromkeys(COUNTS, ("a count or null", lambda raw: None if raw is None else _read_count(raw))),
 }
 
 # Fields that files of older versions do not have; these fields have defaults.
-_ADDED = frozenset({"quantization"})
+_ADDED = frozenset({"quantization", *STATISTICS})
 
 _SKIPPED_FIELDS: dict[str, _Reader] = {"name": _TEXT, "shape": ("a list of sizes", _read_shape), "reason": _TEXT}
 

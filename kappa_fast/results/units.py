@@ -11,6 +11,7 @@ from typing import Literal, get_args
 from ..errors import OptionError
 from ..io.limits import MOST_DIGITS
 from .entries import Status, TensorKappa
+from .scores import KAPPA, LOGARITHMIC, NamedScore
 
 UnitName = Literal["matrix", "expert", "parameter"]
 
@@ -33,7 +34,7 @@ class Unit:
     """Matrices that are selected together.
 
     ``[lower, upper]`` holds the geometric mean of the true kappas, ``[score_lower, score_upper]`` the score: the same
-    interval where scores are kappas, (-inf, inf) for other scores of kappas that are not exactly known.
+    interval where scores are kappas, that of the flatness where this is the score, and (-inf, inf) for other scores.
     """
 
     key: str
@@ -72,37 +73,43 @@ def check_unit(unit: object) -> None:
         raise OptionError(f"unit={unit!r} is unknown: use one of {', '.join(map(repr, get_args(UnitName)))}")
 
 
-def make_units(entries: Iterable[TensorKappa], unit: UnitName) -> list[Unit]:
-    """The units of a ranking, in the order of their first entries.
+def make_units(entries: Iterable[TensorKappa], unit: UnitName, score: NamedScore | None = KAPPA) -> list[Unit]:
+    """The units of a ranking that is sorted by ``score`` (None: by a callable), in the order of their first entries.
 
     Raises:
         OptionError: ``unit`` is unknown, or the scores of a unit with several matrices are not all positive.
     """
     check_unit(unit)
     entries = tuple(entries)
-    resolved = [entry for entry in entries if entry.status in ("ok", "rank_deficient")]
-    scores_are_kappas = all(entry.score == entry.kappa for entry in resolved)
+    resolved = [entry for entry in entries if entry.status in ("ok", "rank_deficient", "scored")]
+    if score is not None and score.name == "kappa" and any(entry.score != entry.kappa for entry in resolved):
+        score = None  # made by hand: the metadata does not tell
     members: dict[str, list[TensorKappa]] = {}
     for entry in entries:
         members.setdefault(_KEYS[unit](entry), []).append(entry)
-    return [_make_unit(key, tuple(group), scores_are_kappas) for key, group in members.items()]
+    return [_make_unit(key, tuple(group), score) for key, group in members.items()]
 
 
-def _make_unit(key: str, members: tuple[TensorKappa, ...], scores_are_kappas: bool) -> Unit:
+def _make_unit(key: str, members: tuple[TensorKappa, ...], by: NamedScore | None) -> Unit:
     statuses = {entry.status for entry in members}
     # One nan makes the unit non-finite; one infinite kappa makes its mean infinite, even if others are unresolved.
-    order: tuple[Status, ...] = ("non_finite", "rank_deficient", "bounded", "ok")
+    order: tuple[Status, ...] = ("non_finite", "rank_deficient", "bounded", "scored", "ok")
     status = next(status for status in order if status in statuses)
-    known = status in ("ok", "rank_deficient") and "bounded" not in statuses
+    known = status in ("ok", "rank_deficient", "scored") and "bounded" not in statuses
     lower, upper = _interval(members) if status != "non_finite" else (math.nan, math.nan)
     if known:
-        kappa, score = _kappa_mean(members), _score_mean(key, members)
+        kappa = _kappa_mean(members) if "scored" not in statuses else math.inf if status != "scored" else math.nan
+        score = _score_mean(key, members, by)
     else:
         kappa = score = math.inf if status == "rank_deficient" else math.nan
     score_interval = (lower, upper)
-    if not scores_are_kappas:
-        exact = known and all(entry.lower == entry.upper for entry in members)
-        score_interval = (score, score) if exact else (-math.inf, math.inf)
+    if by is None or by.name != "kappa" or by.highest:
+        score_interval = (-math.inf, math.inf)
+        one = by.interval(members[0]) if by is not None and len(members) == 1 and known else None
+        if one is not None:
+            score_interval = one
+        elif known and all(entry.lower == entry.upper for entry in members):
+            score_interval = (score, score)
     return Unit(
         key=key,
         group=" + ".join(sorted({entry.group for entry in members})),
@@ -130,8 +137,11 @@ def _kappa_mean(members: Sequence[TensorKappa]) -> float:
     return geometric_mean([entry.kappa for entry in members])
 
 
-def _score_mean(key: str, members: Sequence[TensorKappa]) -> float:
+def _score_mean(key: str, members: Sequence[TensorKappa], by: NamedScore | None) -> float:
     scores = [entry.score for entry in members]
+    if by is not None and by.name in LOGARITHMIC:
+        infinite = [x for x in scores if math.isinf(x)]
+        return infinite[0] if infinite else math.fsum(scores) / len(scores)
     if len(scores) > 1 and min(scores) <= 0:
         raise OptionError(
             f"the scores of {key} have no geometric mean, because one of them is {min(scores)!r}: "

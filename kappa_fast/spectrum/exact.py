@@ -7,7 +7,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from ..backends.base import Operand, Tensor
 from . import doubled
 from .certify import gamma
 from .doubled import OUT, TINY, U, norm
+from .statistics import Values
 
 METHOD = "svd64"
 # A matrix with SVD_FROM columns or more goes to an SVD if it has fewer than SVD_SLENDER times as many rows as columns,
@@ -94,7 +95,8 @@ class SpectrumEnds:
 
     left (m, 2), right (n, 2): approximate singular vectors of sigma_1 and sigma_n, float64 on the CPU; None where
     sigma_n is not proven to be positive. settled: A shrinks some vector as far as rounding lets it shrink a null
-    vector, so no other method is likely to prove that sigma_n is positive.
+    vector, so no other method is likely to prove that sigma_n is positive. values: all singular values, where a
+    method finds them.
     """
 
     largest: Interval
@@ -102,6 +104,7 @@ class SpectrumEnds:
     left: Tensor | None = None
     right: Tensor | None = None
     settled: bool = False
+    values: Values | None = None
 
     def is_narrow(self, rtol: float) -> bool:
         """Whether the interval of sigma_n is narrow enough for an interval of kappa of relative half-width ``rtol``."""
@@ -120,7 +123,8 @@ class SpectrumEnds:
             for x, y in ((self.largest, other.largest), (self.smallest, other.smallest))
         )
         closer = max(self, other, key=lambda x: x.smallest[0])
-        return SpectrumEnds(largest, smallest, closer.left, closer.right, self.settled or other.settled)
+        values = min((x.values for x in (self, other) if x.values), key=lambda values: values.width, default=None)
+        return SpectrumEnds(largest, smallest, closer.left, closer.right, self.settled or other.settled, values)
 
 
 def decompose(a: Operand, rtol: float, *, suspected: bool = False) -> SpectrumEnds:
@@ -139,7 +143,12 @@ def decompose(a: Operand, rtol: float, *, suspected: bool = False) -> SpectrumEn
     if n < DOUBLED_BELOW or (n >= SVD_FROM and slender):
         found = _decompose_doubled_gram(a, rtol)
         # An SVD adds nothing if sigma_n is proven positive, and hardly ever anything for tall matrices.
-        return found if found.separated or m > _svd_rows(n) else found.intersected(decompose_svd(a, rtol))
+        if m > _svd_rows(n) or (found.separated and found.values is not None and found.values.width <= n * rtol):
+            return found
+        other = decompose_svd(a, rtol)
+        if not found.separated:
+            return found.intersected(other)
+        return replace(found, values=found.intersected(other).values)  # it knows those between both ends better
     found = decompose_svd(a, rtol)
     if n >= SVD_FROM or found.settled or found.is_narrow(rtol):
         return found
@@ -215,6 +224,10 @@ class _Eigen:
         defect = norm(v.T @ v - eye) + gamma(h) * (norm(v) ** 2 + 1)
         return cls(theta, v, (rest * OUT + error) * OUT + TINY, defect * OUT)
 
+    def roots(self, distance: float = 0.0) -> Values:
+        """The square roots of all eigenvalues, of a matrix within ``distance``."""
+        return Values.of_squares(self.theta, self.defect, self.rest, distance)
+
     def bounds(self, i: int) -> tuple[float, float]:
         """Bounds of the square root of eigenvalue i."""
         theta = float(self.theta[i])
@@ -232,7 +245,7 @@ def _decompose_gram(a: Operand, rtol: float) -> SpectrumEnds | None:
     largest, smallest = eigen.bounds(-1), eigen.bounds(0)
     if not SpectrumEnds(largest, smallest).is_narrow(rtol):
         return None
-    return _with_vectors(a, largest, smallest, eigen.vectors[:, [-1, 0]])
+    return _with_vectors(a, largest, smallest, eigen.vectors[:, [-1, 0]], eigen.roots())
 
 
 def _decompose_doubled_gram(a: Operand, rtol: float) -> SpectrumEnds:
@@ -270,8 +283,9 @@ def _decompose_doubled_gram(a: Operand, rtol: float) -> SpectrumEnds:
         break
     smallest = max(0.0, bottom - distance) * (1 - 2 * U), (top + distance) * (1 + 2 * U)
     if right is None or not smallest[0] > 0:
-        return SpectrumEnds(largest, (0.0, smallest[1]))
-    return _with_vectors(a, largest, smallest, torch.stack([eigen.vectors[:, -1], right / right.norm()], dim=1))
+        return SpectrumEnds(largest, (0.0, smallest[1]), values=eigen.roots(distance))
+    vectors = torch.stack([eigen.vectors[:, -1], right / right.norm()], dim=1)
+    return _with_vectors(a, largest, smallest, vectors, eigen.roots(distance))
 
 
 def _bounds_of_smallest(x: Tensor, t: doubled.Double, c: Tensor | None) -> tuple[float, float, Tensor] | None:
@@ -337,16 +351,17 @@ def _bounds_from_svd(u: Tensor, s: Tensor, vh: Tensor, rest: float, defect: floa
     up, down = (1 + defect) * OUT_ULP, (1 - defect) / OUT_ULP
     largest = max(0.0, high * down - rest), high * up + rest
     smallest = max(0.0, low * down - rest), low * up + rest
+    values = Values.of_values(s, defect + 8 * U, rest)
     if not smallest[0] > 0:
-        return SpectrumEnds(largest, smallest)
-    return SpectrumEnds(largest, smallest, u[:, [0, -1]], vh.T[:, [0, -1]])
+        return SpectrumEnds(largest, smallest, values=values)
+    return SpectrumEnds(largest, smallest, u[:, [0, -1]], vh.T[:, [0, -1]], values=values)
 
 
 def _with_vectors(
-    a: Operand, largest: tuple[float, float], smallest: tuple[float, float], right: Tensor
+    a: Operand, largest: tuple[float, float], smallest: tuple[float, float], right: Tensor, values: Values
 ) -> SpectrumEnds:
     left = torch.cat([rows @ right for _, _, rows in _blocks(a)])
-    return SpectrumEnds(largest, smallest, left / left.norm(dim=0), right)
+    return SpectrumEnds(largest, smallest, left / left.norm(dim=0), right, values=values)
 
 
 def singular_reason(a: Operand) -> str | None:

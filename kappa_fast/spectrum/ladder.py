@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..backends.base import CLIMBING, Backend, Factors, Operand, Panel, Rung, Tensor
+from ..backends.base import CLIMBING, Backend, Factors, Operand, Panel, Rung, Tensor, symmetric_norm
 from ..machine.torch_state import flushes
+from ..results.statistics import OF_SPECTRUM, UNKNOWN, Statistics
 from . import certify as proofs
-from . import exact, small
+from . import exact, measures, small, statistics
 from .bounds import norm_factor
 from .krylov import WIDTH, Extreme, largest
 from .polish import U64, Triplets, polish, sensitivities
@@ -47,6 +48,7 @@ class _Climber:
     level: int = 0  # the index of its current rung
     best: Resolution | None = None
     triplets: Triplets | None = None
+    statistics: Statistics = UNKNOWN
     done: bool = field(default=False)
 
     @property
@@ -89,12 +91,15 @@ def resolve(
         if not climber.done:
             with gate.taken(climber.operand):
                 _finish_exactly(climber, goal)
+    for climber in climbers:
+        _complete(backend, climber, goal, gate)
     _measure_sensitivity(backend, [c for c in climbers if c.best is not None and c.best.status == "ok"])
     if goal.certify:
         _prove(backend, climbers, goal.rtol)
     for climber in climbers:
         assert climber.best is not None  # the exact rung always gives a result
-        results[climber.position] = _unscale(climber.best, climber.operand.exponent)
+        found = replace(climber.best, statistics=climber.statistics)
+        results[climber.position] = _unscale(found, climber.operand.exponent)
     return [r for r in results if r is not None]
 
 
@@ -106,6 +111,8 @@ def _resolve_small(
     results: list[Resolution | None],
 ) -> None:
     """Add to ``results`` those of small matrices that batches of float64 Gram matrices resolve on the CPU."""
+    if any(name in OF_SPECTRUM for name in goal.statistics):
+        return  # batches find both ends alone
     shapes = [a.shape if found is None else None for a, found in zip(operands, results, strict=True)]
     here = backend.side_by_side  # an accelerator leaves to the CPU what the last rung would do there
     which = [i for i, s in enumerate(shapes) if s and (here or left_to_the_svd(s)) and small.eligible(s, goal)]
@@ -142,11 +149,14 @@ def _resolve_trivial(a: Operand) -> Resolution | None:
         return Resolution("non_finite", math.nan, math.nan, math.nan, math.nan, math.nan, "none")
     if a.peak == 0:
         lower = math.inf if a.exact else 1.0
-        return Resolution("rank_deficient", math.inf, lower, math.inf, 0.0, 0.0, "zero", certified=a.exact)
+        known = statistics.of_singular(a.shape, None, 0.0, (0.0, 0.0), 0.0)
+        return Resolution(
+            "rank_deficient", math.inf, lower, math.inf, 0.0, 0.0, "zero", certified=a.exact, statistics=known
+        )
     if a.shape[1] == 1:
         sigma = float(torch.linalg.vector_norm(a.tensor.to(torch.float64)))  # float8 has no norm of its own
         found = Resolution("ok", 1.0, 1.0, 1.0, sigma, sigma, "vector", certified=True, sensitivity=0.0)
-        return _unscale(found, a.exponent)
+        return _unscale(replace(found, statistics=statistics.of_vector(sigma)), a.exponent)
     return None
 
 
@@ -244,9 +254,12 @@ def _factor_accurately(backend: Backend, climbers: Sequence[_Climber], limit: fl
 
 
 def _resolve_with_factors(backend: Backend, wave: _Factored, goal: Goal) -> None:
-    """Search both ends of every matrix, polish them, and record the interval."""
+    """Search both ends of every matrix, polish them, and record the interval; or only what needs no ends."""
     climbers, factors = wave.climbers, wave.factors
+    if not goal.ends:
+        return _measure_factors(backend, wave)
     (tops, highest), (bottoms, lowest) = _search(backend, factors, [c.seed for c in climbers], END_SHARE * goal.rtol)
+    volumes = backend.read(backend.volumes([c.operand for c in climbers], factors))
     polished = backend.solve(factors, lowest)
     # The vectors of an operator that overflowed cannot be polished, and LAPACK must not get their NaNs.
     finite = backend.read(torch.isfinite(backend.norms(polished)).all(dim=1))
@@ -260,7 +273,26 @@ def _resolve_with_factors(backend: Backend, wave: _Factored, goal: Goal) -> None
             rounding = 4 * (sum(climber.operand.shape) + 8) * U64
             resolution = _interval(factors.rungs[j], wave.departures[j], tops[j], bottoms[j], triplets, rounding)
             climber.keep(resolution, triplets)
+            ends, power = (triplets.sigma_max, triplets.sigma_min), factors.rungs[j].power
+            climber.statistics = statistics.of_factor(
+                climber.operand.shape, power, wave.departures[j], volumes[j], triplets.norm, ends
+            )
             climber.done = resolution.half_width <= goal.rtol or resolution.lower > goal.cutoff
+
+
+def _measure_factors(backend: Backend, wave: _Factored) -> None:
+    """Record the statistics of the factors, without both ends of the spectrum."""
+    climbers, factors = wave.climbers, wave.factors
+    operands, nan = [c.operand for c in climbers], math.nan
+    ones = Panel.pack([torch.ones((n, 1), dtype=torch.float64, device=backend.device) for n in factors.ns])
+    norms = backend.apply(operands, ones)[1]
+    rows = backend.read(torch.cat([backend.volumes(operands, factors), norms[:, None]], dim=1))
+    for climber, rung, departure, (*volume, norm) in zip(climbers, factors.rungs, wave.departures, rows, strict=True):
+        climber.best = Resolution("bounded", nan, 1.0, math.inf, nan, nan, rung.name)
+        climber.statistics = statistics.of_factor(
+            climber.operand.shape, rung.power, departure, volume, norm, (nan, nan)
+        )
+        climber.done = True
 
 
 def _measure_departures(backend: Backend, climbers: Sequence[_Climber], factors: Factors, limit: float) -> list[float]:
@@ -337,6 +369,8 @@ def _finish_exactly(climber: _Climber, goal: Goal) -> None:
         if not suspected and _found_plainly_singular(climber):
             return
         climber.best = Resolution("rank_deficient", math.inf, lower, math.inf, high, low, exact.METHOD)
+        norm = float(torch.linalg.vector_norm(a.tensor.to("cpu", torch.float64)))
+        climber.statistics = statistics.of_singular(a.shape, ends.values, norm, ends.largest, low_up)
         climber.triplets = None
     else:
         upper = high_up / low_low * (1 + 4 * proofs.U)
@@ -344,6 +378,34 @@ def _finish_exactly(climber: _Climber, goal: Goal) -> None:
         kappa = min(max(high / low, lower), upper)
         found = Resolution("ok", kappa, lower, upper, high, low, exact.METHOD, certified=goal.certify and a.exact)
         climber.keep(found, Triplets(high, low, lower, left, right))
+        if ends.values is not None:
+            climber.statistics = statistics.of_values(a.shape, ends.values, ends.smallest)
+
+
+def _complete(backend: Backend, climber: _Climber, goal: Goal, gate: exact.MemoryGate) -> None:
+    """Compute the statistics that the goal asks for and no rung has given."""
+    known = climber.statistics
+    if all(getattr(known, name) is not None for name in goal.statistics):
+        return
+    a = climber.operand
+    if any(getattr(known, name) is None for name in goal.statistics if name in OF_SPECTRUM):
+        with gate.taken(a):
+            values = measures.singular_values(backend, a)
+        known = climber.statistics = replace(known, **measures.of_spectrum(a.shape, values))
+    if all(getattr(known, name) is not None for name in goal.statistics if name not in OF_SPECTRUM):
+        return
+    if climber.best is not None and climber.best.status == "rank_deficient":
+        with gate.taken(a):
+            every = exact.decompose_svd(a).values
+        assert every is not None  # an SVD has them all
+        found = statistics.of_singular(a.shape, every, known.frobenius or 0.0, every.largest, 0.0)
+        climber.statistics = replace(
+            known, stable_rank=found.stable_rank, participation_ratio=found.participation_ratio
+        )
+    elif known.participation_ratio is None and known.frobenius is not None:
+        (gram,) = backend.gram([a], torch.float32 if climber.dtype != torch.float64 else torch.float64)
+        ratio = statistics.participation(a.shape[1], known.frobenius, float(symmetric_norm(gram)))
+        climber.statistics = replace(known, participation_ratio=ratio)
 
 
 def _found_plainly_singular(climber: _Climber) -> bool:
@@ -356,6 +418,7 @@ def _found_plainly_singular(climber: _Climber) -> bool:
     climber.best = Resolution(
         "rank_deficient", math.inf, math.inf, math.inf, high, 0.0, f"{exact.METHOD}: {reason}", certified=True
     )
+    climber.statistics = statistics.of_singular(a.shape, None, high, (0.0, high), 0.0)
     climber.triplets = None
     return True
 
@@ -372,5 +435,8 @@ def _unscale(found: Resolution, exponent: int) -> Resolution:
     if exponent == 0:
         return found
     half = exponent // 2
-    back = [x * 2.0**half * 2.0 ** (exponent - half) for x in (found.sigma_max, found.sigma_min)]
-    return replace(found, sigma_max=back[0], sigma_min=back[1])
+    norm = found.statistics.frobenius
+    given = (found.sigma_max, found.sigma_min, math.nan if norm is None else norm)
+    back = [x * 2.0**half * 2.0 ** (exponent - half) for x in given]
+    known = found.statistics if norm is None else replace(found.statistics, frobenius=back[2])
+    return replace(found, sigma_max=back[0], sigma_min=back[1], statistics=known)

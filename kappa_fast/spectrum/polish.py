@@ -28,6 +28,7 @@ class Triplets:
     lower: float
     left: Tensor  # (m, 2): u of sigma_max, u of sigma_min
     right: Tensor  # (n, 2): v of sigma_max, v of sigma_min
+    norm: float = math.nan  # ||A||_F, to a relative 1e-6
 
 
 def polish(backend: Backend, operands: Sequence[Operand], tops: Panel, bottoms: Panel) -> list[Triplets]:
@@ -44,7 +45,7 @@ def polish(backend: Backend, operands: Sequence[Operand], tops: Panel, bottoms: 
     measured = backend.read(torch.cat([s1, sn, reached1, reachedn, backend.norms(right), norms[:, None]], dim=1))
     width = max(top.width, bottom.width)
     return [
-        Triplets(high, low, ratio_bound(a.shape, norm, reached, lengths, width), u, v)
+        Triplets(high, low, ratio_bound(a.shape, norm, reached, lengths, width), u, v, norm)
         for a, (high, low, *ends, norm), u, v in zip(operands, measured, left.blocks(), right.blocks(), strict=True)
         for reached, lengths in [((ends[0], ends[1]), (ends[2], ends[3]))]
     ]

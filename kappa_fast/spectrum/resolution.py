@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..results.entries import Status
+from ..results.statistics import UNKNOWN, Statistics
 
 # Raise this number when a correction in spectrum/, in a backend or in the reading of weights makes earlier results
 # wrong: cached results with another number are not used any more.
@@ -14,16 +15,22 @@ NUMERICS = 4
 
 @dataclass(frozen=True)
 class Goal:
-    """An interval of relative half-width ``rtol`` is wanted, unless kappa provably exceeds ``cutoff``."""
+    """An interval of relative half-width ``rtol`` is wanted, unless kappa provably exceeds ``cutoff``.
+
+    ends: False where neither end of the spectrum is wanted, but the statistics that come with a factor.
+    statistics: those that have to be known, whatever the rung gives.
+    """
 
     rtol: float
     certify: bool = False
     cutoff: float = math.inf
+    ends: bool = True
+    statistics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """The result for one matrix. Singular values are in the units of the weights."""
+    """The result for one matrix. Singular values and the norm are in the units of the weights."""
 
     status: Status
     kappa: float
@@ -34,6 +41,7 @@ class Resolution:
     method: str
     certified: bool = False
     sensitivity: float = math.nan
+    statistics: Statistics = UNKNOWN
 
     @property
     def half_width(self) -> float:

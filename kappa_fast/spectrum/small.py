@@ -22,14 +22,15 @@ import torch
 
 from ..backends.base import Operand, Tensor
 from ..machine.threads import each_on_one_thread, fits_one_thread
+from . import statistics
 from .certify import OUT, OUT_ULP, TINY, U, gamma
 from .polish import binade_totals, ratio_bound, sensitivity
 from .resolution import Goal, Resolution
 
 METHOD = "gram64"
 # Columns from which the ladder is faster: 2048 x 512 takes 41 ms here and 45 to 50 there, 3072 x 768 takes 91 to 98 and
-# 73 to 93. With proofs more is tried here first: a 5632 x 2048 takes 1.3 to 2 times as long as without, and on the ladder
-# 2.3 times.
+# 73 to 93. With proofs more is tried here first: a 5632 x 2048 takes 1.3 to 2 times as long as without them, and on the
+# ladder 2.3 times.
 BELOW = 640
 PROOFS_BELOW = 4096  # of tall matrices; a large square one is likely to have a kappa that a Gram matrix cannot resolve
 SQUARE_PROOFS_BELOW, TALL = 1024, 1.25
@@ -196,7 +197,8 @@ def _resolve_batch(operands: Sequence[Operand], dtypes: Sequence[torch.dtype], g
         above = max(math.sqrt(highest[i] / lowest[i]) * (1 + 8 * U), kappa)
         moved = sensitivity(totals[i], dtypes[i], operands[i].exponent, largest, smallest)
         proven = goal.certify and operands[i].exact
-        results.append(Resolution("ok", kappa, below, above, largest, smallest, METHOD, proven, moved))
+        known = statistics.of_gram(a.shape, ends.volume.of(i, lowest[i]), norms[i], (largest, smallest))
+        results.append(Resolution("ok", kappa, below, above, largest, smallest, METHOD, proven, moved, known))
     return results
 
 
@@ -213,6 +215,46 @@ class _Placed:
     top: Tensor
     bottom: Tensor
     hopeful: list[bool]
+    volume: _Volumes
+
+
+@dataclass(frozen=True)
+class _Volumes:
+    """What the statistics need of every G, from its eigenvalues or a Cholesky factor; lists and tensors for (b,).
+
+    logs: of the singular values, or of the pivots of the factor, (b, n).  gram: ||G||_F, or None and the eigenvalues'.
+    values: all eigenvalues (b, n), or None.  errors: how far each eigenvalue, or ||G - L L^T||_F, may be off.
+    """
+
+    logs: list[list[float]]
+    gram: list[float]
+    values: list[list[float]] | None
+    errors: list[float]
+
+    @classmethod
+    def of_eigenvalues(cls, theta: Tensor, resolved: Tensor) -> _Volumes:
+        logs = (theta.clamp(min=0.0).log() / 2).tolist()
+        values: list[list[float]] = theta.tolist()
+        gram = [math.sqrt(math.fsum(x * x for x in row)) for row in values]
+        return cls(logs, gram, values, resolved.tolist())
+
+    @classmethod
+    def of_factor(cls, factor: Tensor, g: Tensor, resolved: Tensor) -> _Volumes:
+        logs = factor.diagonal(dim1=1, dim2=2).log().tolist()
+        return cls(logs, torch.linalg.matrix_norm(g).tolist(), None, resolved.tolist())
+
+    def of(self, i: int, lowest: float) -> tuple[float, float, float]:
+        """The mean logarithm of the singular values of matrix i, a bound on its error, and ||G||_F.
+
+        lowest: a proven bound below the eigenvalues of G. Sums of ``fsum`` do not depend on an order.
+        """
+        logs, error = self.logs[i], self.errors[i]
+        n = len(logs)
+        if self.values is not None:
+            unknown = math.fsum(error / (max(x - error, lowest)) for x in self.values[i]) / n / 2
+        else:  # |log det (I + E)| <= sqrt(n) ||E||_F / (1 - ||E||), E = L^-1 (G - L L^T) L^-T
+            unknown = error / max(lowest - error, TINY) / math.sqrt(n) / 2
+        return math.fsum(logs) / n, unknown + 8 * U * max(map(abs, logs)), self.gram[i]
 
 
 def _placed_by_eigenvalues(g: Tensor, resolved: Tensor, rtol: float) -> _Placed | None:
@@ -225,7 +267,9 @@ def _placed_by_eigenvalues(g: Tensor, resolved: Tensor, rtol: float) -> _Placed 
         return None
     start = _start(n, 2).expand(len(g), -1, -1)
     bound = high + 4 * (resolved + 2 * n * gamma(n + 2) * high)
-    return _Placed(bound, low - 5 * resolved, start[:, :, :1], start[:, :, 1:], hopeful)
+    return _Placed(
+        bound, low - 5 * resolved, start[:, :, :1], start[:, :, 1:], hopeful, _Volumes.of_eigenvalues(theta, resolved)
+    )
 
 
 def _placed_by_lanczos(g: Tensor, resolved: Tensor, rtol: float) -> _Placed | None:
@@ -242,9 +286,10 @@ def _placed_by_lanczos(g: Tensor, resolved: Tensor, rtol: float) -> _Placed | No
     hopeful = (resolved < rtol * shift).tolist()
     if not any(hopeful):
         return None
+    volumes = _Volumes.of_factor(factor, g, resolved)
     narrow = g.to(torch.float32)
     high, top = _lanczos(lambda x: torch.bmm(narrow, x), start.to(torch.float32), len(g), rtol)
-    return _Placed(high * (1 + PLACED * rtol), shift, top.to(torch.float64), bottom, hopeful)
+    return _Placed(high * (1 + PLACED * rtol), shift, top.to(torch.float64), bottom, hopeful, volumes)
 
 
 @functools.lru_cache(64)

@@ -151,7 +151,7 @@ RANK = kappa_fast.rank  # looked up now, not while another function has taken it
 def test_every_option_of_rank_that_fits_a_command_line_is_there_with_the_same_default():
     python = inspect.signature(kappa_fast.rank).parameters
     shell = inspect.signature(rank_command.rank).parameters
-    assert set(python) - set(shell) == {"source", "score", "process_group", "stages", "adapters"}
+    assert set(python) - set(shell) == {"source", "process_group", "stages", "adapters"}
     for name in set(python) & set(shell) - {"certify", "cache"}:  # the same command goes on from there: it has a cache
         assert shell[name].default == python[name].default, name
     assert options.proofs(shell["certify"].default) is python["certify"].default

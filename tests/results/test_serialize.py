@@ -18,6 +18,7 @@ from kappa_fast.results import serialize
 from kappa_fast.results.entries import TensorKappa
 from kappa_fast.results.ranking import Ranking
 from kappa_fast.results.selection import Selection
+from kappa_fast.results.statistics import STATISTICS
 
 
 def bits(entry: TensorKappa) -> list[object]:
@@ -200,13 +201,51 @@ def test_a_damaged_field_is_named_with_what_belongs_there(tmp_path, name, value,
         Ranking.from_json(tmp_path / "x.json")
 
 
+def test_a_file_from_before_statistics_were_kept_still_loads_and_has_none(tmp_path):
+    known = dict.fromkeys(STATISTICS, 2.0) | dict(flatness_lower=-3.0, flatness=-2.0, flatness_upper=-1.0)
+    path = tmp_path / "x.json"
+    Ranking([make_entry(**known)]).to_json(path)
+    assert "participation_ratio" in path.read_text()
+    raw = json.loads(path.read_text())
+    for name in STATISTICS:
+        del raw["entries"][0][name]
+    path.write_text(json.dumps(raw))
+    (entry,) = Ranking.from_json(path)
+    assert {getattr(entry, name) for name in STATISTICS} == {None}
+
+
+def test_the_flatness_of_a_singular_matrix_is_written_as_text_and_read_back(tmp_path):
+    known = dict(flatness=-math.inf, flatness_lower=-math.inf, flatness_upper=-2.0, demmel=math.inf)
+    ranking = Ranking([make_entry(kappa=math.inf, **known)])
+    ranking.to_json(tmp_path / "x.json")
+    assert strict_json(tmp_path / "x.json")["entries"][0]["flatness"] == "-inf"
+    assert Ranking.from_json(tmp_path / "x.json") == ranking
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        ({"stable_rank": 0.5}, "'stable_rank' is 0.5, which is below 1"),
+        ({"flatness": -1.0}, "'flatness' is -1.0, and its interval from None to None"),
+        ({"flatness": -1.0, "flatness_lower": -0.5, "flatness_upper": -0.1}, "outside of its interval"),
+        ({"flatness": 0.5, "flatness_lower": 0.0, "flatness_upper": 1.0}, "or above 0"),
+    ],
+)
+def test_statistics_that_no_matrix_has_are_refused(tmp_path, known, message):
+    Ranking([make_entry(**known)]).to_json(tmp_path / "x.json")
+    with pytest.raises(RankingFileError, match=message):
+        Ranking.from_json(tmp_path / "x.json")
+
+
 def test_a_file_from_before_quantization_was_told_still_loads(tmp_path):
     path = tmp_path / "x.json"
     _rewrite(path, lambda raw: [entry.pop("quantization") for entry in raw["entries"]])
     assert {entry.quantization for entry in Ranking.from_json(path)} == {None}
 
 
-@pytest.mark.parametrize("name", [item.name for item in fields(TensorKappa) if item.name != "quantization"])
+@pytest.mark.parametrize(
+    "name", [item.name for item in fields(TensorKappa) if item.name not in ("quantization", *STATISTICS)]
+)
 def test_a_missing_field_is_named(tmp_path, name):
     _rewrite(tmp_path / "x.json", lambda raw: raw["entries"][0].pop(name))
     with pytest.raises(RankingFileError, match=rf"entries\[0\] has no '{name}'"):

@@ -90,6 +90,21 @@ def entries(draw: st.DrawFn) -> TensorKappa:
 
 
 @st.composite
+def statistics(draw: st.DrawFn) -> dict[str, float | None]:
+    """Statistics that do not contradict each other, some or all of them unknown."""
+    above_one = st.none() | st.floats(1, allow_nan=False)
+    found: dict[str, float | None] = {
+        name: draw(above_one) for name in ("stable_rank", "participation_ratio", "demmel", "frobenius")
+    }
+    if draw(st.booleans()):
+        below_zero = st.floats(max_value=0, allow_nan=False)
+        names = ("flatness_lower", "flatness", "flatness_upper")
+        found |= zip(names, sorted(draw(st.tuples(below_zero, below_zero, below_zero))), strict=True)
+        found["flatness_by_shape"] = draw(st.none() | _numbers)
+    return found
+
+
+@st.composite
 def consistent_entries(draw: st.DrawFn) -> TensorKappa:
     """Any entry that a file may hold: its numbers do not contradict each other."""
     entry = draw(entries())
@@ -110,6 +125,7 @@ def consistent_entries(draw: st.DrawFn) -> TensorKappa:
         sigma_min=least,
         certified=settled and entry.certified,
         sensitivity=draw(st.floats(0)),
+        **draw(statistics()),
     )
 
 

@@ -32,7 +32,8 @@ const isSettled = (i) => statusOf(i) === "ok" || statusOf(i) === "rank_deficient
 const hasFiniteKappa = (i) => statusOf(i) === "ok" && ranking.kappa[i] > 0 && ranking.kappa[i] < Infinity;
 
 const positions = Uint32Array.from({ length: count }, (_, i) => i);
-const scoresAreKappas = positions.every((i) => !isSettled(i) || ranking.score[i] === ranking.kappa[i]);
+const hasScore = (i) => isSettled(i) || statusOf(i) === "scored";
+const scoresAreKappas = positions.every((i) => !hasScore(i) || ranking.score[i] === ranking.kappa[i]);
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);

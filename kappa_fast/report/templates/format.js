@@ -1,5 +1,5 @@
 // Texts for numbers and entries, the same as those of the table that kappa_fast prints.
-const STATUS_WORDS = { ok: "ok", rank_deficient: "rank deficient", bounded: "bounded", non_finite: "non-finite" };
+const STATUS_WORDS = { ok: "ok", rank_deficient: "rank deficient", bounded: "bounded", scored: "without kappa", non_finite: "non-finite" };
 
 // Names come from untrusted files: an invisible character is shown as its code.
 const printable = (text) =>
@@ -79,6 +79,7 @@ function formatCell(i) {
   const status = statusOf(i);
   if (status === "ok") return Number.isFinite(ranking.kappa[i]) ? formatShort(ranking.kappa[i]) : "?";
   if (status === "rank_deficient") return "\u221e";
+  if (status === "scored") return "-";
   return status === "bounded" ? `\u2265${formatShort(ranking.lower[i])}` : "NaN";
 }
 
@@ -90,7 +91,7 @@ function describe(i) {
   const interval = formatInterval(i);
   if (interval !== "-") lines.push(`interval ${interval}${ranking.certified[i] ? ", proven" : ""}`);
   if (status !== "ok") lines.push(`status: ${STATUS_WORDS[status]}`);
-  if (!scoresAreKappas && isSettled(i)) lines.push(`score ${formatNumber(ranking.score[i])}`);
+  if (!scoresAreKappas && hasScore(i)) lines.push(`score ${formatNumber(ranking.score[i])}`);
   const quantization = valueOf(ranking.quantization, i);
   const stored = quantization ? `, quantized: ${printable(quantization)}` : "";
   lines.push(`${formatShape(i)} ${printable(valueOf(ranking.dtype, i))}${stored}, number ${i + 1} of ${count}`);

@@ -176,7 +176,7 @@ function legend() {
   for (const place of [0, 0.5, 1]) {
     ticks.append(element("span", {}, formatShort(lowestKappa * (highestKappa / lowestKappa) ** place)));
   }
-  const keys = ["rank_deficient", "bounded", "non_finite"]
+  const keys = ["rank_deficient", "bounded", "scored", "non_finite"]
     .filter((status) => raw.tables.status.includes(status))
     .map((status) => legendKey(status, STATUS_WORDS[status]));
   const target = document.getElementById("legend");

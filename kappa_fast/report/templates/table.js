@@ -35,7 +35,7 @@ const COLUMNS = [
   {
     name: "score",
     header: "Score",
-    text: (i) => (isSettled(i) ? formatNumber(ranking.score[i]) : "?"),
+    text: (i) => (hasScore(i) ? formatNumber(ranking.score[i]) : "?"),
     value: (i) => ranking.score[i],
     isNumber: true,
   },

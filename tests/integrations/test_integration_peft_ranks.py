@@ -1,0 +1,90 @@
+"""LoRA ranks by a statistic: in proportion, within the budget, and as PEFT builds them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from families import batch, build
+
+import kappa_fast
+from kappa_fast import OptionError
+from kappa_fast.integrations.peft import lora_config
+
+peft = pytest.importorskip("peft")
+LoraLayer = pytest.importorskip("peft.tuners.lora").LoraLayer
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama")
+
+
+@pytest.fixture(scope="module")
+def selection(model):
+    return kappa_fast.rank(model, progress=False).select(top_p=0.7)
+
+
+def ranks_of(config, selection):
+    keys = {entry.name: f"^{re.escape(entry.name.removesuffix('.weight'))}" for entry in selection}
+    return {name: config.rank_pattern[key] for name, key in keys.items()}
+
+
+def parameters_of(lora):
+    return sum(p.numel() for n, p in lora.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize("budget", [None, 2500, 4000])
+def test_adapters_have_ranks_in_proportion_within_the_budget_and_train(selection, budget):
+    config = lora_config(selection, rank="stable_rank", r=4, lora_alpha=8, budget=budget)
+    ranks = ranks_of(config, selection)
+    limit = 4 * sum(sum(e.shape) for e in selection) if budget is None else budget
+    lora = peft.get_peft_model(build("llama"), config)
+    built = {n.partition(".lora_A")[0]: len(p) for n, p in lora.named_parameters() if ".lora_A" in n}
+    assert built == {f"base_model.model.{name.removesuffix('.weight')}": rank for name, rank in ranks.items()}
+    total = parameters_of(lora)
+    assert limit - max(sum(e.shape) for e in selection) < total <= limit
+    free = [(ranks[e.name] / e.stable_rank, e) for e in selection if 1 < ranks[e.name] < min(e.shape)]
+    for share, entry in free:  # all within one rank of one factor
+        assert all(abs(share - other) <= 1.0 / entry.stable_rank + 1.0 / one.stable_rank for other, one in free)
+    scales = [module.scaling["default"] for module in lora.modules() if isinstance(module, LoraLayer)]
+    assert scales == pytest.approx([2.0] * len(selection))
+    lora(**batch()).loss.backward()
+    assert all(p.grad is not None for n, p in lora.named_parameters() if "lora_A" in n)
+
+
+def test_a_callable_decides_and_the_model_may_have_other_names(model, selection):
+    config = lora_config(selection, rank=lambda entry: 1.0, model=model, r=3)
+    assert set(config.rank_pattern.values()) == {3}
+    assert set(config.alpha_pattern.values()) == {8.0}
+    wide = lora_config(selection, rank=lambda entry: 1.0, budget=10**9)
+    assert ranks_of(wide, selection) == {entry.name: min(entry.shape) for entry in selection}
+
+
+def test_alphas_follow_the_root_of_the_rank_with_rslora(selection):
+    config = lora_config(selection, rank="stable_rank", r=4, lora_alpha=8, use_rslora=True)
+    for key, rank in config.rank_pattern.items():
+        assert config.alpha_pattern[key] / rank**0.5 == pytest.approx(8 / 4**0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(rank="stable_rang"), "did you mean 'stable_rank'"),
+        (dict(rank="flatness"), "'flatness' gives -.* and a rank needs a positive finite number"),
+        (dict(rank=lambda entry: float("nan")), "the callable of rank= gives nan"),
+        (dict(rank="stable_rank", budget=10), "budget=10: adapters of rank 1 for all of the selection take"),
+        (dict(budget=10**6), r"budget= is shared out by rank="),
+        (dict(rank="stable_rank", rank_pattern={"q": 3}), "rank= decides rank_pattern: leave this option out"),
+    ],
+)
+def test_what_cannot_work_is_refused(selection, options, message):
+    with pytest.raises(OptionError, match=message):
+        lora_config(selection, **options)
+
+
+def test_stacks_of_experts_are_refused_by_name():
+    found = kappa_fast.rank(build("mixtral"), include="experts", progress=False)
+    with pytest.raises(OptionError, match=r"rank= gives a module the rank .* and .*experts.* is a stack"):
+        lora_config(found.select(num_tensors=2, unit="parameter"), rank="stable_rank")

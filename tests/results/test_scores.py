@@ -1,0 +1,193 @@
+"""Scores by name: orders, what is refused, and what selections make of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from make_entries import bounded, make_entry, non_finite
+from models import one_thread
+
+import kappa_fast
+from kappa_fast import OptionError, Ranking
+from kappa_fast.results.scores import NAMES, NamedScore
+from kappa_fast.spectrum import small
+
+
+def generated(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    found = {f"layers.{i}.up": generated(300 + 20 * i, 180 - 4 * i, i) for i in range(3)}
+    found |= {"layers.0.q": generated(200, 200, 7), "layers.1.small": generated(40, 24, 8)}
+    singular = generated(210, 170, 9)
+    singular[:, 5] = 0
+    return found | {"layers.2.singular": singular}
+
+
+@pytest.fixture(autouse=True)
+def _no_batches(monkeypatch):
+    # Batches of small matrices have both ends of all their matrices: others are too large for quick tests.
+    monkeypatch.setattr(small, "BELOW", 2)
+
+
+@pytest.fixture
+def full(weights) -> Ranking:
+    with one_thread():
+        return kappa_fast.rank(weights, progress=False)
+
+
+def values(weight: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.svdvals(weight.double())
+
+
+TRUTHS = {
+    "flatness": lambda s: float(s.log().mean() - s.square().mean().log() / 2),
+    "stable_rank": lambda s: float(s.square().sum() / s[0].square()),
+    "participation_ratio": lambda s: float(s.square().sum() ** 2 / s.pow(4).sum()),
+    "frobenius": lambda s: float(s.square().sum().sqrt()),
+    "demmel": lambda s: float(s.square().sum().sqrt() / s[-1]),
+}
+
+
+@pytest.mark.parametrize("name", TRUTHS)
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_rank_sorts_by_a_statistic_of_the_singular_values_from_either_end(weights, name, sign):
+    ranking = kappa_fast.rank(weights, score=sign + name, progress=False)
+    exact = {key: TRUTHS[name](values(w)) for key, w in weights.items() if key != "layers.2.singular"}
+    assert [e.key for e in ranking][:-1] == sorted(exact, key=exact.__getitem__, reverse=bool(sign))
+    for entry in ranking[:-1]:
+        assert abs(entry.score) == pytest.approx(abs(exact[entry.key]), rel=1e-2, abs=1e-4)
+        assert (entry.score < 0) == ((sign == "-") != (name == "flatness"))
+    assert ranking[-1].status == "rank_deficient"
+    assert ranking.metadata["settings"]["score"] == sign + name
+
+
+def test_what_a_score_does_not_need_is_not_computed(weights, monkeypatch):
+    import kappa_fast.spectrum.ladder as ladder
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("no Krylov space is needed")
+
+    monkeypatch.setattr(ladder, "largest", refuse)
+    ranking = kappa_fast.rank(weights, score="-flatness", progress=False)
+    assert [entry.status for entry in ranking].count("scored") == 4
+    scored = next(entry for entry in ranking if entry.status == "scored")
+    assert math.isnan(scored.kappa)
+    assert (scored.lower, scored.upper, scored.certified) == (1.0, math.inf, False)
+    with pytest.raises(AssertionError, match="no Krylov"):
+        kappa_fast.rank(weights, score="stable_rank", progress=False)
+
+
+def test_the_same_score_comes_from_the_same_pass_and_from_one_of_its_own(weights, full):
+    again, own = full.by("-flatness"), kappa_fast.rank(weights, score="-flatness", progress=False)
+    assert [entry.key for entry in again] == [entry.key for entry in own]
+    assert [entry.score for entry in again] == [entry.score for entry in own]
+
+
+def test_by_sorts_anew_without_weights_also_from_a_file_and_back(full, tmp_path):
+    flat = full.by("flatness_by_shape")
+    flat.to_json(tmp_path / "r.json")
+    read = Ranking.from_json(tmp_path / "r.json")
+    assert read == flat
+    assert [e.score for e in read[:5]] == sorted(e.flatness_by_shape for e in full if e.status == "ok")
+    assert read.by("kappa") == full
+    assert full.by(lambda entry: -entry.numel)[0].numel == max(entry.numel for entry in full if entry.status == "ok")
+
+
+def test_a_file_whose_score_is_without_kappa_reads_back_and_knows_kappa_only_as_bounded(weights, tmp_path):
+    ranking = kappa_fast.rank(weights, score="-flatness", progress=False)
+    ranking.to_json(tmp_path / "r.json")
+    assert Ranking.from_json(tmp_path / "r.json") == ranking
+    back = ranking.by("kappa")
+    assert {entry.status for entry in back} == {"ok", "rank_deficient", "bounded"}
+    with pytest.raises(OptionError, match="reaches beyond what was resolved"):
+        back.select(num_tensors=4)
+
+
+def test_a_selection_takes_the_first_of_any_score_and_says_which(weights):
+    ranking = kappa_fast.rank(weights, score="-flatness", progress=False)
+    selection = ranking.select(num_tensors=2)
+    assert selection.keys == tuple(entry.key for entry in ranking[:2])
+    assert selection.settings["score"] == "-flatness"
+    assert selection.boundary_certain  # the intervals of the flatness do not overlap
+    assert "kappa nan" not in repr(ranking)
+    with pytest.raises(OptionError, match=r"max_kappa needs kappa, .* rank with score='kappa'"):
+        ranking.select(max_kappa=10.0)
+    assert "score" not in kappa_fast.rank(weights, progress=False).select(num_tensors=2).settings
+
+
+def test_overlapping_intervals_of_the_flatness_leave_a_cut_uncertain():
+    def flat(name: str, at: float, width: float) -> object:
+        known = dict(flatness=at, flatness_lower=at - width, flatness_upper=at + width)
+        return make_entry(name, 5.0, score=at, **known)
+
+    for width, certain in [(0.01, True), (0.2, False)]:
+        entries = [flat("a", -2.0, width), flat("b", -1.7, width)]
+        ranking = Ranking(entries, (), {"settings": {"score": "flatness"}})
+        assert ranking.select(num_tensors=1).boundary_certain == certain
+
+
+def test_a_unit_of_several_matrices_has_the_mean_flatness():
+    known = [dict(flatness=x, flatness_lower=x, flatness_upper=x, score=x) for x in (-3.0, -1.0)]
+    entries = [make_entry("a", part=".q", **known[0]), make_entry("a", part=".k", **known[1])]
+    entries.append(make_entry("b", flatness=-2.5, flatness_lower=-2.5, flatness_upper=-2.5, score=-2.5))
+    ranking = Ranking(entries, (), {"settings": {"score": "flatness"}})
+    assert ranking.select(num_tensors=1, unit="parameter").names == ("b",)  # a has -2
+
+
+def test_names_are_checked_and_guessed():
+    ranking = Ranking([make_entry()])
+    with pytest.raises(OptionError, match=r"score='flatnes': give a callable .* did you mean 'flatness'"):
+        ranking.by("flatnes")
+    with pytest.raises(OptionError, match="give a callable"):
+        ranking.by(3)
+    with pytest.raises(OptionError, match=r"'flatness' of .* is not known .*: rank the weights again with score='fla"):
+        ranking.by("flatness")
+    with pytest.raises(OptionError, match="returned 'x'"):
+        ranking.by(lambda entry: "x")
+
+
+def test_top_is_for_kappa_and_refused_where_it_saves_nothing(weights):
+    with pytest.raises(OptionError, match="top= with score='flatness' would save nothing"):
+        kappa_fast.rank(weights, top=2, score="flatness", progress=False)
+    proven = kappa_fast.rank(weights, top=2, score="-flatness", certify="selection", progress=False)
+    assert [entry.certified for entry in proven[:2]] == [True, True]
+
+
+def test_entries_without_a_number_stay_at_the_end():
+    ranking = Ranking([make_entry("a", 5.0), bounded("b", 7.0), non_finite("c"), make_entry("d", math.inf)])
+    assert [entry.status for entry in ranking.by("-kappa")] == ["ok", "rank_deficient", "bounded", "non_finite"]
+    assert [entry.status for entry in ranking.by("sensitivity")] == ["ok", "rank_deficient", "bounded", "non_finite"]
+
+
+def test_a_callable_with_the_name_of_a_score_is_told_from_it():
+    def flatness(entry: kappa_fast.TensorKappa) -> float:
+        return 1.0
+
+    ranking = Ranking([make_entry()]).by(flatness)
+    assert ranking.metadata["settings"]["score"] == "flatness()"
+
+
+def test_a_cache_keeps_statistics_and_computes_what_it_lacks(weights, tmp_path):
+    first = kappa_fast.rank(weights, score="-flatness", cache=tmp_path, progress=False)
+    again = kappa_fast.rank(weights, score="-flatness", cache=tmp_path, progress=False)
+    assert again.metadata["cache"]["computed"] == 0
+    assert [e.score for e in again] == [e.score for e in first]
+    other = kappa_fast.rank(weights, score="participation_ratio", cache=tmp_path, progress=False)
+    assert all(entry.participation_ratio is not None for entry in other)
+    full = kappa_fast.rank(weights, cache=tmp_path, progress=False)
+    assert all(math.isfinite(entry.kappa) for entry in full if entry.status == "ok")
+
+
+def test_every_name_is_a_field_with_a_line_in_the_documentation():
+    from pathlib import Path
+
+    page = (Path(__file__).parents[2] / "docs" / "scores.md").read_text()
+    for name in NAMES:
+        assert hasattr(make_entry(), name)
+        assert f"`{name}`" in page
+    assert str(NamedScore.of("-flatness")) == "-flatness"
