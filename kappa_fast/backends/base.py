@@ -215,6 +215,9 @@ class Ritz(Protocol):
         """Orthonormal (w, k, min(count, k)) that span the eigenvectors of the largest values, the largest last."""
 
 
+COARSE_ROUNDINGS = 4  # of an entry of ExactProducts.coarse_residuals
+
+
 class ExactProducts(Protocol):
     """G = fl(Q^T Q) for matrices Q near the operands, ||A - Q||_2 <= distance, for the proofs in spectrum/certify.py.
 
@@ -236,6 +239,12 @@ class ExactProducts(Protocol):
 
     def residual_roundings(self, place: int) -> int:
         """How often an entry of the residual is rounded, see residuals()."""
+
+    def coarse_residuals(self, chosen: Sequence[int], bounds: Sequence[float]) -> list[tuple[float, float]]:
+        """As residuals() of M = bound I - G, for a cheaper L whose residual is a small part of ``bound``.
+
+        Entries of the residual are rounded COARSE_ROUNDINGS times, and the diagonal of M once more.
+        """
 
 
 def dense_projection(columns: Sequence[Tensor]) -> Tensor:
