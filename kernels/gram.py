@@ -359,7 +359,7 @@ def instances(target: str) -> list[Instance]:
         types |= {"copy": "*fp32"} if copied else {}
         constants = {"LOW": low, "HIGH": high, "SIDE": tile.side, "DEPTH": tile.depth, "BITS": bits}
         # The sums in float64 after the loop may spill, and do with Triton 3.6.
-        held = Expected(width=16, ahead=True, stack=1408)
+        held = Expected(width=16, ahead=True, stack=1536 if copied else 1408)
         found.append(Instance(_slices_kernel, types, constants, tile.num_warps, tile.num_stages, "int8", held))
     for storage in storages():
         if storage.dtype in (torch.bfloat16, torch.float16):

@@ -141,7 +141,7 @@ def test_sums_that_would_not_fit_are_refused(monkeypatch):
 
 def test_digits_at_their_limits_are_exact():
     # Every entry of N is 127 * 257 units, the largest number that two digits hold, or its opposite.
-    n = 200
+    n = 130
     whole = mirrored([torch.eye(n, dtype=torch.float64)])
     found = coarse_factors(whole, [0], [4.0])
     (view,) = found.squares.gram_views(found.narrow)
@@ -156,7 +156,7 @@ def test_digits_at_their_limits_are_exact():
     assert_exact(found, [torch.eye(n, dtype=torch.float64)], [4.0])
 
 
-@pytest.mark.parametrize("count", [2, 20])
+@pytest.mark.parametrize("count", [2, 5])
 def test_the_number_of_launches_does_not_depend_on_how_many_matrices_there_are(count):
     grams = [torch.eye(65, dtype=torch.float64)] * count
     whole = mirrored(grams)
