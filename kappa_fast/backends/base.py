@@ -215,9 +215,6 @@ class Ritz(Protocol):
         """Orthonormal (w, k, min(count, k)) that span the eigenvectors of the largest values, the largest last."""
 
 
-COARSE_ROUNDINGS = 4  # of an entry of ExactProducts.coarse_residuals
-
-
 class ExactProducts(Protocol):
     """G = fl(Q^T Q) for matrices Q near the operands, ||A - Q||_2 <= distance, for the proofs in spectrum/certify.py.
 
@@ -229,6 +226,7 @@ class ExactProducts(Protocol):
     distances: Sequence[float]
     traces: Sequence[float]
     roundings: Sequence[int]
+    coarse_roundings: int
 
     def residuals(self, chosen: Sequence[int], shifts: Sequence[float], sign: int) -> list[tuple[float, float]]:
         """||M - L L^T||_F and ||L||_F^2, M = sign (G - shift I), L its factor, for the places ``chosen`` in ``which``.
@@ -243,7 +241,7 @@ class ExactProducts(Protocol):
     def coarse_residuals(self, chosen: Sequence[int], bounds: Sequence[float]) -> list[tuple[float, float]]:
         """As residuals() of M = bound I - G, for a cheaper L whose residual is a small part of ``bound``.
 
-        Entries of the residual are rounded COARSE_ROUNDINGS times, and the diagonal of M once more.
+        Entries of the residual are rounded ``coarse_roundings`` times, and the diagonal of M once more.
         """
 
 

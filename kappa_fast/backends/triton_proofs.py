@@ -67,8 +67,10 @@ class SliceProducts:
 
     def __init__(self, made: ExactGrams, places: Mapping[int, int], read: Read) -> None:
         """Take over Gram matrices in which the operand i has the place ``places[i]``. Calls ``read`` once."""
+        from kappa_fast.kernels.coarse import ROUNDINGS
         from kappa_fast.kernels.shifted import Mirrored
 
+        self.coarse_roundings = ROUNDINGS
         self.which: tuple[int, ...] = tuple(places)
         self._places = tuple(places.values())
         self._read = read

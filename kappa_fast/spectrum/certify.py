@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..backends.base import COARSE_ROUNDINGS, Backend, ExactProducts, Operand, Tensor
+from ..backends.base import Backend, ExactProducts, Operand, Tensor
 
 if TYPE_CHECKING:
     from .resolution import Resolution
@@ -244,7 +244,7 @@ class _GramEigenvalueBounds:
         for j, (rest, squares) in zip(chosen, residuals, strict=True):
             size = 2 * (squares + rest) * OUT
             # The shift rounds the diagonal once more; entries of the diagonal are no larger than ``size``.
-            roundings = COARSE_ROUNDINGS if coarse else self._products.residual_roundings(j)
+            roundings = self._products.coarse_roundings if coarse else self._products.residual_roundings(j)
             rounding = gamma(roundings + 1) * size
             found.append((rest * OUT + rounding + self.errors[j]) * OUT + TINY)
         return found
