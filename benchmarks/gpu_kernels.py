@@ -99,6 +99,7 @@ def gram(bench: Bench) -> None:
 def cholesky(bench: Bench) -> None:
     """Cholesky factors of 64 matrices of order 4096, beside the library's of one and of a batch of eight."""
     from kappa_fast.kernels.cholesky import cholesky as factor
+    from kappa_fast.kernels.coarse import coarse_factors
     from kappa_fast.kernels.problems import Problems
     from kappa_fast.kernels.shifted import Mirrored
 
@@ -126,7 +127,13 @@ def cholesky(bench: Bench) -> None:
 
         return row(once, count)
 
+    def attempt_at_the_upper_end() -> dict[str, float]:
+        mirrored = Mirrored.of(problems, packed.clone())
+        bounds = [1.01 * float(torch.linalg.eigvalsh(gram)[-1])] * count
+        return row(lambda: coarse_factors(mirrored, range(count), bounds).residuals()[0], count)
+
     bench.attempt("for a proof, from shift to check", attempt_of_a_proof)
+    bench.attempt("for the upper end, from shift to residual", attempt_at_the_upper_end)
     narrow = packed.float()
     bench.attempt("in float32, with that copy", lambda: row(lambda: factor(problems, narrow.clone()), count))
     bench.attempt("torch", lambda: row(lambda: torch.linalg.cholesky_ex(gram), 1))

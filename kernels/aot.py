@@ -25,7 +25,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
+from . import apply, cholesky, coarse, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
 from .loops import Loop, code_of, inner_loops, whole
 from .problems import TARGETS, Expected, Instance
 
@@ -59,7 +59,7 @@ class Report:
 
 def instances(target: str, quick: bool) -> list[Instance]:
     """Every instance of every kernel; with ``quick`` a selection that has every value of every constant."""
-    modules = (quantize, start, gram, cholesky, triangular, panel, apply, orthogonal, ritz, shifted)
+    modules = (quantize, start, gram, cholesky, triangular, panel, apply, orthogonal, ritz, shifted, coarse)
     everything = [i for module in modules for i in module.instances(target)]
     if not quick:
         return everything

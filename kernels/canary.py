@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
+from . import apply, cholesky, coarse, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
 from .problems import (
     FIELDS,
     INNER_COLUMNS,
@@ -196,6 +196,32 @@ def _check_shifted(problems: Problems, grams: list[Tensor]) -> None:
     if not apart > 1:
         raise CanaryError(f"deviations of wrong factors are {apart:.1e} on {device}, where more than 1 is wanted")
     _check_residuals(problems, grams)
+    _check_coarse(problems, grams)
+
+
+def _check_coarse(problems: Problems, grams: list[Tensor]) -> None:
+    """Check coarse factors and their residuals: of what was computed, and after 5% more of every diagonal."""
+    device = problems.device
+    whole = shifted.Mirrored.of(problems, _packed(problems, grams))
+    bounds = [1.0025 * float(torch.linalg.eigvalsh(g)[-1]) for g in grams]
+    found = coarse.coarse_factors(whole, range(len(grams)), bounds)
+    if int(found.info.abs().max()):
+        raise CanaryError(f"coarse factors broke down on {device} for a shifted matrix that is definite")
+    for scale, least, most in ((1.0, 0.0, 2e-3), (1.05, 0.05, 10.0)):
+        found.narrow.mul_(scale)
+        squares, sizes = found.residuals()
+        factors = found.dense()
+        rests = [
+            b * torch.eye(len(g), dtype=torch.float64) - g - lower @ lower.T
+            for b, g, lower in zip(bounds, grams, factors, strict=True)
+        ]
+        wanted = torch.stack([torch.linalg.matrix_norm(rest) for rest in rests])
+        ones, lengths = torch.ones_like(wanted), torch.stack([(x * x).sum() for x in factors])
+        _compare("residuals of coarse factors", device, squares.cpu().sqrt() / wanted, ones, 1e-7)
+        _compare("sizes of coarse factors", device, sizes.cpu() / lengths, ones)
+        left = wanted / torch.tensor(bounds, dtype=torch.float64)
+        if not (least <= float(left.min()) and float(left.max()) <= most):
+            raise CanaryError(f"coarse factors leave {left.tolist()} on {device}, not {least} to {most}")
 
 
 def _check_residuals(problems: Problems, grams: list[Tensor]) -> None:

@@ -52,6 +52,11 @@ def products_of(target: str, dtype: torch.dtype) -> str:
     return "ieee" if target.startswith("gfx") else "tf32x3"
 
 
+def coarse_products(products: str) -> str:
+    """The input precision behind super-panels of a coarse factor: see cholesky()."""
+    return "tf32" if products == "tf32x3" else products
+
+
 @dataclass(frozen=True)
 class Factored:
     """Factors of a wave, in the memory of their Gram matrices.
@@ -197,11 +202,13 @@ def _column_kernel(
     first,
     PRODUCTS: tl.constexpr,
     MEASURE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    CORRECT: tl.constexpr,
 ):
-    """B <- B D^-T for the rows B below a diagonal tile D.
+    """B <- B D^-T for the rows B below a diagonal tile D, after their update, whose products are of precision UPDATE.
 
-    The error of a product with the inverse grows with the condition of D; one correction makes it as small as that of
-    substitution. The next operand is stored in the place of the result, since tiles in registers would not fit.
+    The error of a product with the inverse grows with the condition of D; CORRECT: one correction makes it as small as
+    that of substitution. The next operand is stored in the place of the result, since tiles in registers would not fit.
     """
     tile_of = tl.load(tiles + tl.program_id(0))
     matrix = tile_of >> 32
@@ -213,41 +220,35 @@ def _column_kernel(
         inverse = inverses + tl.multiple_of(tl.load(starts + matrix), BLOCK) + column.to(tl.int64) * BLOCK
         diagonal = base + column * leading + column
         tile = load_square(base, leading, row, column, n, BLOCK)
-        tile = _update(tile, base, leading, row, column, column // SUPER * SUPER, column, n, BLOCK, PRODUCTS)
-        zero = tl.zeros((BLOCK, BLOCK), tile.dtype)
+        tile = _update(tile, base, leading, row, column, column // SUPER * SUPER, column, n, BLOCK, UPDATE)
         _put(base, leading, row, column, n, tile)
-        solved = -minus_product(
-            zero, here, step_down, n - row, inverse, BLOCK, BLOCK, 0, BLOCK, 0, 0, False, BLOCK, PRODUCTS
-        )
+        solved = _solved(here, step_down, n - row, inverse, PRODUCTS)
         _put(base, leading, row, column, n, solved)
-        rest = minus_product(
-            tile, here, step_down, n - row, diagonal, step_down, BLOCK, 0, BLOCK, BLOCK, BLOCK, True, BLOCK, PRODUCTS
-        )
-        _put(base, leading, row, column, n, rest)
-        solved -= minus_product(
-            zero, here, step_down, n - row, inverse, BLOCK, BLOCK, 0, BLOCK, 0, 0, False, BLOCK, PRODUCTS
-        )
-        _put(base, leading, row, column, n, solved)
+        if CORRECT:
+            rest = _left(tile, here, step_down, n - row, diagonal, PRODUCTS)
+            _put(base, leading, row, column, n, rest)
+            solved += _solved(here, step_down, n - row, inverse, PRODUCTS)
+            _put(base, leading, row, column, n, solved)
         if MEASURE:
-            rest = minus_product(
-                tile,
-                here,
-                step_down,
-                n - row,
-                diagonal,
-                step_down,
-                BLOCK,
-                0,
-                BLOCK,
-                BLOCK,
-                BLOCK,
-                True,
-                BLOCK,
-                PRODUCTS,
-            )
+            rest = _left(tile, here, step_down, n - row, diagonal, PRODUCTS)
             block = row // BLOCK
             place = tl.load(first + matrix) + block * (block + 1) // 2 + step
             _keep(squares, sizes, place, 2.0 * rest * rest, solved)
+
+
+@triton.jit
+def _solved(here, step_down, rows, inverse, PRODUCTS: tl.constexpr):
+    """The tile at ``here`` times the transposed inverse."""
+    zero = tl.zeros((BLOCK, BLOCK), here.dtype.element_ty)
+    return -minus_product(zero, here, step_down, rows, inverse, BLOCK, BLOCK, 0, BLOCK, 0, 0, False, BLOCK, PRODUCTS)
+
+
+@triton.jit
+def _left(tile, here, step_down, rows, diagonal, PRODUCTS: tl.constexpr):
+    """Tile - X D^T for the tile X at ``here`` and D at ``diagonal``, of which the lower triangle counts."""
+    return minus_product(
+        tile, here, step_down, rows, diagonal, step_down, BLOCK, 0, BLOCK, BLOCK, BLOCK, True, BLOCK, PRODUCTS
+    )
 
 
 @triton.jit
@@ -289,9 +290,13 @@ def cholesky(
     info: Tensor | None = None,
     steps: Steps | None = None,
     residuals: Residuals | None = None,
+    *,
+    coarse: bool = False,
 ) -> Factored:
     """Factor the lower triangles in ``packed`` (see Problems.gram_views) in place, in their dtype.
 
+    ``coarse``, for float32: updates below diagonal tiles are single products of TF32, and columns are not corrected, so
+    entries of L L^T are off by about 2^-11 of the sums they come from, for a third of the work of the matrix units.
     ``info``, (w,) int32, leaves out the matrices where it is not 0, and becomes the result's. ``steps`` of the same
     problems serve again. ``residuals`` are filled in for the tiles that are finished, for float64 and 64 n^2 more
     operations. Costs n^3 / 3 operations and, per matrix, about n^3 / (3 SUPER) numbers read and written.
@@ -309,10 +314,11 @@ def cholesky(
     target = target_of(device)
     products = products_of(target, packed.dtype)
     steps = steps or Steps.of(problems, BLOCK.value, SUPER.value, side_of(target, products))
+    behind = coarse_products(products) if coarse else products
     per_panel = SUPER.value // BLOCK.value
     for step in range(len(steps.diagonals)):
         factor_diagonals(problems, result, steps, step, residuals)
-        finish_columns(problems, result, steps, step, residuals)
+        finish_columns(problems, result, steps, step, residuals, correct=not coarse)
         panel = step // per_panel
         if (step + 1) % per_panel == 0 and panel < len(steps.behinds):
             launch(
@@ -324,7 +330,7 @@ def cholesky(
                 result.info,
                 panel,
                 SIDE=steps.side,
-                PRODUCTS=products,
+                PRODUCTS=behind,
                 num_warps=WARPS,
             )
     return result
@@ -345,17 +351,26 @@ def factor_diagonals(
 
 
 def finish_columns(
-    problems: Problems, result: Factored, steps: Steps, step: int, residuals: Residuals | None = None
+    problems: Problems,
+    result: Factored,
+    steps: Steps,
+    step: int,
+    residuals: Residuals | None = None,
+    *,
+    correct: bool = True,
 ) -> None:
     """The tiles below the diagonal ones of one step, see cholesky(). One launch, or none where there are no tiles."""
     if steps.belows[step]:
+        options = _options(result, residuals)
         launch(
             _column_kernel,
             (steps.belows[step],),
             problems.table,
             steps.below,
             *_places(result, step, residuals),
-            **_options(result, residuals),
+            UPDATE=options["PRODUCTS"] if correct else coarse_products(str(options["PRODUCTS"])),
+            CORRECT=correct,
+            **options,
         )
 
 
@@ -377,18 +392,20 @@ def instances(target: str) -> list[Instance]:
         common = {"table": "*i64", "packed": name, "info": "*i32"}
         inverse = {"inverses": name, "starts": "*i64", "step": "i32"}
         unit = {"ieee": "float64", "tf32x3": "tf32"}.get(products) if name == "*fp64" or products == "tf32x3" else None
-        behind = {"SIDE": side_of(target, products), "PRODUCTS": products}
         # What lies between loops may spill: on sm_80, sm_89 and sm_120 34 registers of a float32 column.
         held = Expected(width=16, ahead=True, stack=96) if unit else None
         column = Expected(width=16, ahead=True, stack=96 if unit == "float64" else 160) if unit else None
         for measure in (False, True) if dtype == torch.float64 else (False,):
             types, constants = {**common, **inverse}, {"PRODUCTS": products, "MEASURE": measure}
             types |= {"squares": "*fp64", "sizes": "*fp64", "first": "*i32"} if measure else {}
-            found += [
-                Instance(_diagonal_kernel, {**types, "order": "*i64"}, constants, WARPS, 3, unit, held),
-                Instance(_column_kernel, {**types, "tiles": "*i64"}, constants, WARPS, 3, unit, column),
-            ]
-        found.append(
-            Instance(_trailing_kernel, {**common, "tiles": "*i64", "panel": "i32"}, behind, WARPS, 3, unit, held)
-        )
+            found.append(Instance(_diagonal_kernel, {**types, "order": "*i64"}, constants, WARPS, 3, unit, held))
+            types = {**types, "tiles": "*i64"}
+            for correct in (True, False) if dtype == torch.float32 else (True,):
+                update = products if correct else coarse_products(products)
+                whole = {**constants, "UPDATE": update, "CORRECT": correct}
+                found.append(Instance(_column_kernel, types, whole, WARPS, 3, unit, column))
+        types = {**common, "tiles": "*i64", "panel": "i32"}
+        for precision in sorted({products, coarse_products(products)}):
+            behind = {"SIDE": side_of(target, products), "PRODUCTS": precision}
+            found.append(Instance(_trailing_kernel, types, behind, WARPS, 3, unit, held))
     return found

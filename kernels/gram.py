@@ -69,12 +69,42 @@ SLICE_TILES = {
     "sm_120": _MMA,
     "gfx942": _CDNA,
 }
+# Of byte_sums, by target: the tiles of the first two slices.
+BYTE_TILES = {target: tiles[2] for target, tiles in SLICE_TILES.items()}
 WEIGHT_TILE = Tile(128, 64, 8, 3)
 
 
 @triton.jit
 def _slice_tile(base, SLICE_NUMBER: tl.constexpr, slice_bytes, place):
     return tl.load(base + (SLICE_NUMBER - 1) * slice_bytes + place)
+
+
+@triton.jit
+def byte_sums(base, slice_bytes, pitch, r, c, n, stop, SIDE: tl.constexpr, DEPTH: tl.constexpr):
+    """Sums of products of two digits of rows r and c of tiles, up to column ``stop``: of the high ones, mixed, low.
+
+    Exact in int32 up to 32768 columns: see splits.BYTE_ROWS. ``stop`` is a multiple of DEPTH.
+    """
+    side, depth = tl.arange(0, SIDE), tl.arange(0, DEPTH)
+    left = base + (r * SIDE).to(tl.int64) * pitch
+    right = base + (c * SIDE).to(tl.int64) * pitch
+    row_place = tl.minimum(side, n - 1 - r * SIDE)[:, None] * pitch + depth[None, :]
+    column_place = tl.minimum(side, n - 1 - c * SIDE)[:, None] * pitch + depth[None, :]
+    high = tl.zeros((SIDE, SIDE), tl.int32)
+    middle = tl.zeros((SIDE, SIDE), tl.int32)
+    low = tl.zeros((SIDE, SIDE), tl.int32)
+    for _ in range(0, stop, DEPTH):
+        r1 = _slice_tile(left, 1, slice_bytes, row_place)
+        c1 = tl.trans(_slice_tile(right, 1, slice_bytes, column_place))
+        r2 = _slice_tile(left, 2, slice_bytes, row_place)
+        c2 = tl.trans(_slice_tile(right, 2, slice_bytes, column_place))
+        high = tl.dot(r1, c1, high, out_dtype=tl.int32)
+        middle = tl.dot(r1, c2, middle, out_dtype=tl.int32)
+        middle = tl.dot(r2, c1, middle, out_dtype=tl.int32)
+        low = tl.dot(r2, c2, low, out_dtype=tl.int32)
+        left += DEPTH
+        right += DEPTH
+    return high, middle, low
 
 
 @triton.jit
@@ -86,6 +116,7 @@ def _slices_kernel(
     slice_bytes: tl.int64,
     peaks,
     out,
+    copy,
     parts,
     splits,
     part_start,
@@ -163,7 +194,7 @@ def _slices_kernel(
     first_column = field(table, matrix, FIRST_COLUMN)
     total *= power_of_two(-column_shift(peaks, first_column + rows, rows < n, BITS))[:, None]
     total *= power_of_two(-column_shift(peaks, first_column + columns, columns < n, BITS))[None, :]
-    store_tile(table, matrix, total, r, c, n, out, parts, part_start, split, LOW > 1, SIDE)
+    store_tile(table, matrix, total, r, c, n, out, copy, parts, part_start, split, LOW > 1, SIDE)
 
 
 @triton.jit
@@ -200,12 +231,15 @@ def _weights_kernel(
                 x, y = x.to(tl.float32), y.to(tl.float32)
             partial = tl.dot(x, y, partial)
         total += partial
-    store_tile(table, matrix, total.to(tl.float64), r, c, n, out, parts, part_start, split, False, SIDE)
+    store_tile(table, matrix, total.to(tl.float64), r, c, n, out, None, parts, part_start, split, False, SIDE)
 
 
-def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None, *, low: int = 1) -> Tensor:
+def gram_of_slices(
+    problems: Problems, slices: Slices, out: Tensor | None = None, *, low: int = 1, copy: Tensor | None = None
+) -> Tensor:
     """Q^T Q of all matrices, Q the first ``slices.count`` digits, scaled back: packed float64, see Problems.gram_views.
 
+    ``copy``, packed float32, for two slices of 8 bits: the result once more, rounded.
     low=1 computes all products; a higher one adds the new products to the result for ``low - 1`` slices in ``out``.
     Only lower triangles are defined. Exact up to the additions of different weights, see docs/kernels.md. One launch
     for 1 or 2 slices and one for each slice more; matrices that are split along m take one more.
@@ -234,6 +268,7 @@ def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None
             problems.slice_bytes,
             slices.peaks,
             out,
+            copy,
             shares.parts,
             shares.on_device,
             shares.part_start,
@@ -245,7 +280,7 @@ def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        add_parts(problems, shares, out)
+        add_parts(problems, shares, out, copy=copy)
     return out
 
 
@@ -317,12 +352,14 @@ def instances(target: str) -> list[Instance]:
     common = {"table": "*i64", "owner": "*i32", "first": "*i32"}
     shares = {"parts": "*fp64", "splits": "*i32", "part_start": "*i64"}
     found = []
-    for low, high, bits in ((1, 1, 7), (1, 2, 7), (3, 3, 7), (4, 4, 7), (1, 2, 8)):
+    kinds = ((1, 1, 7, False), (1, 2, 7, False), (3, 3, 7, False), (4, 4, 7, False), (1, 2, 8, False), (1, 2, 8, True))
+    for low, high, bits, copied in kinds:
         tile = SLICE_TILES[target][high]
         types = {**common, "slices": "*i8", "slice_bytes": "i64", "peaks": "*i32", "out": "*fp64", **shares}
+        types |= {"copy": "*fp32"} if copied else {}
         constants = {"LOW": low, "HIGH": high, "SIDE": tile.side, "DEPTH": tile.depth, "BITS": bits}
         # The sums in float64 after the loop may spill, and do with Triton 3.6.
-        held = Expected(width=16, ahead=True, stack=1408)
+        held = Expected(width=16, ahead=True, stack=1536 if copied else 1408)
         found.append(Instance(_slices_kernel, types, constants, tile.num_warps, tile.num_stages, "int8", held))
     for storage in storages():
         if storage.dtype in (torch.bfloat16, torch.float16):

@@ -31,7 +31,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from . import apply, cholesky, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
+from . import apply, cholesky, coarse, gram, orthogonal, panel, quantize, ritz, shifted, start, triangular
 from .problems import INNER_COLUMNS, INNER_NONE, TARGETS, Problems, Storage, Tensor, storages, supported
 
 META = torch.device("meta")
@@ -87,7 +87,8 @@ def _slices(problems: Problems, narrow: Tensor) -> Tensor:
             gram.gram_of_slices(problems, slices, narrow)
         if 2 <= count < quantize.MAX_SLICES:
             quantize.quantize(problems, peaks, count + 1, slices)
-    gram.gram_of_slices(problems, quantize.quantize(problems, peaks, 2, bits=8))
+    for copy in (None, narrow):
+        gram.gram_of_slices(problems, quantize.quantize(problems, peaks, 2, bits=8), copy=copy)
     return packed
 
 
@@ -136,6 +137,7 @@ def _proofs(problems: Problems, packed: Tensor) -> None:
     chosen = range(len(problems.n))
     factors = kept.factored(chosen, [0.0 for _ in chosen], 1)
     factors.deviations(*factors.residuals())
+    coarse.coarse_factors(kept, chosen, [0.0 for _ in chosen]).residuals()
 
 
 def _empty(*shape: int) -> Tensor:

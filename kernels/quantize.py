@@ -99,7 +99,12 @@ def _peaks_kernel(
 @triton.jit
 def column_shift(peaks, place, inside, BITS: tl.constexpr):
     """The p of a column, s = 2^-p: its entries times 2^p are no larger than Q may be, see the top of this file."""
-    bits = tl.load(peaks + place, mask=inside, other=0)
+    return shift_below(tl.load(peaks + place, mask=inside, other=0), BITS)
+
+
+@triton.jit
+def shift_below(bits, BITS: tl.constexpr):
+    """See column_shift, from the bits of the largest entry."""
     if BITS == 8:
         return -(bits >> 23) - ((bits & 0x7FFFFF) >= BYTE_LIMIT).to(tl.int32) + (BYTE_EXPONENT + 126)
     else:
@@ -124,6 +129,23 @@ def _digit(q):
     """The lowest balanced digit, and the rest without it."""
     digit = ((q + 64) & 127) - 64
     return digit, (q - digit) >> DIGIT_BITS
+
+
+@triton.jit
+def scaled_integer(a, shift):
+    """float32 entries times 2^shift, rounded to the nearest integer: int32."""
+    # In two steps, since 2^shift alone may be beyond float32.
+    half = shift >> 1
+    x = a * _power(half) * _power(shift - half)
+    # From 2^23 on every float32 is an integer, which adding 0.5 could change.
+    return tl.where(tl.abs(x) >= 8388608.0, x, tl.floor(x + 0.5)).to(tl.int32)
+
+
+@triton.jit
+def two_bytes(q):
+    """Digits in [-128, 127] of q = d1 2^8 + d2."""
+    d2 = ((q + 128) & 255) - 128
+    return (q - d2) >> 8, d2
 
 
 @triton.jit
@@ -158,14 +180,9 @@ def _digits_kernel(
     columns = column + tl.arange(0, BN)
     shift = column_shift(peaks, field(table, matrix, FIRST_COLUMN) + columns, columns < n, BITS)  # [BN]
     a = as_float(load_tile(whole, row, column, BM, BN, INNER), FLOAT8)
-    # In two steps, since 2^shift alone may be beyond float32.
-    half = shift >> 1
-    x = a * _power(half)[None, :] * _power(shift - half)[None, :]
-    # From 2^23 on every float32 is an integer, which adding 0.5 could change.
-    q = tl.where(tl.abs(x) >= 8388608.0, x, tl.floor(x + 0.5)).to(tl.int32)  # [BM, BN]
+    q = scaled_integer(a, shift[None, :])  # [BM, BN]
     if BITS == 8:
-        d2 = ((q + 128) & 255) - 128
-        d1 = (q - d2) >> 8
+        d1, d2 = two_bytes(q)
     else:
         d4, q3 = _digit(q)
         d3, q2 = _digit(q3)

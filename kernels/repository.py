@@ -25,6 +25,7 @@ FAMILIES = (
     "gram",
     "cholesky",
     "shifted",
+    "coarse",
     "triangular",
     "panel",
     "orthogonal",

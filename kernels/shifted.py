@@ -40,6 +40,7 @@ from .problems import (
     Instance,
     Problems,
     Tensor,
+    TileMap,
     field,
     locate,
     starts_of,
@@ -89,13 +90,15 @@ def _shifted_tile(base, leading, kept, r, c, n, shift, sign):
 
 
 @triton.jit
-def _shift_kernel(table, owner, first, packed, kept, starts, shifts, signs):
+def _shift_kernel(table, owner, first, packed, kept, starts, shifts, signs, out):
+    """M = sign (G - shift I) into the lower triangles of ``out``, which may be ``packed`` itself, in its dtype."""
     matrix, item = locate(owner, first)
     base, leading, n = gram_place(table, matrix, packed)
     r, c = triangular(item)
     kept += tl.multiple_of(tl.load(starts + matrix), BLOCK)
     tile = _shifted_tile(base, leading, kept, r, c, n, tl.load(shifts + matrix), tl.load(signs + matrix))
-    store_square(base, leading, r * BLOCK, c * BLOCK, n, n, tile, BLOCK)
+    base, _, _ = gram_place(table, matrix, out)
+    store_square(base, leading, r * BLOCK, c * BLOCK, n, n, tile.to(out.dtype.element_ty), BLOCK)
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,17 @@ class Mirrored:
         starts, _ = starts_of(n)
         return sum_runs(to_device(starts, device, torch.int32), to_device(n, device, torch.int32), self.diagonals)
 
+    def shift_into(self, out: Tensor, chosen: Sequence[int], shifts: Tensor, signs: Tensor) -> TileMap:
+        """Write sign (G - shift I) of the chosen into the lower triangles of ``out``, float64 or float32.
+
+        shifts, signs: (w,) float64. Returns the tiles of BLOCK columns. One launch.
+        """
+        problems = self.problems
+        tiles = problems.tiles(triangular_tiles(problems.n, BLOCK.value), chosen)
+        places = (problems.table, tiles.owner, tiles.first, self.packed, self.kept, self.starts)
+        launch(_shift_kernel, (tiles.total,), *places, shifts, signs, out, num_warps=WARPS)
+        return tiles
+
     def factored(self, chosen: Sequence[int], shifts: Sequence[float], sign: float) -> Shifted:
         """Cholesky's method of M = sign (G - shift I) for the chosen, in the lower triangles.
 
@@ -172,10 +186,8 @@ class Mirrored:
         signs = torch.full_like(shift, float(sign))
         closed = torch.ones_like(shift, dtype=torch.int32)
         closed[list(chosen)] = 0
-        tiles = problems.tiles(triangular_tiles(problems.n, BLOCK.value), chosen)
-        places = (problems.table, tiles.owner, tiles.first, self.packed, self.kept, self.starts)
         moved = to_device(shift, device), to_device(signs, device)
-        launch(_shift_kernel, (tiles.total,), *places, *moved, num_warps=WARPS)
+        tiles = self.shift_into(self.packed, chosen, *moved)
         squares = torch.full((tiles.total,), torch.inf, dtype=torch.float64, device=device)
         residuals = Residuals(squares, squares.clone(), tiles.first)
         factors = cholesky(problems, self.packed, to_device(closed, device), self.steps, residuals)
@@ -234,5 +246,8 @@ def instances(target: str) -> list[Instance]:
     places = {"table": "*i64", "owner": "*i32", "first": "*i32", "packed": "*fp64", "kept": "*fp64", "starts": "*i64"}
     return [
         Instance(_mirror_kernel, {**places, "diagonals": "*fp64"}, {}, WARPS),
-        Instance(_shift_kernel, {**places, "shifts": "*fp64", "signs": "*fp64"}, {}, WARPS),
+        *(
+            Instance(_shift_kernel, {**places, "shifts": "*fp64", "signs": "*fp64", "out": out}, {}, WARPS)
+            for out in ("*fp64", "*fp32")
+        ),
     ]

@@ -39,25 +39,33 @@ PART_SIDE = 64
 
 
 @triton.jit
-def store_tile(table, matrix, total, r, c, n, out, parts, part_start, split, ADD: tl.constexpr, SIDE: tl.constexpr):
-    """The first split writes, or adds to, the result; the others leave their share for ``_add_parts_kernel``."""
+def store_tile(
+    table, matrix, total, r, c, n, out, copy, parts, part_start, split, ADD: tl.constexpr, SIDE: tl.constexpr
+):
+    """The first split writes, or adds to, the result; the others leave their share for ``_add_parts_kernel``.
+
+    ``copy``: None, or another result in its own dtype.
+    """
     leading = field(table, matrix, LEADING, ROW_PAD)
     corner = (r * SIDE).to(tl.int64) * leading + c * SIDE
     side = tl.arange(0, SIDE)
     place = side[:, None] * leading.to(tl.int32) + side[None, :]
     inside = (side < n - r * SIDE)[:, None] & (side < n - c * SIDE)[None, :]
     if split == 0:
-        target = out + field(table, matrix, GRAM, ROW_PAD) + corner + place
+        start = field(table, matrix, GRAM, ROW_PAD)
+        target = out + start + corner + place
         if ADD:
             total += tl.load(target, mask=inside, other=0.0)
         tl.store(target, total, mask=inside)
+        if copy is not None:
+            tl.store(copy + start + corner + place, total.to(copy.dtype.element_ty), mask=inside)
     else:
         start = tl.multiple_of(tl.load(part_start + matrix), ROW_PAD) + (split - 1).to(tl.int64) * n * leading
         tl.store(parts + start + corner + place, total, mask=inside)
 
 
 @triton.jit
-def _add_parts_kernel(table, owner, first, out, parts, splits, part_start, SIDE: tl.constexpr):
+def _add_parts_kernel(table, owner, first, out, copy, parts, splits, part_start, SIDE: tl.constexpr):
     """Adds the results of the later splits, in their order."""
     matrix, tile = locate(owner, first)
     n, leading = field(table, matrix, COLUMNS), field(table, matrix, LEADING, ROW_PAD)
@@ -72,6 +80,9 @@ def _add_parts_kernel(table, owner, first, out, parts, splits, part_start, SIDE:
         total += tl.load(parts + start + place, mask=inside, other=0.0)
         start += n * leading
     tl.store(target, total, mask=inside)
+    if copy is not None:
+        copied = copy + field(table, matrix, GRAM, ROW_PAD) + place
+        tl.store(copied, total.to(copy.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -110,11 +121,14 @@ def instances() -> list[Instance]:
     """Everything that ``add_parts`` can ask the compiler for."""
     types = {"table": "*i64", "owner": "*i32", "first": "*i32", "out": "*fp64", "parts": "*fp64"}
     types |= {"splits": "*i32", "part_start": "*i64"}
-    return [Instance(_add_parts_kernel, types, {"SIDE": PART_SIDE}, 4)]
+    copied = {**types, "copy": "*fp32"}
+    return [Instance(_add_parts_kernel, t, {"SIDE": PART_SIDE}, 4) for t in (types, copied)]
 
 
-def add_parts(problems: Problems, splits: Splits, out: Tensor, chosen: Sequence[int] | None = None) -> None:
-    """Add the results of the later splits; one launch, none if no matrix is split."""
+def add_parts(
+    problems: Problems, splits: Splits, out: Tensor, chosen: Sequence[int] | None = None, copy: Tensor | None = None
+) -> None:
+    """Add the results of the later splits, and ``copy`` them; one launch, none if no matrix is split."""
     members = range(len(problems.m)) if chosen is None else chosen
     counts = splits.counts.tolist()
     split = [i for i in members if counts[i] > 1]
@@ -128,6 +142,7 @@ def add_parts(problems: Problems, splits: Splits, out: Tensor, chosen: Sequence[
         tiles.owner,
         tiles.first,
         out,
+        copy,
         splits.parts,
         splits.on_device,
         splits.part_start,

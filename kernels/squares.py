@@ -38,6 +38,12 @@ def store_square(base, leading, row, column, n, columns, tile, SIDE: tl.constexp
 
 
 @triton.jit
+def _to_tf32(x):
+    """float32 rounded to the nearest TF32: the matrix units cut off the lower bits, and all errors had one sign."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def minus_product(
     total,
     left,
@@ -75,6 +81,8 @@ def minus_product(
             if LOWER:  # not by the masks of the loads, which would be narrow then
                 x = tl.where((k + depth)[None, :] <= (side + above)[:, None], x, 0.0)
                 y = tl.where((k + depth)[None, :] <= side[:, None], y, 0.0)
+            if PRODUCTS == "tf32":
+                x, y = _to_tf32(x), _to_tf32(y)
             product = tl.dot(x, tl.trans(y), product, input_precision=PRODUCTS, out_dtype=total.dtype)
         total -= product
     else:

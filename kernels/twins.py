@@ -70,11 +70,15 @@ def quantize(
     return Slices(data, peaks, residual, bits)
 
 
-def gram_of_slices(problems: Problems, slices: Slices, out: Tensor | None = None, *, low: int = 1) -> Tensor:
+def gram_of_slices(
+    problems: Problems, slices: Slices, out: Tensor | None = None, *, low: int = 1, copy: Tensor | None = None
+) -> Tensor:
     """See gram.gram_of_slices; all products are computed for any ``low``."""
     if low > 1 and out is None:
         raise ValueError("adding slices needs the result for the earlier slices")
     dense = [a.to(problems.device) for a in slices.dense(problems)]
+    if copy is not None:
+        _lower_triangles(problems, range(len(dense)), dense, copy)
     return _lower_triangles(problems, range(len(dense)), dense, out)
 
 
@@ -102,8 +106,10 @@ def cholesky(
     info: Tensor | None = None,
     steps: Steps | None = None,
     residuals: Residuals | None = None,
+    *,
+    coarse: bool = False,
 ) -> Factored:
-    """See cholesky.cholesky; ``steps`` are not needed, and residuals are those of whole products."""
+    """See cholesky.cholesky; ``steps`` are not needed, residuals are those of whole products; none is coarse."""
     starts, total = diagonal_starts(problems)
     inverses = torch.empty(total, dtype=packed.dtype, device=packed.device)
     failed = torch.zeros(len(problems.n), dtype=torch.int32, device=packed.device) if info is None else info

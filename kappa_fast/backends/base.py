@@ -229,6 +229,7 @@ class ExactProducts(Protocol):
     distances: Sequence[float]
     traces: Sequence[float]
     roundings: Sequence[int]
+    coarse_roundings: int
 
     def residuals(self, chosen: Sequence[int], shifts: Sequence[float], sign: int) -> list[tuple[float, float]]:
         """||M - L L^T||_F and ||L||_F^2, M = sign (G - shift I), L its factor, for the places ``chosen`` in ``which``.
@@ -239,6 +240,12 @@ class ExactProducts(Protocol):
 
     def residual_roundings(self, place: int) -> int:
         """How often an entry of the residual is rounded, see residuals()."""
+
+    def coarse_residuals(self, chosen: Sequence[int], bounds: Sequence[float]) -> list[tuple[float, float]]:
+        """As residuals() of M = bound I - G, for a cheaper L whose residual is a small part of ``bound``.
+
+        Entries of the residual are rounded ``coarse_roundings`` times, and the diagonal of M once more.
+        """
 
 
 def dense_projection(columns: Sequence[Tensor]) -> Tensor:

@@ -107,7 +107,8 @@ class TritonBackend:
         resolving = int((1 + CLIMBING) * first)
         if rungs[0] == BYTES:  # slices are freed before any matrix climbs, the exact Gram matrix is kept for the proof
             resolving = max(first, int(CLIMBING * first) + self.need(shape, WEIGHTS16)) + 8 * n * (n + 16)
-        return max(resolving, 8 * n * (n + 180) + 4 * (m + 128) * n) if proofs else resolving
+        proving = 8 * n * (n + 180) + max(4 * (m + 128) * n, 6 * n * (n + 200))  # with slices, or a coarse factor
+        return max(resolving, proving) if proofs else resolving
 
     def need(self, shape: tuple[int, int], rung: Rung) -> int:
         """The factor with the inverses of its diagonal tiles, and the larger of the slices (which are freed before the

@@ -67,8 +67,10 @@ class SliceProducts:
 
     def __init__(self, made: ExactGrams, places: Mapping[int, int], read: Read) -> None:
         """Take over Gram matrices in which the operand i has the place ``places[i]``. Calls ``read`` once."""
+        from kappa_fast.kernels.coarse import ROUNDINGS
         from kappa_fast.kernels.shifted import Mirrored
 
+        self.coarse_roundings = ROUNDINGS
         self.which: tuple[int, ...] = tuple(places)
         self._places = tuple(places.values())
         self._read = read
@@ -96,6 +98,21 @@ class SliceProducts:
             (math.sqrt(square), size) if square >= 0 and deviation <= 1 else (math.inf, math.inf)
             for square, size, deviation in found
         ]
+
+    def coarse_residuals(self, chosen: Sequence[int], bounds: Sequence[float]) -> list[tuple[float, float]]:
+        from kappa_fast.kernels.coarse import coarse_factors
+        from kappa_fast.kernels.splits import BYTE_ROWS
+
+        places = [self._places[j] for j in chosen]
+        # Sums of more products do not fit 32 bits.
+        short = [k for k, place in enumerate(places) if int(self._mirrored.problems.n[place]) <= BYTE_ROWS]
+        found = [(math.inf, math.inf)] * len(places)
+        if short:
+            made = coarse_factors(self._mirrored, [places[k] for k in short], [bounds[k] for k in short])
+            for k, (square, size) in zip(short, self._read(torch.stack(made.residuals(), dim=1)), strict=True):
+                if square >= 0:  # not nan
+                    found[k] = math.sqrt(square), size
+        return found
 
     def residual_roundings(self, place: int) -> int:
         from kappa_fast.kernels.cholesky import residual_roundings

@@ -158,19 +158,18 @@ def factor_grams(
         if count == 0:
             gram_of_weights(alike, out=out)
         elif bits == 8:
-            kept = exact_grams(alike, quantize(alike, column_peaks(alike), count, bits=bits))
-            out.copy_(kept.packed)
+            kept = exact_grams(alike, quantize(alike, column_peaks(alike), count, bits=bits), out)
         else:
             gram_of_slices(alike, quantize(alike, column_peaks(alike), count), out)
         start += alike.gram_elements
     return Wave(whole, cholesky(whole, packed)), kept
 
 
-def exact_grams(problems: Problems, slices: Slices) -> ExactGrams:
-    """The Gram matrices of the integer matrices that the slices hold."""
+def exact_grams(problems: Problems, slices: Slices, copy: Tensor | None = None) -> ExactGrams:
+    """The Gram matrices of the integer matrices that the slices hold; ``copy``: packed, for their lower triangles."""
     from kappa_fast.kernels.gram import gram_of_slices, slice_roundings
 
-    packed = gram_of_slices(problems, slices)
+    packed = gram_of_slices(problems, slices, copy=copy)
     return ExactGrams(problems, packed, slices.residual, slice_roundings(problems, slices.count, slices.bits))
 
 

@@ -44,6 +44,8 @@ GROWTH = 8.0  # || |L| |L|^T || over || L L^T || for a factor L of T I - G, as i
 # The relative distances between estimate and proven bound that are tried in turn, from about a quarter of rtol on. All
 # rtol share these numbers, so that a narrower rtol never gives a wider interval.
 WIDENINGS = (*(x * 100.0**-k for k in (4, 3, 2, 1) for x in (0.25, 1.0, 4.0)), 0.25, 0.9)
+# From here on a widening leaves room for the residual of a coarse factor, which is a thousandth of the bound or so.
+COARSE_FROM = 2e-3
 
 
 def gamma(k: float) -> float:
@@ -193,9 +195,7 @@ def _prove_from_products(products: ExactProducts, founds: Sequence[Resolution], 
                 bottoms[j] = proven * (1 - 4 * U)
     for widening in widenings(rtol):
         open_ = [j for j in bottoms if j not in tops]
-        heads = [founds[products.which[j]].sigma_max for j in open_]
-        bounds = ends.largest(open_, [head**2 * (1 + widening) for head in heads])
-        tops.update({j: high for j, high in zip(open_, bounds, strict=True) if high < ends.traces[j]})
+        tops.update(_proven_tops(ends, {j: founds[products.which[j]].sigma_max ** 2 for j in open_}, widening))
     results = {}
     for j, low in bottoms.items():
         found = founds[products.which[j]]
@@ -203,6 +203,22 @@ def _prove_from_products(products: ExactProducts, founds: Sequence[Resolution], 
         upper = high / low * (1 + 8 * U)
         results[products.which[j]] = replace(found, upper=max(upper, found.kappa), certified=True)
     return results
+
+
+def _proven_tops(ends: _GramEigenvalueBounds, heads: Mapping[int, float], widening: float) -> dict[int, float]:
+    """Upper bounds of lambda_max, below the trace, of the places where they are proven; heads: the estimates.
+
+    A coarse factor will do where its residual is no larger than the widening: the next one proves more than four times
+    as far away, so the order of trials depends on no rtol, and a narrower one proves no less.
+    """
+    found: dict[int, float] = {}
+    if widening >= COARSE_FROM:
+        bounds = ends.largest(list(heads), [head * (1 + widening) for head in heads.values()], coarse=True)
+        limits = [min(head * (1 + 2 * widening), ends.traces[j]) for j, head in heads.items()]
+        found = {j: high for j, high, limit in zip(heads, bounds, limits, strict=True) if high < limit}
+    rest = [j for j in heads if j not in found]
+    bounds = ends.largest(rest, [heads[j] * (1 + widening) for j in rest])
+    return found | {j: high for j, high in zip(rest, bounds, strict=True) if high < ends.traces[j]}
 
 
 class _GramEigenvalueBounds:
@@ -222,20 +238,27 @@ class _GramEigenvalueBounds:
         defects = self._defects(chosen, shifts, 1)
         return [shift - d - abs(shift) * 4 * U for shift, d in zip(shifts, defects, strict=True)]
 
-    def largest(self, chosen: Sequence[int], bounds: Sequence[float]) -> list[float]:
+    def largest(self, chosen: Sequence[int], bounds: Sequence[float], *, coarse: bool = False) -> list[float]:
         """Upper bounds of lambda_max, near ``bounds`` as a rule; inf where bound I - G is not positive definite."""
-        defects = self._defects(chosen, bounds, -1)
+        defects = self._defects(chosen, bounds, -1, coarse=coarse)
         return [bound * (1 + 4 * U) + d for bound, d in zip(bounds, defects, strict=True)]
 
-    def _defects(self, chosen: Sequence[int], shifts: Sequence[float], sign: int) -> list[float]:
+    def _defects(
+        self, chosen: Sequence[int], shifts: Sequence[float], sign: int, *, coarse: bool = False
+    ) -> list[float]:
         """Bounds on how far the smallest eigenvalue of sign (Q^T Q - shift I) lies below 0; compare residual_norm."""
         if not chosen:
             return []
+        if coarse:
+            residuals = self._products.coarse_residuals(chosen, shifts)
+        else:
+            residuals = self._products.residuals(chosen, shifts, sign)
         found = []
-        for j, (rest, squares) in zip(chosen, self._products.residuals(chosen, shifts, sign), strict=True):
+        for j, (rest, squares) in zip(chosen, residuals, strict=True):
             size = 2 * (squares + rest) * OUT
             # The shift rounds the diagonal once more; entries of the diagonal are no larger than ``size``.
-            rounding = gamma(self._products.residual_roundings(j) + 1) * size
+            roundings = self._products.coarse_roundings if coarse else self._products.residual_roundings(j)
+            rounding = gamma(roundings + 1) * size
             found.append((rest * OUT + rounding + self.errors[j]) * OUT + TINY)
         return found
 

@@ -50,6 +50,7 @@ HINTS = [
     ("problems.py", "ROW_STRIDE, WIDE)", "ROW_STRIDE)", "digits[LOW=1,HIGH=2,BITS"),
     ("gram.py", "PITCH, PAD)", "PITCH)", "slices[LOW=1,HIGH=2,SIDE"),
     ("gram.py", "SLICE, PAD)", "SLICE)", "slices[LOW=1,HIGH=2,SIDE"),
+    ("coarse.py", "PITCH, PAD).to", "PITCH).to", "rest[SIDE"),
 ]
 COMPILE = """
 import json, sys

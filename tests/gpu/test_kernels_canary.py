@@ -9,6 +9,7 @@ from kappa_fast.kernels import (
     apply,
     canary,
     cholesky,
+    coarse,
     gram,
     orthogonal,
     panel,
@@ -243,6 +244,29 @@ def proofs():
     return lambda: canary._check_shifted(problems, grams)
 
 
+@pytest.mark.parametrize(
+    ("which", "what"),
+    [(None, ""), (0, "^residuals of coarse factors is off"), (1, "^sizes of coarse factors is off")],
+)
+def test_residuals_of_coarse_factors_are_held_to_what_their_digits_say(which, what, monkeypatch):
+    matrices = [canary._numbers(m, n, n).float() for m, n in ((100, 70), (20, 5))]
+    grams = [a.double().T @ a.double() for a in matrices]
+    original = coarse.Coarse.residuals
+
+    def residuals(self):
+        found = list(original(self))
+        if which is not None:
+            found[which][-1] *= 1 - 1e-6
+        return tuple(found)
+
+    monkeypatch.setattr(coarse.Coarse, "residuals", residuals)
+    if which is None:
+        canary._check_coarse(Problems.of(matrices), grams)
+    else:
+        with pytest.raises(CanaryError, match=what):
+            canary._check_coarse(Problems.of(matrices), grams)
+
+
 @pytest.mark.slow
 def test_what_proofs_rest_on_passes_on_a_sound_device(proofs):
     proofs()
@@ -278,9 +302,9 @@ def test_a_proof_that_would_rest_on_wrong_sums_is_found(which, factor, what, pro
 def test_a_tile_that_measures_too_little_is_found(kernel, what, proofs, monkeypatch):
     original = getattr(cholesky, kernel)
 
-    def launcher(problems, result, steps, step, residuals=None):
+    def launcher(problems, result, steps, step, residuals=None, **options):
         before = None if residuals is None else residuals.squares.clone()
-        original(problems, result, steps, step, residuals)
+        original(problems, result, steps, step, residuals, **options)
         if residuals is not None:  # half of what this launch has found
             residuals.squares.copy_(torch.where(residuals.squares == before, before, residuals.squares / 4))
 
@@ -306,8 +330,8 @@ def test_a_check_of_factors_that_does_not_look_is_found(value, what, proofs, mon
 def test_factors_that_are_finished_wrong_and_say_nothing_are_found(proofs, monkeypatch):
     original = cholesky.finish_columns
 
-    def launcher(problems, result, steps, step, residuals=None):
-        original(problems, result, steps, step, residuals)
+    def launcher(problems, result, steps, step, residuals=None, **options):
+        original(problems, result, steps, step, residuals, **options)
         if residuals is not None and step == 0:
             result.packed[66 * 80] *= -1  # no square of a length tells
 

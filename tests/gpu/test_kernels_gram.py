@@ -72,6 +72,17 @@ def test_the_gram_matrix_of_two_bytes_is_exact(monkeypatch):
         )
 
 
+def test_the_float32_copy_is_the_result_rounded_also_of_matrices_that_are_split(monkeypatch):
+    monkeypatch.setattr(splits, "SPLIT_ROWS", 128)
+    monkeypatch.setattr(splits, "FULL_CHIP", 2)
+    problems = Problems.of([gaussian(700, 9, 1).bfloat16(), gaussian(140, 130, 2).bfloat16()])
+    assert module.split_counts(problems, 128, 8).tolist() == [2, 1]
+    copy = torch.full((problems.gram_elements,), math.nan)
+    found = gram_of_slices(problems, quantize(problems, column_peaks(problems), 2, bits=8), copy=copy)
+    for rounded, view in zip(problems.gram_views(copy), problems.gram_views(found), strict=True):
+        assert torch.equal(torch.tril(rounded), torch.tril(view).float())
+
+
 def test_the_longest_columns_of_the_largest_bytes_do_not_saturate(monkeypatch):
     longest = 65537
     monkeypatch.setitem(module.SLICE_TILES[HERE], 2, Tile(16, 128, 4, 2))

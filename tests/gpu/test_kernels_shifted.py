@@ -79,8 +79,8 @@ def spoilt(monkeypatch, kernel, change):
     """After every launch of a kernel ``change(factored, step, residuals)`` is made."""
     original = getattr(factors, kernel)
 
-    def launcher(problems, result, steps, step, residuals=None):
-        original(problems, result, steps, step, residuals)
+    def launcher(problems, result, steps, step, residuals=None, **options):
+        original(problems, result, steps, step, residuals, **options)
         change(result, step, residuals)
 
     monkeypatch.setattr(factors, kernel, launcher)

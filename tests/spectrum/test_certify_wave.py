@@ -13,9 +13,12 @@ from spectra import contains, gaussian, prescribed, singular_values, trained_lik
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 
+import triton.language as tl  # noqa: E402
+
 from kappa_fast.backends import triton_proofs  # noqa: E402
 from kappa_fast.backends.torch_backend import TorchBackend  # noqa: E402
 from kappa_fast.backends.triton_backend import TritonBackend  # noqa: E402
+from kappa_fast.kernels import cholesky, coarse, shifted  # noqa: E402
 from kappa_fast.spectrum import certify, ladder  # noqa: E402
 from kappa_fast.spectrum.certify import certify_wave  # noqa: E402
 from kappa_fast.spectrum.ladder import resolve  # noqa: E402
@@ -87,6 +90,72 @@ def test_no_proof_of_the_wave_misses_whatever_the_estimates_were(rtol, high, low
         assert proven == [True, True, rtol > 1e-3, False, True, True, False]
         ratios = [float(entry.upper / kappa) for entry, kappa in zip(found, kappas_of_the_wave(), strict=True)]
         assert all(1 <= ratio <= 1 + 1.5 * rtol for ratio, sure in zip(ratios, proven, strict=True) if sure)
+
+
+@pytest.fixture
+def wide_factors(monkeypatch):
+    """The signs of the shifted Gram matrices that are factored in float64."""
+    signs, original = [], triton_proofs.SliceProducts.residuals
+
+    def residuals(self, chosen, shifts, sign):
+        signs.extend([sign] * len(chosen))
+        return original(self, chosen, shifts, sign)
+
+    monkeypatch.setattr(triton_proofs.SliceProducts, "residuals", residuals)
+    return signs
+
+
+@pytest.mark.usefixtures("no_other_proof")
+def test_the_upper_end_takes_a_coarse_factor_where_rtol_leaves_room_for_it(wide_factors):
+    operands = TRITON.prepare([gaussian(70, 33, 1).bfloat16(), trained_like(90, 20, 2).bfloat16()])
+    for rtol, upper_ends in ((1e-2, 0), (1e-3, 2)):
+        wide_factors.clear()
+        found = certify_wave(TRITON, operands, estimates(operands), rtol)
+        assert wide_factors.count(1) == 2
+        assert wide_factors.count(-1) == upper_ends
+        for entry, kappa in zip(found, kappas(operands), strict=True):
+            assert entry.certified
+            assert contains(1.0, kappa, entry.upper)
+            assert entry.upper < float(kappa) * (1 + rtol)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_other_proof")
+@pytest.mark.parametrize("rtol", [1e-3, 1e-2, 4e-2, 0.4])
+def test_a_narrower_rtol_never_proves_less_with_coarse_factors(rtol):
+    operands = TRITON.prepare([gaussian(70, 33, 1).bfloat16(), trained_like(90, 20, 2).bfloat16()])
+    for high in (1.0, 0.99, 1 - 0.0025 / 2, 0.97):
+        narrow, wide = (certify_wave(TRITON, operands, estimates(operands, high), x) for x in (rtol / 10, rtol))
+        assert all(x.upper <= y.upper for x, y in zip(narrow, wide, strict=True))
+
+
+@pytest.mark.usefixtures("no_other_proof")
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_coarse_factor_that_lost_an_update_proves_nothing_wrong(planted, monkeypatch):
+    # G = I + e e^T / 4 has the largest eigenvalue 1 + n / 4, its first 128 columns have 1 + 32. Between these it is the
+    # update behind the super-panel alone that breaks a factor down.
+    n = 150
+    for module in (cholesky, shifted, coarse):
+        monkeypatch.setattr(module, "SUPER", tl.constexpr(128))
+    original = cholesky.launch
+
+    def lossy(kernel, *arguments, **options):
+        if kernel is not cholesky._trailing_kernel or options["PRODUCTS"] != "tf32":
+            original(kernel, *arguments, **options)
+
+    monkeypatch.setattr(cholesky, "launch", lossy)
+    if planted:  # and a residual that is not measured
+        monkeypatch.setattr(
+            triton_proofs.SliceProducts, "coarse_residuals", lambda self, chosen, bounds: [(0.0, 1.0)] * len(chosen)
+        )
+    operands = TRITON.prepare([torch.cat([torch.eye(n), torch.full((1, n), 0.5)]).bfloat16()])
+    (found,) = estimates(operands, math.sqrt(0.75), math.sqrt(0.998 / 0.75))
+    widening = certify.widenings(1.0)[0]
+    assert 33 < found.sigma_max**2 * (1 + widening) < 1 + n / 4
+    assert 0.99 < found.sigma_min**2 * (1 - widening) < 1  # so that the lower end makes up for nothing
+    (entry,) = certify_wave(TRITON, operands, [found], 1.0)
+    assert entry.certified
+    assert contains(1.0, math.sqrt(1 + n / 4), entry.upper) != planted
 
 
 def test_what_the_wave_cannot_prove_is_proved_alone():
