@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 
-from ..machine.helping import share
 from .base import (
     DROP,
     EXPONENT,
@@ -30,6 +28,7 @@ from .base import (
     symmetric_norm,
 )
 from .start import gaussian_block
+from .torch_gram import cholesky, gram, gram_in_chunks, row_chunks
 
 CHOLESKY32 = Rung("cholesky32", "cholesky", torch.float32, 2)
 CHOLESKY64 = Rung("cholesky64", "cholesky", torch.float64, 2)
@@ -43,20 +42,10 @@ SLENDER = 0.8
 SAFE = 20
 LINE = 64  # bytes of a cache line
 CANCELLED = 1e-2  # directions below this share of the operator's norm are orthogonalized once more
-# Columns of a tile of the lower triangle, a multiple of 24, as MKL's products with AVX-512 have them: at 2048 x 2048 on
-# one thread 0.59 of the full product in float64 and in float32, where 256 columns take 0.96 and 0.59.
-TILE = 288
-# Columns of a factor that are computed, and of what is behind them that are updated, at a time: at 1024 columns 0.8 of
-# the time of 256 and 512 in float32, 0.7 in float64; at 2048 columns 0.8 in both.
-PANEL, UPDATE = 240, 96
 CHUNK_BYTES = 1 << 20  # rows are converted so many bytes at a time, which stay in cache (all at once took 3 to 5 times)
-GRAM_CHUNK_BYTES = 32 << 20
 DIGEST_BYTES = 64 << 20
 KEPT = "gram64"  # the key of Operand.cache for (rows per partial sum, Gram matrix)
 KEPT_ROWS = 256  # with 64 instead the Gram matrix of a 2048 x 2048 takes a third longer, and is not needed
-# Sides of the blocks of a chunked Gram matrix, so that partial sums stay in cache, multiples of 24 as TILE is. 2048
-# columns on one thread: 0.79 of the time of 512 and 128.
-SIDE, LEAST_SIDE = 480, 96
 GRAM_NORM = "gram norm"  # the key in Operand.cache of ||A^T A||_F
 
 
@@ -104,10 +93,10 @@ class TorchBackend:
         return Panel.pack(blocks).to(dtype)
 
     def gram(self, operands: Sequence[Operand], dtype: torch.dtype, chunk: int | None = None) -> list[Tensor]:
-        return [_gram(a.tensor, dtype) if chunk is None else _taken_or_summed(a, dtype, chunk) for a in operands]
+        return [gram(a.tensor, dtype) if chunk is None else _taken_or_summed(a, dtype, chunk) for a in operands]
 
     def cholesky(self, grams: Sequence[Tensor]) -> list[bool]:
-        return [_cholesky(g) for g in grams]
+        return [cholesky(g) for g in grams]
 
     def exact_products(self, operands: Sequence[Operand], level: int, limits: Sequence[float]) -> None:
         return None
@@ -302,96 +291,21 @@ def digest(a: Operand) -> bytes:
     return found.digest()
 
 
-def _row_chunks(a: Tensor, limit: int, itemsize: int) -> Iterator[tuple[int, int]]:
-    m, n = a.shape
-    limit = limit if a.device.type == "cpu" else 256 * limit  # an accelerator is faster with few large products
-    rows = max(16, min(m, limit // max(1, n * itemsize)))
-    for start in range(0, m, rows):
-        yield start, min(start + rows, m)
-
-
-def _gram(a: Tensor, dtype: torch.dtype) -> Tensor:
-    n = a.shape[1]
-    g = a.new_zeros((n, n), dtype=dtype)
-    for start, stop in _row_chunks(a, GRAM_CHUNK_BYTES, dtype.itemsize):
-        rows = a[start:stop].to(dtype)
-        share([partial(_add_tile, g, rows, j) for j in range(0, n, TILE)])
-    return g
-
-
-def _add_tile(g: Tensor, rows: Tensor, j: int) -> None:
-    g[j:, j : j + TILE].addmm_(rows[:, j:].T, rows[:, j : j + TILE])
-
-
 def _taken_or_summed(a: Operand, dtype: torch.dtype, chunk: int) -> Tensor:
     """The Gram matrix in chunks that ``factor`` kept, if it has this dtype and these chunks, else a new one."""
     kept = a.cache.pop(KEPT, None)
     if kept is not None and kept[0] == chunk and kept[1].dtype == dtype:
         taken: Tensor = kept[1]
         return taken
-    return _gram_in_chunks(a.tensor, dtype, chunk)
-
-
-def _gram_in_chunks(a: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
-    # A product that accumulates into g may add its terms to g one by one, which rounds early terms m times; a sum of
-    # separate products rounds each term at most chunk + m / chunk times in any library.
-    m, n = a.shape
-    g = a.new_zeros((n, n), dtype=dtype)
-    room = g.new_empty(min(SIDE, n) ** 2)
-    step = max(1, GRAM_CHUNK_BYTES // (n * dtype.itemsize * chunk)) * chunk
-    for start in range(0, m, step):
-        wide = a[start : start + step].to(dtype)
-        for rows, columns in _lower_blocks(0, n):
-            block = g[rows, columns]
-            partial = room[: block.numel()].view(block.shape)
-            for first in range(0, wide.shape[0], chunk):
-                part = wide[first : first + chunk]
-                torch.mm(part[:, rows].T, part[:, columns], out=partial)
-                block += partial
-    return g
-
-
-def _lower_blocks(start: int, stop: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks (rows, columns) of SIDE at most that cover the lower triangle between ``start`` and ``stop``, and little
-    above it."""
-    if stop - start <= LEAST_SIDE:
-        yield slice(start, stop), slice(start, stop)
-        return
-    middle = start + max(LEAST_SIDE, (stop - start) // 2 // LEAST_SIDE * LEAST_SIDE)
-    yield from _lower_blocks(start, middle)
-    for i in range(middle, stop, SIDE):
-        for j in range(start, middle, SIDE):
-            yield slice(i, min(i + SIDE, stop)), slice(j, min(j + SIDE, middle))
-    yield from _lower_blocks(middle, stop)
-
-
-def _cholesky(g: Tensor) -> bool:
-    n = g.shape[0]
-    panel = PANEL if n > 2 * PANEL else n
-    for j in range(0, n, panel):
-        e = min(j + panel, n)
-        block, info = torch.linalg.cholesky_ex(g[j:e, j:e])
-        if int(info) != 0:
-            return False
-        g[j:e, j:e] = block
-        g[j:e, e:] = 0
-        if e < n:
-            below = torch.linalg.solve_triangular(block.T, g[e:, j:e], upper=True, left=False)
-            g[e:, j:e] = below
-            share([partial(_subtract_tile, g, below, e, c) for c in range(e, n, UPDATE)])
-    return True
-
-
-def _subtract_tile(g: Tensor, below: Tensor, e: int, c: int) -> None:
-    g[c:, c : c + UPDATE].addmm_(below[c - e :], below[c - e : c - e + UPDATE].T, alpha=-1)
+    return gram_in_chunks(a.tensor, dtype, chunk)
 
 
 def _gram_to_factor(a: Operand, rung: Rung) -> Tensor:
     """The Gram matrix in the dtype of the rung. One that is to be kept for the proof stays in the operand's cache."""
     if rung.gram is None or not a.exact:
-        return _gram(a.tensor, rung.dtype)
+        return gram(a.tensor, rung.dtype)
     if KEPT not in a.cache:
-        a.cache[KEPT] = KEPT_ROWS, _gram_in_chunks(a.tensor, rung.gram, KEPT_ROWS)
+        a.cache[KEPT] = KEPT_ROWS, gram_in_chunks(a.tensor, rung.gram, KEPT_ROWS)
     kept: Tensor = a.cache[KEPT][1]
     return kept.to(rung.dtype, copy=True)
 
@@ -403,7 +317,7 @@ def _factor(operand: Operand, rung: Rung) -> Any:
     if rung.kind == "cholesky":
         g = _gram_to_factor(operand, rung)
         operand.cache[GRAM_NORM] = symmetric_norm(g)
-        return g if _cholesky(g) else None
+        return g if cholesky(g) else None
     a = operand.tensor
     wide = a.to(rung.dtype)
     if rung.kind == "qr":
@@ -451,7 +365,7 @@ def _departure(a: Tensor, rung: Rung, f: Any, x: Tensor, transposed: bool) -> Te
 def _normal(a: Tensor, x: Tensor) -> Tensor:
     # Blocks stand on the left: with 4 columns that takes 4 ms at 2048 x 2048 in float32, and 31 on the right.
     z = x.new_zeros(x.shape[1], x.shape[0])
-    for start, stop in _row_chunks(a, CHUNK_BYTES, x.dtype.itemsize):
+    for start, stop in row_chunks(a, CHUNK_BYTES, x.dtype.itemsize):
         rows = a[start:stop].to(x.dtype)
         z.addmm_(x.T @ rows.T, rows)
     return z.T
@@ -461,7 +375,7 @@ def _apply(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     out = x.new_empty((a.shape[0], x.shape[1]), dtype=torch.float64)
     x = x.to(torch.float64)
     squares = x.new_zeros(())
-    for start, stop in _row_chunks(a, CHUNK_BYTES, 8):
+    for start, stop in row_chunks(a, CHUNK_BYTES, 8):
         rows = a[start:stop].to(torch.float64)
         out[start:stop] = (x.T @ rows.T).T  # 15 ms for 2 columns at 5632 x 2048, and 23 as rows @ x
         flat = (rows if rows.is_contiguous() else rows.T).reshape(-1)
@@ -472,7 +386,7 @@ def _apply(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def _weighted_binades(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
     total = left.new_zeros(left.shape[1], dtype=torch.float64)
     narrow = right.to(torch.float32)
-    for start, stop in _row_chunks(a, CHUNK_BYTES, 4):
+    for start, stop in row_chunks(a, CHUNK_BYTES, 4):
         rows = a[start:stop].to(torch.float32)
         binades = rows.view(torch.int32).bitwise_and(EXPONENT).view(torch.float32)
         total += (left[start:stop] * (binades.square_() @ narrow)).sum(dim=0)

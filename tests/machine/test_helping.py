@@ -144,7 +144,7 @@ def test_no_bit_depends_on_help_or_on_the_number_of_threads(certify, monkeypatch
 
 
 def test_a_lone_matrix_is_shared(monkeypatch):
-    import kappa_fast.backends.torch_backend as backend
+    import kappa_fast.backends.torch_gram as backend
 
     names = set[str]()
     original = backend._add_tile
