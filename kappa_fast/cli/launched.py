@@ -15,6 +15,8 @@ from ..errors import OptionError, ProcessGroupError
 from .outcome import FAILURE, INTERRUPTED, WRONG_USE
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from torch.distributed import ProcessGroup
 
 
@@ -63,7 +65,7 @@ def launched(device: str | None, timeout: float | None, debug: bool) -> Iterator
     if on_gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     limit = None if timeout is None else timedelta(seconds=timeout)
-    distributed.init_process_group("nccl" if on_gpus and distributed.is_nccl_available() else "gloo", timeout=limit)
+    _make_group("nccl" if on_gpus and distributed.is_nccl_available() else "gloo", limit)
     try:
         first = distributed.get_rank() == 0
         if not first:
@@ -81,6 +83,23 @@ def launched(device: str | None, timeout: float | None, debug: bool) -> Iterator
             raise typer.Exit(WRONG_USE if isinstance(error, OptionError) else FAILURE) from None
     finally:
         distributed.destroy_process_group()
+
+
+def _make_group(backend: str, timeout: timedelta | None) -> None:
+    """init_process_group(), which works after a restart by torchrun too.
+
+    Raises:
+        ProcessGroupError: a rank has not come within the timeout.
+    """
+    from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    from ..distributed.starts import of_this_start
+
+    patience = timeout or distributed.default_pg_timeout
+    store, rank, size = next(rendezvous("env://", timeout=patience))
+    of_its_own = of_this_start(store, rank, size, patience.total_seconds())
+    distributed.init_process_group(backend, store=of_its_own, rank=rank, world_size=size, timeout=timeout)
 
 
 def _nowhere(*_: object, **__: object) -> None:

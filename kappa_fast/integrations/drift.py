@@ -19,6 +19,7 @@ from ..pipeline import rank
 from ..results.entries import TensorKappa
 from ..results.ranking import Ranking
 from ..sources.adapters import adapted_in
+from ..sources.flattened import names_within
 from ..sources.unsharded import is_sharded
 
 try:
@@ -93,10 +94,10 @@ class KappaDriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Write the first figures into the log."""
         self._log_first(args, state, control)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         """Every so many steps, rank again."""
         if self._is_due(state):
-            self._rank_again(args, state, control)
+            self._rank_again(args, state, control, model)
 
     def _is_due(self, state: Any) -> bool:
         return self._every is not None and state.global_step % self._every == 0 and self._model is not None
@@ -104,9 +105,8 @@ class KappaDriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def _trained(self, entries: Iterable[TensorKappa]) -> Collection[str]:
         """The keys of matrices that train, or whose adapters train."""
         assert self._model is not None
-        owners = {
-            _module_name(name.rpartition(".")[0]) for name, p in self._model.named_parameters() if p.requires_grad
-        }
+        named = ((name, p) for name, p in self._model.named_parameters() if p.requires_grad)
+        owners = {_module_name(one.rpartition(".")[0]) for name, p in named for one in names_within(name, p)}
         return {entry.key for entry in entries if _module_name(entry.name.rpartition(".")[0]) in owners}
 
     def _rank_first(self, model: nn.Module) -> None:
@@ -120,9 +120,11 @@ class KappaDriftCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             write_log(args, state, control, _medians(self.ranking, self._trained(self.ranking)))
         self._begun = True
 
-    def _rank_again(self, args: Any, state: Any, control: Any) -> Ranking:
+    def _rank_again(self, args: Any, state: Any, control: Any, model: nn.Module | None) -> Ranking:
+        """model: what the Trainer has made of the model by now: FSDP1 keeps in a wrapper where the weights are."""
         assert self._model is not None
-        now = ranked(self._model, self._options)
+        wrapped = model is not None and any(module is self._model for module in model.modules())
+        now = ranked(model if wrapped and model is not None else self._model, self._options)
         trained = self._trained(now)
         drift = {"step": state.global_step, **_drift(self._start, now, trained)}
         self.history.append(drift)

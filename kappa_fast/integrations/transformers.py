@@ -238,11 +238,13 @@ class KappaTuneCallback(KappaDriftCallback, ExportableState):  # type: ignore[mi
     def _trained(self, entries: Iterable[TensorKappa]) -> Collection[str]:
         return set(self.selection.keys) if self.selection is not None else ()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, optimizer: Any = None, **_: Any
+    ) -> None:
         """Every so many steps, rank again."""
         if not self._is_due(state) or self._model is None or self.ranking is None:
             return
-        now = self._rank_again(args, state, control)
+        now = self._rank_again(args, state, control, model)
         if self._reselect and self.handle is not None:
             self.handle.restore()
             self.selection = now.select(**self._budget)

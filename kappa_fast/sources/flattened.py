@@ -61,6 +61,15 @@ def spread_by_wrapper(wrapper: Any, name: str) -> Iterator[tuple[nn.Module, str,
         yield shared.module, shared.param_name, made[id(shared.prim_module), shared.prim_param_name]
 
 
+def names_within(name: str, parameter: Any) -> list[str]:
+    """The names of the parameters that FSDP1 has flattened into this one; its own where it is no such row."""
+    inside = getattr(parameter, "_fqns", None)
+    if inside is None:
+        return [name]
+    prefix = name.rpartition("_flat_param")[0]
+    return [f"{prefix}{each}" for each in inside]
+
+
 def spread_by_zero(name: str, tensor: Any) -> Spread:
     """A parameter of ZeRO-3 of which this process has a part."""
     ranks = _ranks_of(tensor.ds_process_group)

@@ -7,6 +7,7 @@ is only looked at, and nobody else is asked.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,9 +102,9 @@ class _StandIns:
 def _identity(spread: Spread) -> object:
     """Equal for tensors that are the same weights."""
     local = spread.local
-    if not local.numel():
-        return object()
-    return local.data_ptr(), local.stride(), spread.shape, spread.dtype, spread.how, spread.over
+    # Where this process has nothing of it, views of one storage are the same weights all the same.
+    at = local.data_ptr() if local.numel() else (local.untyped_storage()._cdata, local.storage_offset())
+    return at, local.stride(), spread.shape, spread.dtype, spread.how, spread.over
 
 
 class _Copy:
@@ -142,6 +143,10 @@ class _Copy:
         # FSDP1 leaves views of what it has freed, under the names of the parameters.
         freed = {leaf for owner, leaf in self._flattened if owner == id(module)}
         vars(made).update({name: value for name, value in vars(module).items() if name not in freed})
+        for name in ("forward", "_old_forward"):  # a method of the instance, which would run the module itself
+            own = vars(made).get(name)
+            if isinstance(own, types.MethodType) and own.__self__ is module:
+                vars(made)[name] = types.MethodType(own.__func__, made)
         vars(made)["_parameters"] = self._parameters(module)
         vars(made)["_buffers"] = {
             leaf: None if t is None else self._stands.of(self._named(module, leaf), t)

@@ -81,3 +81,42 @@ def test_torchrun_tells_an_error_once(tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("error: ") == 1, done.stderr
     assert not done.stdout.strip()
+
+
+RESTARTED = """
+import os, signal, sys
+from kappa_fast.cache import memos
+from kappa_fast.cli import app
+from kappa_fast.distributed.exchange import Exchange
+
+memos.RACY_NS = -(10**10)  # trust times of new files
+add, done = Exchange.add, []
+
+def dying(self, matrix, result):
+    add(self, matrix, result)
+    done.append(matrix)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "%d" and len(done) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Exchange.add = dying
+app(sys.argv[1:], prog_name="kappa-fast")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("rendezvous", [(), ("--standalone",)], ids=["static", "c10d"])
+def test_torchrun_starts_ranks_again_and_they_go_on_from_the_cache(tmp_path, dies, rendezvous):
+    file, script = save(tmp_path), tmp_path / "restarted.py"
+    script.write_text(RESTARTED % dies)
+    options = ("--json", "together.json", "--cache-dir", tmp_path / "cache", "--timeout", 60)
+    done = torchrun(tmp_path, "--max-restarts", 1, *rendezvous, script, "rank", file, *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "together.json").read_text())
+    assert found["metadata"]["cache"]["hits"] >= 2
+    alone = subprocess.run(
+        [sys.executable, "-m", "kappa_fast", "rank", file, "--no-cache", "--json", "alone.json"],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=200,
+    )  # fmt: skip
+    assert alone.returncode == 0
+    assert found["entries"] == json.loads((tmp_path / "alone.json").read_text())["entries"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -22,6 +23,7 @@ import torch.multiprocessing as processes
 
 WORLD = 2
 LONGEST = 120.0  # seconds after which a test has failed
+CLONE_NEWNET = 0x40000000  # of linux/sched.h
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,22 @@ def on_two_ranks(work: Callable[..., Any], *arguments: Any) -> None:
             raise AssertionError(outcome.trace) from outcome.error
 
 
-def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout: float = LONGEST) -> list[Outcome]:
+@dataclass(frozen=True)
+class Host:
+    """A network namespace that stands for a machine: its name, its network interface, and the address of that."""
+
+    namespace: str
+    interface: str
+    address: str
+
+
+def on_ranks(
+    size: int, work: Callable[..., Any], *arguments: Any, timeout: float = LONGEST, hosts: Sequence[Host] = ()
+) -> list[Outcome]:
     """``work(rank, *arguments)`` on each; ``timeout`` is that of the process group. Ranks that stand still are killed.
 
-    Processes are forked from one that has imported everything already.
+    Processes are forked from one that has imported everything already. With ``hosts`` they run there in turn, rank 0 on
+    the first one.
     """
     context = processes.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "xxhash", "kappa_fast.planning"])
@@ -53,7 +67,7 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout: floa
         port = free.getsockname()[1]
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     ranks = [
-        context.Process(target=_enter, args=(rank, size, port, timeout, pipe, work, arguments), daemon=True)
+        context.Process(target=_enter, args=(rank, size, port, timeout, hosts, pipe, work, arguments), daemon=True)
         for rank, (_, pipe) in enumerate(pipes)
     ]
     for process in ranks:
@@ -91,11 +105,20 @@ def stop_here(how: signal.Signals) -> None:
     os.kill(os.getpid(), how)
 
 
+def _move_to(host: Host) -> None:
+    """This process belongs to the host from now on; gloo is told of its interface, since its name has no address."""
+    with Path("/run/netns", host.namespace).open() as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns to {host.namespace}")
+    os.environ["GLOO_SOCKET_IFNAME"] = host.interface
+
+
 def _enter(
     rank: int,
     size: int,
     port: int,
     timeout: float,
+    hosts: Sequence[Host],
     pipe: Connection,
     work: Callable[..., Any],
     arguments: tuple[Any, ...],
@@ -104,7 +127,10 @@ def _enter(
 
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    if hosts:
+        _move_to(hosts[rank % len(hosts)])
+    address = hosts[0].address if hosts else "127.0.0.1"
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     distributed.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     started = time.monotonic()
     try:
