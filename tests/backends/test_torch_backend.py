@@ -9,7 +9,7 @@ from spectra import gaussian, graded, growing, prescribed
 
 from kappa_fast.backends import get_backend
 from kappa_fast.backends.base import Panel, Rung
-from kappa_fast.backends.torch_backend import CHOLESKY32, CHOLESKY64, LU64, QR64, TorchBackend
+from kappa_fast.backends.torch_backend import CHOLESKY32, CHOLESKY64, KEPT, LU64, QR64, TorchBackend
 from kappa_fast.errors import BackendError
 from kappa_fast.spectrum import ladder
 from kappa_fast.spectrum.krylov import KrylovBasis
@@ -226,10 +226,10 @@ def test_a_gram_matrix_is_kept_for_the_proof_once(dtype, turned):
     assert first.name == usual.name
     assert (usual.gram, first.gram) == (None, torch.float64)
     BACKEND.factor([a], [usual])
-    assert not a.cache
+    assert KEPT not in a.cache
     (factor,) = BACKEND.factor([a], [first]).data
     (kept,) = BACKEND.gram([a], torch.float64, chunk=256)
-    assert not a.cache
+    assert KEPT not in a.cache
     (anew,) = BACKEND.gram([a], torch.float64, chunk=256)
     assert kept is not anew
     assert torch.equal(torch.tril(kept), torch.tril(anew))
@@ -242,18 +242,18 @@ def test_a_kept_gram_matrix_serves_the_next_rung_but_no_other_sums():
     a = operand(gaussian(400, 150).float())
     narrow, following, _ = BACKEND.rungs(a.shape, torch.float32, proofs=True)
     BACKEND.factor([a], [narrow])
-    before = {key: value[1].clone() for key, value in a.cache.items()}
+    before = a.cache[KEPT][1].clone()
     (factor,) = BACKEND.factor([a], [following]).data
     assert factor.dtype == torch.float64
-    assert all(torch.equal(value[1], before[key]) for key, value in a.cache.items())
+    assert torch.equal(a.cache[KEPT][1], before)
     BACKEND.gram([a], torch.float64, chunk=64)
-    assert not a.cache
+    assert KEPT not in a.cache
 
 
 def test_nothing_is_kept_of_what_cannot_be_proven():
     a = replace(operand(gaussian(400, 150).float()), exact=False)
     BACKEND.factor([a], [BACKEND.rungs(a.shape, torch.float32, proofs=True)[0]])
-    assert not a.cache
+    assert KEPT not in a.cache
 
 
 def test_kept_gram_matrices_count_as_memory():

@@ -262,7 +262,7 @@ def test_the_settings_are_kept_with_patterns_in_any_iterable():
     assert found["settings"] == {
         **dict(top=1, top_per_group=False, rtol=1e-2, certify=False, score="abs_kappa", include=("layers",)),
         **dict(exclude=("1$", "9"), embeddings=False, routers=False, fused="split"),
-        **dict(adapters="base", min_dim=16, max_dim=None),
+        **dict(adapters="base", min_dim=16, max_dim=None, statistics=None),
     }
     assert rank(weights(2), include="layers").metadata["settings"]["include"] == "layers"
 
