@@ -20,9 +20,10 @@ from ..results.statistics import OF_SPECTRUM, UNKNOWN, Statistics
 from . import certify as proofs
 from . import exact, measures, small, statistics
 from .bounds import norm_factor
-from .krylov import WIDTH, Extreme, largest
+from .krylov import WIDTH
 from .polish import U64, Triplets, polish, sensitivities
 from .resolution import Goal, Resolution
+from .search import interval, search
 
 log = logging.getLogger("kappa_fast")
 
@@ -258,7 +259,7 @@ def _resolve_with_factors(backend: Backend, wave: _Factored, goal: Goal) -> None
     climbers, factors = wave.climbers, wave.factors
     if not goal.ends:
         return _measure_factors(backend, wave)
-    (tops, highest), (bottoms, lowest) = _search(backend, factors, [c.seed for c in climbers], END_SHARE * goal.rtol)
+    (tops, highest), (bottoms, lowest) = search(backend, factors, [c.seed for c in climbers], END_SHARE * goal.rtol)
     volumes = backend.read(backend.volumes([c.operand for c in climbers], factors))
     polished = backend.solve(factors, lowest)
     # The vectors of an operator that overflowed cannot be polished, and LAPACK must not get their NaNs.
@@ -271,7 +272,7 @@ def _resolve_with_factors(backend: Backend, wave: _Factored, goal: Goal) -> None
     for j, climber, triplets in zip(good, chosen, found, strict=True):
         if triplets.sigma_min > 0:
             rounding = 4 * (sum(climber.operand.shape) + 8) * U64
-            resolution = _interval(factors.rungs[j], wave.departures[j], tops[j], bottoms[j], triplets, rounding)
+            resolution = interval(factors.rungs[j], wave.departures[j], tops[j], bottoms[j], triplets, rounding)
             climber.keep(resolution, triplets)
             ends, power = (triplets.sigma_max, triplets.sigma_min), factors.rungs[j].power
             climber.statistics = statistics.of_factor(
@@ -313,45 +314,6 @@ def _measure_departures(backend: Backend, climbers: Sequence[_Climber], factors:
             break
         blocks, active = blocks.take(again), [active[j] for j in again]
     return bounds
-
-
-def _search(
-    backend: Backend, factors: Factors, seeds: Sequence[bytes], tolerance: float
-) -> tuple[tuple[list[Extreme], Panel], tuple[list[Extreme], Panel]]:
-    """The largest eigenvalues of R^T R and of its inverse for every factor R, with their vectors."""
-
-    def on_device(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=backend.device)
-
-    of_products = on_device([rung.product_error(tolerance) for rung in factors.rungs])
-    of_solves = on_device([2 * rung.unit_roundoff for rung in factors.rungs])
-
-    def constant(which: Sequence[int], theta: Tensor) -> Tensor:
-        return of_products[list(which)]
-
-    quick = factors.rungs[0].product_dtype(tolerance)
-    tops = largest(backend, backend.product, factors, seeds, constant, tolerance, salt=0, dtype=quick)
-    heights = on_device([top.theta for top in tops[0]])
-
-    def noise(which: Sequence[int], theta: Tensor) -> Tensor:
-        chosen = list(which)
-        return of_solves[chosen] * torch.sqrt((theta * heights[chosen]).clamp(min=1.0))
-
-    return tops, largest(backend, backend.solve, factors, seeds, noise, tolerance, salt=1)
-
-
-def _interval(
-    rung: Rung, departure: float, top: Extreme, bottom: Extreme, triplets: Triplets, rounding: float
-) -> Resolution:
-    """The interval from the polish's proven lower bound and the upper bounds of both searches and of the departure."""
-    # With power 1 the search for sigma_max used the weights themselves, and the departure concerns sigma_min alone.
-    widening = math.sqrt((1 + departure) / (1 - departure)) if rung.power == 2 else 1 / (1 - departure)
-    upper = math.sqrt(top.theta * (1 + top.excess) * bottom.theta * (1 + bottom.excess)) * widening
-    kappa = max(triplets.sigma_max / triplets.sigma_min, triplets.lower)  # rounding may leave it below 1
-    upper *= 1 + rounding  # the rounding of the Ritz values
-    # If the weights attain a larger kappa than the bound, the start blocks missed a vector, and the next rung decides.
-    upper = math.inf if upper * (1 + 1e-12) < triplets.lower else max(upper, kappa * (1 + rounding))
-    return Resolution("ok", kappa, triplets.lower, upper, triplets.sigma_max, triplets.sigma_min, rung.name)
 
 
 def _finish_exactly(climber: _Climber, goal: Goal) -> None:

@@ -67,12 +67,11 @@ def test_rank_sorts_by_a_statistic_of_the_singular_values_from_either_end(weight
 
 
 def test_what_a_score_does_not_need_is_not_computed(weights, monkeypatch):
-    import kappa_fast.spectrum.ladder as ladder
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("no Krylov space is needed")
 
-    monkeypatch.setattr(ladder, "largest", refuse)
+    monkeypatch.setattr("kappa_fast.spectrum.search.largest", refuse)
     ranking = kappa_fast.rank(weights, score="-flatness", progress=False)
     assert [entry.status for entry in ranking].count("scored") == 4
     scored = next(entry for entry in ranking if entry.status == "scored")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spectra import SPECTRA, contains, cosines, gaussian, growing, kappa_of, prescribed, trained_like
 
 from kappa_fast.backends.torch_backend import CHOLESKY64, TorchBackend
-from kappa_fast.spectrum import exact, ladder, small
+from kappa_fast.spectrum import exact, ladder, search, small
 from kappa_fast.spectrum.krylov import Extreme
 from kappa_fast.spectrum.ladder import resolve
 from kappa_fast.spectrum.polish import Triplets
@@ -344,7 +344,7 @@ def test_what_broke_down_is_seen_to_be_singular_without_singular_vectors(monkeyp
 def test_rounding_never_leaves_kappa_below_one():
     unit = torch.ones(1, dtype=torch.float64)
     end = Extreme(1.0, 1e-3, True)
-    found = ladder._interval(CHOLESKY64, 0.0, end, end, Triplets(1 - 2.0**-53, 1.0, 1.0, unit, unit), 0.0)
+    found = search.interval(CHOLESKY64, 0.0, end, end, Triplets(1 - 2.0**-53, 1.0, 1.0, unit, unit), 0.0)
     assert found.lower == found.kappa == 1 <= found.upper
 
 
@@ -397,7 +397,7 @@ def test_an_upper_bound_below_what_the_weights_attain_is_no_bound():
     unit = torch.ones(1, dtype=torch.float64)
     triplets = Triplets(10.0, 1.0, 9.9, unit, unit)
     end = Extreme(4.0, 0.01, True)  # kappa at most 4.04 by both ends, and 9.9 attained
-    assert ladder._interval(CHOLESKY64, 0.0, end, end, triplets, 0.0).upper == math.inf
+    assert search.interval(CHOLESKY64, 0.0, end, end, triplets, 0.0).upper == math.inf
 
 
 def test_a_proven_lower_end_overrules_the_upper_end_of_the_rung_before():
