@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from ..errors import OptionError
@@ -121,7 +122,7 @@ def scored(entry: TensorKappa, score: Score) -> TensorKappa:
 
 
 def _called(score: Callable[[TensorKappa], float], entry: TensorKappa) -> float:
-    value = score(entry)
-    if not isinstance(value, (int, float)) or math.isnan(value):
+    value: object = score(entry)
+    if not isinstance(value, Real) or math.isnan(value):  # numpy's numbers are Real
         raise OptionError(f"score() returned {value!r} for {entry.key!r}: it must return a number")
     return float(value)

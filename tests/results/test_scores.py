@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from make_entries import bounded, make_entry, non_finite
@@ -11,6 +12,7 @@ from models import one_thread
 
 import kappa_fast
 from kappa_fast import OptionError, Ranking
+from kappa_fast.cli.select import lines_of
 from kappa_fast.results.scores import NAMES, NamedScore
 from kappa_fast.spectrum import small
 
@@ -191,3 +193,20 @@ def test_every_name_is_a_field_with_a_line_in_the_documentation():
         assert hasattr(make_entry(), name)
         assert f"`{name}`" in page
     assert str(NamedScore.of("-flatness")) == "-flatness"
+
+
+def test_numbers_of_numpy_are_scores():
+    whole = Ranking([make_entry("a", 5.0), make_entry("b", 6.0)])
+    assert [entry.key for entry in whole.by(lambda entry: -np.float32(entry.kappa))] == ["b", "a"]
+    assert [entry.key for entry in whole.by(lambda entry: -np.int64(entry.numel * entry.kappa))] == ["b", "a"]
+    with pytest.raises(OptionError, match=r"score\(\) returned 1j for 'a': it must return a number"):
+        whole.by(lambda entry: 1j)
+
+
+def test_a_selection_without_any_kappa_says_so():
+    whole = Ranking(
+        [make_entry(name, math.nan, status="scored", score=score) for name, score in (("a", 1.0), ("b", 2.0))]
+    )
+    selection = whole.select(num_tensors=1)
+    assert "kappa not computed" in repr(selection)
+    assert lines_of(selection)[0] == "1 matrices of 1 parameters, kappa not computed"
