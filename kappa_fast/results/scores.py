@@ -115,10 +115,22 @@ def scored(entry: TensorKappa, score: Score) -> TensorKappa:
         return replace(entry, score=math.inf)
     if not known:
         return replace(entry, score=math.nan, status="bounded")
+    if reason := _undefined(chosen.name, entry):
+        raise OptionError(
+            f"{chosen.name!r} of {entry.key!r} is not defined, because {reason}: rank with another score, or "
+            "leave it out with exclude="
+        )
     raise OptionError(
         f"{chosen.name!r} of {entry.key!r} is not known (method {entry.method!r}): "
         f"rank the weights again with score={str(score)!r}"
     )
+
+
+def _undefined(name: str, entry: TensorKappa) -> str:
+    """Why an entry of full rank can never have this statistic; empty if it may have it."""
+    if min(entry.shape) == 1 and name in ("flatness_by_shape", *OF_SPECTRUM):
+        return "it has a single singular value"
+    return "no two of its singular values differ" if name == "alpha" and entry.snr is not None else ""
 
 
 def _called(score: Callable[[TensorKappa], float], entry: TensorKappa) -> float:

@@ -210,3 +210,21 @@ def test_a_selection_without_any_kappa_says_so():
     selection = whole.select(num_tensors=1)
     assert "kappa not computed" in repr(selection)
     assert lines_of(selection)[0] == "1 matrices of 1 parameters, kappa not computed"
+
+
+@pytest.mark.parametrize("name", ["flatness_by_shape", "alpha", "-outliers_above"])
+def test_what_a_matrix_can_never_have_is_said_to_be_undefined(name):
+    weights = {"column": generated(30, 1, 3), "w": generated(30, 20, 4)}
+    with pytest.raises(
+        OptionError, match=r"of 'column' is not defined, because it has a single singular value: .*exclude="
+    ):
+        kappa_fast.rank(weights, score=name, min_dim=1, progress=False)
+    kappa_fast.rank(weights, score=name, min_dim=1, exclude="column", progress=False)
+
+
+def test_equal_singular_values_have_no_power_law():
+    weights = {"eye": torch.eye(20)}
+    with pytest.raises(
+        OptionError, match="'alpha' of 'eye' is not defined, because no two of its singular values differ"
+    ):
+        kappa_fast.rank(weights, score="alpha", progress=False)
