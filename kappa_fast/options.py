@@ -70,9 +70,10 @@ class Options:
 
     def _requested(self) -> list[str]:
         """The statistics that ``statistics`` asks for."""
-        given = (self.statistics,) if isinstance(self.statistics, str) else tuple(self.statistics or ())
-        unknown = next((name for name in given if not isinstance(name, str) or name not in REQUESTED), None)
-        if unknown is not None:
+        several = isinstance(self.statistics, list | tuple | set | frozenset)
+        given: tuple[Any, ...] = () if self.statistics is None else (self.statistics,)
+        given = tuple(self.statistics or ()) if several else given
+        if any(not isinstance(name, str) or name not in REQUESTED for name in given):
             raise OptionError(
                 f"statistics={self.statistics!r}: give one or several of {', '.join(map(repr, REQUESTED))}"
             )

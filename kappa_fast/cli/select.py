@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,7 +103,8 @@ def select(
 def lines_of(selection: Selection) -> list[str]:
     """The lines about a selection, the last of which says whether the cut is certain."""
     low, high = selection.kappa_range
-    lines = [f"{len(selection):,} matrices of {len(selection.names):,} parameters, kappa {low:.4g} to {high:.4g}"]
+    kappas = "kappa not computed" if math.isnan(low) else f"kappa {low:.4g} to {high:.4g}"
+    lines = [f"{len(selection):,} matrices of {len(selection.names):,} parameters, {kappas}"]
     lines += [selection.describe()] if all(entry.numel for entry in selection) else []
     lines += [f"took {selection.took()}"] if selection.took() else []
     lines += [selection.unfit()] if selection.unfit() else []

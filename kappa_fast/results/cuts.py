@@ -177,6 +177,17 @@ def separated(chosen: Sequence[Unit], rest: Sequence[Unit]) -> bool:
     return max(map(last_place, chosen)) < min(map(first_place, rest))
 
 
+def possibly_next(pool: Pool, budget: int, fill: bool) -> list[Unit]:
+    """The units of full rank of which each may be the first that ``budget`` weights do not take, as far as intervals
+    tell; a unit that is only bounded may be one."""
+    cut = cut_by_params(pool, budget, fill)
+    rest = [unit for unit in pool.without(cut.chosen if cut.certain else ()) if unit.status != "rank_deficient"]
+    if not cut.certain:
+        return rest
+    earliest = min(map(last_place, rest), default=(math.inf, ""))
+    return [unit for unit in rest if first_place(unit) <= earliest]
+
+
 def first_place(unit: Unit) -> tuple[float, str]:
     """The earliest place that the score of a unit allows."""
     return unit.score_lower, unit.key

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from ..errors import OptionError
@@ -114,14 +115,26 @@ def scored(entry: TensorKappa, score: Score) -> TensorKappa:
         return replace(entry, score=math.inf)
     if not known:
         return replace(entry, score=math.nan, status="bounded")
+    if reason := _undefined(chosen.name, entry):
+        raise OptionError(
+            f"{chosen.name!r} of {entry.key!r} is not defined, because {reason}: rank with another score, or "
+            "leave it out with exclude="
+        )
     raise OptionError(
         f"{chosen.name!r} of {entry.key!r} is not known (method {entry.method!r}): "
         f"rank the weights again with score={str(score)!r}"
     )
 
 
+def _undefined(name: str, entry: TensorKappa) -> str:
+    """Why an entry of full rank can never have this statistic; empty if it may have it."""
+    if min(entry.shape) == 1 and name in ("flatness_by_shape", *OF_SPECTRUM):
+        return "it has a single singular value"
+    return "no two of its singular values differ" if name == "alpha" and entry.snr is not None else ""
+
+
 def _called(score: Callable[[TensorKappa], float], entry: TensorKappa) -> float:
-    value = score(entry)
-    if not isinstance(value, (int, float)) or math.isnan(value):
+    value: object = score(entry)
+    if not isinstance(value, Real) or math.isnan(value):  # numpy's numbers are Real
         raise OptionError(f"score() returned {value!r} for {entry.key!r}: it must return a number")
     return float(value)

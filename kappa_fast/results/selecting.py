@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 from ..errors import OptionError
 from ..texts import warn
 from .budgets import BUDGETS, is_count
-from .cuts import Cut, Pool, cut_by_all, cut_by_count, cut_by_kappa, cut_by_params, fraction_count
+from .cuts import Cut, Pool, cut_by_all, cut_by_count, cut_by_kappa, cut_by_params, fraction_count, possibly_next
 from .entries import TensorKappa
 from .orders import MatchName, Order, OrderName
 from .scores import KAPPA, score_of
@@ -227,19 +228,30 @@ def _cuts(pools: Sequence[Pool], given: Sequence[_Budget], params: int, fill: bo
     if len(pools) < 2 or all(budget.name != "max_params" for budget in given) or any(cut.needed for cut in cuts):
         return cuts
     left = params - sum(_numel(cut) for cut in cuts)
+    over = [i for i, cut in enumerate(cuts) if cut.unfit]
+    following = {i: possibly_next(pools[i], shares[i], fill) for i in over}
+    # Where intervals leave open which matrix is the next, its size must not depend on that.
+    certain = all(
+        len({u.numel for u in units}) == 1 or min(u.numel for u in units) > left for units in following.values()
+    )
 
-    def nearness(i: int) -> tuple[float, str]:
-        return -(shares[i] - _numel(cuts[i])) / cuts[i].unfit[0].numel, cuts[i].unfit[0].key
+    def nearness(i: int) -> float:
+        return -(shares[i] - _numel(cuts[i])) / cuts[i].unfit[0].numel
 
-    for i in sorted((i for i, cut in enumerate(cuts) if cut.unfit), key=nearness):
-        if cuts[i].unfit[0].numel > left:
-            continue
-        more = _cut(pools[i], given, _numel(cuts[i]) + cuts[i].unfit[0].numel, fill)
-        left -= _numel(more) - _numel(cuts[i])
-        # Which pools get one more hangs on sizes: with several in a pool, on the order of its matrices too.
-        alike = len({unit.numel for unit in pools[i].ranked}) == 1
-        cuts[i] = more if alike else replace(more, certain=False)
-    return cuts
+    ordered = sorted(over, key=lambda i: (nearness(i), cuts[i].unfit[0].key))
+    for _, equal in itertools.groupby(ordered, nearness):
+        alike = list(equal)
+        sizes = [cuts[i].unfit[0].numel for i in alike]
+        # Keys break ties, and they must not decide where intervals leave open whose key it is.
+        if len(alike) > 1 and min(sizes) <= left < sum(sizes) and any(len(following[i]) > 1 for i in alike):
+            certain = False
+        for i in alike:
+            if cuts[i].unfit[0].numel > left:
+                continue
+            more = _cut(pools[i], given, _numel(cuts[i]) + cuts[i].unfit[0].numel, fill)
+            left -= _numel(more) - _numel(cuts[i])
+            cuts[i] = more
+    return cuts if certain else [replace(cut, certain=False) for cut in cuts]
 
 
 def _numel(cut: Cut) -> int:

@@ -257,7 +257,7 @@ class Selection:
         parts = [f"{len(self)} matrices of {len(self.names)} parameters", weights]
         if self.entries:
             low, high = self.kappa_range
-            parts.append(f"kappa {low:.4g} to {high:.4g}")
+            parts.append("kappa not computed" if math.isnan(low) else f"kappa {low:.4g} to {high:.4g}")
         parts += [f"{name}={value}" for name, value in self.budgets.items()]
         parts += [f"order={self.settings['order']}"] if "order" in self.settings else []
         parts += [self.took()] if self.took() else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from make_entries import bounded, make_entry, non_finite
@@ -11,6 +12,7 @@ from models import one_thread
 
 import kappa_fast
 from kappa_fast import OptionError, Ranking
+from kappa_fast.cli.select import lines_of
 from kappa_fast.results.scores import NAMES, NamedScore
 from kappa_fast.spectrum import small
 
@@ -190,3 +192,38 @@ def test_every_name_is_a_field_with_a_line_in_the_documentation():
         assert hasattr(make_entry(), name)
         assert f"`{name}`" in page
     assert str(NamedScore.of("-flatness")) == "-flatness"
+
+
+def test_numbers_of_numpy_are_scores():
+    whole = Ranking([make_entry("a", 5.0), make_entry("b", 6.0)])
+    assert [entry.key for entry in whole.by(lambda entry: -np.float32(entry.kappa))] == ["b", "a"]
+    assert [entry.key for entry in whole.by(lambda entry: -np.int64(entry.numel * entry.kappa))] == ["b", "a"]
+    with pytest.raises(OptionError, match=r"score\(\) returned 1j for 'a': it must return a number"):
+        whole.by(lambda entry: 1j)
+
+
+def test_a_selection_without_any_kappa_says_so():
+    whole = Ranking(
+        [make_entry(name, math.nan, status="scored", score=score) for name, score in (("a", 1.0), ("b", 2.0))]
+    )
+    selection = whole.select(num_tensors=1)
+    assert "kappa not computed" in repr(selection)
+    assert lines_of(selection)[0] == "1 matrices of 1 parameters, kappa not computed"
+
+
+@pytest.mark.parametrize("name", ["flatness_by_shape", "alpha", "-outliers_above"])
+def test_what_a_matrix_can_never_have_is_said_to_be_undefined(name):
+    weights = {"column": generated(30, 1, 3), "w": generated(30, 20, 4)}
+    with pytest.raises(
+        OptionError, match=r"of 'column' is not defined, because it has a single singular value: .*exclude="
+    ):
+        kappa_fast.rank(weights, score=name, min_dim=1, progress=False)
+    kappa_fast.rank(weights, score=name, min_dim=1, exclude="column", progress=False)
+
+
+def test_equal_singular_values_have_no_power_law():
+    weights = {"eye": torch.eye(20)}
+    with pytest.raises(
+        OptionError, match="'alpha' of 'eye' is not defined, because no two of its singular values differ"
+    ):
+        kappa_fast.rank(weights, score="alpha", progress=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -183,6 +184,44 @@ def test_the_boundary_of_max_params_needs_to_know_what_did_not_fit():
     assert ranking([*entries[:2], around("small", 30.0, 0.01, shape=(2, 2))]).select(max_params=30).boundary_certain
 
 
+def test_which_group_gets_what_the_shares_leave_is_certain_only_if_the_next_matrices_are():
+    # Eight weights remain: too few for w1, enough for w5, which may well come first.
+    vague = [around("w1", 3.89, 0.01, group="k", shape=(9, 1)), around("w5", 3.9, 0.01, group="k", shape=(6, 1))]
+    exact = [make_entry("w3", 1.0, group="q", shape=(4, 1)), make_entry("w4", 2.0, group="q", shape=(40, 1))]
+    selection = ranking([*vague, *exact]).select(max_params=12, per_group=True)
+    assert selection.keys == ("w3",)
+    assert not selection.boundary_certain
+    truth = [make_entry("w1", 3.9, group="k", shape=(9, 1)), make_entry("w5", 3.89, group="k", shape=(6, 1)), *exact]
+    assert ranking(truth).select(max_params=12, per_group=True).keys == ("w3", "w5")
+    apart = [vague[0], around("w5", 4.9, 0.01, group="k", shape=(6, 1))]
+    assert ranking([*apart, *exact]).select(max_params=12, per_group=True).boundary_certain
+
+
+def test_a_tie_between_groups_is_certain_only_if_the_keys_that_break_it_are():
+    def with_q(*kappas: TensorKappa) -> Selection:
+        q = [make_entry("w1", 1.0, group="q", shape=(4, 1)), *kappas]
+        k = [make_entry(f"w{i}", float(i), group="k", shape=(4, 1)) for i in (3, 4, 5)]
+        return ranking([*q, *k]).select(max_params=12, per_group=True)
+
+    def pair(two: float, eight: float, width: float) -> list[TensorKappa]:
+        return [around(f"w{i}", x, width, group="q", shape=(4, 1)) for i, x in ((2, two), (8, eight))]
+
+    # The next of k is w4. As the next of q, w2 comes before it and w8 does not.
+    assert set(with_q(*pair(5.0, 4.9, 0.0)).keys) == {"w1", "w3", "w4"}
+    assert set(with_q(*pair(4.9, 5.0, 0.0)).keys) == {"w1", "w3", "w2"}
+    assert with_q(*pair(5.0, 4.9, 0.0)).boundary_certain
+    assert not with_q(*pair(5.0, 4.9, 0.1)).boundary_certain
+    assert not with_q(*pair(4.9, 5.0, 0.1)).boundary_certain
+
+
+def test_a_group_of_unequal_matrices_may_get_what_the_shares_leave_for_certain():
+    entries = [make_entry(f"w{i}", 1.0 + i, group="q", shape=(size, 1)) for i, size in enumerate((4, 6, 9))]
+    entries += [make_entry(f"v{i}", 1.0 + i, group="k", shape=(8, 1)) for i in range(2)]
+    selection = ranking(entries).select(max_params=18, per_group=True)
+    assert selection.keys == ("v0", "w0", "w1")
+    assert selection.boundary_certain
+
+
 @given(resolved_entries(), st.data())
 def test_a_certain_selection_is_what_any_true_kappas_within_the_intervals_would_give(entries, data):
     widths = [data.draw(st.sampled_from([0.0, 0.01, 0.3])) for _ in entries]
@@ -191,7 +230,9 @@ def test_a_certain_selection_is_what_any_true_kappas_within_the_intervals_would_
         make_entry(e.name, data.draw(st.floats(max(1.0, e.lower), e.upper)), group=e.group, shape=e.shape)
         for e in known
     ]
-    budget = data.draw(st.sampled_from([{"num_tensors": 2}, {"top_p": 0.5}, {"max_kappa": 4.0}, {"max_params": 50}]))
+    budgets: list[dict[str, Any]] = [{"num_tensors": 2}, {"top_p": 0.5}, {"max_kappa": 4.0}, {"max_params": 50}]
+    budgets += [{"max_params": 50, "fill": True}, {"max_params": 50, "max_kappa": 4.0, "fill": True}]
+    budget = data.draw(st.sampled_from(budgets))
     per_group = data.draw(st.booleans())
     selection = outcome(ranking(known), per_group=per_group, **budget)
     if isinstance(selection, Selection) and selection.boundary_certain:

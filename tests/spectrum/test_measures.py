@@ -134,5 +134,7 @@ def test_what_cannot_be_measured_is_refused():
     weights = {"w": gaussian(40, 30)}
     with pytest.raises(OptionError, match=r"statistics='outlier': give one or several of 'outliers', 'spectrum'"):
         kappa_fast.rank(weights, statistics="outlier", progress=False)
+    with pytest.raises(OptionError, match=r"statistics=3: give one or several of 'outliers', 'spectrum'"):
+        kappa_fast.rank(weights, statistics=3, progress=False)
     with pytest.raises(OptionError, match="statistics= takes every matrix, and top= leaves some"):
         kappa_fast.rank(weights, statistics="outliers", top=1, progress=False)
