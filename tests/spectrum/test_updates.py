@@ -159,6 +159,13 @@ def test_where_leading_directions_are_a_matter_of_choice_no_share_is_given(k):
     assert (found.share is None) == (k == 5)  # there are three directions, and any others
 
 
+def test_a_small_gap_behind_the_leading_directions_is_one():
+    u, s, v = separated(48, 32)
+    s[5] = s[4] * (1 - 1e-9)
+    found = measured(product(u, s, v), product(u, s, v) + np.outer(u[:, 4], v[:, 4]), 5)
+    assert (found.share_left, found.share_right, found.share) == pytest.approx((1, 1, 1), abs=1e-9)
+
+
 def test_weights_of_zeros_have_a_norm_and_no_directions():
     something, zeros = product(*separated(48, 32)), np.zeros((48, 32))
     found = measured(zeros, something, 5)
