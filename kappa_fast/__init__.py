@@ -25,24 +25,28 @@ if TYPE_CHECKING:
     from .pipeline import rank
     from .planning import Plan, plan
     from .results.comparison import Comparison
+    from .results.difference import Difference
     from .results.entries import Skipped, TensorKappa
     from .results.interruption import Interrupted
     from .results.ranking import Ranking
     from .results.selection import Selection
     from .training.handle import Handle, restore
     from .training.optimizer import wrap
+    from .updates import difference
 
 __all__ = [
     "plan",
     "rank",
     "wrap",
     "restore",
+    "difference",
     "Plan",
     "Progress",
     "Ranking",
     "TensorKappa",
     "Skipped",
     "Comparison",
+    "Difference",
     "Selection",
     "Handle",
     "SelectiveFineTuningOptimizer",
@@ -67,6 +71,8 @@ _HOMES = {
     "Plan": "planning",
     "Progress": "execution.progress",
     "Comparison": "results.comparison",
+    "Difference": "results.difference",
+    "difference": "updates",
     "Handle": "training.handle",
     "rank": "pipeline",
     "wrap": "training.optimizer",

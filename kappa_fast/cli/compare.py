@@ -1,4 +1,4 @@
-"""``kappa-fast compare A.json B.json ...``: how two rankings differ, or kappa over several."""
+"""``kappa-fast compare A.json B.json ...``: how two rankings differ, or kappa over several; --weights: two models."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .budget import Fill, SelectExclude, SelectInclude, Unit, given_budget, give
 from .files import read_ranking
 from .outcome import BROKEN, EXCEEDED, outcome
 from .output import AllRows, Csv, Debug, Json, Output, Quiet, Verbose
+from .weights import compare_weights
 
 if TYPE_CHECKING:
     from ..results.comparison import Comparison
@@ -25,6 +26,15 @@ def compare(
         list[Path],
         typer.Argument(metavar="A.json B.json...", help="Rankings of the model, two or more.", show_default=False),
     ],
+    weights: Annotated[
+        bool, typer.Option("--weights", help="A and B are models: what changed in their weights.")
+    ] = False,
+    k: Annotated[
+        int | None, typer.Option("--k", min=0, help="With --weights: leading singular directions.", show_default="10")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="With --weights: intruders have a cosine below it.", show_default="0.5")
+    ] = None,
     fail_above: Annotated[
         float | None,
         typer.Option(metavar="RATIO", help="Exit with 3 if a kappa certainly moved by more than this factor (1.5)."),
@@ -64,8 +74,30 @@ def compare(
     A change is certain if the intervals of kappa do not touch. What makes the comparison unfair is a warning. With
     more than two, --fail-above compares the last with the first. Exit code 3: --fail-above was exceeded; 4: there
     are NaNs or infinities among the weights now that were not there before.
+
+    With --weights A and B are two models, as rank takes them: how much each matrix changed, the stable rank of the
+    change, which part of it lies in the leading singular directions of A, and new ones ("intruders") in B.
     """
     with outcome(debug, verbose):
+        if weights:
+            for_rankings: dict[str, object] = {
+                "--fail-above": fail_above is not None,
+                "--per-group": per_group,
+                "--fill": fill,
+            }
+            for_rankings |= {"--unit": unit != Unit.MATRIX, "--label": labels, "--plot": plot, "--html": html}
+            for_rankings |= {"a budget": given_budget(num_tensors, top_p, max_kappa, max_params)}
+            chosen = {"k": k, "threshold": threshold, "include": include or None, "exclude": exclude or None}
+            compare_weights(
+                files,
+                Output("difference", json, csv, quiet=quiet, taken=files),
+                None if all_rows else limit,
+                {name: value for name, value in chosen.items() if value is not None},
+                for_rankings,
+            )
+            return
+        if k is not None or threshold is not None:
+            raise OptionError("--k and --threshold are of --weights, which compares the weights of two models")
         if len(files) < 2:
             raise OptionError(f"{files[0]} is one ranking: give two or more")
         if fail_above is not None and not 1 <= fail_above < math.inf:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas
 
     from ..results.comparison import Comparison
+    from ..results.difference import Difference
     from ..results.series import Series
 
 _OWN_COLUMNS = {"shape": ("rows", "columns")}
@@ -74,6 +75,23 @@ def rows_of_comparison(comparison: Comparison) -> Iterator[dict[str, Any]]:
             names = ("kappa", "lower", "upper", "status", "certified", "dtype")
             row |= {f"{name}_{side}": getattr(entry, name) for name in (*names, *STATISTICS)}
         yield row
+
+
+def frame_of_difference(difference: Difference, library: Any) -> pandas.DataFrame:
+    """See ``Difference.to_dataframe``; ``library`` is pandas."""
+    numbers = ("stable_rank", "share_left", "share_right", "share")
+    types = {"layer": "Int64", "intruders": "Int64", **dict.fromkeys(numbers, "float64")}
+    return library.DataFrame(list(rows_of_difference(difference))).astype(types)
+
+
+def rows_of_difference(difference: Difference) -> Iterator[dict[str, Any]]:
+    """The rows of ``Difference.to_dataframe`` without pandas, for CSV."""
+    names = ("norm", "norm_before", "relative", "spectral_norm", "stable_rank", "k", "share_left", "share_right")
+    for update in difference:
+        row: dict[str, Any] = {name: getattr(update, name) for name in ("key", "key_after", "layer", "group")}
+        row |= {"rows": update.shape[0], "columns": update.shape[1]}
+        row |= {name: getattr(update, name) for name in ("dtype_before", "dtype_after", "status", *names, "share")}
+        yield {**row, "intruders": update.intruders, "threshold": update.threshold}
 
 
 def rows_of_series(series: Series) -> Iterator[dict[str, Any]]:

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from ..integrations.exports import export
     from ..report.changes import write_comparison
     from ..report.comparison import ComparisonTable
+    from ..report.difference import DifferenceTable
     from ..report.frames import (
         frame_of,
         frame_of_comparison,
+        frame_of_difference,
         rows_of_series,
     )
     from ..report.lines import plot_comparison, plot_series
@@ -48,7 +50,8 @@ _NAMES = {
     "..integrations.exports": "export",
     "..report.changes": "write_comparison",
     "..report.comparison": "ComparisonTable",
-    "..report.frames": "frame_of frame_of_comparison rows_of_series",
+    "..report.difference": "DifferenceTable",
+    "..report.frames": "frame_of frame_of_comparison frame_of_difference rows_of_series",
     "..report.lines": "plot_comparison plot_series",
     "..report.notebook": (
         "html_of_comparison html_of_plan html_of_ranking html_of_selection html_of_series html_of_summary"

@@ -1,17 +1,33 @@
-"""Pairs of entries of two rankings that are the same matrix, whose names may have different wrappers and prefixes."""
+"""Pairs of entries of two rankings, or of matrices of two sources, that are the same matrix, whose names may have
+different wrappers and prefixes.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
-from .entries import TensorKappa
 from .names import plain_name
 
-Names = Callable[[TensorKappa], Iterable[str]]
+
+class Named(Protocol):
+    """What entries of rankings and matrices of sources have in common."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def aliases(self) -> tuple[str, ...]: ...
+    @property
+    def part(self) -> str: ...
+    @property
+    def key(self) -> str: ...
 
 
-def pair(before: Sequence[TensorKappa], after: Sequence[TensorKappa]) -> list[tuple[int, int]]:
+Names = Callable[[Named], Iterable[str]]
+
+
+def pair(before: Sequence[Named], after: Sequence[Named]) -> list[tuple[int, int]]:
     """Positions (in ``before``, in ``after``) of entries that are the same matrix, in the order of ``before``.
 
     Entries are paired by key; the remaining ones by key without the words of compile, DDP, FSDP and PEFT; then by such
@@ -34,12 +50,12 @@ def pair(before: Sequence[TensorKappa], after: Sequence[TensorKappa]) -> list[tu
     return sorted(pairs.items())
 
 
-def _left(entries: Sequence[TensorKappa], taken: Iterable[int]) -> list[int]:
+def _left(entries: Sequence[Named], taken: Iterable[int]) -> list[int]:
     gone = set(taken)
     return [i for i in range(len(entries)) if i not in gone]
 
 
-def _index(entries: Sequence[TensorKappa], positions: Iterable[int], names: Names) -> dict[str, int]:
+def _index(entries: Sequence[Named], positions: Iterable[int], names: Names) -> dict[str, int]:
     """Positions by name, without the names that several of them have."""
     found: dict[str, int] = {}
     several: set[str] = set()

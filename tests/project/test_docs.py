@@ -100,7 +100,7 @@ def test_every_public_name_has_a_place_in_the_reference(pages):
 
 def test_every_parameter_of_public_functions_has_a_line_in_the_reference(site):
     text = (site / "api.html").read_text()
-    for name in ("rank", "plan", "wrap"):
+    for name in ("rank", "plan", "wrap", "difference"):
         part = text[text.index(f'id="kappa_fast.{name}"') :].partition("</h3>")[2].partition("<h3")[0]
         described = set(re.findall(r"<li[^>]*>\s*<b><code>\*{0,2}(\w+)</code></b>", part))
         parameters = set(inspect.signature(getattr(kappa_fast, name)).parameters)

@@ -12,12 +12,14 @@ PUBLIC_NAMES = [
     "rank",
     "wrap",
     "restore",
+    "difference",
     "Plan",
     "Progress",
     "Ranking",
     "TensorKappa",
     "Skipped",
     "Comparison",
+    "Difference",
     "Selection",
     "Handle",
     "SelectiveFineTuningOptimizer",
@@ -79,6 +81,7 @@ def test_what_public_functions_return_is_public_itself():
     assert type(told[0]) is kappa_fast.Progress
     assert type(kappa_fast.plan(model)) is kappa_fast.Plan
     assert type(ranking.compare(ranking)) is kappa_fast.Comparison
+    assert type(kappa_fast.difference(model, model)) is kappa_fast.Difference
     with ranking.select(num_tensors=1).apply(model) as handle:
         assert type(handle) is kappa_fast.Handle
 
