@@ -71,8 +71,8 @@ def rank(
             all (a float in (0, 1]); the others are reported as "bounded".
         top_per_group: ``top`` counts within each group of like matrices.
         rtol: relative half-width that the interval around kappa is to reach.
-        certify: True proves every interval in float64 (two to six times the work); "selection" only those of the
-            ``top`` entries.
+        certify: True proves every interval in float64 (about twice the work, more for large square matrices with a
+            high kappa); "selection" only those of the ``top`` entries.
         score: "kappa" or another name of docs/scores.md, with a minus in front for the highest first ("-flatness"), or
             a callable that gives an entry its score. With any but "kappa" everything is resolved, and kappa only as far
             as the score needs it.
