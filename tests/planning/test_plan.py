@@ -362,14 +362,15 @@ def test_a_real_model_is_planned_with_a_time_and_kept_as_json(tmp_path):
     assert "encoder.layer.*.intermediate.dense.weight" in text
 
 
-def test_the_example_in_the_document_runs_as_written(root, run_python, tmp_path):
-    (example,) = re.findall(r"^```python\n(.+?)^```", (root / "docs" / "planning.md").read_text(), re.DOTALL | re.M)
+def test_the_examples_in_the_document_run_as_written(root, run_python, tmp_path):
+    example, compared = re.findall(r"^```python\n(.+?)^```", (root / "docs" / "planning.md").read_text(), re.DOTALL | re.M)
     said = run_python(example, cwd=tmp_path, env={"PYTHONPATH": str(root)})
     assert "linear1.weight" in said
     count, operations, seconds = map(float, said.splitlines()[-1].split())
     assert count == 6  # q, k, v, the output of attention, two of the feed-forward network
     assert operations == pytest.approx(4 * 4 / 3 * 1024**3 + 2 * (4 + 1 / 3) * 1024**3)
     assert seconds > 0
+    assert run_python(compared, cwd=tmp_path, env={"PYTHONPATH": str(root)})
 
 
 def test_settings_are_those_that_a_ranking_records():
