@@ -363,7 +363,9 @@ def test_a_real_model_is_planned_with_a_time_and_kept_as_json(tmp_path):
 
 
 def test_the_examples_in_the_document_run_as_written(root, run_python, tmp_path):
-    example, compared = re.findall(r"^```python\n(.+?)^```", (root / "docs" / "planning.md").read_text(), re.DOTALL | re.M)
+    example, compared = re.findall(
+        r"^```python\n(.+?)^```", (root / "docs" / "planning.md").read_text(), re.DOTALL | re.M
+    )
     said = run_python(example, cwd=tmp_path, env={"PYTHONPATH": str(root)})
     assert "linear1.weight" in said
     count, operations, seconds = map(float, said.splitlines()[-1].split())
