@@ -183,3 +183,17 @@ def test_a_small_rtol_is_reached_by_eigenvalues():
         assert found.half_width <= 1e-8
         assert holds(weight, found)
         assert not found.certified
+
+
+def test_broken_zero_and_singular_neighbors_of_one_shape_change_no_bit():
+    sound = [gaussian(48, 32, seed) for seed in range(3)]
+    broken, infinite, singular = gaussian(48, 32, 7), gaussian(48, 32, 8), gaussian(48, 32, 9)
+    broken[3, 4], infinite[5, 6] = float("nan"), float("-inf")
+    singular[:, 2] = singular[:, 30]
+    wave = [broken, sound[0], torch.zeros(48, 32, dtype=torch.float64), sound[1], singular, infinite, sound[2]]
+    found = resolve(BACKEND, wave, GOAL)
+    statuses = [each.status for each in found]
+    assert statuses == ["non_finite", "ok", "rank_deficient", "ok", "rank_deficient", "non_finite", "ok"]
+    assert [found[1], found[3], found[6]] == [resolve(BACKEND, [weight], GOAL)[0] for weight in sound]
+    assert all(holds(weight, each) for weight, each in zip(sound, (found[1], found[3], found[6]), strict=True))
+    assert found[4].kappa == found[4].lower == math.inf
