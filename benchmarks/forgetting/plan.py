@@ -53,18 +53,21 @@ class Plan:
         return _digest(vars(self), 16)
 
     def jobs(self) -> list[dict[str, Any]]:
-        """Everything to do, in order: the bases, then stage by stage and base by base."""
+        """Everything to do, in order: stage by stage and base by base, each base before the first run that needs it."""
         runs = sorted(self._runs(), key=lambda job: (job["stage"], job["place"]))
+        bases = {job["id"]: job for job in self._bases()}
+        found = []
         for job in runs:
+            if job["needs"] in bases:
+                found.append(bases.pop(job["needs"]))
             del job["place"]
-        return [*self._bases(), *runs]
+            found.append(job)
+        return [*found, *bases.values()]
 
     def _bases(self) -> Iterator[dict[str, Any]]:
-        most = max((len(seeds) for seeds in self.bases.values()), default=0)
-        for i in range(most):
-            for kind, seeds in self.bases.items():
-                if i < len(seeds):
-                    yield self._base(kind, seeds[i])
+        for kind, seeds in self.bases.items():
+            for seed in seeds:
+                yield self._base(kind, seed)
 
     def _base(self, kind: str, seed: int) -> dict[str, Any]:
         job = {"what": "base", "kind": kind, "base": seed}

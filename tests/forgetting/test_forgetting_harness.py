@@ -211,6 +211,19 @@ def test_a_change_of_settings_is_another_run_and_a_change_of_the_analysis_is_not
     assert other.digest() != plan.digest()
 
 
+def test_a_base_comes_right_before_the_first_run_that_needs_it():
+    jobs = Plan.read(PLANS / "study.json").jobs()
+    done: set[str] = set()
+    for job, before in zip(jobs, [None, *jobs], strict=False):
+        if job["what"] == "run":
+            assert job["needs"] in done
+            if before is not None and before["what"] == "run":
+                assert before["stage"] <= job["stage"]
+        done.add(job["id"])
+    first = next(i for i, job in enumerate(jobs) if job["what"] == "run")
+    assert [job["kind"] for job in jobs[:first]] == ["mixture"]
+
+
 @pytest.mark.slow
 def test_the_smoke_study_runs(root, tmp_path):
     done = run(["--smoke", "--folder", str(tmp_path), "--workers", "2"], root)
