@@ -53,10 +53,13 @@ class Loop:
         return ", ".join(parts)
 
 
-# kind, operation, operands and where it jumps to; or the name of a label.
-_SASS = re.compile(r"/\*(?P<label>[0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(?P<operation>[A-Z][\w.]*)(?P<operands>[^;]*);")
+# What precedes the operation is the name of a label, or the predicate that decides whether it is executed.
+_SASS = re.compile(
+    r"/\*(?P<label>[0-9a-f]{4,})\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<operation>[A-Z][\w.]*)(?P<operands>[^;?&\n]*)"
+)
 _TEXT = re.compile(
-    r"^\s*(?:(?P<label>[$.]\w+):|(?:@!?%\w+\s+)?(?P<operation>[a-z][\w.:]*)(?P<operands>[^\n]*))", re.MULTILINE
+    r"^\s*(?:(?P<label>[$.]\w+):|(?P<predicate>@!?%\w+\s+)?(?P<operation>[a-z][\w.:]*)(?P<operands>[^\n]*))",
+    re.MULTILINE,
 )
 _KINDS = {
     "loads": r"LDG\b|ld\.global|(?:global|buffer|flat)_load",
@@ -68,6 +71,7 @@ _KINDS = {
     "barriers": r"BAR\b|bar\.sync|s_barrier",
     "spills": r"(?:LDL|STL)\b|(?:ld|st)\.local|scratch_(?:load|store)",
     "jumps": r"BRA\b|bra\b|s_c?branch",
+    "ends": r"EXIT\b|RET\b|ret\b|exit\b|s_endpgm|s_setpc",
 }
 _KIND = {kind: re.compile(pattern) for kind, pattern in _KINDS.items()}
 _SASS_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
@@ -79,6 +83,22 @@ class _Line:
     kind: str
     operation: str
     operands: str
+    certain: bool  # not under a predicate
+
+    @property
+    def target(self) -> str:
+        """The label that a jump names, "" if there is none."""
+        found = re.search(r"([$.]\w+|0x[0-9a-f]+)\W*$", self.operands) if self.kind == "jumps" else None
+        return found[1].removeprefix("0x").zfill(4) if found else ""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next line may follow."""
+        if self.kind == "jumps":
+            # Two operands are a predicate and a target; AMD and PTX say in the name of the operation what always jumps.
+            always = self.operation.startswith("s_branch") or (self.certain and "s_c" not in self.operation)
+            return not always or "," in self.operands or ".DIV" in self.operation
+        return self.kind != "ends" or not self.certain
 
 
 def code_of(asm: Mapping[str, object]) -> str:
@@ -95,16 +115,62 @@ def code_of(asm: Mapping[str, object]) -> str:
 
 
 def inner_loops(code: str) -> list[Loop]:
-    """The loops that hold no other loop, in the order in which they lie."""
+    """The loops that hold no other loop, in the order in which they lie, without those that only wait."""
     lines, labels = _read(code)
-    spans = set()
-    for place, line in enumerate(lines):
-        target = re.search(r"([$.]\w+|0x[0-9a-f]+)\W*$", line.operands) if line.kind == "jumps" else None
-        start = labels.get(target[1].removeprefix("0x").zfill(4)) if target else None
-        if start is not None and start < place:
-            spans.add((start, place))
-    inner = [s for s in spans if not any(t != s and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
-    return [_loop(lines[first : last + 1]) for first, last in sorted(inner)]
+    work = {place for place, line in enumerate(lines) if line.kind not in ("", "waits", "barriers", "jumps", "ends")}
+    follow = {place: _after(place, line, labels.get(line.target), len(lines)) for place, line in enumerate(lines)}
+    return [_loop([lines[place] for place in sorted(turn)]) for turn in sorted(_innermost(follow, work), key=min)]
+
+
+def _after(place: int, line: _Line, target: int | None, count: int) -> set[int]:
+    """The places of the lines that may follow. A jump whose target is not in the code counts as none."""
+    next_line = {place + 1} if line.goes_on or (line.kind == "jumps" and target is None) else set()
+    return {found for found in (*next_line, target) if found is not None and found < count}
+
+
+def _innermost(follow: Mapping[int, set[int]], work: set[int]) -> Iterator[set[int]]:
+    """The innermost loops with work in them: without the jumps to its first place, a loop falls apart into inner ones.
+
+    The compiler may lay the first place of a loop behind its others, so jumps backwards alone do not show the loops.
+    """
+    for turn in (found for found in _cycles(follow) if found & work):
+        entered = {after for place in follow.keys() - turn for after in follow[place] & turn}
+        head = min(entered, default=min(turn))
+        inner = [*_innermost({place: (follow[place] & turn) - {head} for place in turn}, work)]
+        yield from inner or [turn]
+
+
+def _cycles(follow: Mapping[int, set[int]]) -> Iterator[set[int]]:
+    """The strongly connected components that hold a cycle (Kosaraju's two passes)."""
+    before: dict[int, set[int]] = {place: set() for place in follow}
+    for place, after in follow.items():
+        for other in after:
+            before[other].add(place)
+    seen: set[int] = set()
+    last_left = [place for start in follow for place in _left(start, follow, seen)]
+    seen = set()
+    for start in reversed(last_left):
+        found = set(_left(start, before, seen))
+        if len(found) > 1 or (found and start in follow[start]):
+            yield found
+
+
+def _left(start: int, follow: Mapping[int, set[int]], seen: set[int]) -> list[int]:
+    """The places that are reached from ``start`` and not seen before, as a depth-first search leaves them."""
+    if start in seen:
+        return []
+    seen.add(start)
+    left, path = [], [(start, iter(follow[start]))]
+    while path:
+        place, others = path[-1]
+        other = next((o for o in others if o not in seen), None)
+        if other is None:
+            left.append(place)
+            path.pop()
+        else:
+            seen.add(other)
+            path.append((other, iter(follow[other])))
+    return left
 
 
 def whole(code: str) -> Loop:
@@ -120,7 +186,7 @@ def _read(code: str) -> tuple[list[_Line], dict[str, int]]:
             labels[match["label"]] = len(lines)
         if match["operation"]:
             kind = next((kind for kind, pattern in _KIND.items() if pattern.match(match["operation"])), "")
-            lines.append(_Line(kind, match["operation"], match["operands"]))
+            lines.append(_Line(kind, match["operation"], match["operands"], not match["predicate"]))
     return lines, labels
 
 

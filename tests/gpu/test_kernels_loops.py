@@ -44,6 +44,46 @@ AMD = """
         s_cbranch_scc1 .LBB0_1
         s_endpgm
 """
+# As Triton 3.6 disassembles sm_120: no semicolons, and columns of scheduling behind the operands.
+ANNOTATED = """
+        /*0b00*/               @P0 EXIT                  &req={1}         ?trans5;  /* 0x000000000000094d */
+        /*0c80*/           BRA.U UP0, 0xd50                               ?trans5;  /* 0x0000000100307547 */
+        /*0f50*/           DEPBAR.LE SB0, 0x2                             ?WAIT4_END_GROUP;  /* 0x000080800000791a */
+        /*0f60*/           HMMA.1688.F32.TF32 R56, R64, R36, R56          ?trans1;  /* 0x000000244038723c */
+        /*0f70*/           LDGSTS.E.BYPASS.128 [R25], desc[UR24][R4.64]   &req={1}  /* 0x000000244038723c */
+        /*0f80*/           BRA.U !UP0, 0xf50             &req={1}         ?WAIT15_END_GROUP; /* 0xfffffff908107547 */
+        /*1710*/           DEPBAR.LE SB0, 0x0                             ?WAIT4_END_GROUP;  /* 0x000080000000791a */
+        /*1f10*/           EXIT                                           ?trans5;  /* 0x000000000000794d */
+        /*1f20*/           BRA 0x1f20;  /* 0xfffffffc00fc7947 */
+"""
+# The latch of each loop lies before its head, the inner one waits for a barrier in a loop of its own, and both have an
+# extra way to go on.
+LATCH_FIRST = """
+        bra.uni         $L__BB0_3;
+$L__BB0_10:
+        cp.async.wait_group     0;
+        @%p46 bra       $L__BB0_3;
+        bra.uni         $L__BB0_11;
+$L__BB0_3:
+        cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r8;
+        @%p26 tcgen05.mma.cta_group::1.kind::f16 [ %r428 + 0 ], %rd147, %rd148, %r177, %p25;
+        @%p33 bra       $L__BB0_10;
+        bra.uni         $L__BB0_7;
+$L__BB0_9:
+        mbarrier.try_wait.parity.shared.b64 %p1, [%r432], %r431;
+        @!%p1 bra       $L__BB0_9;
+        cp.async.cg.shared.global [ %r7 + 0 ], [ %rd4 + 0 ], 0x10, %r8;
+        @%p44 bra       $L__BB0_7;
+        bra.uni         $L__BB0_10;
+$L__BB0_7:
+        cp.async.wait_group     2;
+        @%p24 bra       $L__BB0_9;
+        @%p36 tcgen05.mma.cta_group::1.kind::f16 [ %r428 + 0 ], %rd177, %rd178, %r213, %p35;
+        @%p36 tcgen05.mma.cta_group::1.kind::f16 [ %r428 + 0 ], %rd179, %rd180, %r213, %p35;
+        bra.uni         $L__BB0_9;
+$L__BB0_11:
+        ret;
+"""
 
 
 def test_the_inner_loop_of_machine_code():
@@ -65,6 +105,16 @@ def test_the_inner_loop_of_ptx():
     (loop,) = inner_loops(PTX)
     assert (loop.loads, loop.copies, loop.pending) == ({16: 1, 2: 1}, {16: 1}, 2)
     assert (loop.matrix, loop.float64, loop.barriers, loop.spills) == (1, 1, 1, 0)
+
+
+def test_columns_of_scheduling_are_no_operands():
+    (loop,) = inner_loops(ANNOTATED)
+    assert (loop.instructions, loop.copies, loop.pending, loop.matrix) == (4, {16: 1}, 2, 1)
+
+
+def test_a_loop_whose_latch_lies_before_its_head():
+    (loop,) = inner_loops(LATCH_FIRST)
+    assert (loop.instructions, loop.copies, loop.pending, loop.matrix) == (9, {16: 1}, 2, 2)
 
 
 def test_the_inner_loop_of_amd():
