@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 
 from ..io.limits import MOST_DIGITS
 
@@ -36,6 +37,7 @@ def unwrapped(names: Collection[str], leading: Sequence[str] = LEADING) -> dict[
     return short
 
 
+@lru_cache(maxsize=1024)  # the experts of a fused tensor ask for one name again and again
 def layer_of(name: str) -> int | None:
     """The first component of the name that is a number, unless it is the number of an expert."""
     for found in _LAYER.finditer(name):
@@ -44,6 +46,7 @@ def layer_of(name: str) -> int | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def group_of(name: str) -> str:
     """The name with its numbers as ``*``; digits inside a word (w1, conv2) stay."""
     return _NUMBER.sub(r"\g<stem>*", name)
