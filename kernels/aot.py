@@ -58,14 +58,15 @@ class Report:
 
 
 def instances(target: str, quick: bool) -> list[Instance]:
-    """Every instance of every kernel; with ``quick`` a selection that has every value of every constant."""
+    """Every instance of every kernel; with ``quick`` a selection that has every value of every constant,
+    and every type of every argument."""
     modules = (quantize, start, gram, cholesky, triangular, panel, apply, orthogonal, ritz, shifted, coarse)
     everything = [i for module in modules for i in module.instances(target)]
     if not quick:
         return everything
     chosen: list[Instance] = []
-    open_values = {value for instance in everything for value in _values(instance)}
     rest = [instance for instance in everything if instance.constants]
+    open_values = {value for instance in rest for value in _values(instance)}
     while open_values:
         # Take the instance with most new values; among equals the one with most expectations, and rows before columns.
         best = max(rest, key=lambda i: (len(_values(i) & open_values), bool(i.expected), i.constants.get("INNER") == 1))
@@ -75,9 +76,9 @@ def instances(target: str, quick: bool) -> list[Instance]:
 
 
 def _values(instance: Instance) -> set[tuple[str, str, object]]:
-    """Every constant of an instance, with the kernel that it belongs to."""
+    """Every constant of an instance, and the type of every argument, with the kernel that they belong to."""
     kernel = f"{instance.kernel.__module__}.{instance.kernel.__name__}"
-    return {(kernel, key, value) for key, value in instance.constants.items()}
+    return {(kernel, key, value) for key, value in (*instance.constants.items(), *instance.types.items())}
 
 
 def compile_one(instance: Instance, target: str, *, loops: bool = True) -> Report:

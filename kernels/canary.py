@@ -302,9 +302,11 @@ def _check_splits(device: torch.device) -> None:
     _compare("gram_of_slices in parts", device, torch.tril(view), torch.tril(exact.T @ exact), 1e-5)
     half = a.bfloat16()
     problems = Problems.of([half.to(device)])
-    (view,) = problems.gram_views(gram.gram_of_weights(problems))
     exact = half.double()
-    _compare("gram_of_weights in parts", device, torch.tril(view), torch.tril(exact.T @ exact), 1e-5)
+    for dtype in (torch.float64, torch.float32):
+        packed = torch.empty(problems.gram_elements, dtype=dtype, device=device)
+        (view,) = problems.gram_views(gram.gram_of_weights(problems, out=packed))
+        _compare(f"gram_of_weights in parts, {dtype}", device, torch.tril(view), torch.tril(exact.T @ exact), 1e-5)
 
 
 def _check_start(device: torch.device) -> None:

@@ -352,11 +352,11 @@ def instances(target: str) -> list[Instance]:
     common = {"table": "*i64", "owner": "*i32", "first": "*i32"}
     shares = {"parts": "*fp64", "splits": "*i32", "part_start": "*i64"}
     found = []
-    kinds = ((1, 1, 7, False), (1, 2, 7, False), (3, 3, 7, False), (4, 4, 7, False), (1, 2, 8, False), (1, 2, 8, True))
-    for low, high, bits, copied in kinds:
+    wide, narrow, both = {"out": "*fp64"}, {"out": "*fp32"}, {"out": "*fp64", "copy": "*fp32"}
+    kinds = [(low, high, 7, wide) for low, high in ((1, 1), (1, 2), (3, 3), (4, 4))]
+    for low, high, bits, results in (*kinds, (1, 2, 7, narrow), (1, 2, 8, wide), (1, 2, 8, both)):
         tile = SLICE_TILES[target][high]
-        types = {**common, "slices": "*i8", "slice_bytes": "i64", "peaks": "*i32", "out": "*fp64", **shares}
-        types |= {"copy": "*fp32"} if copied else {}
+        types = {**common, "slices": "*i8", "slice_bytes": "i64", "peaks": "*i32", **results, **shares}
         constants = {"LOW": low, "HIGH": high, "SIDE": tile.side, "DEPTH": tile.depth, "BITS": bits}
         # The sums in float64 after the loop may spill, and do with Triton 3.6. Triton 3.9 waits for every copy where
         # several tcgen05 products share a turn (seen in its machine code for sm_100): right, and slower.
@@ -367,7 +367,10 @@ def instances(target: str) -> list[Instance]:
         if storage.dtype in (torch.bfloat16, torch.float16):
             tile = WEIGHT_TILE
             constants = {"SIDE": tile.side, "DEPTH": tile.depth, **weight_options(storage), "WIDEN": False}
-            types = {**common, "out": "*fp64", **shares}
             held = Expected(width=16, ahead=True, stack=32) if storage.aligned else None
-            found.append(Instance(_weights_kernel, types, constants, tile.num_warps, tile.num_stages, "float16", held))
+            for result in (wide, narrow):
+                types = {**common, **result, **shares}
+                found.append(
+                    Instance(_weights_kernel, types, constants, tile.num_warps, tile.num_stages, "float16", held)
+                )
     return [*found, *split_instances()]

@@ -74,7 +74,7 @@ def _add_parts_kernel(table, owner, first, out, copy, parts, splits, part_start,
     place = rows.to(tl.int64)[:, None] * leading + columns[None, :]
     inside = (rows < n)[:, None] & (columns < n)[None, :]
     target = out + field(table, matrix, GRAM, ROW_PAD) + place
-    total = tl.load(target, mask=inside, other=0.0)
+    total = tl.load(target, mask=inside, other=0.0).to(tl.float64)
     start = tl.multiple_of(tl.load(part_start + matrix), ROW_PAD)
     for _ in range(1, tl.load(splits + matrix)):
         total += tl.load(parts + start + place, mask=inside, other=0.0)
@@ -119,10 +119,16 @@ def triangular_tiles(n: Tensor, side: int) -> Tensor:
 
 def instances() -> list[Instance]:
     """Everything that ``add_parts`` can ask the compiler for."""
-    types = {"table": "*i64", "owner": "*i32", "first": "*i32", "out": "*fp64", "parts": "*fp64"}
-    types |= {"splits": "*i32", "part_start": "*i64"}
-    copied = {**types, "copy": "*fp32"}
-    return [Instance(_add_parts_kernel, t, {"SIDE": PART_SIDE}, 4) for t in (types, copied)]
+    types = {
+        "table": "*i64",
+        "owner": "*i32",
+        "first": "*i32",
+        "parts": "*fp64",
+        "splits": "*i32",
+        "part_start": "*i64",
+    }
+    results = ({"out": "*fp64"}, {"out": "*fp32"}, {"out": "*fp64", "copy": "*fp32"})
+    return [Instance(_add_parts_kernel, {**types, **result}, {"SIDE": PART_SIDE}, 4) for result in results]
 
 
 def add_parts(

@@ -158,6 +158,19 @@ def test_products_of_16_bit_weights_are_as_good_as_the_librarys_in_float32(dtype
         assert float((torch.tril(result) - exact).abs().max()) <= 2 * float((library - exact).abs().max()) + 4 * floor
 
 
+def test_parts_are_added_up_before_a_float32_result_is_rounded(monkeypatch):
+    monkeypatch.setattr(splits, "SPLIT_ROWS", 128)
+    monkeypatch.setattr(splits, "FULL_CHIP", 5)
+    problems = Problems.of([gaussian(700, 9, 1).bfloat16(), gaussian(140, 130, 2).bfloat16()])
+    assert module.split_counts(problems, 128).tolist() == [5, 1]
+    wide, narrow = (torch.full((problems.gram_elements,), math.nan, dtype=d) for d in (torch.float64, torch.float32))
+    for out in (wide, narrow):
+        gram_of_weights(problems, out=out)
+    for rounded, view in zip(problems.gram_views(narrow), problems.gram_views(wide), strict=True):
+        # Twice: the first part lies in the result while the others are computed.
+        assert torch.allclose(torch.tril(rounded).double(), torch.tril(view), rtol=2.0**-23, atol=0)
+
+
 def test_only_the_chosen_matrices_are_multiplied():
     matrices = wave(torch.bfloat16)[4:7]
     problems = Problems.of(matrices)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,18 +42,32 @@ def test_a_tensor_and_its_likeness_are_compiled_for_alike(shift, turned):
 
 
 def test_every_instance_is_launched_and_nothing_else():
-    def key(file, kernel, constants):
-        return file, kernel, frozenset((name, value) for name, value in constants if name not in DIFFERENT)
+    def key(file, kernel, constants, pointers):
+        return file, kernel, frozenset((name, value) for name, value in constants if name not in DIFFERENT), pointers
 
     with specialized() as launched:  # the second shape is cut along its rows
         jit_cache.launch_all(
             [jit_cache.stand_in(storage, s) for storage in storages() for s in [(320, 320), (20000, 64)]]
         )
     wanted = {
-        key(i.kernel.fn.__module__, i.kernel.__name__, [(name, str(value)) for name, value in i.constants.items()])
+        key(
+            i.kernel.fn.__module__,
+            i.kernel.__name__,
+            [(name, str(value)) for name, value in i.constants.items()],
+            frozenset((name, type) for name, type in i.types.items() if type.startswith("*")),
+        )
         for i in aot.instances("sm_90", quick=False)
     }
-    assert {key(found.file, found.kernel, found.constants) for found in launched} == wanted
+    found = {key(one.file, one.kernel, one.constants, _pointers(one.types)) for one in launched}
+    assert found == wanted
+
+
+def _pointers(types):
+    """Those of the tensors among the arguments, as Triton writes them."""
+    dtypes = {name: type.split(",")[0].removeprefix("torch.") for name, type in types if type.startswith("torch.")}
+    return frozenset(
+        (name, "*" + re.sub("^float|^int", lambda m: m[0][0].replace("f", "fp"), d)) for name, d in dtypes.items()
+    )
 
 
 @pytest.mark.slow
