@@ -128,8 +128,18 @@ def test_the_longest_columns_of_the_largest_digits_do_not_saturate(monkeypatch):
     assert (np.tril(result) == np.tril(q.T @ q)).all()
 
 
-@pytest.mark.parametrize("rows", [pytest.param(16383, marks=pytest.mark.slow), 16384])
-def test_long_matrices_are_split_by_their_shape_alone(rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "least"),
+    [
+        pytest.param(16383, None, marks=pytest.mark.slow),
+        pytest.param(16384, None, marks=pytest.mark.slow),
+        (383, 128),
+        (384, 128),
+    ],
+)
+def test_long_matrices_are_split_by_their_shape_alone(rows, least, monkeypatch):
+    if least is not None:
+        monkeypatch.setattr(splits, "SPLIT_ROWS", least)
     for slices in (2, 3, 4):
         monkeypatch.setitem(module.SLICE_TILES[HERE], slices, Tile(16, 128, 4, 2))
     long, short = gaussian(rows, 3).float(), gaussian(40, 3, 1).float()
