@@ -34,7 +34,7 @@ def test_every_kernel_compiles_with_every_value_of_its_constants(target, root):
     assert len(lines) == len(aot.instances(target, quick=True)) > 20
     products = [line for line in lines if "slices[LOW=" in line and "SIDE=" in line]
     unit = {"sm_90": "wgmma", "gfx942": "v_mfma_i32"}.get(target, "mma.sync")
-    assert len(products) == 4
+    assert len(products) == 5
     assert all(unit in line and "i8" in line.replace("s8", "i8") for line in products)
 
 
@@ -134,9 +134,13 @@ def test_a_target_that_is_none_is_named(root):
     assert "unknown target 'sm_42': choose from sm_80" in done.stderr
 
 
-def test_the_quick_selection_has_every_value_of_every_constant():
+def test_the_quick_selection_has_every_value_of_every_constant_and_every_type():
     def values(instances):
-        return {(i.kernel.__module__, i.kernel.__name__, *pair) for i in instances for pair in i.constants.items()}
+        return {
+            (i.kernel.__module__, i.kernel.__name__, *pair)
+            for i in instances
+            for pair in (*i.constants.items(), *i.types.items())
+        }
 
     for target in TARGETS:
         everything, quick = aot.instances(target, quick=False), aot.instances(target, quick=True)
