@@ -70,7 +70,7 @@ docs: $(VENV)/has-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/has-bench
-	$(BIN)/python -m pytest benchmarks -s $(PYTEST_ARGS)
+	$(BIN)/python -m benchmarks cpu --to build/benchmarks $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

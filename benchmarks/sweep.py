@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py [--minutes 60] [--threads 1,2] [--output DIR] [--only machine,claims,cells]
     python benchmarks/sweep.py --quick [CELL | CLAIM ...]   # at most two minutes, one thread, by processor time
-    python benchmarks/sweep.py --report                     # tables and picture of docs/performance.md from the results
+    python benchmarks/sweep.py --report                     # the document and the picture of what the journal has
 
 A cell is COUNTxROWSxCOLUMNS[:DTYPE][:SPECTRUM], as in "24x64x64" or "1x256x2048:bfloat16:graded" (sweep_cells.py); a
 claim is a name of sweep_claims.py. Every number of threads has a process of its own. Every figure is in

@@ -13,8 +13,7 @@ from typing import Any
 from gpu_results import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, README, PICTURE = ROOT / "docs/performance.md", ROOT / "README.md", ROOT / "docs/performance.png"
-BEGIN, END = "<!-- made by benchmarks/sweep.py --report -->", "<!-- end of what is made -->"
+PICTURE = ROOT / "docs/performance.png"
 RATES = {
     "product float32": "product of two 2048 x 2048 matrices, float32",
     "product float64": "the same, float64",
@@ -30,17 +29,15 @@ RATES = {
 
 
 def write(lines: Path, target: Path) -> None:
-    """Make the document of the journal's lines of the newest code, and everything that follows from it."""
+    """Make the document of the journal's lines of the newest code, and its picture; figures.py writes the pages."""
     document = collected(read_lines(lines))
     rows = [json.dumps(cell) for cell in document.pop("cells")]
     head = json.dumps(document, indent=1)
     partial = target.with_suffix(".partial")
     partial.write_text(head[:-2] + ',\n "cells": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n")
     os.replace(partial, target)
-    document = json.loads(target.read_text())
-    for page, text in ((PAGE, tables(document)), (README, quotes(document))):
-        page.write_text(replaced(page.read_text(), text))
-    draw(document, PICTURE)
+    if target.parent == ROOT / "benchmarks" / "results":
+        draw(json.loads(target.read_text()), PICTURE)
 
 
 def collected(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,13 +93,6 @@ def _short(value: float | None) -> float | None:
     return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None
 
 
-def replaced(page: str, text: str) -> str:
-    """The page with this text between the marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
-
-
 def rated(document: dict[str, Any], threads: int | None = None) -> list[dict[str, Any]]:
     """The cells with a ratio, the lowest first."""
     cells = [cell for cell in document["cells"] if cell["ratio"] is not None]
@@ -112,7 +102,7 @@ def rated(document: dict[str, Any], threads: int | None = None) -> list[dict[str
 def quotes(document: dict[str, Any]) -> str:
     """The README's lines about the worst and the best cell."""
     cells = rated(document)
-    return _filled(
+    return filled(
         f"Over {len(cells)} cells of shapes, numbers, dtypes and spectra "
         "([docs/performance.md](docs/performance.md)) the fastest plain way that is right takes between "
         f"{_times(cells[0]['ratio'])} and {_times(cells[-1]['ratio'])} times as long as `rank`: the least for "
@@ -120,7 +110,8 @@ def quotes(document: dict[str, Any]) -> str:
     )
 
 
-def _filled(text: str) -> str:
+def filled(text: str) -> str:
+    """A paragraph in lines of 120."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
@@ -154,7 +145,8 @@ def _where(document: dict[str, Any]) -> str:
     return f"Measured on {hardware['processor']}, {hardware['cores']} cores, with {named}.\n"
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Of Markdown."""
     lines = [f"| {' | '.join(row)} |" for row in (tuple(head), *(tuple(row) for row in rows))]
     return "\n".join([lines[0], f"|{' --- |' * (lines[0].count('|') - 1)}", *lines[1:]]) + "\n"
 
@@ -168,7 +160,7 @@ def _machine(machine: dict[str, dict[str, float]]) -> str:
         for name, text in RATES.items()
         if all(name in machine[t] for t in threads)
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _claims(claims: dict[str, dict[str, Any]]) -> str:
@@ -180,13 +172,13 @@ def _claims(claims: dict[str, dict[str, Any]]) -> str:
         goal = f"{'at most' if any_of['at most'] else 'at least'} {any_of['reach']:g}"
         figures = [f"{claims[t][name]['figure']:.2f}" if name in claims[t] else "" for t in threads]
         rows.append([any_of["text"], *figures, goal])
-    return _table(["", *(_threads(t) for t in threads), "goal"], rows)
+    return table(["", *(_threads(t) for t in threads), "goal"], rows)
 
 
 def _summary(document: dict[str, Any]) -> str:
     cells = rated(document)
     below = sum(cell["ratio"] < 1 for cell in cells)
-    return _filled(
+    return filled(
         f"{len(cells)} of {document['planned']} cells were measured in the time given. In {len(cells) - below} of them "
         "no plain way that is right takes less time than `rank()`. The lowest ratio is "
         f"{_times(cells[0]['ratio'])}, for {_words(cells[0])}, where {cells[0]['best']} is the fastest; the highest is "
@@ -207,7 +199,7 @@ def _shares(document: dict[str, Any]) -> str:
         spans = [(min(shares), max(shares)) if (shares := found[n].get(t)) else None for t in threads]
         rows.append([f"**{n}**", *(f"{_times(span[0])} to {_times(span[1])}" if span else "" for span in spans)])
     title = "The floor as a share of the time of `rank()`, lowest to highest of all cells with so many columns\n"
-    return f"{title}\n{_table(['columns', *(_threads(t) for t in threads)], rows)}"
+    return f"{title}\n{table(['columns', *(_threads(t) for t in threads)], rows)}"
 
 
 def _threads(number: int | str) -> str:
@@ -233,7 +225,7 @@ def _grid(document: dict[str, Any], count: int, threads: int) -> str:
         [f"**{n}**", *(_times(lowest[n, a]) if (n, a) in lowest else "" for a in aspects)]
         for n in sorted({n for n, _ in lowest})
     ]
-    return f"{title}\n{_table(['columns', *(f'{a} rows per column' for a in aspects)], rows)}" if rows else ""
+    return f"{title}\n{table(['columns', *(f'{a} rows per column' for a in aspects)], rows)}" if rows else ""
 
 
 def _panels(document: dict[str, Any]) -> Iterator[tuple[int, int, dict[tuple[int, int], float]]]:

@@ -5,7 +5,6 @@ test_docs.py has its commands, and those of the pages in docs/.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -83,35 +82,3 @@ def test_every_file_that_the_design_names_exists(root):
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", (root / "docs" / "design.md").read_text()))
     homes = (root, root / "kappa_fast")
     assert [name for name in sorted(named) if not any((home / name).exists() for home in homes)] == []
-
-
-# The names in the file of results, by how a row of the table begins; two names share a cell.
-ROWS = {
-    "PEFT's": ["peft_selector"],
-    "`svdvals`": ["svdvals_float32", "svdvals_float64"],
-    "`eigvalsh`": ["eigvalsh_of_gram_float64"],
-    "Gram products": ["gram_and_cholesky_alone"],
-    "`rank(model, certify=True)`": ["kappa_fast_certified"],
-    "`rank(model, top=0.2)`": ["kappa_fast_top_0.2"],
-    "`rank(model, top=0.5)`": ["kappa_fast_top_0.5"],
-}
-GROUPS = ["TinyLlama-1.1B, 2 layers, trained-like", "TinyLlama-1.1B, 2 layers, random", "MiniLM"]
-
-
-def test_the_figures_are_those_of_the_benchmark(root):
-    text = (root / "README.md").read_text()
-    rows = json.loads((root / "benchmarks" / "results" / "cpu.json").read_text())["rows"]
-    found = {(row["group"], row["name"]): row for row in rows}
-    table = text.partition("## Speed")[2].partition("Trained-like weights")[0]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:2] == "| "]
-    first, *others = (line for line in lines if line[0] and "---" not in line[0])
-    assert first == ["`rank(model)`", *(f"{found[group, 'kappa_fast']['seconds']['median']:.2f} s" for group in GROUPS)]
-    assert len(others) == len(ROWS)
-    for label, *cells in others:
-        names = next(names for begin, names in ROWS.items() if label.startswith(begin))
-        for group, cell in zip(GROUPS, cells, strict=True):
-            ratios = [found[group, name]["ratio"] for name in names if (group, name) in found]
-            expected = " / ".join(f"{ratio:.2f}" if ratio < 1 else f"{ratio:.1f}" for ratio in ratios)
-            assert cell == expected, (label, group)
-    memory = next(row for row in rows if row["name"] == "peak_memory_beyond_the_weights")
-    assert f"({memory['weights'] / 1e6:.0f} MB in bfloat16) `rank` took {memory['beyond'] / 1e6:.0f} MB" in text
