@@ -1,4 +1,4 @@
-"""``python -m benchmarks.forgetting``: --smoke, --plan FILE --folder DIR, --report, --status."""
+"""``python -m benchmarks.forgetting``: --smoke, --plan FILE --folder DIR, --report, --status, --model MODEL."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from .plan import PLANS, Plan
 def main() -> None:
     """Reads the command line and does what it says."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: a run has one thread
+    from . import own_command
+
     parser = argparse.ArgumentParser("python -m benchmarks.forgetting", description=about)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--smoke", action="store_true", help="a study of a minute on made-up text, with its report")
@@ -27,10 +29,15 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="write tables and figures of what is there")
     parser.add_argument("--status", action="store_true", help="say how much is there")
     parser.add_argument("--out", type=Path, help="where --report writes (default: FOLDER/report)")
+    own_command.add_options(parser)
     given = parser.parse_args()
     if given.smoke:
         with tempfile.TemporaryDirectory() as scratch:
             smoke(given.folder or Path(scratch), given.workers)
+        return
+    if given.model is not None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        own_command.run(given, _say)
         return
     if given.folder is None:
         parser.error("--folder is missing")

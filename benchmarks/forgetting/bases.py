@@ -128,7 +128,12 @@ def base_name(kind: str, seed: int) -> str:
 
 
 def load(kind: str, seed: int, folder: Path) -> nn.Module:
-    """A base as pre-training left it."""
+    """A base as pre-training left it, or the model that was given for one (own.py)."""
+    note = folder / f"{base_name(kind, seed)}.json"
+    if note.exists():
+        from . import own
+
+        return own.load(json.loads(note.read_text()), seed)
     model = build(kind, seed)
     model.load_state_dict(load_file(folder / f"{base_name(kind, seed)}.safetensors"))
     return model
@@ -163,9 +168,20 @@ def entropies(logs: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
     return -logs.gather(-1, windows[:, 1:, None]).squeeze(-1).double().mean(1)
 
 
+def losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each window in nats per token, some windows at a time."""
+    size = at_once(model, windows)
+    return torch.cat([entropies(log_probabilities(model, part, size), part) for part in torch.split(windows, size)])
+
+
+def at_once(model: nn.Module, windows: torch.Tensor, most: int = 50, entries: int = 2**26) -> int:
+    """So many windows that the probabilities of all tokens of the vocabulary for them take a quarter of a GB."""
+    return max(1, min(most, entries // (windows.shape[1] * model.config.vocab_size)))
+
+
 def loss_of(model: nn.Module, windows: torch.Tensor) -> float:
     """Mean cross-entropy in nats per token."""
-    return float(entropies(log_probabilities(model, windows), windows).mean())
+    return float(losses(model, windows).mean())
 
 
 def late_gain(curve: list[tuple[int, float]]) -> float:

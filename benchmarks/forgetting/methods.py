@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import kappa_fast
-from kappa_fast import Selection
+from kappa_fast import Ranking, Selection
 
 from . import bases, scores
 
@@ -61,7 +61,11 @@ def prepare(model: nn.Module, method: Mapping[str, Any], fraction: float | None,
 
 def choose(model: nn.Module, method: Mapping[str, Any], fraction: float | None, draw: int) -> Selection:
     """The matrices that a method trains, or adapts."""
-    ranking = scores.scored(scores.rank(model), model, method.get("score", "kappa"))
+    return pick(scores.scored(scores.rank(model), model, method.get("score", "kappa")), method, fraction, draw)
+
+
+def pick(ranking: Ranking, method: Mapping[str, Any], fraction: float | None, draw: int) -> Selection:
+    """What a method takes from a ranking in the order of its score."""
     options: dict[str, Any] = {n: fraction if value == "fraction" else value for n, value in method["select"].items()}
     if options.get("order") == "random":
         options["seed"] = draw

@@ -18,7 +18,7 @@ class Plan:
 
     Attributes:
         name: of the study.
-        pretraining: corpus, steps, length, size, lr, windows.
+        pretraining: corpus, steps, length, size, lr, windows; or the model that is there already.
         bases: seeds by kind.
         training: corpus (what is to be kept), budgets, warm, size, length, windows, validation.
         tasks: corpora to learn.
@@ -87,7 +87,7 @@ class Plan:
     def _of_method(self, name: str, method: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for task in self.tasks:
             for fraction in method.get("fractions", [None]):
-                for draw in range(method.get("draws", 1)):
+                for draw in numbers(method.get("draws", 1)):
                     for rate in method.get("rates", self.rates):
                         for seed in self.seeds:
                             yield {
@@ -100,6 +100,11 @@ class Plan:
                                 "seed": seed,
                                 "stage": method.get("stage", 1),
                             }
+
+
+def numbers(draws: int | list[int]) -> list[int]:
+    """Of draws, which a method has by how many or by which."""
+    return list(range(draws)) if isinstance(draws, int) else draws
 
 
 def _digest(value: Any, digits: int = 12) -> str:

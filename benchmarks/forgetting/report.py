@@ -40,7 +40,7 @@ def write(plan: Plan, folder: Path, out: Path) -> str:
         "## Primary comparison\n\n" + _contrast_table([compared.primary]) + _READING,
         "## Other comparisons that are tested\n\n" + _contrast_table(compared.tested, compared.adjusted),
         "## Described, not tested\n\n" + _contrast_table(compared.described, {}),
-        "## Methods\n\n" + _methods_table(found, plan),
+        "## Methods\n\n" + methods_table(found, plan),
         "## What explains forgetting among selections\n\n" + _explained_table(found, plan),
         *(f"![{name}]({name}.png)" for name in _figures(found, records, plan, out)),
     ]
@@ -68,17 +68,19 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Of Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _number(value: float, digits: int = 3) -> str:
+def number(value: float, digits: int = 3) -> str:
+    """With so many digits; "-" where there is none."""
     return "-" if not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def _interval(low: float, high: float) -> str:
-    return f"{_number(low)} to {_number(high)}"
+    return f"{number(low)} to {number(high)}"
 
 
 def _bases_table(records: list[dict[str, Any]], plan: Plan) -> str:
@@ -99,7 +101,7 @@ def _bases_table(records: list[dict[str, Any]], plan: Plan) -> str:
                 ]
             )
     head = ["bases", "number", "parameters", "loss before", "after", "gain of the last tenth", "change of log kappa"]
-    return "## Bases\n\n" + _table(head, rows)
+    return "## Bases\n\n" + table(head, rows)
 
 
 def _contrast_table(found: list[Contrast], adjusted: Mapping[str, float] | None = None) -> str:
@@ -109,10 +111,10 @@ def _contrast_table(found: list[Contrast], adjusted: Mapping[str, float] | None 
     rows = []
     for c in found:
         values = [c.p, *([adjusted[c.name]] if adjusted else [])] if tests else []
-        row = [c.name, str(len(c.bases)), _number(c.effect), _interval(*c.effect_interval)]
-        row += [_number(value, 4) for value in values]
-        rows.append([*row, _number(c.gain, 4), _interval(*c.gain_interval), f"{c.censored} of {c.compared}"])
-    return _table(head, rows)
+        row = [c.name, str(len(c.bases)), number(c.effect), _interval(*c.effect_interval)]
+        row += [number(value, 4) for value in values]
+        rows.append([*row, number(c.gain, 4), _interval(*c.gain_interval), f"{c.censored} of {c.compared}"])
+    return table(head, rows)
 
 
 def _pooled(found: Mapping[Cell, Mapping[Key, Outcome]]) -> dict[tuple[str, str, str, float | None], list[Outcome]]:
@@ -123,7 +125,8 @@ def _pooled(found: Mapping[Cell, Mapping[Key, Outcome]]) -> dict[tuple[str, str,
     return pooled
 
 
-def _methods_table(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> str:
+def methods_table(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> str:
+    """A row for each method, fraction and task: means over bases and draws."""
     head = ["base", "task", "method", "share", "learning rates", "new", "forgotten", "KL", "at the targets", "reached"]
     rows = []
     for (kind, task, method, fraction), members in _pooled(found).items():
@@ -136,13 +139,13 @@ def _methods_table(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> s
         at = []
         for i in range(len(plan.analysis["targets"][task])):
             reached = [done.at[i] for done in members if math.isfinite(done.at[i])]
-            at.append(_number(plain.fmean(reached)) if reached else "-")
+            at.append(number(plain.fmean(reached)) if reached else "-")
         hits = sum(math.isfinite(value) for done in members for value in done.at)
         name = method + (f" {fraction:.0%}" if fraction else "")
         every = sum(len(done.at) for done in members)
-        rows.append([kind, task, name, _number(share), ", ".join(f"{rate:g}" for rate in rates), *map(_number, ends)])
+        rows.append([kind, task, name, number(share), ", ".join(f"{rate:g}" for rate in rates), *map(number, ends)])
         rows[-1] += [" / ".join(at), f"{hits} of {every}"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _explained_table(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> str:
@@ -152,14 +155,24 @@ def _explained_table(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) ->
         for task in plan.tasks:
             one = analysis.explain(found, plan, kind, task)
             if one is not None:
-                rows.append([kind, task, str(one.selections), _number(one.by_layers), _number(one.with_kappa)])
-                rows[-1] += [_number(one.slope, 4), _interval(*one.interval)]
-    return _table(head, rows)
+                rows.append([kind, task, str(one.selections), number(one.by_layers), number(one.with_kappa)])
+                rows[-1] += [number(one.slope, 4), _interval(*one.interval)]
+    return table(head, rows)
 
 
 def _figures(
     found: Mapping[Cell, Mapping[Key, Outcome]], records: list[dict[str, Any]], plan: Plan, out: Path
 ) -> list[str]:
+    """All of a study: frontiers, and kappas by type and layer where bases were pre-trained."""
+    names = frontiers(found, plan, out)
+    for kind in plan.bases:
+        if any(r["what"] == "base" and r["kind"] == kind and r["status"] == "ok" for r in records):
+            names.append(_kappas_figure(records, kind, out))
+    return names
+
+
+def frontiers(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan, out: Path) -> list[str]:
+    """Loss on the new text against forgetting, a figure for each kind and task; returns their names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -188,8 +201,6 @@ def _figures(
             axes.invert_xaxis()
             names.append(f"frontier-{kind}-{task}")
             figure.savefig(out / f"{names[-1]}.png", dpi=110, metadata={"Software": None})
-        if any(r["what"] == "base" and r["kind"] == kind and r["status"] == "ok" for r in records):
-            names.append(_kappas_figure(records, kind, out))
     return names
 
 

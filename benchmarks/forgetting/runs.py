@@ -26,7 +26,8 @@ def fine_tune(job: Mapping[str, Any], settings: Mapping[str, Any], folder: Path)
     part goes on. So every endpoint is that of a whole schedule, and the long ones need not repeat the short.
     """
     started = time.process_time(), time.monotonic()
-    model = bases.load(job["kind"], job["base"], folder)
+    device = torch.device(settings.get("device", "cpu"))
+    model = bases.load(job["kind"], job["base"], folder).to(device)
     task = texts.load(job["task"], folder / "texts")
     old = texts.load(settings["corpus"], folder / "texts")
     measure = _Measure(model, old, task, settings, _file(job, folder))
@@ -42,6 +43,7 @@ def fine_tune(job: Mapping[str, Any], settings: Mapping[str, Any], folder: Path)
         "corpora": {old.name: old.digest, task.name: task.digest},
         "start": measure.base,
     }
+    batches = batches.to(device)
     trainer = _Trainer(prepared, job["lr"], int(settings["warm"]))
     endpoints: dict[str, dict[str, float]] = {}
     for steps in budgets:
@@ -117,32 +119,44 @@ class _Measure:
         self, model: nn.Module, old: texts.Corpus, task: texts.Corpus, settings: Mapping[str, Any], file: Path
     ) -> None:
         count, length = int(settings["windows"]), int(settings["length"])
-        self.old = old.windows("test", count, length)
-        self.new = task.windows("test", count, length)
-        self.validation = task.windows("validation", int(settings["validation"]), length)
+        device = torch.device(settings.get("device", "cpu"))
+        self.old = old.windows("test", count, length).to(device)
+        self.new = task.windows("test", count, length).to(device)
+        self.validation = task.windows("validation", int(settings["validation"]), length).to(device)
+        # KL needs all probabilities of the base: for large vocabularies of some windows only.
+        some = bases.at_once(model, self.new, most=count)
+        self.compared = self.new[torch.arange(some) * count // some]
         self.logs, self.base = self._reference(model, file)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        logs = bases.log_probabilities(model, self.new)
-        old = bases.entropies(bases.log_probabilities(model, self.old), self.old)
+        logs, new = self._new(model)
+        old = bases.losses(model, self.old)
         kl = (self.logs.exp() * (self.logs - logs)).sum(-1)
         return {
             "old": float(old.mean()),
             "forgotten": float(old.mean()) - self.base["old"],
-            "new": float(bases.entropies(logs, self.new).mean()),
+            "new": float(new.mean()),
             "validation": bases.loss_of(model, self.validation),
             "kl": float(kl.double().mean()),
         }
 
+    def _new(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities for the windows whose KL is taken, and the losses of all windows of the new text."""
+        size = bases.at_once(model, self.new)
+        logs = bases.log_probabilities(model, self.compared, size)
+        if len(self.compared) == len(self.new):
+            return logs, bases.entropies(logs, self.new)
+        return logs, bases.losses(model, self.new)
+
     def _reference(self, model: nn.Module, file: Path) -> tuple[torch.Tensor, dict[str, float]]:
         """What the base says, computed by the first run that needs it."""
         if file.exists():
-            kept = torch.load(file)
+            kept = torch.load(file, map_location=self.new.device)
             return kept["logs"], kept["base"]
-        logs = bases.log_probabilities(model, self.new)
+        logs, new = self._new(model)
         found = {
             "old": bases.loss_of(model, self.old),
-            "new": float(bases.entropies(logs, self.new).mean()),
+            "new": float(new.mean()),
             "validation": bases.loss_of(model, self.validation),
         }
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -157,12 +157,14 @@ def perform(job: dict[str, Any], plan: Plan, folder: Path) -> dict[str, Any]:
     """Does a job in this process. Whatever goes wrong becomes a result."""
     import torch
 
-    from . import bases, runs
+    from . import bases, own, runs
 
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CPU, (PATIENCE, PATIENCE))
     try:
         if job["what"] == "base":
+            if "model" in plan.pretraining:
+                return {"status": "ok", **own.base(job, plan.pretraining, plan.training, folder)}
             return {"status": "ok", **bases.pretrain(job["kind"], job["base"], plan.pretraining, folder)}
         return runs.fine_tune(job, plan.training, folder)
     except Exception as error:

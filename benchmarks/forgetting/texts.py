@@ -76,13 +76,11 @@ def make(name: str) -> Corpus:
     Raises:
         ValueError: no such corpus.  FileNotFoundError: this machine has too little of it.
     """
-    kind, _, argument = name.partition("-")
-    if kind not in _SOURCES:
-        raise ValueError(f"{name!r} is no corpus: there are {', '.join(_SOURCES)}")
-    documents = {hashlib.sha256(text.encode()).digest(): text for text in _SOURCES[kind](argument)}
+    kind = name.partition("-")[0]
+    found = {hashlib.sha256(text.encode()).digest(): text for text in documents(name)}
     shares: dict[str, list[int]] = {part: [] for part, _ in _PARTS}
     size = 0
-    for key, text in sorted(documents.items(), key=lambda item: item[0][::-1]):  # cut without regard to the parts
+    for key, text in sorted(found.items(), key=lambda item: item[0][::-1]):  # cut without regard to the parts
         if size < _LARGEST:
             tokens = [*text.encode(), END]
             shares[_part(key[0])] += tokens
@@ -91,6 +89,18 @@ def make(name: str) -> Corpus:
         raise FileNotFoundError(f"{name}: this machine has {size:,} bytes of such text, too few. {_ADVICE[kind]}")
     parts = {part: torch.tensor(tokens, dtype=torch.int16) for part, tokens in shares.items()}
     return Corpus(name, parts, _digest(parts))
+
+
+def documents(name: str) -> Iterable[str]:
+    """The documents of a corpus, some of them several times.
+
+    Raises:
+        ValueError: no such corpus.
+    """
+    kind, _, argument = name.partition("-")
+    if kind not in _SOURCES:
+        raise ValueError(f"{name!r} is no corpus: there are {', '.join(_SOURCES)}")
+    return _SOURCES[kind](argument)
 
 
 def _part(lot: int) -> str:
