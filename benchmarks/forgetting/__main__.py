@@ -43,8 +43,9 @@ def main() -> None:
         parser.error("--folder is missing")
     plan = Plan.read(given.plan)
     if given.report:
-        from .report import write
+        from . import report, sentences_report
 
+        write = sentences_report.write if plan.training.get("of") == "sentences" else report.write
         print(write(plan, given.folder, given.out or given.folder / "report"))
         return
     from .study import go_on, left_over

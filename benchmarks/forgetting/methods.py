@@ -1,12 +1,13 @@
 """Methods as data: what of a base is trained, and how.
 
-    {"train": "all"}                                             every weight
+    {"train": "all"}                                             every weight; "head": only what a task adds
     {"select": {"max_params": 0.2, "order": "highest"}, ...}     options of Ranking.select
     {"lora": {"r": 8, "lora_alpha": 16}, "select": {...}}        adapters on what is selected
     {"lora": {...}, "kappatune": 0.2}                            adapters where PEFT's selector puts them
 
 ``score`` names another order than that by kappa (scores.py), ``within`` = "cells" selects within every layer and type
-on its own, and ``include`` narrows the candidates. ``fraction`` of the plan stands for the text "fraction".
+on its own, "layers" within every layer whatever the types, and ``include`` narrows the candidates. ``fraction`` of the
+plan stands for the text "fraction".
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ def prepare(model: nn.Module, method: Mapping[str, Any], fraction: float | None,
     if method.get("train") == "all":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), **options)
         return Prepared(model, optimizer, {"trained": whole, "share": 1.0})
+    if method.get("train") == "head":
+        model.requires_grad_(False)
+        nothing = torch.zeros((), requires_grad=True)  # an optimizer wants something
+        return Prepared(model, torch.optim.AdamW([nothing], **options), {"trained": 0, "share": 0.0})
     if "lora" in method:
         adapted, said = _adapted(model, method, fraction, draw)
         trained = [p for p in adapted.parameters() if p.requires_grad]
@@ -71,11 +76,12 @@ def pick(ranking: Ranking, method: Mapping[str, Any], fraction: float | None, dr
         options["seed"] = draw
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        if method.get("within") != "cells":
+        if method.get("within") not in ("cells", "layers"):
             return ranking.select(include=method.get("include"), **options)
         layers = sorted({entry.layer for entry in ranking if entry.layer is not None})
         parts = [ranking.filter(layers=layer, include=method.get("include")) for layer in layers]
-        found = [part.select(per_group=True, **options) for part in parts if len(part)]
+        each_type = method["within"] == "cells"
+        found = [part.select(per_group=each_type, **options) for part in parts if len(part)]
     union = found[0]
     for part in found[1:]:
         union = union | part

@@ -22,6 +22,7 @@ _READING = (
     "below 1/2 it forgets less than most. Nats: forgetting less the mean of the draws, where all reach the target. "
     "Intervals: bootstrap over bases. p: changes of sign over bases, two-sided."
 )
+MEASURED = {"new": "new", "forgotten": "forgotten", "kl": "KL"}  # headings of what a run measures, by name
 _NO_ANSWER = "**This study is not complete: nothing here is a result.**"
 
 
@@ -125,17 +126,19 @@ def _pooled(found: Mapping[Cell, Mapping[Key, Outcome]]) -> dict[tuple[str, str,
     return pooled
 
 
-def methods_table(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> str:
-    """A row for each method, fraction and task: means over bases and draws."""
-    head = ["base", "task", "method", "share", "learning rates", "new", "forgotten", "KL", "at the targets", "reached"]
+def methods_table(
+    found: Mapping[Cell, Mapping[Key, Outcome]],
+    plan: Plan,
+    measures: Mapping[str, str] = MEASURED,
+) -> str:
+    """A row for each method, fraction and task: means over bases and draws; ``measures`` are headings by name."""
+    head = ["base", "task", "method", "share", "learning rates", *measures.values(), "at the targets", "reached"]
     rows = []
     for (kind, task, method, fraction), members in _pooled(found).items():
         whole = [done for done in members if done.status == "ok"]
         share = plain.fmean(done.said.get("share", math.nan) for done in whole) if whole else math.nan
         rates = sorted({done.rate for done in whole})
-        ends = [
-            plain.fmean(done.end[name] for done in whole) if whole else math.nan for name in ("new", "forgotten", "kl")
-        ]
+        ends = [plain.fmean(done.end[name] for done in whole) if whole else math.nan for name in measures]
         at = []
         for i in range(len(plan.analysis["targets"][task])):
             reached = [done.at[i] for done in members if math.isfinite(done.at[i])]

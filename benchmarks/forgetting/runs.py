@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +44,10 @@ def fine_tune(job: Mapping[str, Any], settings: Mapping[str, Any], folder: Path)
         "start": measure.base,
     }
     batches = batches.to(device)
-    trainer = _Trainer(prepared, job["lr"], int(settings["warm"]))
-    endpoints: dict[str, dict[str, float]] = {}
-    for steps in budgets:
-        trainer.level(batches, _level(steps))
-        kept = trainer.keep()
-        trainer.fall(batches, _branch(steps))
-        found = measure(prepared.model)
-        if not math.isfinite(found["new"]) or found["validation"] > measure.base["validation"] + DIVERGED:
-            said["status"] = "diverged"
-            break
-        endpoints[str(steps)] = found
-        trainer.put_back(kept)
+    trainer = Trainer(prepared, job["lr"], int(settings["warm"]))
+    endpoints = trainer.through(batches, budgets, measure, measure.base["validation"] + DIVERGED)
+    if len(endpoints) < len(budgets):
+        said["status"] = "diverged"
     return said | {
         "endpoints": endpoints,
         "curve": [float(f"{loss:.6g}") for loss in trainer.curve],
@@ -71,7 +63,7 @@ def _level(steps: int) -> int:
     return steps - _branch(steps)
 
 
-class _Trainer:
+class Trainer:
     """Steps on batches in their order. A branch sees those that the level part would see next."""
 
     def __init__(self, prepared: methods.Prepared, lr: float, warm: int) -> None:
@@ -79,26 +71,49 @@ class _Trainer:
         self.done = 0
         self.curve: list[float] = []
 
-    def level(self, batches: torch.Tensor, until: int) -> None:
+    def through(
+        self, batches: Any, budgets: list[int], measure: Callable[[nn.Module], dict[str, float]], worst: float
+    ) -> dict[str, dict[str, float]]:
+        """What is measured at the end of each budget, up to the first that has diverged."""
+        endpoints: dict[str, dict[str, float]] = {}
+        for steps in budgets:
+            self.level(batches, _level(steps))
+            kept = self.keep()
+            self.fall(batches, _branch(steps))
+            found = measure(self.prepared.model)
+            if not math.isfinite(found["new"]) or found["validation"] > worst:
+                break
+            endpoints[str(steps)] = found
+            self.put_back(kept)
+        return endpoints
+
+    def level(self, batches: Any, until: int) -> None:
         while self.done < until:
             self._step(batches[self.done], min(1.0, (self.done + 1) / self.warm))
 
-    def fall(self, batches: torch.Tensor, steps: int) -> None:
+    def fall(self, batches: Any, steps: int) -> None:
         for i in range(steps):
             self._step(batches[self.done], (steps - i) / (steps + 1))
 
-    def _step(self, batch: torch.Tensor, share: float) -> None:
+    def _step(self, batch: Any, share: float) -> None:
         prepared = self.prepared
         prepared.model.train()
-        for group in prepared.optimizer.param_groups:
-            group["lr"] = self.lr * share
-        loss = prepared.model(input_ids=batch, labels=batch).loss
+        self.set_rate(share)
+        loss = self.loss(batch)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(list(prepared.trained.values()), 1.0)
         prepared.optimizer.step()
         prepared.optimizer.zero_grad()
         self.curve.append(float(loss.detach()))
         self.done += 1
+
+    def set_rate(self, share: float) -> None:
+        for group in self.prepared.optimizer.param_groups:
+            group["lr"] = self.lr * share
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        found: torch.Tensor = self.prepared.model(input_ids=batch, labels=batch).loss
+        return found
 
     def keep(self) -> tuple[int, dict[str, torch.Tensor], Any]:
         weights = {name: p.detach().clone() for name, p in self.prepared.trained.items()}

@@ -157,15 +157,18 @@ def perform(job: dict[str, Any], plan: Plan, folder: Path) -> dict[str, Any]:
     """Does a job in this process. Whatever goes wrong becomes a result."""
     import torch
 
-    from . import bases, own, runs
+    from . import bases, own, runs, sentences
 
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CPU, (PATIENCE, PATIENCE))
     try:
         if job["what"] == "base":
+            if plan.training.get("of") == "sentences":
+                return {"status": "ok", **sentences.base(job, plan.training, folder)}
             if "model" in plan.pretraining:
                 return {"status": "ok", **own.base(job, plan.pretraining, plan.training, folder)}
             return {"status": "ok", **bases.pretrain(job["kind"], job["base"], plan.pretraining, folder)}
-        return runs.fine_tune(job, plan.training, folder)
+        fine_tune = sentences.fine_tune if plan.training.get("of") == "sentences" else runs.fine_tune
+        return fine_tune(job, plan.training, folder)
     except Exception as error:
         return {"status": "failed", "error": "".join(traceback.format_exception(error))[-2000:]}

@@ -125,10 +125,11 @@ def _docstrings(_: str) -> Iterator[str]:
         for file in sorted(root.rglob("*.py")):
             inside = file.relative_to(root).parts
             if {"site-packages", "test", "tests", "lib2to3"}.isdisjoint(inside):
-                yield from _docstrings_of(file)
+                yield from docstrings_of(file)
 
 
-def _docstrings_of(file: Path) -> Iterator[str]:
+def docstrings_of(file: Path) -> Iterator[str]:
+    """Those of more than 60 characters; none where the file is no Python."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, OSError, ValueError):
