@@ -330,9 +330,11 @@ def main() -> None:
     """Print the tables, or measure what they are made of."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
-    if parser.parse_args().measure:
-        record.write(RESULTS, measure())
-    print("\n\n".join(from_files()))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the file of times")
+    chosen = parser.parse_args()
+    if chosen.measure:
+        record.write(chosen.output, measure())
+    print("\n\n".join(from_files(chosen.output)))
 
 
 if __name__ == "__main__":

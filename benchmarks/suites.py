@@ -78,7 +78,7 @@ SUITES: dict[str, Suite] = {
             "sweep",
             "rank() against the best plain way in 594 cells of shapes, dtypes and spectra",
             "an hour for each number of threads; goes on where it stopped",
-            (_script("sweep", given="folder"), _script("sweep", "--report", file="sweep.json")),
+            (_script("sweep", given="folder"), _script("sweep", "--report", file="sweep.json", given="folder")),
         ),
         Suite(
             "gpu",
@@ -100,7 +100,7 @@ SUITES: dict[str, Suite] = {
             "10 minutes",
             (
                 _script("bench_ranks", file="ranks.json", given="--output"),
-                _script("scale", "--measure", file="scale.json"),
+                _script("scale", "--measure", file="scale.json", given="--output"),
             ),
             ("two idle cores",),
         ),

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kappa_fast import OptionError, Ranking
 
 from . import bases, own, scores, single
@@ -117,6 +119,7 @@ def make(
         OwnError: the budget or the model allows no comparison, or the pilot learned nothing.
     """
     started = time.monotonic()
+    torch.set_num_threads(1)  # runs are forked from this process
     model = own.load({"model": question.model}, 0)
     ranking = scores.rank(model)
     way = _way(ranking, question)
@@ -148,16 +151,19 @@ def _way(ranking: Ranking, question: own.Question) -> dict[str, Any]:
         select: dict[str, Any] = {"top_p": "fraction"}
         said = "experts, {share} of those of every layer and type"
         drawn, like = {"order": "random"}, "random experts of the same layers and types"
+        caution = ""
     else:
         common, select = {}, {"max_params": "fraction", "fill": True}
         said = "matrices, up to {share} of the weights"
         drawn, like = {"order": "random", "match": ["type"]}, "random matrices of the same types and sizes"
+        caution = "Draws lie in other layers than the lowest, so that depth may be what makes a difference."
     return {
         "low": {"select": select, **common},
         "high": {"select": select | {"order": "highest"}, **common},
         "random": {"select": select | drawn, **common},
         "said": said.format(share=f"{question.share:.0%}"),
         "like": like,
+        "caution": caution,
     }
 
 
@@ -305,6 +311,8 @@ def words(
         )
     if distinct < max(DRAWS):
         lines.append(f"There are about {distinct} different draws of this kind.")
+    if way["caution"]:
+        lines.append(way["caution"])
     if left:
         lines.append(f"The budget does not carry {', '.join(left)}.")
     lines.append(

@@ -64,6 +64,13 @@ def test_more_draws_tell_smaller_effects_and_too_few_tell_none():
     assert single.smallest_p(19) == 0.05
 
 
+def test_the_page_on_evidence_says_what_draws_can_tell(root):
+    text = " ".join((root / "docs" / "evidence.md").read_text().split())
+    first, *others = (f"{single.detectable(draws):.1f}" for draws in (19, 39, 99))
+    assert f"an effect of {first} standard deviations of the draws; with 39 one of {others[0]}" in text
+    assert f"with 99 one of {others[1]}" in text
+
+
 def plan_of(draws: int, tasks: tuple[str, ...] = ("a", "b")) -> Plan:
     against = {"kind": "own", "method": "kappa-low", "draws": "random", "fraction": 0.2}
     methods = {
@@ -157,13 +164,14 @@ def test_a_budget_that_is_too_small_is_refused_with_what_would_do():
 
 
 def test_it_says_beforehand_what_it_can_tell(made):
-    question, way = asked(made), {"said": "matrices", "like": "random ones"}
+    question, way = asked(made), {"said": "matrices", "like": "random ones", "caution": "Depth."}
     plan = plan_of(39, ("learn",))
     plan.training.update(budgets=[8], size=4, length=32)
     text = own_plan.words(question, plan, Offer(1, 1, 39, 0), way, 2.0, 2, 99)
     assert "the smallest p-value is 1/40 = 0.025" in text
     assert f"{single.detectable(39):.1f} standard deviations of the draws" in text
     assert "One model is one case" in text
+    assert "Depth." in text
     few = own_plan.words(question, plan, Offer(1, 1, 9, 0), way, 2.0, 2, 9)
     assert "No effect of any size can be told from chance at 5%" in few
     assert "about 9 different draws" in few
@@ -174,6 +182,7 @@ def test_experts_are_compared_with_experts_and_dense_matrices_by_type(family, ex
     ranking = scores.rank(build(family))
     way = own_plan._way(ranking, asked(made, share=0.5))
     assert expected in way["like"]
+    assert ("depth" in way["caution"]) == (family == "llama")
     if family == "mixtral":
         assert own_plan._distinct(ranking, way, 0.5) >= own_plan.FEWEST_DISTINCT
 
