@@ -176,7 +176,7 @@ def losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
 
 def at_once(model: nn.Module, windows: torch.Tensor, most: int = 50, entries: int = 2**26) -> int:
     """So many windows that the probabilities of all tokens of the vocabulary for them take a quarter of a GB."""
-    return max(1, min(most, entries // (windows.shape[1] * model.config.vocab_size)))
+    return max(1, min(most, entries // (windows.shape[1] * model.config.get_text_config().vocab_size)))
 
 
 def loss_of(model: nn.Module, windows: torch.Tensor) -> float:

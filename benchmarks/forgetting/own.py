@@ -162,7 +162,7 @@ def _opened(model: str) -> tuple[Any, Any]:
             f"{model} has no tokenizer, which turns texts into what it reads: save the right one there with "
             f"tokenizer.save_pretrained ({_first_line(error)})"
         ) from error
-    return tokenizer, config
+    return tokenizer, config.get_text_config()  # of models with other parts, that of the text
 
 
 def _first_line(error: BaseException) -> str:

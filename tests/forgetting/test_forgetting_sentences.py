@@ -11,6 +11,7 @@ import torch
 from families import build
 
 from benchmarks.forgetting import methods, scores, sentences, sentences_report
+from benchmarks.forgetting import study as runner
 from benchmarks.forgetting.journal import Journal
 from benchmarks.forgetting.plan import PLANS, Plan
 
@@ -93,6 +94,17 @@ def test_identical_seeds_give_identical_runs_and_the_head_alone_loses_nothing(se
     assert head["endpoints"]["4"]["new"] != head["start"]["new"]
     for name in sentences.MEASURES:
         assert head["endpoints"]["4"][name] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_study_knows_what_kind_of_run_a_plan_asks(settings, study, monkeypatch):
+    monkeypatch.setattr(runner.resource, "setrlimit", lambda *_: None)
+    before = torch.get_num_threads()
+    plan = Plan(**{**vars(PLAN), "training": settings})
+    found = runner.perform({"what": "base", "kind": "minilm", "base": 0}, plan, study)
+    assert (found["status"], found["sizes"]["pairs"]) == ("ok", 64)
+    done = runner.perform({"what": "run", **job({"train": "head"})}, plan, study)
+    assert (done["status"], set(done["endpoints"])) == ("ok", {"2", "4"})
+    torch.set_num_threads(before)
 
 
 def test_a_selection_is_all_that_moves_beside_the_head(settings, study, monkeypatch):
