@@ -263,7 +263,7 @@ def _grouped(rows: Iterable[Mapping[str, Any]]) -> str:
     last = None
     for row in sorted(rows, key=lambda row: str(row["group"])):
         if row["group"] != last:
-            lines.append(str(row["group"]))
+            lines.append(str(row["group"] or "together"))
             last = row["group"]
         more = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float) and key != "ratio"]
         ratio = f"{row['ratio']:8.2f} x kappa_fast" if row.get("ratio") else ""

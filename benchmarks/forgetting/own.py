@@ -86,7 +86,9 @@ def study(
 
     settings = prepare(question, folder)
     file = folder / "plan.json"
-    if not file.exists():
+    if file.exists():
+        say(f"the plan of {file} is kept, whatever the budget is now; another folder makes another")
+    else:
         made = own_plan.make(question, settings, budget, folder, workers, say)
         file.write_text(json.dumps(made.as_json(), indent=1) + "\n")
         (folder / "beforehand.txt").write_text(made.words + "\n")

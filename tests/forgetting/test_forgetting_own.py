@@ -341,7 +341,8 @@ def test_the_worked_example_runs_writes_its_page_and_goes_on(root, made, tmp_pat
     assert not (tmp_path / "report").exists()
     done = run("--budget", "1h")
     assert done.returncode == 0, done.stderr
-    assert "a pilot at" not in done.stdout  # the plan is kept
+    assert "a pilot at" not in done.stdout
+    assert "is kept, whatever the budget is now" in done.stdout
     page = (tmp_path / "report" / "report.md").read_text()
     assert page.split("\n\n")[1].startswith("**Not to be told from chance")
     assert "10 planned, 10 ok, 0 missing" in page
