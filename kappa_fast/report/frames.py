@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ..results.entries import Index, TensorKappa
+from ..results.entries import FIELDS, Index, TensorKappa
 from ..results.statistics import STATISTICS
 
 if TYPE_CHECKING:
@@ -21,18 +20,16 @@ _OWN_COLUMNS = {"shape": ("rows", "columns")}
 
 def frame_of(entries: Iterable[TensorKappa], library: Any) -> pandas.DataFrame:
     """See ``Ranking.to_dataframe``; ``library`` is pandas."""
-    names = [item.name for item in fields(TensorKappa)]
-    columns = ["key", *(column for name in names for column in _OWN_COLUMNS.get(name, (name,)))]
+    columns = ["key", *(column for name in FIELDS for column in _OWN_COLUMNS.get(name, (name,)))]
     frame = library.DataFrame(list(rows_of(entries)), columns=columns)
     return frame.astype({"layer": "Int64", "quantization": "string", **dict.fromkeys(STATISTICS, "float64")})
 
 
 def rows_of(entries: Iterable[TensorKappa]) -> Iterator[dict[str, Any]]:
     """The rows of ``Ranking.to_dataframe`` without pandas, for CSV."""
-    names = [item.name for item in fields(TensorKappa)]
-    columns = ["key", *(column for name in names for column in _OWN_COLUMNS.get(name, (name,)))]
+    columns = ["key", *(column for name in FIELDS for column in _OWN_COLUMNS.get(name, (name,)))]
     for entry in entries:
-        values = [entry.key, *(value for name in names for value in _cells(entry, name))]
+        values = [entry.key, *(value for name in FIELDS for value in _cells(entry, name))]
         yield dict(zip(columns, values, strict=True))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
+
+from .statistics import STATISTICS, Statistics
 
 Index = tuple[int | slice, ...]
 Status = Literal["ok", "rank_deficient", "bounded", "non_finite", "scored"]
@@ -18,8 +20,8 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
-class TensorKappa:
+@dataclass(frozen=True, repr=False)
+class TensorKappa(Statistics):
     """The condition number of one weight matrix, and how certain it is.
 
     Attributes:
@@ -45,20 +47,9 @@ class TensorKappa:
         quantization: how the weight was quantized, such as "fp8 e4m3, 128x128 blocks", or None for plain weights.
             Everything else is about the dequantized values; so ``sensitivity`` is about a rounding to their dtype,
             not about the far larger one to the codes.
-        frobenius: ||A||_F, in the units of the weights. This and what follows is None where it is not known: on rungs
-            that do not give it, and in files of older versions. docs/scores.md has formulas, errors and sources.
-        stable_rank: ||A||_F^2 / sigma_max^2.
-        participation_ratio: (sum of sigma_i^2)^2 / (sum of sigma_i^4).
-        demmel: ||A||_F / sigma_min.
-        flatness: mean of log sigma_i - log(mean of sigma_i^2) / 2, -inf for a singular matrix.
-        flatness_lower, flatness_upper: the interval that holds the true flatness.
-        flatness_by_shape: by how many standard deviations the flatness exceeds the mean of Gaussian matrices.
-        outliers_above: how many singular values lie beyond the upper edge of noise. This and what follows is known with
-            the option ``statistics``, or where it is the score.
-        outliers_below: how many lie below its lower edge.
-        snr: Spectrum's ratio of signal to noise.
-        alpha: the exponent of the power law that fits the largest sigma_i^2.
-        spectral_entropy: of the shares of sigma_i^2, from 0 for rank one to 1 where all are equal.
+
+    The statistics beside kappa follow, such as ``frobenius`` and ``flatness``: those of the class Statistics, each None
+    where it is not known.
     """
 
     name: str
@@ -81,21 +72,15 @@ class TensorKappa:
     sensitivity: float
     status: Status
     quantization: str | None = None
-    frobenius: float | None = None
-    stable_rank: float | None = None
-    participation_ratio: float | None = None
-    demmel: float | None = None
-    flatness: float | None = None
-    flatness_lower: float | None = None
-    flatness_upper: float | None = None
-    flatness_by_shape: float | None = None
-    outliers_above: int | None = None
-    outliers_below: int | None = None
-    snr: float | None = None
-    alpha: float | None = None
-    spectral_entropy: float | None = None
+
+    def __repr__(self) -> str:
+        return f"TensorKappa({', '.join(f'{name}={getattr(self, name)!r}' for name in FIELDS)})"
 
     @property
     def key(self) -> str:
         """``name + part``: unique within a ranking."""
         return self.name + self.part
+
+
+# In the order of files and tables, where the statistics come last; a dataclass has inherited fields first.
+FIELDS = (*(item.name for item in fields(TensorKappa) if item.name not in STATISTICS), *STATISTICS)

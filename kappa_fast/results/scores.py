@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import OptionError
 from .entries import TensorKappa
-from .statistics import OF_SPECTRUM, STATISTICS
+from .statistics import COUNTS, OF_SPECTRUM, STATISTICS
 
 Score = str | Callable[[TensorKappa], float]
 
@@ -72,6 +72,8 @@ class NamedScore:
             "kappa": (entry.lower, entry.upper),
             "flatness": (entry.flatness_lower, entry.flatness_upper),
         }.get(self.name, (None, None))
+        if self.name in COUNTS and None not in (counted := getattr(entry, self.name), entry.outliers_undecided):
+            lower, upper = counted - entry.outliers_undecided, counted + entry.outliers_undecided
         if lower is None or upper is None:
             return None
         return (-upper, -lower) if self.highest else (lower, upper)

@@ -21,7 +21,7 @@ from ..io.documents import read_document
 from ..io.limits import DEEPEST, LARGEST_RANKING, MOST_VALUES_OF_RANKING
 from ..io.writing import write_bytes
 from .consistency import contradiction
-from .entries import Index, Skipped, Status, TensorKappa
+from .entries import FIELDS, Index, Skipped, Status, TensorKappa
 from .names import group_of, layer_of
 from .statistics import COUNTS, STATISTICS
 
@@ -76,7 +76,7 @@ def mapping_of(value: object) -> Mapping[str, Any]:
 
 def encode_entry(entry: TensorKappa) -> dict[str, Any]:
     """One entry as plain JSON; statistics that are not known are left out."""
-    known = {item.name: getattr(entry, item.name) for item in fields(entry)}
+    known = {name: getattr(entry, name) for name in FIELDS}
     return {name: _as_json(v) for name, v in known.items() if v is not None or name not in STATISTICS}
 
 

@@ -12,32 +12,41 @@ import numpy as np
 import torch
 
 from ..backends.base import Backend, Operand
+from .certify import OUT, gamma
+from .statistics import Values
 
 SVD_BELOW = 160  # columns: below an SVD takes no longer, and holds the smallest values better
-GRID = 20000  # points at which the density of Marchenko and Pastur is summed
+EDGE_ERROR = 1e-12  # of the edges of noise for a given median, relative
 NORMAL_IQR = 1.349  # interquartile range of a standard normal variable, as Spectrum has it
 
 Array = np.ndarray
 
 
-def singular_values(backend: Backend, a: Operand) -> Array:
-    """All singular values, ascending, float64; to about n u sigma_1^2 / sigma_i where they come from a Gram matrix."""
-    n = a.shape[1]
+def singular_values(backend: Backend, a: Operand) -> Values:
+    """All singular values, ascending, float64; to about n u sigma_1^2 / sigma_i where they come from a Gram matrix.
+
+    Their bounds count all rounding of the Gram matrix, and take for granted that LAPACK errs by no more than
+    2 gamma(n + 2) ||A||_F^2 in an eigenvalue, and by 2 gamma(m + n) ||A||_F in a singular value.
+    """
+    m, n = a.shape
     if n < SVD_BELOW:
-        return np.ascontiguousarray(torch.linalg.svdvals(a.tensor.to("cpu", torch.float64)).numpy()[::-1])
+        values = torch.linalg.svdvals(a.tensor.to("cpu", torch.float64)).flip(0)
+        return Values.of_values(values, 0.0, 2 * gamma(m + n) * float(torch.linalg.vector_norm(values)) * OUT)
     (gram,) = backend.gram([a], torch.float64)
-    squares: Array = torch.linalg.eigvalsh(gram, UPLO="L").cpu().numpy()
-    return np.sqrt(np.maximum(squares, 0.0))
+    trace = float(gram.diagonal().sum()) * OUT
+    squares = torch.linalg.eigvalsh(gram, UPLO="L").cpu()
+    return Values.of_squares(squares, 0.0, (gamma(m) + 2 * gamma(n + 2)) * trace * OUT)
 
 
-def of_spectrum(shape: tuple[int, int], values: Array) -> dict[str, Any]:
+def of_spectrum(shape: tuple[int, int], spectrum: Values) -> dict[str, Any]:
     """The fields of Statistics that take all singular values, which are ascending and not all zero."""
+    values = spectrum.estimates
     squares = values * values
     share = squares / squares.sum()
     share = share[share > 0]
     n = len(values)
     return {
-        **outliers(shape, values),
+        **outliers(shape, spectrum),
         "snr": signal_to_noise(shape, values),
         "alpha": power_law(squares),
         "spectral_entropy": min(1.0, max(0.0, -float((share * np.log(share)).sum()) / math.log(n))) if n > 1 else None,
@@ -48,27 +57,48 @@ def of_spectrum(shape: tuple[int, int], values: Array) -> dict[str, Any]:
 def median_of_noise(ratio: float) -> float:
     """The median of the law of Marchenko and Pastur (Math. USSR Sb. 1, 1967) for this ratio of the sides, up to 1.
 
-    Its density is sqrt((b - x) (x - a)) / (2 pi ratio x) between a, b = (1 -+ sqrt(ratio))^2; with
-    x = a + (b - a) sin(t)^2 it is smooth, and midpoints leave out the point where it is 0 / 0.
+    By halving the interval, to the last digits of a float64 number.
     """
     low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
-    angles = (np.arange(GRID) + 0.5) / GRID * math.pi / 2
-    sines, cosines = np.sin(angles) ** 2, np.cos(angles) ** 2
-    points = low + (high - low) * sines
-    mass = np.cumsum((high - low) ** 2 * sines * cosines / points)
-    return float(np.interp(mass[-1] / 2, mass, points))
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if mass_of_noise(middle, ratio) < 0.5 else (low, middle)
+    return middle
 
 
-def outliers(shape: tuple[int, int], values: Array) -> dict[str, int | None]:
+def mass_of_noise(x: float, ratio: float) -> float:
+    """The share of the law of Marchenko and Pastur that is below x, between its edges a and b = (1 -+ sqrt(ratio))^2.
+
+    The density is sqrt((b - x) (x - a)) / (2 pi ratio x). Its integral, with s = sqrt((x - a) (b - x)):
+    (s + (1 + ratio) phi - 2 (1 - ratio) psi) / (2 pi ratio), cos phi = (a + b - 2 x) / (b - a), and
+    tan psi = sqrt(b (x - a) / (a (b - x))).
+    """
+    a, b = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
+    left, right = max(x - a, 0.0), max(b - x, 0.0)
+    root = math.sqrt(left * right)
+    angle = math.atan2(2 * root, right - left)  # from 0 at a to pi at b
+    turned = math.atan2(math.sqrt(b * left), math.sqrt(a * right))  # from 0 to pi / 2
+    return (root + (1 + ratio) * angle - 2 * (1 - ratio) * turned) / (2 * math.pi * ratio)
+
+
+def outliers(shape: tuple[int, int], spectrum: Values) -> dict[str, int | None]:
     """How many singular values lie beyond the edges s (sqrt(m) +- sqrt(n)) of noise of standard deviation s.
 
     s is the median singular value over that of noise of standard deviation 1 (Gavish, Donoho, IEEE Trans. Inf. Theory
-    60, 2014, section III-D), which outliers hardly move.
+    60, 2014, section III-D), which outliers hardly move. Values whose bounds do not lie on one side of an edge, whose
+    bounds come from those of the median, are counted as undecided too. A square matrix has no lower edge.
     """
     m, n = max(shape), min(shape)
-    scale = float(np.median(values)) / math.sqrt(m * median_of_noise(n / m))
-    high, low = (scale * (math.sqrt(m) + sign * math.sqrt(n)) for sign in (1, -1))
-    return {"outliers_above": int((values > high).sum()), "outliers_below": int((values < low).sum())}
+    unit = math.sqrt(m * median_of_noise(n / m))
+    scales = [float(np.median(values)) / unit for values in (spectrum.estimates, spectrum.low, spectrum.high)]
+    counts, undecided = [], np.zeros(n, dtype=bool)
+    for sign in (1, -1):
+        edge, low, high = (scale * (math.sqrt(m) + sign * math.sqrt(n)) for scale in scales)
+        low, high = low * (1 - EDGE_ERROR), high * (1 + EDGE_ERROR)
+        counts.append(int((sign * spectrum.estimates > sign * edge).sum()))
+        if sign > 0 or m > n:
+            undecided |= (spectrum.low <= high) & (spectrum.high >= low)
+    above, below = counts
+    return {"outliers_above": above, "outliers_below": below, "outliers_undecided": int(undecided.sum())}
 
 
 def signal_to_noise(shape: tuple[int, int], values: Array) -> float:

@@ -107,7 +107,15 @@ def _flatness(shape: tuple[int, int], flatness: float, lower: float, upper: floa
 
 def of_vector(norm: float) -> Statistics:
     """The statistics of a single column that is not zero."""
-    return Statistics(norm, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, None)
+    return Statistics(
+        frobenius=norm,
+        stable_rank=1.0,
+        participation_ratio=1.0,
+        demmel=1.0,
+        flatness=0.0,
+        flatness_lower=0.0,
+        flatness_upper=0.0,
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hypothesis import given
 from make_entries import bounded, make_entry, non_finite
 
 from kappa_fast.errors import MissingExtraError, OptionError
-from kappa_fast.results.entries import Skipped, TensorKappa
+from kappa_fast.results.entries import FIELDS, Skipped, TensorKappa
 from kappa_fast.results.ranking import Ranking
 
 MIXED = [
@@ -139,7 +139,8 @@ def test_repr_is_one_short_line():
 
 def test_a_dataframe_has_a_row_per_entry_and_a_column_per_field():
     frame = Ranking(MIXED).to_dataframe()
-    names = [item.name for item in fields(TensorKappa)]
+    names = list(FIELDS)
+    assert sorted(names) == sorted(item.name for item in fields(TensorKappa))
     at = names.index("shape")
     assert list(frame.columns) == ["key", *names[:at], "rows", "columns", *names[at + 1 :]]
     assert list(frame["key"]) == ["k1", "k2", "d1", "b2", "b1", "n1", "n2"]

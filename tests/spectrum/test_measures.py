@@ -13,10 +13,13 @@ from spectra import gaussian, trained_like
 
 import kappa_fast
 from kappa_fast import OptionError, Ranking
+from kappa_fast.backends.torch_backend import TorchBackend
+from kappa_fast.results.scores import NamedScore
 from kappa_fast.results.statistics import OF_SPECTRUM, REQUESTED
-from kappa_fast.spectrum.measures import median_of_noise, power_law
+from kappa_fast.spectrum.measures import median_of_noise, power_law, singular_values
 
 BOTH = tuple(REQUESTED)
+BACKEND = TorchBackend(torch.device("cpu"))
 
 
 def snr_by_spectrum(weight: torch.Tensor) -> float:
@@ -74,12 +77,72 @@ def test_in_any_shape_and_dtype(shape, dtype):
     assert entry.spectral_entropy == pytest.approx(entropy(weight), rel=1e-8)
 
 
-@pytest.mark.parametrize("ratio", [1.0, 0.5, 0.05])
+@pytest.mark.parametrize("ratio", [1.0, 0.99, 0.5, 0.05, 1e-3])
 def test_the_median_of_noise_is_that_of_marchenko_and_pastur(ratio):
+    with mp.workdps(30):
+        assert median_of_noise(ratio) == pytest.approx(float(exact_median_of_noise(ratio)), rel=1e-14)
+
+
+def with_a_value_at_an_edge(shape: tuple[int, int], sign: int, relative: float) -> tuple[torch.Tensor, int]:
+    """A matrix (m, n), m > n, with an edge of noise times 1 + relative among its singular values, and how many lie
+    beyond this edge: a diagonal matrix with permuted columns, so that all of them are known."""
+    m, n = shape
+    values = sorted(torch.linalg.svdvals(gaussian(m, n, 11)).tolist())[1:]  # of an odd number the median is one of them
+    values = values if len(values) % 2 else values[1:]
+    with mp.workdps(30):
+        scale = mp.mpf(values[len(values) // 2]) / mp.sqrt(m * mp.mpf(exact_median_of_noise(len(values) / m)))
+        edge = scale * (mp.sqrt(m) + sign * mp.sqrt(len(values)))
+        place = 0 if sign < 0 else -1
+        values[place] = float(edge * (1 + mp.mpf(relative)))
+        beyond = sum(sign * x > sign * edge for x in values)
+    weight = torch.zeros(m, len(values), dtype=torch.float64)
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(1))
+    weight[torch.arange(len(values)), order] = torch.tensor(values, dtype=torch.float64)
+    return weight, beyond
+
+
+def exact_median_of_noise(ratio: float) -> mp.mpf:
+    ratio = mp.mpf(ratio)
     low, high = (1 - mp.sqrt(ratio)) ** 2, (1 + mp.sqrt(ratio)) ** 2
-    density = lambda x: mp.sqrt((high - x) * (x - low)) / (2 * mp.pi * ratio * x)  # noqa: E731
-    below = mp.quad(density, [low, median_of_noise(ratio)])
-    assert float(below) == pytest.approx(0.5, abs=1e-4)
+
+    def density(angle: mp.mpf) -> mp.mpf:
+        """Over the angle for which x is low + (high - low) sin(angle)^2."""
+        x = low + (high - low) * mp.sin(angle) ** 2
+        return (high - low) ** 2 * (mp.sin(angle) * mp.cos(angle)) ** 2 / (mp.pi * ratio * x)
+
+    start = mp.mpf(10) ** -25  # where the density of a square shape is not 0 / 0
+    mass = lambda angle: mp.quad(density, [start, angle / 30, angle / 5, angle])  # noqa: E731
+    median = mp.findroot(lambda angle: mass(angle) - 0.5, (0.3, 1.2), solver="anderson")
+    return low + (high - low) * mp.sin(median) ** 2
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (240, 120)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_count_is_exact_but_where_a_value_lies_at_an_edge_to_rounding(shape, sign):
+    name = "outliers_above" if sign > 0 else "outliers_below"
+    for relative in (1e-7, -1e-7):
+        weight, beyond = with_a_value_at_an_edge(shape, sign, relative)
+        (entry,) = kappa_fast.rank({"w": weight}, statistics="outliers", progress=False)
+        assert (getattr(entry, name), entry.outliers_undecided) == (beyond, 0)
+        (scored,) = kappa_fast.rank({"w": weight}, score=name, progress=False)
+        assert NamedScore(name).interval(scored) == (beyond, beyond)
+    weight, beyond = with_a_value_at_an_edge(shape, sign, 0.0)
+    (entry,) = kappa_fast.rank({"w": weight}, statistics="outliers", progress=False)
+    assert entry.outliers_undecided == 1
+    assert abs(getattr(entry, name) - beyond) <= 1
+    low, high = NamedScore(name).interval(entry)
+    assert low <= beyond <= high
+
+
+def test_bounds_of_all_singular_values_hold():
+    for shape in ((400, 170), (170, 170), (300, 40)):
+        weight = trained_like(*shape, 4)
+        found = singular_values(BACKEND, BACKEND.prepare([weight])[0])
+        exact = torch.linalg.svdvals(weight).flip(0).numpy()
+        slack = 1e-13 * exact.max()  # of the SVD
+        assert (found.low <= exact + slack).all()
+        assert (exact - slack <= found.high).all()
+        assert (found.high - found.low)[len(exact) // 2 :].max() < 1e-7 * exact.max()
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 800), (256, 256)])

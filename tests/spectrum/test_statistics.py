@@ -141,7 +141,8 @@ def test_a_singular_matrix_has_a_flatness_of_minus_infinity(name):
 
 def test_a_vector_is_flat_and_what_is_not_finite_has_no_statistics():
     found = one(torch.tensor([[3.0], [4.0]]))
-    assert found.statistics == Statistics(5.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, None)
+    flat = dict.fromkeys(("flatness", "flatness_lower", "flatness_upper"), 0.0)
+    assert found.statistics == Statistics(frobenius=5.0, stable_rank=1.0, participation_ratio=1.0, demmel=1.0, **flat)
     assert one(torch.full((20, 20), math.nan)).statistics == Statistics()
 
 
