@@ -65,7 +65,7 @@ class Options:
         if self.top is not None and named != KAPPA and self.certify != "selection":
             raise OptionError(
                 f"top= with score={str(self.score)!r} would save nothing, since no bound of such a score is cheaper "
-                "than the score itself: leave top out, and select(num_tensors=...) takes the first"
+                "than the score itself: leave top out, and then select(num_tensors=10) takes the first 10"
             )
 
     def _requested(self) -> list[str]:

@@ -12,6 +12,7 @@ import typer
 from ..errors import OptionError
 from ..report.skipped import by_reason
 from ..results.interruption import Interrupted
+from ..results.scores import score_of
 from ..texts import printable
 from . import options
 from .budget import By
@@ -160,11 +161,14 @@ def summary(ranking: Ranking, rtol: float) -> list[str]:
     """The lines below the table: how many intervals reached ``rtol``, the time, and the reasons for skipping."""
     status = Counter[str](entry.status for entry in ranking)
     reached = sum(entry.status == "ok" and (entry.upper - entry.lower) / 2 <= rtol * entry.kappa for entry in ranking)
-    parts = [f"{reached} of {status['ok']} intervals within rtol {rtol:g}"]
+    alone = status["scored"] and not status["ok"]  # then no interval of kappa was wanted
+    parts = [] if alone else [f"{reached} of {status['ok']} intervals within rtol {rtol:g}"]
+    named = score_of(ranking.metadata)
+    score = "the score" if named is None else named.name
     names = {
         "rank_deficient": "rank deficient",
         "bounded": "only bounded",
-        "scored": "without kappa",
+        "scored": f"with {score}, which needs no kappa",
         "non_finite": "with NaN or inf",
     }
     parts += [f"{status[key]} {words}" for key, words in names.items() if status[key]]

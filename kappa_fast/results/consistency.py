@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from .entries import TensorKappa
 from .orders import OrderName
+from .scores import score_of
 from .units import UnitName
 
 ROUNDING = 1e-9  # of statistics that have a least value
@@ -58,11 +59,24 @@ def _wrong_statistic(entry: TensorKappa) -> str | None:
     return None
 
 
-def contradicted_score(entries: Iterable[TensorKappa], settings: object) -> TensorKappa | None:
-    """An entry whose score is not its kappa although the ranking is by kappa; None if all agree."""
-    if not isinstance(settings, Mapping) or settings.get("score") != "kappa":
+def contradicted_score(entries: Iterable[TensorKappa], metadata: Mapping[str, Any]) -> str | None:
+    """A sentence about an entry whose score is not what the metadata of its ranking name, else None.
+
+    A callable has a name that is no score ("flatness()" if it is called like one), and may give any number; so may a
+    ranking made by hand, whose settings name none.
+    """
+    settings = metadata.get("settings")
+    named = score_of(metadata) if isinstance(settings, Mapping) and "score" in settings else None
+    if named is None:
         return None
-    return next((e for e in entries if e.status in ("ok", "rank_deficient") and e.score != e.kappa), None)
+    for entry in entries:
+        value = named.value(entry)
+        if entry.status == "rank_deficient" and value is None:
+            value = math.inf
+        if entry.status in ("ok", "rank_deficient", "scored") and entry.score != value:
+            other = f"{entry.score!r} where its {named} is {'not known' if value is None else repr(value)}"
+            return f"it is ranked by {named}, and the score of {entry.key!r} is {other}"
+    return None
 
 
 def contradicted_budget(

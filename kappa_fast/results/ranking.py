@@ -303,11 +303,8 @@ class Ranking(Sequence[TensorKappa]):
         metadata = serialize.get_object(document, "metadata", file)
         if (strange := wrong_metadata(metadata)) is not None:
             raise RankingFileError(f"{file}: {strange}; write it again with to_json()")
-        if (wrong := contradicted_score(entries, metadata.get("settings"))) is not None:
-            raise RankingFileError(
-                f"{file} contradicts itself: it is ranked by kappa, and the score of {wrong.key!r} is {wrong.score!r} "
-                f"where its kappa is {wrong.kappa!r}; write it again with to_json()"
-            )
+        if (wrong := contradicted_score(entries, metadata)) is not None:
+            raise RankingFileError(f"{file} contradicts itself: {wrong}; write it again with to_json()")
         try:
             return cls(entries, skipped, metadata)
         except OptionError as error:

@@ -67,16 +67,25 @@ class NamedScore:
         return -found if self.highest else found
 
     def interval(self, entry: TensorKappa) -> tuple[float, float] | None:
-        """The interval that holds the true score; None where none is known."""
+        """The interval that holds the true score; None where none is known.
+
+        A singular matrix comes last whatever its score, as if that were inf: where it is proven to be singular this is
+        the interval, else it begins where the score of a matrix of full rank may lie.
+        """
         lower, upper = {
             "kappa": (entry.lower, entry.upper),
             "flatness": (entry.flatness_lower, entry.flatness_upper),
         }.get(self.name, (None, None))
-        if self.name in COUNTS and None not in (counted := getattr(entry, self.name), entry.outliers_undecided):
+        singular = entry.status == "rank_deficient"
+        counted = getattr(entry, self.name) if self.name in COUNTS and not singular else None
+        if counted is not None and entry.outliers_undecided is not None:
             lower, upper = counted - entry.outliers_undecided, counted + entry.outliers_undecided
         if lower is None or upper is None:
             return None
-        return (-upper, -lower) if self.highest else (lower, upper)
+        lower, upper = (-upper, -lower) if self.highest else (lower, upper)
+        if singular:
+            return math.inf if entry.lower == math.inf else lower, math.inf
+        return lower, upper
 
 
 KAPPA = NamedScore("kappa")
@@ -102,7 +111,7 @@ def scored(entry: TensorKappa, score: Score) -> TensorKappa:
     """The entry with its score by another measure; status "scored" or "bounded" where kappa is only bounded.
 
     Raises:
-        OptionError: a callable returned no number, or an entry with a known kappa does not have the score.
+        OptionError: a callable raised or returned no number, or an entry with a known kappa does not have the score.
     """
     if entry.status == "non_finite":
         return replace(entry, score=math.nan)
@@ -136,7 +145,10 @@ def _undefined(name: str, entry: TensorKappa) -> str:
 
 
 def _called(score: Callable[[TensorKappa], float], entry: TensorKappa) -> float:
-    value: object = score(entry)
+    try:
+        value: object = score(entry)
+    except Exception as error:
+        raise OptionError(f"score() raised {type(error).__name__} for {entry.key!r}: {error}") from error
     if not isinstance(value, Real) or math.isnan(value):  # numpy's numbers are Real
         raise OptionError(f"score() returned {value!r} for {entry.key!r}: it must return a number")
     return float(value)

@@ -82,7 +82,7 @@ def make_units(entries: Iterable[TensorKappa], unit: UnitName, score: NamedScore
     check_unit(unit)
     entries = tuple(entries)
     resolved = [entry for entry in entries if entry.status in ("ok", "rank_deficient", "scored")]
-    if score is not None and score.name == "kappa" and any(entry.score != entry.kappa for entry in resolved):
+    if score is not None and any(score.value(entry) not in (None, entry.score) for entry in resolved):
         score = None  # made by hand: the metadata does not tell
     members: dict[str, list[TensorKappa]] = {}
     for entry in entries:

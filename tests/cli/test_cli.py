@@ -283,6 +283,34 @@ def test_an_option_that_rank_refuses_is_wrong_use(cli, checkpoint):
     fails(cli("rank", checkpoint, "--device", "toaster"), 2, "--device toaster")
 
 
+def test_errors_about_scores_name_the_options_of_the_command(cli, checkpoint, tmp_path):
+    file = tmp_path / "r.json"
+    assert cli("rank", checkpoint, "--no-cache", "--json", file, "-q")[0] == 0
+    for arguments, words in {
+        ("rank", checkpoint, "--score", "flatness", "--top", 2): "--top with --score flatness would save",
+        ("rank", checkpoint, "--score=-flatness", "--top", 2): "with --score=-flatness would save nothing",
+        ("rank", checkpoint, "--score", "flatnes"): "--score flatnes: give one of kappa, ",
+        ("rank", checkpoint, "--statistics", "snr"): "--statistics ['snr']: give one or several of 'outliers'",
+        ("rank", checkpoint, "--statistics", "outliers", "--top", 2): "--statistics takes every matrix, and --top",
+        ("select", file, "--score", "alpha", "--top-p", 0.5): "rank the weights again with --score alpha",
+    }.items():
+        code, _, err = cli(*arguments)
+        assert code == 2
+        assert words in err
+        assert not re.search(r"TensorKappa|(?<!-)score=|[(]|ranking[.]", err.replace("(method", "")), err
+
+
+def test_the_summary_says_what_was_known_where_the_score_needs_no_kappa(cli, checkpoint, monkeypatch):
+    from kappa_fast.spectrum import ladder, small
+
+    monkeypatch.setattr(small, "BELOW", 2)
+    monkeypatch.setattr(ladder, "left_to_the_svd", lambda shape: False)
+    code, out, _ = cli("rank", checkpoint, "--no-cache", "--score", "flatness")
+    assert code == 0
+    assert "\n5 with flatness, which needs no kappa\n" in out
+    assert "intervals within rtol" not in out
+
+
 def test_a_cache_directory_that_is_none_is_wrong_use(cli, checkpoint, no_work):
     fails(cli("rank", checkpoint, "--cache-dir", checkpoint), 2, "not a directory: give the path of")
     fails(cli("rank", checkpoint, "--cache-dir", ""), 2, "--cache-dir '' is not a directory")

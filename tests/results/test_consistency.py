@@ -219,3 +219,43 @@ def test_a_new_file_follows_no_link(tmp_path):
     with pytest.raises(FileExistsError):
         writing.create(tmp_path / "draft", 0o600)
     assert (tmp_path / "victim").read_text() == "precious"
+
+
+def with_statistics(name: str, flatness: float) -> kappa_fast.TensorKappa:
+    return make_entry(
+        name,
+        10.0,
+        stable_rank=-20 * flatness,
+        flatness=flatness,
+        flatness_lower=flatness - 0.01,
+        flatness_upper=flatness,
+        flatness_by_shape=3 * flatness,
+    )
+
+
+@pytest.mark.parametrize("score", ["kappa", "-kappa", "flatness", "-flatness", "flatness_by_shape", "stable_rank"])
+def test_a_ranking_whose_scores_are_not_what_its_settings_name_is_refused(score, tmp_path):
+    path = tmp_path / "r.json"
+    entries = [with_statistics("a", -0.5), with_statistics("b", -0.25), non_finite("nan"), bounded("c", 20.0)]
+    Ranking(entries).by(score).to_json(path)
+    assert Ranking.from_json(path).metadata["settings"]["score"] == score
+    for other in ("demmel", "frobenius", score.removeprefix("-") if score.startswith("-") else f"-{score}"):
+        rewritten(path, lambda raw, other=other: raw["metadata"]["settings"].update(score=other))
+        with pytest.raises(RankingFileError, match=f"it is ranked by {other}, and the score of '[ab]' is"):
+            Ranking.from_json(path)
+
+
+def test_a_callable_called_like_a_score_is_no_contradiction(tmp_path):
+    def flatness(entry: kappa_fast.TensorKappa) -> float:
+        return 7.0
+
+    for score in (flatness, lambda entry: len(entry.key)):
+        found = Ranking([with_statistics("a", -0.5), make_entry("d", math.inf)]).by(score)
+        found.to_json(tmp_path / "r.json")
+        assert Ranking.from_json(tmp_path / "r.json") == found
+
+
+def test_a_singular_matrix_without_the_score_is_no_contradiction(tmp_path):
+    found = Ranking([with_statistics("a", -0.5), make_entry("d", math.inf)]).by("sensitivity")
+    found.to_json(tmp_path / "r.json")
+    assert Ranking.from_json(tmp_path / "r.json") == found

@@ -152,6 +152,38 @@ def test_names_are_checked_and_guessed():
         ranking.by(lambda entry: "x")
 
 
+def test_a_callable_that_raises_is_told_with_the_entry():
+    def score(entry: kappa_fast.TensorKappa) -> float:
+        return 1 / (entry.kappa - 2)
+
+    with pytest.raises(OptionError, match=r"score\(\) raised ZeroDivisionError for 'b': float division") as raised:
+        Ranking([make_entry("a", 5.0), make_entry("b", 2.0)]).by(score)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def test_a_proven_singular_matrix_leaves_a_cut_by_flatness_certain(weights):
+    for score in ("flatness", "-flatness", "kappa", "-kappa"):
+        ranking = kappa_fast.rank(weights, score=score, progress=False)
+        assert ranking[-1].lower == math.inf  # a column is zero: it is proven
+        assert ranking[-1].key == "layers.2.singular"
+        chosen = ranking.select(num_tensors=len(ranking) - 1)
+        assert chosen.boundary_certain, score
+        assert "layers.2.singular" not in chosen.keys
+
+
+def test_one_that_float64_cannot_tell_from_singular_leaves_a_cut_open_where_it_might_lie():
+    def entry(name: str, flatness: float, status: str = "ok", **fields: float) -> kappa_fast.TensorKappa:
+        known = dict(flatness=flatness, flatness_lower=flatness, flatness_upper=flatness, flatness_by_shape=0.0)
+        return make_entry(name, math.inf if status != "ok" else 5.0, status=status, **{**known, **fields})
+
+    regular = [entry("a", -0.5), entry("b", -0.25)]
+    for lower, certain in ((1e15, False), (math.inf, True)):
+        singular = entry("c", -math.inf, "rank_deficient", lower=lower, upper=math.inf, flatness_upper=-0.1)
+        for score in ("flatness", "-flatness", "-kappa"):
+            assert Ranking([*regular, singular]).by(score).select(num_tensors=2).boundary_certain is certain, score
+        assert Ranking([*regular, singular]).select(num_tensors=2).boundary_certain  # kappas end below 1e15
+
+
 def test_top_is_for_kappa_and_refused_where_it_saves_nothing(weights):
     with pytest.raises(OptionError, match="top= with score='flatness' would save nothing"):
         kappa_fast.rank(weights, top=2, score="flatness", progress=False)
