@@ -35,6 +35,9 @@ def compare(
     threshold: Annotated[
         float | None, typer.Option(help="With --weights: intruders have a cosine below it.", show_default="0.5")
     ] = None,
+    score: Annotated[
+        str, typer.Option(metavar="NAME", help="The rank correlation of this: kappa, flatness, stable_rank, ...")
+    ] = "kappa",
     fail_above: Annotated[
         float | None,
         typer.Option(metavar="RATIO", help="Exit with 3 if a kappa certainly moved by more than this factor (1.5)."),
@@ -85,7 +88,13 @@ def compare(
                 "--per-group": per_group,
                 "--fill": fill,
             }
-            for_rankings |= {"--unit": unit != Unit.MATRIX, "--label": labels, "--plot": plot, "--html": html}
+            for_rankings |= {
+                "--score": score != "kappa",
+                "--unit": unit != Unit.MATRIX,
+                "--label": labels,
+                "--plot": plot,
+                "--html": html,
+            }
             for_rankings |= {"a budget": given_budget(num_tensors, top_p, max_kappa, max_params)}
             chosen = {"k": k, "threshold": threshold, "include": include or None, "exclude": exclude or None}
             compare_weights(
@@ -106,12 +115,12 @@ def compare(
         options = given_options(per_group, unit, fill, include, exclude)
         if not budget and options:
             raise OptionError("--per-group and --unit say how a budget selects: give --max-params 0.1 or another one")
-        if len(files) > 2 and (budget or html is not None):
-            raise OptionError("budgets and --html compare two rankings: give two files")
+        if len(files) > 2 and (budget or html is not None or score != "kappa"):
+            raise OptionError("budgets, --score and --html compare two rankings: give two files")
         output = Output("comparison", json, csv, quiet=quiet, taken=files)
         rankings = [read_ranking(file) for file in files]
         rows = None if all_rows else limit
-        found = rankings[0].compare(rankings[-1])
+        found = rankings[0].compare(rankings[-1], score=score)
         if len(files) == 2:
             overlap = found.overlap(**budget, **options) if budget else None
             output.write_json(lambda file: found.to_json(file, overlap), lambda: found.document(overlap))

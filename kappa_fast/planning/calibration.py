@@ -22,7 +22,7 @@ from ..execution.step import Step
 from ..machine.threads import SINGLE_THREAD_OPERATIONS, fits_one_thread
 from ..sources.base import Matrix, Source
 from ..spectrum import small
-from ..spectrum.ladder import left_to_the_svd, resolve
+from ..spectrum.ladder import goes_in_batches, left_to_the_svd, resolve
 from ..spectrum.resolution import Goal, Resolution
 
 Shape = tuple[int, int]
@@ -88,7 +88,7 @@ class Costs:
     climb: float
     seconds: float
     backend: Backend
-    certify: bool
+    goal: Goal
 
     def of(self, shape: Shape, dtype: torch.dtype) -> Duration:
         """Seconds for one matrix (with the others of its wave beside it): as measured, or scaled from what was."""
@@ -99,7 +99,7 @@ class Costs:
 
     def kind(self, shape: Shape, dtype: torch.dtype) -> Kind:
         """What such a matrix is here."""
-        return kind_of(self.backend, shape, dtype, self.certify)
+        return kind_of(self.backend, shape, dtype, self.goal)
 
 
 def calibrate(counts: Mapping[Item, int], backend: str, device: torch.device, goal: Goal, seconds: float) -> Costs:
@@ -127,18 +127,18 @@ def calibrate(counts: Mapping[Item, int], backend: str, device: torch.device, go
         if not run.has(item) and run.expected(item) <= run.left:
             run.measure(item)
     climb = run.climb([item for item in items if _may_climb(run.backend, *item)])
-    return Costs(tuple(run.samples), climb, time.perf_counter() - run.started, run.backend, goal.certify)
+    return Costs(tuple(run.samples), climb, time.perf_counter() - run.started, run.backend, goal)
 
 
-def kind_of(backend: Backend, shape: Shape, dtype: torch.dtype, certify: bool) -> Kind:
+def kind_of(backend: Backend, shape: Shape, dtype: torch.dtype, goal: Goal) -> Kind:
     """The kind of such a matrix on this backend."""
     tall = (max(shape), min(shape))
     large = backend.side_by_side and not fits_one_thread(tall)
-    if backend.side_by_side and small.eligible(tall, Goal(1e-2, certify)):
+    if backend.side_by_side and goes_in_batches(tall, goal):
         method = small.METHOD
     else:
-        method = "svd" if left_to_the_svd(tall) else backend.rungs(tall, dtype, proofs=certify)[0].name
-    return Kind(method, dtype, large, certify)
+        method = "svd" if left_to_the_svd(tall) else backend.rungs(tall, dtype, proofs=goal.certify)[0].name
+    return Kind(method, dtype, large, goal.certify)
 
 
 class _Run:
@@ -155,7 +155,7 @@ class _Run:
 
     def kind(self, item: Item) -> Kind:
         """The kind of such a matrix."""
-        return kind_of(self.backend, *item, self._goal.certify)
+        return kind_of(self.backend, *item, self._goal)
 
     def warm_up(self, largest: float) -> None:
         """Libraries are loaded and threads started before anything counts, and a first speed is seen.

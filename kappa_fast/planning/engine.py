@@ -21,6 +21,7 @@ from ..matching.checkpoint_names import places_of
 from ..options import Options
 from ..results import consumers, serialize
 from ..results.entries import Skipped
+from ..results.scores import Score
 from ..sources import open_source
 from ..sources.base import Matrix, Source
 from .calibration import counted
@@ -190,6 +191,8 @@ def plan(
     top_per_group: bool = False,
     rtol: float = 1e-2,
     certify: bool | Literal["selection"] = False,
+    score: Score = "kappa",
+    statistics: str | Sequence[str] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     embeddings: bool = False,
@@ -227,6 +230,8 @@ def plan(
         top_per_group=top_per_group,
         rtol=rtol,
         certify=certify,
+        score=score,
+        statistics=statistics,
         include=include,
         exclude=exclude,
         embeddings=embeddings,
@@ -247,7 +252,8 @@ def plan(
         executor = Executor(opened, backend, usable_device(device), parse_bytes(memory_budget), proofs=options.proofs)
         waves = list(executor.planned(matrices))
         work = Work.of(matrices, top, top_per_group, certify)
-        prediction = predict(executor.backend_name, waves, work, rtol, opening) if measure and matrices else None
+        goal, name = options.goal, executor.backend_name
+        prediction = predict(name, waves, work, goal, opening) if measure and matrices else None
     files = [] if opened.in_memory else _files(opened)
     size = opened.metadata.get("size", sum(file.stat().st_size for file in files))
     # Codes of quantized weights take less than the weights that they become, never more than their files.

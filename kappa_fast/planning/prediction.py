@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -69,17 +69,20 @@ class Work:
         return self.possible, self.certain, proven
 
 
-def predict(backend: str, waves: Sequence[PlannedWave], work: Work, rtol: float, opening: float) -> Prediction:
-    """Measure what the matrices cost, and add up; ``opening`` is what finding them took, in seconds."""
+def predict(backend: str, waves: Sequence[PlannedWave], work: Work, goal: Goal, opening: float) -> Prediction:
+    """Measure what the matrices cost, and add up.
+
+    goal: that of every matrix, proofs aside, which ``work`` has.  opening: what finding them took, in seconds.
+    """
 
     def costs(matrices: Iterable[Matrix], certify: bool, seconds: float) -> dict[torch.device, Costs]:
         chosen = set(matrices)
-        goal = Goal(rtol, certify)
+        each = replace(goal, certify=certify)
         of_device: dict[torch.device, list[Matrix]] = {}
         for wave in waves:
             of_device.setdefault(wave.device, []).extend(matrix for matrix in wave.matrices if matrix in chosen)
         return {
-            device: calibrate(counted(item_of(matrix) for matrix in some), backend, device, goal, seconds)
+            device: calibrate(counted(item_of(matrix) for matrix in some), backend, device, each, seconds)
             for device, some in of_device.items()
             if some
         }

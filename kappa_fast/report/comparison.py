@@ -75,7 +75,8 @@ class ComparisonTable(TextTable):
             f"within their intervals, {counts['identical']:,} identical"
         )
         if not math.isnan(c.correlation):
-            yield f"rank correlation (Spearman) {c.correlation:.4f} over {c.correlated:,}"
+            of = "" if c.score == "kappa" else f" of {c.score}"
+            yield f"rank correlation (Spearman){of} {c.correlation:.4f} over {c.correlated:,}"
         for change in _few(c.status_changes, self.limit):
             yield f"status: {printable(change.key)}: {change.before.status} -> {change.after.status}"
         if self.limit is not None and len(c.status_changes) > self.limit:

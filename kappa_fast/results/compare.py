@@ -15,6 +15,7 @@ from .comparison import Change, Comparison, Unpaired
 from .entries import TensorKappa
 from .pairing import pair
 from .ranking import Ranking
+from .scores import KAPPA, NamedScore
 
 # Settings that change numbers although the weights are equal, or hide that weights differ; each with its caveat.
 _SETTINGS = {
@@ -27,8 +28,9 @@ _SETTINGS = {
 SHOWN = 3
 
 
-def compare(before: Ranking, after: object) -> Comparison:
+def compare(before: Ranking, after: object, score: str = "kappa") -> Comparison:
     """See ``Ranking.compare``."""
+    named = NamedScore.of(score)
     if not isinstance(after, Ranking):
         raise OptionError(f"compare() takes a Ranking, not {type(after).__name__}: Ranking.from_json(path) reads one")
     pairs = [(before.entries[i], after.entries[j]) for i, j in pair(before.entries, after.entries)]
@@ -37,13 +39,20 @@ def compare(before: Ranking, after: object) -> Comparison:
     if not same:
         raise OptionError(_nothing_in_common(before, after, reshaped))
     paired = ({change.before.key for change in same}, {change.after.key for change in same})
-    resolved = [c for c in same if {c.before.status, c.after.status} <= {"ok", "rank_deficient"}]
+    settled = [c for c in same if {c.before.status, c.after.status} <= {"ok", "rank_deficient", "scored"}]
+    pairs_of_scores = [(named.value(c.before), named.value(c.after)) for c in settled]
+    known = [(a, b) for a, b in pairs_of_scores if a is not None and b is not None]
+    if not known and named != KAPPA:
+        raise OptionError(
+            f"no matrix has {named.name!r} in both rankings: rank the weights of both again with score={named.name!r}"
+        )
     return Comparison(
         changes=tuple(same),
         only_before=_lone(before, paired[0], after),
         only_after=_lone(after, paired[1], before),
-        correlation=spearman([c.before.kappa for c in resolved], [c.after.kappa for c in resolved]),
-        correlated=len(resolved),
+        score=named.name,
+        correlation=spearman([a for a, _ in known], [b for _, b in known]),
+        correlated=len(known),
         caveats=tuple(_caveats(before, after, same, reshaped)),
         _before=before,
         _after=after,

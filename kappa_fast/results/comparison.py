@@ -119,13 +119,15 @@ class Comparison:
     Attributes:
         changes: the matrices in both, in the order of the first ranking.
         only_before, only_after: the matrices in one ranking only.
-        correlation: Spearman's rank correlation of kappa over the matrices resolved in both (``correlated`` of them).
+        score: whose correlation it is, by name: "kappa" unless ``compare`` was asked for another one.
+        correlation: Spearman's rank correlation of it over the matrices that have it in both (``correlated`` of them).
         caveats: sentences that say what makes both rankings hard to compare.
     """
 
     changes: tuple[Change, ...]
     only_before: tuple[Unpaired, ...]
     only_after: tuple[Unpaired, ...]
+    score: str
     correlation: float
     correlated: int
     caveats: tuple[str, ...]
@@ -292,6 +294,7 @@ class Comparison:
             "settings": [serialize.thaw(r.metadata.get("settings", {})) for r in (self._before, self._after)],
             "sources": [serialize.thaw(r.metadata.get("source", {})) for r in (self._before, self._after)],
             "counts": dict(self.counts),
+            "score": self.score,
             "correlation": self.correlation,
             "correlated": self.correlated,
             "caveats": list(self.caveats),

@@ -240,16 +240,20 @@ class Ranking(Sequence[TensorKappa]):
         """
         return summarize(self.entries, by, selection)
 
-    def compare(self, other: Ranking) -> Comparison:
+    def compare(self, other: Ranking, *, score: str = "kappa") -> Comparison:
         """The differences between this ranking and ``other``, such as after training or in another dtype.
 
         Matrices are the same if their keys are, up to the wrappers of compile, DDP, FSDP and PEFT, tied names, and the
         prefix of a base model that only one of the two has.
 
+        Args:
+            score: the rank correlation of which score is taken, a name of docs/scores.md, whatever the rankings are
+                sorted by. All else is about kappa.
+
         Raises:
-            OptionError: ``other`` is not a Ranking, or the two have no matrix in common.
+            OptionError: ``other`` is not a Ranking, the two have no matrix in common, or none that has the score.
         """
-        return consumers.compare(self, other)
+        return consumers.compare(self, other, score)
 
     def series(self, *others: Ranking, labels: Sequence[str] | None = None) -> Series:
         """Kappa over this ranking and the others, such as those of the checkpoints of a run, in their order.

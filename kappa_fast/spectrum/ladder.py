@@ -112,11 +112,9 @@ def _resolve_small(
     results: list[Resolution | None],
 ) -> None:
     """Add to ``results`` those of small matrices that batches of float64 Gram matrices resolve on the CPU."""
-    if any(name in OF_SPECTRUM for name in goal.statistics):
-        return  # batches find both ends alone
     shapes = [a.shape if found is None else None for a, found in zip(operands, results, strict=True)]
     here = backend.side_by_side  # an accelerator leaves to the CPU what the last rung would do there
-    which = [i for i, s in enumerate(shapes) if s and (here or left_to_the_svd(s)) and small.eligible(s, goal)]
+    which = [i for i, s in enumerate(shapes) if s and (here or left_to_the_svd(s)) and goes_in_batches(s, goal)]
     founds = small.resolve_small([operands[i] for i in which], [dtypes[i] for i in which], goal)
     for i, found in zip(which, founds, strict=True):
         if found is not None:
@@ -137,6 +135,11 @@ def _prove(backend: Backend, climbers: Sequence[_Climber], rtol: float) -> None:
     for (climber, before), found in zip(chosen, proven, strict=True):
         if not before.certified or (found.certified and found.upper < before.upper):
             climber.best = found
+
+
+def goes_in_batches(shape: tuple[int, int], goal: Goal) -> bool:
+    """Whether a matrix of this shape (m, n), m >= n, is tried among small ones first, which find both ends alone."""
+    return small.eligible(shape, goal) and not any(name in OF_SPECTRUM for name in goal.statistics)
 
 
 def left_to_the_svd(shape: tuple[int, int]) -> bool:

@@ -125,3 +125,45 @@ def test_the_rankings_that_are_compared_are_not_written_over(files):
         result = run(files / "a.json", files / "b.json", "--json", files / target)
         refused(result, 2, "is one of the files that are read: give another name")
     assert (files / "a.json").read_bytes() == before
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """Two rankings of five matrices: flatness in the same order but for one exchange, kappa in the reverse order."""
+    for name, places in (("a", [0, 1, 2, 3, 4]), ("b", [1, 0, 2, 3, 4])):
+        entries = [
+            make_entry(
+                f"layers.{i}.weight",
+                10.0 + (i if name == "a" else -i),
+                flatness=-1.0 + place / 10,
+                flatness_lower=-1.0 + place / 10,
+                flatness_upper=-1.0 + place / 10,
+                flatness_by_shape=0.0,
+            )
+            for i, place in enumerate(places)
+        ]
+        Ranking(entries).to_json(tmp_path / f"{name}.json")
+    return tmp_path
+
+
+def test_the_rank_correlation_is_that_of_the_score_that_is_asked_for(scored):
+    files = scored / "a.json", scored / "b.json"
+    code, out, _ = run(*files)
+    assert code == 0
+    assert "rank correlation (Spearman) -1.0000 over 5" in out
+    for score in ("flatness", "-flatness"):
+        code, out, _ = run(*files, f"--score={score}", "--json", scored / "c.json")
+        assert code == 0
+        assert "rank correlation (Spearman) of flatness 0.9000 over 5" in out  # 1 - 6 * 2 / (5 * 24)
+        document = json.loads((scored / "c.json").read_text())
+        assert (document["score"], document["correlated"]) == ("flatness", 5)
+        assert document["correlation"] == pytest.approx(0.9)
+
+
+def test_a_score_that_is_none_or_that_nobody_has_is_told(scored):
+    files = scored / "a.json", scored / "b.json"
+    code, _, err = run(*files, "--score", "alpha")
+    assert (code, "again with --score alpha" in err) == (2, True), err
+    assert run(*files, "--score", "flatnes")[0] == 2
+    code, _, err = run(*files, scored / "a.json", "--score", "flatness")
+    assert (code, "compare two rankings" in err) == (2, True)

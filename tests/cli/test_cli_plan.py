@@ -76,9 +76,11 @@ def test_every_option_reaches_plan(checkpoint, monkeypatch):
     given = ["--top", "0.5", "--top-per-group", "--rtol", "1e-3", "--certify", "selection", "--include", "a"]
     given += ["--exclude", "b", "--embeddings", "--routers", "--fused", "stored", "--min-dim", "2", "--max-dim", "99"]
     given += ["--device", "cpu", "--backend", "torch", "--memory-budget", "1GB", "--no-measure"]
+    given += ["--score=-flatness", "--statistics", "outliers", "--statistics", "spectrum"]
     assert run(checkpoint, *given, "--device-model", "a100", "--ranks", "8")[0] == 0
     expected = dict(top=0.5, top_per_group=True, rtol=1e-3, certify="selection", include=["a"], exclude=["b"])
     expected |= dict(embeddings=True, routers=True, fused="stored", min_dim=2, max_dim=99, device="cpu")
+    expected |= dict(score="-flatness", statistics=["outliers", "spectrum"])
     expected |= dict(backend="torch", memory_budget="1GB", measure=False, device_model="a100", ranks=8)
     assert seen == expected
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import kappa_fast
 from kappa_fast.cli.demo import find_weights
 from kappa_fast.execution import executor as execution
+from kappa_fast.options import Options
 from kappa_fast.planning import calibration, engine, plan, prediction
 from kappa_fast.planning.calibration import Costs, Kind, Sample
 from kappa_fast.planning.prediction import PROBES
@@ -155,7 +156,7 @@ def test_planning_leaves_threads_generators_and_the_model_as_they_were():
 
 def kind(shape, dtype=F32, certify=False) -> Kind:
     backend = kappa_fast.backends.get_backend("torch", torch.device("cpu"))
-    return calibration.kind_of(backend, shape, dtype, certify)
+    return calibration.kind_of(backend, shape, dtype, calibration.Goal(1e-2, certify))
 
 
 @pytest.fixture
@@ -168,8 +169,8 @@ def fixed_costs(monkeypatch):
         samples = []
         for shape, dtype in counts:
             t = factor * min(shape) / 16
-            samples.append(Sample(calibration.kind_of(backend, shape, dtype, goal.certify), shape, (t / 2, t, 2 * t)))
-        return Costs(tuple(samples), 3.0, 0.0, backend, goal.certify)
+            samples.append(Sample(calibration.kind_of(backend, shape, dtype, goal), shape, (t / 2, t, 2 * t)))
+        return Costs(tuple(samples), 3.0, 0.0, backend, goal)
 
     monkeypatch.setattr(prediction, "calibrate", calibrate)
 
@@ -226,7 +227,7 @@ def test_costs_are_what_was_measured_or_between_what_was_or_within_the_bounds_of
     backend = kappa_fast.backends.get_backend("torch", torch.device("cpu"))
     small, big = (512, 256), (4096, 1024)
     samples = (Sample(kind(small), small, (1.0, 2.0, 9.0)), Sample(kind(big), big, (64.0,)))
-    costs = Costs(samples, 1.5, 0.0, backend, False)
+    costs = Costs(samples, 1.5, 0.0, backend, calibration.Goal(1e-2))
     exact = costs.of(small, F32)
     assert (exact.typical, exact.low, exact.high, exact.hard) == (2, 1, 9, 13.5)
     assert costs.of(small[::-1], F32) == exact
@@ -382,3 +383,40 @@ def test_settings_are_those_that_a_ranking_records():
     ranked = kappa_fast.rank(model, progress=False, **options)
     planned = plan(model, measure=False, **options)
     assert dict(planned.document()["settings"]) == ranked.document()["metadata"]["settings"]
+
+
+@pytest.mark.parametrize(
+    ("options", "ends", "methods"),
+    [
+        ({}, True, {"gram64", "cholesky64"}),
+        ({"score": "-flatness"}, False, {"gram64", "cholesky64"}),
+        ({"score": "stable_rank"}, True, {"gram64", "cholesky64"}),
+        ({"score": "snr"}, False, {"cholesky32", "cholesky64"}),
+        ({"statistics": "spectrum"}, True, {"cholesky32", "cholesky64"}),
+        ({"score": "flatness", "certify": True}, True, {"gram64"}),
+    ],
+)
+def test_what_is_measured_is_what_the_score_takes(options, ends, methods, monkeypatch):
+    asked = []
+
+    def resolve_timed(backend, weight, goal, at_once, rounds):
+        asked.append((tuple(weight.shape), goal))
+        return [1e-4] * at_once * rounds
+
+    monkeypatch.setattr(calibration, "_resolve_timed", resolve_timed)
+    weights = {"a": torch.zeros(400, 200), "b": torch.zeros(720, 700), "c": torch.zeros(720, 700)}
+    found = kappa_fast.plan(weights, **options)
+    assert found.settings["score"] == options.get("score", "kappa")
+    goals = [goal for shape, goal in asked if shape in ((400, 200), (720, 700))]
+    assert goals
+    assert {goal.ends for goal in goals} == {ends}
+    assert {goal.statistics for goal in goals} == {Options(**options).goal.statistics}
+    backend = kappa_fast.backends.get_backend("torch", torch.device("cpu"))
+    assert {calibration.kind_of(backend, s, F32, goals[0]).method for s in ((400, 200), (720, 700))} == methods
+
+
+def test_flatness_alone_is_predicted_to_take_less_than_kappa(monkeypatch):
+    monkeypatch.setattr(calibration, "clock", time.process_time)
+    weights = {f"layers.{i}": torch.zeros(1100, 900) for i in range(3)}
+    kappa, flatness = (kappa_fast.plan(weights, score=score).prediction for score in ("kappa", "-flatness"))
+    assert flatness.seconds - flatness.opening < 0.9 * (kappa.seconds - kappa.opening)
