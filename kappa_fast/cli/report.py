@@ -47,6 +47,9 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="Write the heat map to this file too, .png, .svg or .pdf.")
     ] = None,
     score: SortOption = None,
+    show: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What colors and axes show: kappa, flatness, stable_rank, ...")
+    ] = None,
     num_tensors: NumTensors = None,
     top_p: TopP = None,
     max_kappa: MaxKappa = None,
@@ -78,8 +81,8 @@ def report(
         ranking = ranking if score is None else ranking.by(score)
         selection = ranking.select(**budget, **options) if budget else None
         if plot is not None:  # first, because it can fail for more reasons
-            ranking.plot(plot, selection=selection)
-        ranking.to_html(page, selection=selection)
+            ranking.plot(plot, selection=selection, show=show)
+        ranking.to_html(page, selection=selection, show=show)
         for target in () if quiet else targets:
             typer.echo(f"written to {target}")
 

@@ -8,7 +8,7 @@ import re
 _NAMES = (
     *("top", "top_per_group", "rtol", "certify", "include", "exclude", "embeddings", "routers", "fused", "min_dim"),
     *("max_dim", "device", "backend", "memory_budget", "num_tensors", "top_p", "max_kappa", "max_params", "per_group"),
-    *("unit", "fill", "order", "seed", "match", "score", "statistics"),
+    *("unit", "fill", "order", "seed", "match", "score", "statistics", "show"),
 )
 _VALUE = r"""(?P<value>r?'[^']*'|r?"[^"]*"|\[[^\]]*\]|\.\.\.|[\w.+-]*\w)?"""
 _GIVEN = re.compile(rf"(?<![\w'\"./=-])(?P<name>{'|'.join(_NAMES)})=(?!=){_VALUE}")

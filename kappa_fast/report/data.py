@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..results.names import in_model_order
+from ..results.scores import score_of
 from ..results.serialize import thaw
 from .colors import viridis
 from .grid import color_range, make_grid
+from .shown import KAPPA, Shown
 from .skipped import by_reason
 from .thresholds import thresholds
 
@@ -23,21 +25,26 @@ if TYPE_CHECKING:
 _NUMBERS = ("kappa", "lower", "upper", "score", "sensitivity")
 
 
-def page_data(ranking: Ranking, selection: Selection | None) -> dict[str, Any]:
+def page_data(ranking: Ranking, selection: Selection | None, show: str | None = None) -> dict[str, Any]:
     """The input of the script of the page.
 
     ``entries`` holds a list for every field, in the order of the ranking. Fields that repeat (group, shape with numel,
     dtype, method, status, quantization) are positions in ``tables``. nan and inf are the texts "nan", "inf", "-inf".
     ``order`` is the place of each entry in the order of the model. ``score`` is null if every score is the kappa.
+    ``statistics`` has six digits of what the page can show in place of kappa; ``shown`` says which these are, whether
+    their scales are logarithmic, and which comes first. The cells of ``grid`` have the means of kappa.
 
     Raises:
-        OptionError: ``selection`` holds a matrix that is not in the ranking.
+        OptionError: ``selection`` holds a matrix that is not in the ranking, or no matrix has what is to be shown.
     """
     entries = ranking.entries
+    first = Shown.chosen(ranking, show)
+    choices = Shown.choices(entries)
     grid = make_grid(entries)
     tables: dict[str, list[Any]] = {}
     return {
-        "entries": _columns(entries, tables),
+        "entries": {**_columns(entries, tables), "statistics": _statistics(entries, choices)},
+        "shown": {"first": first.name, "choices": [[each.name, each.logarithmic] for each in choices]},
         "tables": tables,
         "aliases": {str(i): list(entry.aliases) for i, entry in enumerate(entries) if entry.aliases},
         "grid": {
@@ -66,7 +73,9 @@ def page_data(ranking: Ranking, selection: Selection | None) -> dict[str, Any]:
         ],
         "selection": None if selection is None else _selection(ranking, selection),
         "parameters": _count_of_parameters(ranking.metadata),
-        "thresholds": thresholds(entries, interrupted=bool(ranking.metadata.get("partial"))),
+        "thresholds": thresholds(
+            entries, interrupted=bool(ranking.metadata.get("partial")), score=score_of(ranking.metadata)
+        ),
         "colors": viridis(),
         "range": list(color_range(grid.cells)),
     }
@@ -97,6 +106,15 @@ def _columns(entries: Iterable[TensorKappa], tables: dict[str, list[Any]]) -> di
         columns[name] = [positions.setdefault(read(entry), len(positions)) for entry in entries]
         tables[name] = list(positions)
     return columns
+
+
+def _statistics(entries: Iterable[TensorKappa], choices: Iterable[Shown]) -> dict[str, list[Any]]:
+    names = [each.name for each in choices if each != KAPPA]
+    return {name: [_rounded(getattr(entry, name)) for entry in entries] for name in names}
+
+
+def _rounded(value: float | None) -> float | str | None:
+    return None if value is None else _number(float(f"{value:.6g}"))
 
 
 def _number(value: float) -> float | str:

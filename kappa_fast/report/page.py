@@ -24,7 +24,20 @@ if TYPE_CHECKING:
     from ..results.selection import Selection
 
 # Every script may use the ones before; all of them together are the body of one function.
-_SCRIPTS = ("data", "format", "cut", "tip", "heatmap", "curve", "histogram", "table", "summary", "skipped", "main")
+_SCRIPTS = (
+    "data",
+    "format",
+    "shown",
+    "cut",
+    "tip",
+    "heatmap",
+    "curve",
+    "histogram",
+    "table",
+    "summary",
+    "skipped",
+    "main",
+)
 _STATUSES = {
     "rank_deficient": "rank deficient",
     "bounded": "only bounded from below",
@@ -33,32 +46,34 @@ _STATUSES = {
 }
 
 
-def write_page(ranking: Ranking, path: str | os.PathLike[str], selection: Selection | None = None) -> None:
+def write_page(
+    ranking: Ranking, path: str | os.PathLike[str], selection: Selection | None = None, show: str | None = None
+) -> None:
     """Write ``render_page`` to a file, replacing it all at once.
 
     Raises:
-        OptionError: ``selection`` holds a matrix that is not in the ranking.
+        OptionError: ``selection`` holds a matrix that is not in the ranking, or no matrix has what is to be shown.
         MissingExtraError: jinja2 is not installed.
         RankingFileError: the file cannot be written.
     """
-    serialize.write_text(path, render_page(ranking, selection))
+    serialize.write_text(path, render_page(ranking, selection, show))
 
 
-def render_page(ranking: Ranking, selection: Selection | None = None) -> str:
-    """The page as text. The same ranking and selection give the same text.
+def render_page(ranking: Ranking, selection: Selection | None = None, show: str | None = None) -> str:
+    """The page as text. The same ranking and selection give the same text. ``show``: see ``Ranking.to_html``.
 
     Its content security policy allows only the style and the script in it, by their hashes: neither the network nor a
     script that a name contains.
 
     Raises:
-        OptionError: ``selection`` holds a matrix that is not in the ranking.
+        OptionError: ``selection`` holds a matrix that is not in the ranking, or no matrix has what is to be shown.
         MissingExtraError: jinja2 is not installed.
     """
     try:
         import jinja2
     except ImportError as error:
         raise missing_extra("jinja2", "report", "Ranking.to_html()") from error
-    data = to_script_text(page_data(ranking, selection))
+    data = to_script_text(page_data(ranking, selection, show))
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,

@@ -18,7 +18,7 @@ from ..texts import printable
 from .grid import Cell, Grid, color_range, make_grid
 from .names import shorten_names
 from .page import title_of
-from .shown import Shown
+from .shown import KAPPA, Shown
 from .table import format_number, shorten
 
 if TYPE_CHECKING:
@@ -46,17 +46,18 @@ def plot(
     path: str | os.PathLike[str] | None = None,
     ax: Any = None,
     selection: Selection | None = None,
+    show: str | None = None,
 ) -> Any:
     """The figure, drawn into ``ax`` if axes are given, and written to ``path`` (all at once) if one is given.
 
     Raises:
-        OptionError: the name does not end in .png, .svg or .pdf, or there is nothing to plot.
+        OptionError: the name does not end in .png, .svg or .pdf, or there is nothing to plot, see ``Shown.chosen``.
         MissingExtraError: matplotlib is not installed.
         RankingFileError: the file cannot be written.
     """
     kind = None if path is None else kind_of(path)
     with plain_style("Ranking.plot()"):
-        figure = _figure(ranking, ax, selection)
+        figure = _figure(ranking, ax, selection, Shown.chosen(ranking, show))
         if path is not None and kind is not None:
             write_bytes(path, saved(figure, kind))
     return figure
@@ -117,22 +118,21 @@ def render_plot(ranking: Ranking, kind: str, selection: Selection | None = None)
         MissingExtraError: matplotlib is not installed.
     """
     with plain_style("Ranking.plot()"):
-        return saved(_figure(ranking, None, selection), kind)
+        return saved(_figure(ranking, None, selection, Shown.of(ranking.metadata)), kind)
 
 
-def _figure(ranking: Ranking, ax: Any, selection: Selection | None) -> Any:
-    grid = make_grid(ranking.entries, Shown.of(ranking.metadata))
+def _figure(ranking: Ranking, ax: Any, selection: Selection | None, what: Shown) -> Any:
+    grid = make_grid(ranking.entries, what)
     figure = new_figure() if ax is None else ax.figure
     if grid.cells:
-        _draw(figure, ranking, grid, ax, set(selection.keys) if selection is not None else None)
+        _draw(figure, ranking, grid, ax, set(selection.keys) if selection is not None else None, what)
     else:
-        _draw_bars(figure, ranking, ax, set(selection.keys) if selection is not None else set())
+        _draw_bars(figure, ranking, ax, set(selection.keys) if selection is not None else set(), what)
     return figure
 
 
-def _draw_bars(figure: Any, ranking: Ranking, ax: Any, chosen: Collection[str]) -> None:
+def _draw_bars(figure: Any, ranking: Ranking, ax: Any, chosen: Collection[str], what: Shown) -> None:
     """The lowest matrices as bars, for models whose matrices have no layer."""
-    what = Shown.of(ranking.metadata)
     shown = [entry for entry in ranking if not math.isnan(what.value(entry))][:_MOST_BARS]
     if not shown:
         raise OptionError(f"there is nothing to plot: no ranked matrix has a finite {what.name}")
@@ -156,7 +156,7 @@ def _draw_bars(figure: Any, ranking: Ranking, ax: Any, chosen: Collection[str]) 
     ax.set_title(f"{_words(what)} of {shorten(_unformatted(title_of(ranking.metadata)), 40)}{more}", loc="left")
 
 
-def _draw(figure: Any, ranking: Ranking, grid: Grid, ax: Any, chosen: Collection[str] | None) -> None:
+def _draw(figure: Any, ranking: Ranking, grid: Grid, ax: Any, chosen: Collection[str] | None, what: Shown) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm, Normalize
@@ -166,17 +166,16 @@ def _draw(figure: Any, ranking: Ranking, grid: Grid, ax: Any, chosen: Collection
     header = _CHARACTER * max(map(len, labels)) * math.sin(math.radians(_TURN)) + 0.25 if turned else 0.3
     overhang = _CHARACTER * len(labels[-1]) * math.cos(math.radians(_TURN)) - _CELL_WIDTH / 2 if turned else 0.1
     shown = [s for s in _HATCHES if any(c.status == s and (s != "scored" or math.isnan(c.kappa)) for c in grid.cells)]
-    notes = _notes(ranking, grid)
+    notes = _notes(ranking, grid, what)
     notes += ["red frames: selected, with how many of how many where it is a part"] if chosen is not None else []
     body = (_CELL_WIDTH * len(grid.columns), _CELL_HEIGHT * len(grid.layers))
     width = max(_LAYER_NAMES + body[0] + max(overhang, 0.2) + _MARGIN, 5.0)
     footer = _SCALE + 0.2 * len(shown) + 0.17 * len(notes) + _MARGIN
     height = 0.35 + header + body[1] + footer
     low, high = color_range(grid.cells)
-    what = Shown.of(ranking.metadata)
     top = high if high > low else low + 0.01 * abs(low)
     norm = LogNorm(low, top) if what.logarithmic else Normalize(low, top)
-    texts = [_cell_text(cell, ranking, chosen) for cell in grid.cells]
+    texts = [_cell_text(cell, ranking, chosen, what) for cell in grid.cells]
     taken = [_taken(cell, ranking, chosen) > 0 for cell in grid.cells]
     title = f"{_words(what)} of {shorten(_unformatted(title_of(ranking.metadata)), 60)}"
     if ax is not None:  # the caller's figure keeps its size and layout
@@ -273,10 +272,9 @@ def _draw_legend(figure: Any, shown: Sequence[Status], notes: Sequence[str], siz
         top -= 0.17
 
 
-def _notes(ranking: Ranking, grid: Grid) -> list[str]:
+def _notes(ranking: Ranking, grid: Grid, what: Shown) -> list[str]:
     notes = []
     if any(column.depth > 1 for column in grid.columns):
-        what = Shown.of(ranking.metadata)
         mean = "geometric mean" if what.logarithmic else "mean"
         notes.append(f"several matrices in a cell: {mean} of those with a finite {_words(what)}")
     if any(cell.status not in ("ok", "scored") and not math.isnan(cell.kappa) for cell in grid.cells):
@@ -300,20 +298,21 @@ def _unformatted(text: str) -> str:
     return printable(text).encode("ascii", "backslashreplace").decode("ascii")
 
 
-def _cell_text(cell: Cell, ranking: Ranking, chosen: Collection[str] | None) -> str:
-    """The kappa of the cell, or "25/128" if the selection has only some of its matrices."""
+def _cell_text(cell: Cell, ranking: Ranking, chosen: Collection[str] | None, what: Shown) -> str:
+    """The number of the cell, or "25/128" if the selection has only some of its matrices."""
     taken = _taken(cell, ranking, chosen)
-    return f"{taken:,}/{len(cell.members):,}" if 0 < taken < len(cell.members) else _kappa_text(cell)
+    return f"{taken:,}/{len(cell.members):,}" if 0 < taken < len(cell.members) else _value_text(cell, what)
 
 
 def _taken(cell: Cell, ranking: Ranking, chosen: Collection[str] | None) -> int:
     return 0 if chosen is None else sum(ranking.entries[i].key in chosen for i in cell.members)
 
 
-def _kappa_text(cell: Cell) -> str:
+def _value_text(cell: Cell, what: Shown) -> str:
     if not math.isnan(cell.kappa):
         return _short(cell.kappa)
-    return {"rank_deficient": "inf", "bounded": "bounded", "scored": "-", "non_finite": "nan"}.get(cell.status, "?")
+    singular = "inf" if what == KAPPA else "singular"
+    return {"rank_deficient": singular, "bounded": "bounded", "scored": "-", "non_finite": "nan"}.get(cell.status, "?")
 
 
 def _short(kappa: float) -> str:

@@ -14,21 +14,27 @@ from typing import Any
 
 from ..results.cuts import Cut, Pool, cut_by_count, cut_by_kappa, cut_by_params, first_place, last_place, separated
 from ..results.entries import TensorKappa
+from ..results.scores import KAPPA, NamedScore
 from ..results.units import Unit, make_units
 
 Step = tuple[float, Cut]  # a cut, and the value of the budget from which it is valid, up to the value of the next step
 
 
-def thresholds(entries: Sequence[TensorKappa], *, interrupted: bool) -> dict[str, Any]:
+def thresholds(
+    entries: Sequence[TensorKappa], *, interrupted: bool, score: NamedScore | None = KAPPA
+) -> dict[str, Any]:
     """By name of a budget: how many matrices it can take, and for which values of the budget a cut is certain.
 
     ``order`` has the positions of these matrices in the order in which they are taken (None: the first ``number``).
     ``certain`` has ranges [from, below) of values, where None is infinity. From the value ``beyond`` on (None: never)
     the ranking is not resolved far enough. Values of max_params are counts of weights.
+
+    score: by which the entries are sorted, None for a callable. No kappa is at most max_kappa where a score needs none.
     """
-    pool = Pool.of(make_units(entries, "matrix"))
+    pool = Pool.of(make_units(entries, "matrix", score))
     known = [unit for unit in pool.regular if unit.score <= pool.horizon]
-    by_kappa = sorted(pool.regular, key=lambda unit: unit.kappa)
+    kappas_known = all(unit.status != "scored" for unit in pool.regular)
+    by_kappa = sorted(pool.regular, key=lambda unit: unit.kappa) if kappas_known else []
     places = {entry.key: i for i, entry in enumerate(entries)}
     order = [places[unit.key] for unit in by_kappa]
 
@@ -36,9 +42,10 @@ def thresholds(entries: Sequence[TensorKappa], *, interrupted: bool) -> dict[str
         ranges, beyond = _summarize(steps)
         return {"number": number, "order": order, "certain": [] if interrupted else ranges, "beyond": beyond}
 
+    steps = _steps_of_kappa(pool, by_kappa) if kappas_known else ()
     return {
         "num_tensors": table(len(pool.ranked), _steps_of_count(pool)),
-        "max_kappa": table(len(order), _steps_of_kappa(pool, by_kappa), None if order == sorted(order) else order),
+        "max_kappa": table(len(order), steps, None if order == sorted(order) else order),
         "max_params": table(len(known), _steps_of_params(pool, known)),
     }
 

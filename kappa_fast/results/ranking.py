@@ -339,7 +339,9 @@ class Ranking(Sequence[TensorKappa]):
             raise missing_extra("pandas", "dataframe", "Ranking.to_dataframe()") from error
         return consumers.frame_of(self.entries, pandas)
 
-    def to_html(self, path: str | os.PathLike[str], *, selection: Selection | None = None) -> None:
+    def to_html(
+        self, path: str | os.PathLike[str], *, selection: Selection | None = None, show: str | None = None
+    ) -> None:
         """Write a page that shows the ranking: one HTML file that needs no network, replaced all at once.
 
         It has a heat map of layers and types of matrices (experts unfold), the sorted curve with intervals and the cut
@@ -349,20 +351,27 @@ class Ranking(Sequence[TensorKappa]):
         Args:
             path: where to write it.
             selection: the selection that the page shows first; readers can try other budgets in the page.
+            show: what colors, curve and histogram show first, a name of docs/scores.md; by default what the ranking is
+                sorted by. Readers can choose another one in the page.
 
         Raises:
-            OptionError: ``selection`` holds a matrix that is not in this ranking.
+            OptionError: ``selection`` holds a matrix that is not in this ranking, or no matrix has what is to be shown.
             MissingExtraError: jinja2 is not installed.
             RankingFileError: the file cannot be written.
         """
-        consumers.write_page(self, path, selection)
+        consumers.write_page(self, path, selection, show)
 
     def plot(
-        self, path: str | os.PathLike[str] | None = None, *, ax: Any = None, selection: Selection | None = None
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        ax: Any = None,
+        selection: Selection | None = None,
+        show: str | None = None,
     ) -> Any:
         """Draw the heat map of layers and types of matrices; returns the matplotlib Figure.
 
-        It shows kappa, or the statistic by whose name the ranking is sorted: ``ranking.by("flatness").plot()``.
+        It shows kappa, or the statistic by whose name the ranking is sorted, or ``show``.
         Several matrices of one type in one layer (experts) are shown by their geometric mean. If no matrix has the
         number of a layer in its name, the lowest matrices are shown as bars. The backend of matplotlib and its settings
         stay as they are.
@@ -372,13 +381,14 @@ class Ranking(Sequence[TensorKappa]):
                 the same version of matplotlib.
             ax: axes to draw into, instead of a new figure.
             selection: cells with selected matrices are framed, and say how many are selected ("25/128") if not all.
+            show: what is shown, a name of docs/scores.md, whatever the ranking is sorted by.
 
         Raises:
-            OptionError: the name has another ending, or no matrix has a finite kappa.
+            OptionError: the name has another ending, or no matrix has what is to be shown.
             MissingExtraError: matplotlib is not installed.
             RankingFileError: the file cannot be written.
         """
-        return consumers.plot(self, path, ax, selection)
+        return consumers.plot(self, path, ax, selection, show)
 
     def table(self, limit: int | None = None) -> RankingTable:
         """A table for ``rich`` with the first ``limit`` entries (None: all), fitted to the width of the page.

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import OptionError
 from .entries import TensorKappa
-from .statistics import COUNTS, OF_SPECTRUM, STATISTICS
+from .statistics import OF_SPECTRUM, STATISTICS
 
 Score = str | Callable[[TensorKappa], float]
 
@@ -19,6 +19,7 @@ Score = str | Callable[[TensorKappa], float]
 OF_ENDS = ("kappa", "demmel", "sigma_max", "stable_rank", "sensitivity")
 WITHOUT_ENDS = ("flatness", "flatness_by_shape", "frobenius", "participation_ratio")
 NAMES = (*OF_ENDS, *WITHOUT_ENDS, *OF_SPECTRUM)
+COUNTED = ("outliers_above", "outliers_below")  # to outliers_undecided
 LOGARITHMIC = ("flatness", "flatness_by_shape")  # means over several matrices add them up
 
 
@@ -77,7 +78,7 @@ class NamedScore:
             "flatness": (entry.flatness_lower, entry.flatness_upper),
         }.get(self.name, (None, None))
         singular = entry.status == "rank_deficient"
-        counted = getattr(entry, self.name) if self.name in COUNTS and not singular else None
+        counted = getattr(entry, self.name) if self.name in COUNTED and not singular else None
         if counted is not None and entry.outliers_undecided is not None:
             lower, upper = counted - entry.outliers_undecided, counted + entry.outliers_undecided
         if lower is None or upper is None:

@@ -54,6 +54,14 @@ def test_a_budget_is_shown_and_a_plot_is_written_on_demand(path, tmp_path, optio
     assert picture.read_bytes() == render_plot(ranking, "svg", ranking.select(**budget))
 
 
+def test_what_colors_show_is_chosen_on_the_command_line(path, tmp_path):
+    assert run(path, "--show", "sigma_max", "--plot", tmp_path / "p.svg")[0] == 0
+    assert '"first":"sigma_max"' in path.with_suffix(".html").read_text()
+    assert "sigma max of" in (tmp_path / "p.svg").read_text()
+    code, _, err = run(path, "--show", "alpha")
+    assert (code, err) == (2, "error: --show alpha: no matrix of the ranking has a finite alpha\n")
+
+
 def test_the_reference_implementations_file_is_read(tmp_path):
     (tmp_path / "condition_numbers.json").write_text(json.dumps({"layers.0.w": 12.5, "layers.1.w": float("inf")}))
     assert run(tmp_path / "condition_numbers.json", "--plot", tmp_path / "x.png")[0] == 0

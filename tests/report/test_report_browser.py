@@ -506,3 +506,58 @@ def test_only_the_rows_in_view_are_in_the_document(open_page):
     assert view.page.inner_text("#rows tbody tr[data-position] >> nth=-1 >> td.key") == ranking[0].key
     view.page.click("#map .cell >> nth=0")
     assert view.page.locator(".unfolded .cell").count() == 300
+
+
+def test_a_statistic_can_be_chosen_for_colors_curve_and_histogram(browser, tmp_path):
+    entries = []
+    for i in range(8):
+        flat = -0.1 * (i + 1)
+        known = dict(
+            flatness=flat, flatness_lower=flat, flatness_upper=flat, flatness_by_shape=flat, stable_rank=2.0**i
+        )
+        entries.append(named(f"layers.{i // 2}.{'qk'[i % 2]}.weight", 10.0 + i, **known))
+    entries.append(named("layers.4.q.weight", math.inf, flatness=-math.inf))
+    Ranking(entries).to_html(tmp_path / "r.html")
+    view = View(browser, tmp_path / "r.html")
+    page = view.page
+    cells = lambda: page.locator("#map .cell").all_inner_texts()  # noqa: E731
+    assert cells()[:3] == ["10.0", "11.0", "12.0"]
+    colors = page.locator("#map .cell").evaluate_all("all => all.map((cell) => cell.style.backgroundColor)")
+    page.select_option("#shown", "flatness")
+    assert cells() == [*(f"-{0.1 * (i + 1):.3f}" for i in range(8)), "singular"]
+    turned = page.locator("#map .cell").evaluate_all("all => all.map((cell) => cell.style.backgroundColor)")
+    assert [turned[0], turned[7]] == [colors[7], colors[0]]  # the flattest has the lowest kappa
+    assert turned[8] == ""
+    assert page.inner_text("#legend").split("\n")[:4] == ["flatness", "-0.800", "-0.450", "-0.100"]
+    assert "linear scale" in page.inner_text("#map-help")
+    assert (
+        page.locator("#histogram svg").get_attribute("aria-label").startswith("Histogram of flatness for all types: 8")
+    )
+    assert page.locator("#curve").get_attribute("aria-valuemax") == "8"
+    assert "flatness -0.1000" in page.locator("#map .cell").first.get_attribute("aria-label")
+    page.select_option("#shown", "stable_rank")
+    assert cells()[:4] == ["1.00", "2.00", "4.00", "8.00"]
+    assert page.inner_text("#legend").split("\n")[:4] == ["stable rank", "1.00", "11.3", "128"]
+    page.select_option("#shown", "kappa")
+    assert cells()[:3] == ["10.0", "11.0", "12.0"]
+    assert page.locator("#map .cell").evaluate_all("all => all.map((cell) => cell.style.backgroundColor)") == colors
+    view.close()
+
+
+def test_budgets_of_a_ranking_without_kappa_take_what_select_takes(browser, tmp_path):
+    entries = []
+    for i in range(6):
+        flat = -0.1 * (i + 1)
+        known = dict(flatness=flat, flatness_lower=flat, flatness_upper=flat, flatness_by_shape=flat)
+        unknown = dict(kappa=math.nan, lower=1.0, upper=math.inf, sigma_max=math.nan, sigma_min=math.nan, score=0.0)
+        entries.append(named(f"layers.{i}.q.weight", status="scored", **unknown, **known))
+    ranking = Ranking(entries, (), {"num_parameters": 6 * 512}).by("-flatness")
+    ranking.to_html(tmp_path / "r.html")
+    view = View(browser, tmp_path / "r.html")
+    assert view.page.input_value("#shown") == "flatness"
+    view.set_budget("num_tensors", 2)
+    assert view.chosen() == [0, 1]
+    assert "certain: exact" in view.page.inner_text("#cut-result")
+    assert "kappa" not in view.page.inner_text("#cut-result")
+    assert view.page.locator("#cut-kind option[value=max_kappa]").count() == 0
+    view.close()

@@ -71,3 +71,48 @@ def test_the_page_has_the_scores_of_entries_without_kappa():
     data = page_data(sorted_by("-flatness"), None)
     assert data["entries"]["score"] == [0.5, 1.0, 1.5, 2.0]
     assert data["tables"]["status"] == ["scored"]
+
+
+def test_the_page_offers_what_the_entries_have_and_begins_with_the_score():
+    from kappa_fast.report.data import page_data
+
+    ranking = sorted_by("-flatness")
+    data = page_data(ranking, None)
+    assert data["shown"]["first"] == "flatness"
+    choices = [["kappa", True], ["stable_rank", True], ["flatness", False], ["frobenius", True]]
+    choices.append(["sensitivity", True])
+    assert sorted(data["shown"]["choices"]) == sorted(choices)
+    assert data["entries"]["statistics"] == {
+        "stable_rank": [2.0, 3.0, 4.0, 5.0],
+        "flatness": [-0.5, -1.0, -1.5, -2.0],
+        "frobenius": [1.0] * 4,
+        "sensitivity": [0.01] * 4,
+    }
+    assert page_data(ranking, None, "stable_rank")["shown"]["first"] == "stable_rank"
+    assert page_data(Ranking([make_entry()]), None)["shown"] == {
+        "first": "kappa",
+        "choices": [["kappa", True], ["sigma_max", True], ["sensitivity", True]],
+    }
+
+
+def test_what_is_shown_can_be_another_statistic_than_the_score(tmp_path):
+    ranking = sorted_by("-flatness")
+    texts = texts_of(ranking.plot(show="stable_rank"))
+    assert {"2.00", "3.00", "4.00", "5.00"} <= set(texts)
+    assert any(text.startswith("stable rank of") for text in texts)
+    ranking.to_html(tmp_path / "p.html", show="-stable_rank")
+    assert '"first":"stable_rank"' in (tmp_path / "p.html").read_text()
+    for call in (ranking.plot, lambda **options: ranking.to_html(tmp_path / "q.html", **options)):
+        with pytest.raises(OptionError, match=r"show='alpha': no matrix of the ranking has a finite alpha"):
+            call(show="alpha")
+        with pytest.raises(OptionError, match=r"did you mean 'flatness'"):
+            call(show="flatnes")
+    assert not (tmp_path / "q.html").exists()
+
+
+def test_a_singular_matrix_has_a_word_of_its_own_where_another_statistic_is_shown():
+    singular = make_entry("layers.2.q.weight", math.inf, layer=2, group="layers.*.q.weight", flatness=-math.inf)
+    regular = make_entry("layers.2.k.weight", 3.0, layer=2, group="layers.*.k.weight")
+    ranking = Ranking([*sorted_by("-flatness"), singular, regular])
+    assert "singular" in texts_of(ranking.plot(show="flatness"))
+    assert "inf" in texts_of(ranking.plot(show="kappa"))

@@ -8,6 +8,7 @@ from make_entries import make_entry
 
 from kappa_fast import OptionError, Ranking
 from kappa_fast.report.thresholds import thresholds
+from kappa_fast.results.scores import score_of
 
 
 def a_ranking(rng: random.Random) -> Ranking:
@@ -30,9 +31,28 @@ def a_ranking(rng: random.Random) -> Ranking:
     return Ranking(entries, (), {"num_parameters": sum(entry.numel for entry in entries)})
 
 
+def a_ranking_by_flatness(rng: random.Random) -> Ranking:
+    """With intervals that overlap, matrices without kappa, and singular ones of which some are proven."""
+    entries = []
+    for i in range(rng.randint(1, 12)):
+        flatness, shape = -round(rng.random(), 1) - 0.05, (rng.choice([16, 16, 32, 64]), 16)
+        known = dict(flatness=flatness, flatness_by_shape=0.0)
+        known |= dict(flatness_lower=flatness - rng.choice([0, 0.08]), flatness_upper=flatness + rng.choice([0, 0.05]))
+        status = rng.choices(["scored", "rank_deficient", "ok"], [6, 1, 2])[0]
+        if status == "rank_deficient":
+            known |= dict(flatness=-math.inf, flatness_lower=-math.inf, lower=rng.choice([1e15, math.inf]))
+        if status == "scored":
+            known |= dict(kappa=math.nan, lower=1.0, upper=math.inf, score=0.0)
+        numel = math.prod(shape)
+        kappa = math.inf if status == "rank_deficient" else 5.0
+        entries.append(make_entry(f"h.{i}.w", **{"kappa": kappa, **known}, status=status, shape=shape, numel=numel))
+    whole = Ranking(entries, (), {"num_parameters": sum(entry.numel for entry in entries)})
+    return whole.by(rng.choice(["flatness", "-flatness"]))
+
+
 def outcome(ranking: Ranking, name: str, value: float) -> tuple[set[int], bool] | None:
     """What the script of the page does with a table; None where it says that the ranking is not resolved so far."""
-    table = thresholds(ranking.entries, interrupted=False)[name]
+    table = thresholds(ranking.entries, interrupted=False, score=score_of(ranking.metadata))[name]
     if table["beyond"] is not None and value >= table["beyond"]:
         return None
     chosen, end = set(), 0.0
@@ -43,6 +63,26 @@ def outcome(ranking: Ranking, name: str, value: float) -> tuple[set[int], bool] 
             break
         chosen.add(i)
     return chosen, any(begin <= value and (end is None or value < end) for begin, end in table["certain"])
+
+
+@pytest.mark.parametrize("name", ["num_tensors", "max_params"])
+def test_thresholds_of_another_score_take_what_select_takes(name):
+    rng, certain = random.Random(5), set()
+    for _ in range(80):
+        ranking = a_ranking_by_flatness(rng)
+        values = range(1, len(ranking) + 2) if name == "num_tensors" else [256 * rng.randint(1, 12) for _ in range(9)]
+        for value in values:
+            try:
+                selection = ranking.select(**{name: value})
+            except OptionError:  # nothing fits
+                continue
+            expected = {i for i, entry in enumerate(ranking) if entry.key in selection}, selection.boundary_certain
+            assert outcome(ranking, name, value) == expected, (name, value, ranking)
+            certain.add(selection.boundary_certain)
+        steps = thresholds(ranking.entries, interrupted=False, score=score_of(ranking.metadata))["max_kappa"]
+        if any(entry.status == "scored" for entry in ranking):
+            assert steps == {"number": 0, "order": None, "certain": [], "beyond": None}
+    assert certain == {True, False}
 
 
 @pytest.mark.parametrize("name", ["num_tensors", "max_kappa", "max_params"])

@@ -1,29 +1,42 @@
-// kappa of every matrix in the order of the ranking, with its interval, and the cut of the budget.
+// What is shown of every matrix in the order of the ranking, kappa with its interval, and the cut of the budget.
 const MARGIN = { left: 56, right: 12, top: 12, bottom: 34 };
 const canvas = document.getElementById("curve");
 
 const colorOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-// The curve shows matrices with a finite kappa, or at least a lower bound.
-const onCurve = Array.from(positions).filter(
-  (i) => hasFiniteKappa(i) || (statusOf(i) !== "ok" && statusOf(i) !== "non_finite" && ranking.lower[i] >= 1),
-);
+// The curve shows matrices with a finite kappa, or at least a lower bound; of another statistic those that have it.
+function placesOnCurve() {
+  const isOpen = (i) => statusOf(i) !== "ok" && statusOf(i) !== "non_finite" && ranking.lower[i] >= 1;
+  return Array.from(positions).filter((i) => hasShown(i) || (isKappaShown() && isOpen(i)));
+}
 
 // Singular matrices have far larger lower bounds than others: they are drawn at the upper edge and not on the scale.
-function curveSpan() {
+function spanOfKappas() {
   const onScale = onCurve.filter((i) => statusOf(i) !== "rank_deficient");
   let [low, high] = [Infinity, 1];
   for (const i of onScale.length ? onScale : onCurve) {
     for (const value of [ranking.kappa[i], ranking.lower[i], ranking.upper[i]]) {
       if (value >= 1 && value < Infinity) high = Math.max(high, value);
     }
-    low = Math.min(low, hasFiniteKappa(i) ? ranking.kappa[i] : ranking.lower[i]);
+    low = Math.min(low, hasShown(i) ? ranking.kappa[i] : ranking.lower[i]);
   }
-  low = Math.min(low, high);
-  return [Math.log10(low) - 0.05, Math.log10(high) + 0.05 + (high === low ? 0.5 : 0)];
+  return [Math.min(low, high), high];
 }
 
-const [curveLow, curveHigh] = onCurve.length ? curveSpan() : [0, 1];
+// Of the vertical axis: decimal logarithms of kappa, or values on a linear scale.
+function spanOfAxis() {
+  if (!onCurve.length) return [0, 1];
+  const [low, high] = isKappaShown() ? spanOfKappas() : spanOf(onCurve.map((i) => shown.values[i]));
+  const [from, to] = [low, high].map(onAxis);
+  const room = shown.isLogarithmic ? 0.05 : 0.05 * (to - from);
+  const more = shown.isLogarithmic ? 0.5 : 0.1 * Math.abs(to) + 1e-9;
+  return [from - room, to + room + (to === from ? more : 0)];
+}
+
+const onAxis = (value) => (shown.isLogarithmic ? Math.log10(Math.max(value, 1e-300)) : value);
+
+let onCurve = [];
+let [curveLow, curveHigh] = [0, 1];
 let inspected = 0;
 let background = null; // everything but the cut and the pointer, drawn once for each size and theme
 
@@ -36,8 +49,8 @@ function curveFrame() {
     height,
     step,
     x: (place) => MARGIN.left + (place + 0.5) * step,
-    y: (kappa) => {
-      const place = (Math.log10(Math.max(kappa, 1e-300)) - curveLow) / (curveHigh - curveLow);
+    y: (value) => {
+      const place = (onAxis(value) - curveLow) / (curveHigh - curveLow);
       return MARGIN.top + inner.height * (1 - Math.max(0, Math.min(1, place)));
     },
     placeAt: (x) => Math.max(0, Math.min(onCurve.length - 1, Math.floor((x - MARGIN.left) / step))),
@@ -54,11 +67,7 @@ function sized(target, frame) {
   return context;
 }
 
-function drawAxes(context, frame) {
-  context.strokeStyle = colorOf("--line");
-  context.fillStyle = colorOf("--muted");
-  context.textAlign = "right";
-  context.textBaseline = "middle";
+function ticksOfDecades() {
   const decades = Math.floor(curveHigh) - Math.ceil(curveLow) + 1;
   const values = [];
   for (let power = Math.ceil(curveLow); power <= Math.floor(curveHigh); power += Math.ceil(decades / 7)) {
@@ -66,13 +75,31 @@ function drawAxes(context, frame) {
     if (decades <= 2) values.push(2 * 10 ** power, 5 * 10 ** power);
   }
   if (decades <= 1) values.push(2 * 10 ** (Math.ceil(curveLow) - 1), 5 * 10 ** (Math.ceil(curveLow) - 1));
-  for (const value of values.filter((v) => Math.log10(v) >= curveLow && Math.log10(v) <= curveHigh)) {
+  return values.filter((value) => Math.log10(value) >= curveLow && Math.log10(value) <= curveHigh);
+}
+
+function ticksOfSteps() {
+  const rough = (curveHigh - curveLow) / 5;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].find((factor) => factor * power >= rough) * power;
+  const values = [];
+  for (let k = Math.ceil(curveLow / step); k * step <= curveHigh; k += 1) values.push(Number((k * step).toPrecision(6)));
+  return values;
+}
+
+function drawAxes(context, frame) {
+  context.strokeStyle = colorOf("--line");
+  context.fillStyle = colorOf("--muted");
+  context.textAlign = "right";
+  context.textBaseline = "middle";
+  for (const value of shown.isLogarithmic ? ticksOfDecades() : ticksOfSteps()) {
     const y = Math.round(frame.y(value)) + 0.5;
     context.beginPath();
     context.moveTo(MARGIN.left, y);
     context.lineTo(frame.width - MARGIN.right, y);
     context.stroke();
-    context.fillText(value >= 1e5 ? value.toExponential(0).replace("e+", "e") : String(value), MARGIN.left - 6, y);
+    const isLong = Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3);
+    context.fillText(isLong ? value.toExponential(0).replace("e+", "e") : String(value), MARGIN.left - 6, y);
   }
   context.textBaseline = "top";
   context.textAlign = "left";
@@ -103,6 +130,7 @@ function drawPoints(context, frame) {
   const [band, open, ink, warn] = ["--accent-soft", "--stripe", "--accent", "--warn"].map(colorOf);
   const paintBand = painter(context);
   onCurve.forEach((i, place) => {
+    if (!isKappaShown()) return;
     const isKnown = ranking.lower[i] > 1 || ranking.upper[i] < Infinity;
     if (!isKnown) return; // the interval [1, inf] says nothing
     const [top, bottom] = [frame.y(ranking.upper[i]), frame.y(ranking.lower[i])];
@@ -111,9 +139,9 @@ function drawPoints(context, frame) {
   });
   const paintPoint = painter(context);
   onCurve.forEach((i, place) => {
-    const isFinite = hasFiniteKappa(i);
+    const isFinite = hasShown(i);
     context.fillStyle = isFinite ? ink : warn;
-    const y = frame.y(isFinite ? ranking.kappa[i] : ranking.lower[i]);
+    const y = frame.y(isFinite ? shown.values[i] : ranking.lower[i]);
     paintPoint(frame.x(place) - size / 2, y - (isFinite ? size / 2 : 1), size, isFinite ? size : 2);
   });
 }
@@ -165,7 +193,7 @@ function drawNow() {
   const context = sized(canvas, frame);
   if (!onCurve.length) {
     context.fillStyle = colorOf("--muted");
-    context.fillText("No matrix has a finite kappa.", MARGIN.left, frame.height / 2);
+    context.fillText(`No matrix has a finite ${shownWords()}.`, MARGIN.left, frame.height / 2);
     return;
   }
   drawChosen(context, frame);
@@ -181,11 +209,11 @@ function inspect(place) {
   inspected = Math.max(0, Math.min(onCurve.length - 1, place));
   const i = onCurve[inspected];
   canvas.setAttribute("aria-valuenow", String(inspected + 1));
-  canvas.setAttribute("aria-valuetext", describe(i).join(", "));
+  canvas.setAttribute("aria-valuetext", describeShown(i).join(", "));
   drawCurve(true);
   const [frame, box] = [curveFrame(), canvas.getBoundingClientRect()];
-  const y = frame.y(hasFiniteKappa(i) ? ranking.kappa[i] : ranking.lower[i]);
-  showTip(box.left + frame.x(inspected), box.top + y, describe(i));
+  const y = frame.y(hasShown(i) ? shown.values[i] : ranking.lower[i]);
+  showTip(box.left + frame.x(inspected), box.top + y, describeShown(i));
 }
 
 function cutHere() {
@@ -205,20 +233,31 @@ function moveAlong(event) {
 }
 
 function curveNumbers() {
-  const finite = onCurve.filter(hasFiniteKappa);
+  const finite = onCurve.filter(hasShown);
   const rows = [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1].map((share) => {
     const place = Math.round(share * (finite.length - 1));
-    return [`${100 * share}%`, String(place + 1), formatKappa(finite[place]), formatInterval(finite[place])];
+    const i = finite[place];
+    const texts = isKappaShown() ? [formatKappa(i), formatInterval(i)] : [formatNumber(shown.values[i])];
+    return [`${100 * share}%`, String(place + 1), ...texts];
   });
-  return numbersTable(["along the curve", "place", "kappa", "interval"], finite.length ? rows : []);
+  const headers = ["along the curve", "place", shownWords(), ...(isKappaShown() ? ["interval"] : [])];
+  return numbersTable(headers, finite.length ? rows : []);
+}
+
+function showCurve() {
+  onCurve = placesOnCurve();
+  [curveLow, curveHigh] = spanOfAxis();
+  inspected = 0;
+  canvas.setAttribute("aria-valuemax", String(Math.max(1, onCurve.length)));
+  canvas.setAttribute("aria-valuenow", "1");
+  canvas.setAttribute("aria-valuetext", onCurve.length ? describeShown(onCurve[0]).join(", ") : "empty");
+  document.getElementById("curve-numbers").replaceChildren(curveNumbers());
+  redrawCurve();
 }
 
 function startCurve() {
   canvas.setAttribute("aria-valuemin", "1");
-  canvas.setAttribute("aria-valuemax", String(Math.max(1, onCurve.length)));
-  canvas.setAttribute("aria-valuenow", "1");
-  canvas.setAttribute("aria-valuetext", onCurve.length ? describe(onCurve[0]).join(", ") : "empty");
-  document.getElementById("curve-numbers").append(curveNumbers());
+  shown.listeners.push(showCurve);
   const placeOf = (event) => curveFrame().placeAt(event.clientX - canvas.getBoundingClientRect().left);
   canvas.addEventListener("pointermove", (event) => inspect(placeOf(event)));
   canvas.addEventListener("pointerleave", () => {

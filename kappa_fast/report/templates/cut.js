@@ -1,5 +1,5 @@
 // What a budget takes, read from the thresholds that kappa_fast computed (see thresholds.py).
-const ranked = Array.from(positions).filter(isSettled);
+const ranked = Array.from(positions).filter(hasScore);
 const sizesAreKnown = positions.every((i) => numelOf(i) > 0);
 
 const refused = (problem) => ({ chosen: [], isCertain: false, problem });
@@ -54,7 +54,7 @@ const BUDGETS = {
   },
   max_kappa: {
     words: "kappa up to",
-    isPossible: kappasOfRegular.length > 0,
+    isPossible: kappasOfRegular.length > 0 && !raw.tables.status.includes("scored"),
     start: kappasOfRegular.length ? Number(formatNumber(kappasOfRegular[kappasOfRegular.length >> 2], 3, 1)) : 1,
     isValid: (value) => value >= 1 && value < Infinity,
     hint: "Give a condition number from 1 on.",
@@ -96,9 +96,9 @@ function resultWords(found) {
     const share = raw.parameters ? ` (${((100 * numel) / raw.parameters).toFixed(1)}% of all)` : "";
     parts.push(`${numel.toLocaleString("en")} parameters${share}`);
   }
-  const kappas = found.chosen.map((i) => ranking.kappa[i]);
-  const [low, high] = [Math.min, Math.max].map((pick) => kappas.reduce((a, b) => pick(a, b)));
-  parts.push(`kappa ${formatNumber(low)} to ${formatNumber(high)}`);
+  const kappas = found.chosen.map((i) => ranking.kappa[i]).filter((kappa) => !Number.isNaN(kappa));
+  const [low, high] = [Math.min, Math.max].map((pick) => kappas.reduce((a, b) => pick(a, b), kappas[0]));
+  if (kappas.length) parts.push(`kappa ${formatNumber(low)} to ${formatNumber(high)}`);
   const certainty = found.isCertain
     ? "The cut is certain: exact values would take the same."
     : "The cut is uncertain: exact values might take others.";

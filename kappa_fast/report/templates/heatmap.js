@@ -1,8 +1,6 @@
 // Layers by types. A cell of several matrices (experts) shows their geometric mean and unfolds into all of them.
 const MOST_BESIDE = 200;
 const WIDE_STRIP = 16; // up to so many members, each is wide enough for its number
-const [lowestKappa, highestKappa] = raw.range;
-
 const channel = (part) => {
   const value = part / 255;
   return value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
@@ -16,61 +14,85 @@ function luminance(color) {
 // Black or white, whichever stands out more: at least 4.58 to 1.
 const inks = raw.colors.map((color) => (luminance(color) > 0.179 ? "#000000" : "#ffffff"));
 
-const placeOnScale = (kappa) =>
-  highestKappa > lowestKappa ? Math.log(kappa / lowestKappa) / Math.log(highestKappa / lowestKappa) : 0.5;
-
-function paint(cell, kappa) {
+function paint(cell, value) {
+  const isKnown = !Number.isNaN(value);
   const last = raw.colors.length - 1;
-  const place = Math.max(0, Math.min(last, Math.round(placeOnScale(kappa) * last)));
-  cell.style.backgroundColor = raw.colors[place];
-  cell.style.color = inks[place];
+  const place = Math.max(0, Math.min(last, Math.round(placeOnScale(value) * last)));
+  cell.style.backgroundColor = isKnown ? raw.colors[place] : "";
+  cell.style.color = isKnown ? inks[place] : "";
 }
 
 function entryCell(i, withText, classes = "cell") {
   const cell = element("button", { type: "button", class: classes, "data-position": i, tabindex: "-1" });
-  if (withText) cell.textContent = formatCell(i);
-  if (hasFiniteKappa(i)) paint(cell, ranking.kappa[i]);
-  else cell.classList.add(statusOf(i));
-  cell.setAttribute("aria-label", describe(i).join(", "));
+  if (withText) cell.dataset.text = "";
+  dressEntry(cell);
   return cell;
 }
 
-const isBroken = (status) => status !== "ok";
+// The color, the text and the name of the cell of one entry, for what is shown.
+function dressEntry(cell) {
+  const i = Number(cell.dataset.position);
+  const isRegular = statusOf(i) === "ok" || statusOf(i) === "scored";
+  const without = statusOf(i) === "rank_deficient" ? "singular" : isRegular ? "-" : formatCell(i);
+  const other = hasShown(i) ? formatShort(shown.values[i]) : without;
+  if (cell.dataset.text !== undefined) cell.textContent = isKappaShown() ? formatCell(i) : other;
+  paint(cell, shown.values[i]);
+  if (statusOf(i) !== "ok") cell.classList.toggle(statusOf(i), !hasShown(i));
+  cell.setAttribute("aria-label", describeShown(i).join(", "));
+}
+
+const isBroken = (status) => status !== "ok" && !(status === "scored" && !isKappaShown());
 
 function groupLines(found) {
-  const { layer, label, members, kappa, low, high, status } = found;
+  const { layer, label, members, mean, low, high, status } = found;
   const lines = [`layer ${layer}, ${label}: ${plural(members.length, "matrix", "matrices")}`];
-  if (!Number.isNaN(kappa)) {
-    lines.push(`kappa ${formatNumber(low)} to ${formatNumber(high)}, geometric mean ${formatNumber(kappa)}`);
+  if (!Number.isNaN(mean)) {
+    const kind = shown.isLogarithmic ? "geometric mean" : "mean";
+    lines.push(`${shownWords()} ${formatNumber(low)} to ${formatNumber(high)}, ${kind} ${formatNumber(mean)}`);
   }
   if (isBroken(status)) {
     const number = members.filter((i) => isBroken(statusOf(i))).length;
-    lines.push(`${number} of them without a finite kappa, ${STATUS_WORDS[status]} at worst`);
+    lines.push(`${number} of them without a finite ${shownWords()}, ${STATUS_WORDS[status]} at worst`);
   }
   const taken = members.filter((i) => cut.chosen[i]).length;
   lines.push(`${taken} of ${members.length} in the budget`);
   return lines;
 }
 
-function groupCell(found) {
-  const cell = element("button", { type: "button", class: "cell", tabindex: "-1", "aria-expanded": "false" });
-  if (!Number.isNaN(found.kappa)) paint(cell, found.kappa);
-  if (isBroken(found.status)) cell.classList.add(Number.isNaN(found.kappa) ? found.status : "mixed");
-  return cell;
+function groupCell() {
+  return element("button", { type: "button", class: "cell", tabindex: "-1", "aria-expanded": "false" });
+}
+
+function dressGroup({ cell, mean, status }) {
+  paint(cell, mean);
+  for (const name of ["mixed", status]) cell.classList.remove(name);
+  if (isBroken(status)) cell.classList.add(Number.isNaN(mean) ? status : "mixed");
 }
 
 const mapCells = raw.grid.cells.map(([row, column, members, kappa, low, high, status]) => ({
   row,
   column,
   members,
-  kappa: toNumber(kappa),
-  low: toNumber(low),
-  high: toNumber(high),
+  ofKappa: [kappa, low, high].map(toNumber),
+  mean: NaN,
+  low: NaN,
+  high: NaN,
   status,
   layer: raw.grid.layers[row],
   label: printable(raw.grid.columns[column].label),
   cell: null,
 }));
+
+// The numbers of all cells for what is shown, and the span of their colors.
+function measureCells() {
+  for (const found of mapCells) {
+    const values = found.members.filter(hasShown).map((i) => shown.values[i]);
+    const [low, high] = values.length ? spanOf(values) : [NaN, NaN];
+    [found.mean, found.low, found.high] = isKappaShown() ? found.ofKappa : [meanOf(values), low, high];
+  }
+  const means = mapCells.map((found) => found.mean);
+  [shown.low, shown.high] = isKappaShown() ? raw.range : spanOf(means.length ? means : [...shown.values]);
+}
 
 // Long names may break after a dot or an underscore.
 const breakable = (text) => text.split(/(?<=[._])/).flatMap((word) => [word, element("wbr")]);
@@ -88,7 +110,7 @@ function mapTable() {
   });
   for (const found of mapCells) {
     const isOne = found.members.length === 1;
-    found.cell = isOne ? entryCell(found.members[0], true) : groupCell(found);
+    found.cell = isOne ? entryCell(found.members[0], true) : groupCell();
     found.cell.dataset.row = found.row;
     found.cell.dataset.column = found.column;
     rows[found.row].children[found.column + 1].append(found.cell);
@@ -130,8 +152,9 @@ function markGroups() {
     found.cell.classList.toggle("chosen", taken === found.members.length);
     const some = taken > 0 && taken < found.members.length;
     found.cell.classList.toggle("some", some);
-    const kappa = Number.isNaN(found.kappa) ? STATUS_WORDS[found.status] : formatShort(found.kappa);
-    found.cell.textContent = some ? `${taken}/${found.members.length}` : `${kappa} \u00d7${found.members.length}`;
+    const unknown = isBroken(found.status) ? STATUS_WORDS[found.status] : "?";
+    const mean = Number.isNaN(found.mean) ? unknown : formatShort(found.mean);
+    found.cell.textContent = some ? `${taken}/${found.members.length}` : `${mean} \u00d7${found.members.length}`;
     found.cell.setAttribute("aria-label", groupLines(found).join(", "));
   }
 }
@@ -174,17 +197,20 @@ function legend() {
   ramp.style.background = `linear-gradient(to right, ${raw.colors.filter((_, i) => i % 15 === 0).join(", ")})`;
   const ticks = element("div", { class: "ticks" });
   for (const place of [0, 0.5, 1]) {
-    ticks.append(element("span", {}, formatShort(lowestKappa * (highestKappa / lowestKappa) ** place)));
+    ticks.append(element("span", {}, formatShort(valueAt(place))));
   }
   const keys = ["rank_deficient", "bounded", "scored", "non_finite"]
-    .filter((status) => raw.tables.status.includes(status))
+    .filter((status) => isBroken(status) && raw.tables.status.includes(status))
     .map((status) => legendKey(status, STATUS_WORDS[status]));
   const target = document.getElementById("legend");
-  if (kappasOfRegular.length) target.append("kappa", element("div", { class: "bar" }, ramp, ticks));
+  target.replaceChildren();
+  if (shown.values.some((value) => !Number.isNaN(value))) {
+    target.append(shownWords(), element("div", { class: "bar" }, ramp, ticks));
+  }
   target.append(...keys);
-  if (mapCells.some((found) => isBroken(found.status) && !Number.isNaN(found.kappa))) {
+  if (mapCells.some((found) => isBroken(found.status) && !Number.isNaN(found.mean))) {
     const mark = element("span", { class: "mixed", "aria-hidden": "true" }, "!");
-    target.append(element("span", { class: "key" }, mark, "some without a finite kappa"));
+    target.append(element("span", { class: "key" }, mark, `some without a finite ${shownWords()}`));
   }
   target.append(legendKey("chosen", "in the budget"));
 }
@@ -212,16 +238,16 @@ function besideList() {
 
 function mapHelp(hasGroups) {
   if (!mapCells.length) return "No matrix of this ranking has the number of a layer in its name.";
-  const colors = "The color is kappa on a logarithmic scale; point at a cell, or go there by arrow keys, for the rest.";
-  const groups = "A cell of several matrices, such as experts, shows their geometric mean, or how many of them the budget takes: open it for each.";
+  const scale = shown.isLogarithmic ? "on a logarithmic scale" : "on a linear scale";
+  const colors = `The color is ${shownWords()} ${scale}; point at a cell, or go there by arrow keys, for the rest.`;
+  const mean = shown.isLogarithmic ? "geometric mean" : "mean";
+  const groups = `A cell of several matrices, such as experts, shows their ${mean}, or how many of them the budget takes: open it for each.`;
   return hasGroups ? `${colors} ${groups}` : colors;
 }
 
 function startMap(reveal) {
   const map = document.getElementById("map");
   const hasGroups = mapCells.some((found) => found.members.length > 1);
-  document.getElementById("map-help").textContent = mapHelp(hasGroups);
-  legend();
   besideList();
   const section = map.closest("section");
   if (mapCells.length) {
@@ -236,7 +262,7 @@ function startMap(reveal) {
   }
   const groupOf = new Map(mapCells.map((found) => [found.cell, found]));
   explain(section, ".cell", (cell) =>
-    cell.dataset.position === undefined ? groupLines(groupOf.get(cell)) : describe(Number(cell.dataset.position)),
+    cell.dataset.position === undefined ? groupLines(groupOf.get(cell)) : describeShown(Number(cell.dataset.position)),
   );
   section.addEventListener("click", (event) => {
     const cell = event.target.closest(".cell[data-position]");
@@ -245,5 +271,13 @@ function startMap(reveal) {
   cut.listeners.push(() => {
     markChosen(section);
     markGroups();
+  });
+  shown.listeners.push(() => {
+    measureCells();
+    for (const cell of section.querySelectorAll(".cell[data-position]")) dressEntry(cell);
+    for (const found of mapCells) if (found.members.length > 1) dressGroup(found);
+    markGroups();
+    document.getElementById("map-help").textContent = mapHelp(hasGroups);
+    legend();
   });
 }

@@ -1,4 +1,4 @@
-// How often which log10 kappa occurs, for all matrices or for those of one type in front of all.
+// How often which value of what is shown occurs, for all matrices or for those of one type in front of all.
 const SVG = "http://www.w3.org/2000/svg";
 const BOX = { width: 640, height: 320, left: 48, right: 10, top: 12, bottom: 38 };
 
@@ -9,17 +9,22 @@ function shape(tag, attributes, text) {
   return made;
 }
 
-const finiteEntries = Array.from(positions).filter(hasFiniteKappa);
-const binCount = Math.max(8, Math.min(48, Math.ceil(Math.sqrt(finiteEntries.length) * 1.5)));
-const edges = Array.from({ length: binCount + 1 }, (_, k) => {
-  const span = highestKappa > lowestKappa ? highestKappa / lowestKappa : 10;
-  return lowestKappa * span ** (k / binCount);
-});
+let finiteEntries = [];
+let binCount = 8;
+let edges = [];
+
+function setBins() {
+  finiteEntries = Array.from(positions).filter(hasShown);
+  binCount = Math.max(8, Math.min(48, Math.ceil(Math.sqrt(finiteEntries.length) * 1.5)));
+  const [low, high] = [shown.low, shown.high].map(toScale);
+  const span = high > low ? high - low : shown.isLogarithmic ? Math.LN10 : 1;
+  edges = Array.from({ length: binCount + 1 }, (_, k) => fromScale(low + (span * k) / binCount));
+}
 
 function countBins(entries) {
   const counts = new Array(binCount).fill(0);
   for (const i of entries) {
-    counts[Math.max(0, Math.min(binCount - 1, Math.floor(placeOnScale(ranking.kappa[i]) * binCount)))] += 1;
+    counts[Math.max(0, Math.min(binCount - 1, Math.floor(placeOnScale(shown.values[i]) * binCount)))] += 1;
   }
   return counts;
 }
@@ -52,10 +57,11 @@ function drawScales(svg, most) {
   svg.append(shape("line", { x1: BOX.left, x2: BOX.width - BOX.right, y1: bottom, y2: bottom }));
   for (const place of BOX.width < 480 ? [0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1]) {
     const anchor = place === 0 ? "start" : place === 1 ? "end" : "middle";
-    const label = formatShort(edges[0] * (edges[binCount] / edges[0]) ** place);
+    const label = formatShort(fromScale(toScale(edges[0]) + place * (toScale(edges[binCount]) - toScale(edges[0]))));
     svg.append(shape("text", { x: BOX.left + place * width, y: bottom + 16, "text-anchor": anchor }, label));
   }
-  svg.append(shape("text", { x: BOX.left + width / 2, y: bottom + 33, "text-anchor": "middle" }, "kappa, logarithmic"));
+  const scale = shown.isLogarithmic ? `${shownWords()}, logarithmic` : shownWords();
+  svg.append(shape("text", { x: BOX.left + width / 2, y: bottom + 33, "text-anchor": "middle" }, scale));
   svg.append(shape("text", { x: BOX.left - 6, y: BOX.top + 10, "text-anchor": "end" }, most.toLocaleString("en")));
   svg.append(shape("text", { x: BOX.left - 6, y: bottom, "text-anchor": "end" }, "0"));
 }
@@ -66,7 +72,7 @@ function drawHistogram(group) {
   const [everything, counts] = [countBins(finiteEntries), countBins(entries)];
   const most = Math.max(...everything, 1);
   const name = isAll ? "all types" : printable(ranking.group.values[group]);
-  const words = `Histogram of kappa for ${name}: ${plural(entries.length, "matrix", "matrices")}`;
+  const words = `Histogram of ${shownWords()} for ${name}: ${plural(entries.length, "matrix", "matrices")}`;
   BOX.width = Math.max(240, document.getElementById("histogram").clientWidth);
   const svg = shape("svg", { viewBox: `0 0 ${BOX.width} ${BOX.height}`, role: "img", "aria-label": words });
   drawScales(svg, most);
@@ -86,5 +92,8 @@ function startHistogram() {
   for (const [group, id] of groups) select.append(element("option", { value: id }, printable(group)));
   select.addEventListener("change", () => drawHistogram(select.value));
   new ResizeObserver(() => drawHistogram(select.value)).observe(document.getElementById("histogram"));
-  drawHistogram("");
+  shown.listeners.push(() => {
+    setBins();
+    drawHistogram(select.value);
+  });
 }

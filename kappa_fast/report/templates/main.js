@@ -24,6 +24,8 @@ startHistogram();
 startTable();
 startSummary();
 startSkipped();
+startShown();
+show(raw.shown.first);
 startCut();
 startTheme();
 // Runs after the first complete frame has been drawn.
