@@ -33,9 +33,8 @@ source = cache(lambda name: MODELS[name]())
 ADDED = (
     (torch_backend, "symmetric_norm"),
     (torch_backend.TorchBackend, "volumes"),
-    (small._Volumes, "of_eigenvalues"),
-    (small._Volumes, "of_factor"),
     (small._Volumes, "of"),
+    (small._Volumes, "one"),
     (beside, "of_gram"),
     (beside, "of_factor"),
     (beside, "of_values"),

@@ -43,6 +43,10 @@ NARROW_ENTRIES, WIDE_ROWS = 1 << 15, 1024
 # multiples of 24 columns: the lower triangle of a 1536 x 384 Gram matrix takes 0.69 of the full product with panels of
 # 96 columns, and 0.96 with 128.
 ALONE, PANEL, WIDE_PANEL = 128, 96, 288
+# Columns of a panel of a factor that measures its residual. That of a diagonal block takes more than its factor, so
+# narrow panels are faster: 64 x 64 takes 33 us with panels of 24 and 49 as a whole, 208 x 208 takes 471 with 48 and
+# 604 with 96.
+WHOLE, NARROW_FACTOR, FACTOR = 32, 24, 48
 BATCH_ENTRIES = 1 << 17  # entries of the matrices of one batch
 HELD_ENTRIES = 1 << 20  # entries up to which a matrix is converted as a whole
 # Libraries round by the alignment, so matrices share a batch only if each begins at a cache line, of 8 float64 numbers.
@@ -165,6 +169,12 @@ def _panel(n: int) -> int:
     return PANEL if n < BELOW else WIDE_PANEL
 
 
+def _factor_panel(n: int) -> int:
+    if n <= WHOLE:
+        return n
+    return NARROW_FACTOR if n <= ALONE else FACTOR if n < BELOW else WIDE_PANEL
+
+
 def _resolve_batch(operands: Sequence[Operand], dtypes: Sequence[torch.dtype], goal: Goal) -> list[Resolution | None]:
     a = _Batch(operands)
     n = a.shape[1]
@@ -173,10 +183,13 @@ def _resolve_batch(operands: Sequence[Operand], dtypes: Sequence[torch.dtype], g
     unknown = gamma(roundings) * trace * OUT + TINY  # of G
     resolved = unknown + 2 * gamma(n + 2) * trace  # an eigenvalue can be proven about so closely
     placed = _placed_by_lanczos if n >= KRYLOV_FROM and goal.rtol >= KRYLOV_RTOL else _placed_by_eigenvalues
-    ends = placed(g, resolved, goal.rtol)
+    room = g.clone()  # of one factor after the other: new memory costs as much as some of the work
+    plain, unproven = _factor_shifted(room, torch.zeros_like(trace))
+    ends = placed(g, plain, resolved, goal.rtol)
     if ends is None:
         return [None] * len(operands)
-    factor, defect = _factor_shifted(torch.neg(g), -ends.bound)
+    volumes = _Volumes.of(plain, unproven + unknown, g)
+    factor, defect = _factor_shifted(torch.neg(g, out=room), -ends.bound)
     highest = (ends.bound * OUT_ULP + (defect + unknown) * OUT).tolist()
     top = _iterated(factor, ends.top)
     factor, defect = _factor_shifted(g, ends.shift)
@@ -188,7 +201,8 @@ def _resolve_batch(operands: Sequence[Operand], dtypes: Sequence[torch.dtype], g
     totals = a.binade_totals(left / reached[:, None].square(), right)
     results: list[Resolution | None] = []
     for i, (high, low) in enumerate(reached.tolist()):
-        if not (ends.hopeful[i] and lowest[i] > 0 and highest[i] < math.inf and 0 < low < math.inf):
+        proven = lowest[i] > 0 and highest[i] < math.inf and volumes.errors[i] < math.inf
+        if not (ends.hopeful[i] and proven and 0 < low < math.inf):
             results.append(None)
             continue
         below = ratio_bound(a.shape, norms[i], (high, low), (lengths[i][0], lengths[i][1]), 1)
@@ -196,9 +210,9 @@ def _resolve_batch(operands: Sequence[Operand], dtypes: Sequence[torch.dtype], g
         kappa = max(largest / smallest, below)
         above = max(math.sqrt(highest[i] / lowest[i]) * (1 + 8 * U), kappa)
         moved = sensitivity(totals[i], dtypes[i], operands[i].exponent, largest, smallest)
-        proven = goal.certify and operands[i].exact
-        known = statistics.of_gram(a.shape, ends.volume.of(i, lowest[i]), norms[i], (largest, smallest))
-        results.append(Resolution("ok", kappa, below, above, largest, smallest, METHOD, proven, moved, known))
+        certified = goal.certify and operands[i].exact
+        known = statistics.of_gram(a.shape, volumes.one(i, lowest[i]), norms[i], (largest, smallest))
+        results.append(Resolution("ok", kappa, below, above, largest, smallest, METHOD, certified, moved, known))
     return results
 
 
@@ -215,49 +229,41 @@ class _Placed:
     top: Tensor
     bottom: Tensor
     hopeful: list[bool]
-    volume: _Volumes
 
 
 @dataclass(frozen=True)
 class _Volumes:
-    """What the statistics need of every G, from its eigenvalues or a Cholesky factor; lists and tensors for (b,).
+    """What the statistics need of every G, from a Cholesky factor L with a measured residual; for (b,).
 
-    logs: of the singular values, or of the pivots of the factor, (b, n).  gram: ||G||_F, or None and the eigenvalues'.
-    values: all eigenvalues (b, n), or None.  errors: how far each eigenvalue, or ||G - L L^T||_F, may be off.
+    logs: of the pivots l_ii, (b, n).  largest: the largest size of one.  grams: ||G||_F.  errors: bounds on
+    ||A^T A - L L^T||_F with all rounding, inf without a factor.
     """
 
     logs: list[list[float]]
-    gram: list[float]
-    values: list[list[float]] | None
+    largest: list[float]
+    grams: list[float]
     errors: list[float]
 
     @classmethod
-    def of_eigenvalues(cls, theta: Tensor, resolved: Tensor) -> _Volumes:
-        logs = (theta.clamp(min=0.0).log() / 2).tolist()
-        values: list[list[float]] = theta.tolist()
-        gram = [math.sqrt(math.fsum(x * x for x in row)) for row in values]
-        return cls(logs, gram, values, resolved.tolist())
+    def of(cls, factor: Tensor, errors: Tensor, g: Tensor) -> _Volumes:
+        logs = factor.diagonal(dim1=1, dim2=2).log()
+        grams = torch.linalg.matrix_norm(g).tolist()
+        return cls(logs.tolist(), logs.abs().amax(dim=1).tolist(), grams, (errors * OUT).tolist())
 
-    @classmethod
-    def of_factor(cls, factor: Tensor, g: Tensor, resolved: Tensor) -> _Volumes:
-        logs = factor.diagonal(dim1=1, dim2=2).log().tolist()
-        return cls(logs, torch.linalg.matrix_norm(g).tolist(), None, resolved.tolist())
-
-    def of(self, i: int, lowest: float) -> tuple[float, float, float]:
+    def one(self, i: int, lowest: float) -> tuple[float, float, float]:
         """The mean logarithm of the singular values of matrix i, a bound on its error, and ||G||_F.
 
-        lowest: a proven bound below the eigenvalues of G. Sums of ``fsum`` do not depend on an order.
+        lowest: a proven bound below the eigenvalues of A^T A. With E = A^T A - L L^T and X = (A^T A)^(-1/2) E
+        (A^T A)^(-1/2), log det L L^T - log det A^T A = log det(I - X), which is at most sqrt(n) x / (1 - x) in size for
+        ||X||_F <= x < 1, and ||X||_F <= ||E||_F / lowest. ``fsum`` does not depend on an order.
         """
         logs, error = self.logs[i], self.errors[i]
         n = len(logs)
-        if self.values is not None:
-            unknown = math.fsum(error / (max(x - error, lowest)) for x in self.values[i]) / n / 2
-        else:  # |log det (I + E)| <= sqrt(n) ||E||_F / (1 - ||E||), E = L^-1 (G - L L^T) L^-T
-            unknown = error / max(lowest - error, TINY) / math.sqrt(n) / 2
-        return math.fsum(logs) / n, unknown + 8 * U * max(map(abs, logs)), self.gram[i]
+        unknown = error / max(lowest - error, TINY) / math.sqrt(n) / 2
+        return math.fsum(logs) / n, (unknown + 8 * U * self.largest[i]) * OUT, self.grams[i]
 
 
-def _placed_by_eigenvalues(g: Tensor, resolved: Tensor, rtol: float) -> _Placed | None:
+def _placed_by_eigenvalues(g: Tensor, factor: Tensor, resolved: Tensor, rtol: float) -> _Placed | None:
     """As close to LAPACK's eigenvalues as rounding lets a proof come; None if that is too far for all matrices."""
     n = g.shape[1]
     theta = torch.linalg.eigvalsh(g)
@@ -267,15 +273,12 @@ def _placed_by_eigenvalues(g: Tensor, resolved: Tensor, rtol: float) -> _Placed 
         return None
     start = _start(n, 2).expand(len(g), -1, -1)
     bound = high + 4 * (resolved + 2 * n * gamma(n + 2) * high)
-    return _Placed(
-        bound, low - 5 * resolved, start[:, :, :1], start[:, :, 1:], hopeful, _Volumes.of_eigenvalues(theta, resolved)
-    )
+    return _Placed(bound, low - 5 * resolved, start[:, :, :1], start[:, :, 1:], hopeful)
 
 
-def _placed_by_lanczos(g: Tensor, resolved: Tensor, rtol: float) -> _Placed | None:
-    """By Ritz values, with room for what these may lack; None if no matrix can be resolved."""
+def _placed_by_lanczos(g: Tensor, factor: Tensor, resolved: Tensor, rtol: float) -> _Placed | None:
+    """By Ritz values, with room for what these may lack; None if no matrix can be resolved. factor: that of G."""
     start = _start(g.shape[1], WIDTH)
-    factor = torch.linalg.cholesky_ex(g).L
 
     def inverse(x: Tensor) -> Tensor:
         y = torch.linalg.solve_triangular(factor, x, upper=False)
@@ -286,10 +289,9 @@ def _placed_by_lanczos(g: Tensor, resolved: Tensor, rtol: float) -> _Placed | No
     hopeful = (resolved < rtol * shift).tolist()
     if not any(hopeful):
         return None
-    volumes = _Volumes.of_factor(factor, g, resolved)
     narrow = g.to(torch.float32)
     high, top = _lanczos(lambda x: torch.bmm(narrow, x), start.to(torch.float32), len(g), rtol)
-    return _Placed(high * (1 + PLACED * rtol), shift, top.to(torch.float64), bottom, hopeful, volumes)
+    return _Placed(high * (1 + PLACED * rtol), shift, top.to(torch.float64), bottom, hopeful)
 
 
 @functools.lru_cache(64)
@@ -356,7 +358,7 @@ def _factor_shifted(shifted: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     formed = U * diagonal.abs().amax(dim=1)
     left, size = torch.zeros_like(shift), torch.zeros_like(shift)  # ||M - L L^T||_F^2 as computed, and ||L||_F^2
     sound = torch.ones_like(shift, dtype=torch.bool)
-    panel = _panel(n)
+    panel = _factor_panel(n)
     for start in range(0, n, panel):
         stop = min(start + panel, n)
         rest = shifted[:, start:, start:stop]

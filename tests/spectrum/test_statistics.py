@@ -15,7 +15,7 @@ from spectra import CLASSICS, SINGULAR, SPECTRA, gaussian, prescribed, singular_
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.backends.triton_backend import TritonBackend
 from kappa_fast.results.statistics import OF_SPECTRUM, Statistics
-from kappa_fast.spectrum import ladder
+from kappa_fast.spectrum import ladder, small
 from kappa_fast.spectrum.ladder import resolve
 from kappa_fast.spectrum.resolution import Goal, Resolution
 from kappa_fast.spectrum.statistics import by_shape, gaussian_flatness
@@ -121,6 +121,54 @@ def test_the_interval_of_the_flatness_holds_for_any_spectrum(spectrum, kappa, sh
     assert found.statistics.flatness_upper - found.statistics.flatness_lower < 1e-2, found
 
 
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(40, 20), (34, 34)])
+@pytest.mark.parametrize("wrong", [0.0, 1e-9, 1e-4])
+def test_a_wrong_factor_or_wrong_eigenvalues_widen_the_interval_of_small_matrices(spectrum, shape, wrong, monkeypatch):
+    """LAPACK is not trusted: the residual of the factor that the determinant comes from is measured."""
+    weight = prescribed(spectrum, *shape, 100.0, seed=5).matrix
+    flatness = flatness_of(singular_values(weight))
+    real, eigenvalues, calls = torch.linalg.cholesky_ex, torch.linalg.eigvalsh, []
+
+    def factor(matrix, **options):
+        found = real(matrix, **options)
+        if not calls:  # the first panel of the factor that is not shifted
+            found.L[:, 3, 3] *= 1 + wrong
+        calls.append(1)
+        return found
+
+    def spoiled(matrix, **options):
+        return eigenvalues(matrix, **options) * (1 + wrong)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", factor)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", spoiled)
+    (operand,) = BACKEND.prepare([weight])
+    (found,) = small.resolve_small([operand], [weight.dtype], GOAL)
+    assert calls
+    if found is None:
+        assert wrong  # it is left to the ladder
+        return
+    known = found.statistics
+    assert known.flatness_lower <= flatness <= known.flatness_upper, (mp.nstr(flatness, 17), known)
+    assert found.lower <= 100 * (1 + 1e-9)
+    width = known.flatness_upper - known.flatness_lower
+    assert width < 1e-7 or wrong
+    assert width >= wrong / len(weight.T)  # as much as the pivot moved the estimate
+
+
+def test_where_the_factor_fails_a_small_matrix_is_left_to_the_ladder(monkeypatch):
+    weight = trained_like(60, 30)
+    real, calls = small._factor_shifted, []
+
+    def failing(shifted, shift):
+        factor, defect = real(shifted, shift)
+        calls.append(1)
+        return factor, defect + (math.inf if len(calls) == 1 else 0.0)
+
+    monkeypatch.setattr(small, "_factor_shifted", failing)
+    assert small.resolve_small(BACKEND.prepare([weight]), [weight.dtype], GOAL) == [None]
+
+
 @pytest.mark.parametrize("name", SINGULAR)
 def test_a_singular_matrix_has_a_flatness_of_minus_infinity(name):
     weight = SINGULAR[name]()
@@ -167,6 +215,18 @@ def test_scaling_changes_the_norm_alone():
         if item.name not in ("frobenius", *OF_SPECTRUM):
             given = getattr(scaled.statistics, item.name)
             assert given == pytest.approx(getattr(found.statistics, item.name), rel=1e-9), item.name
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (300, 200), (60, 60)])
+def test_only_what_exceeds_the_largest_number_is_infinite(shape):
+    weight = trained_like(*shape)
+    weight *= 2.0**1020 / float(weight.abs().max())
+    found, small_one = one(weight).statistics, one(weight * 2.0**-1000).statistics
+    exact = mp.sqrt(mp.fsum(mp.mpf(x) ** 2 for x in weight.flatten().tolist()))
+    largest = mp.mpf(2) ** 1024
+    assert found.frobenius == (math.inf if exact >= largest else pytest.approx(float(exact), rel=1e-6))
+    for name in ("stable_rank", "demmel", "flatness", "flatness_by_shape"):
+        assert getattr(found, name) == pytest.approx(getattr(small_one, name), rel=1e-9), name
 
 
 @pytest.mark.slow
