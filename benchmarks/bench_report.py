@@ -33,6 +33,8 @@ ACTIONS = {
                  e.dispatchEvent(new Event("input"))""",
     "move the cut": """const c = document.getElementById("cut-slider"); c.value = 300;
                        c.dispatchEvent(new Event("input"))""",
+    "another statistic": """const c = document.getElementById("shown"); c.value = "flatness";
+                            c.dispatchEvent(new Event("change"))""",
     "unfold a layer": "document.querySelector('.cell[aria-expanded]').click()",
 }
 
@@ -74,6 +76,14 @@ def _entry(layer: int, expert: int, projection: str, kappa: float, rng: random.R
         method="cholesky32",
         sensitivity=0.01 * rng.random(),
         status="ok",
+        frobenius=sigma_min * (norm := 45 * (1 + rng.random())),
+        stable_rank=1 + 1000 * rng.random(),
+        demmel=norm,
+        participation_ratio=1 + 2000 * rng.random(),
+        flatness=(flatness := -rng.random()),
+        flatness_lower=flatness - 1e-5,
+        flatness_upper=flatness,
+        flatness_by_shape=-100 * rng.random(),
     )
 
 

@@ -13,7 +13,7 @@ from ..results.scores import score_of
 from ..results.serialize import thaw
 from .colors import viridis
 from .grid import color_range, make_grid
-from .shown import KAPPA, Shown
+from .shown import Shown
 from .skipped import by_reason
 from .thresholds import thresholds
 
@@ -109,7 +109,7 @@ def _columns(entries: Iterable[TensorKappa], tables: dict[str, list[Any]]) -> di
 
 
 def _statistics(entries: Iterable[TensorKappa], choices: Iterable[Shown]) -> dict[str, list[Any]]:
-    names = [each.name for each in choices if each != KAPPA]
+    names = [each.name for each in choices if each.name not in _NUMBERS]  # these have columns of their own
     return {name: [_rounded(getattr(entry, name)) for entry in entries] for name in names}
 
 

@@ -538,6 +538,8 @@ def test_a_statistic_can_be_chosen_for_colors_curve_and_histogram(browser, tmp_p
     page.select_option("#shown", "stable_rank")
     assert cells()[:4] == ["1.00", "2.00", "4.00", "8.00"]
     assert page.inner_text("#legend").split("\n")[:4] == ["stable rank", "1.00", "11.3", "128"]
+    page.select_option("#shown", "sensitivity")
+    assert cells()[:2] == ["0.0100", "0.0100"]
     page.select_option("#shown", "kappa")
     assert cells()[:3] == ["10.0", "11.0", "12.0"]
     assert page.locator("#map .cell").evaluate_all("all => all.map((cell) => cell.style.backgroundColor)") == colors

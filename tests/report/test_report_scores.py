@@ -86,7 +86,6 @@ def test_the_page_offers_what_the_entries_have_and_begins_with_the_score():
         "stable_rank": [2.0, 3.0, 4.0, 5.0],
         "flatness": [-0.5, -1.0, -1.5, -2.0],
         "frobenius": [1.0] * 4,
-        "sensitivity": [0.01] * 4,
     }
     assert page_data(ranking, None, "stable_rank")["shown"]["first"] == "stable_rank"
     assert page_data(Ranking([make_entry()]), None)["shown"] == {

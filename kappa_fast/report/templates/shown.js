@@ -8,7 +8,7 @@ const hasShown = (i) => !Number.isNaN(shown.values[i]);
 
 function valuesOf(name) {
   if (name === "kappa") return Float64Array.from(positions, (i) => (hasFiniteKappa(i) ? ranking.kappa[i] : NaN));
-  return Float64Array.from(raw.entries.statistics[name], (value, i) => {
+  return Float64Array.from(raw.entries.statistics[name] ?? raw.entries[name], (value, i) => {
     const isRegular = statusOf(i) === "ok" || statusOf(i) === "scored";
     const isOnScale = typeof value === "number" && (value > 0 || !choices.get(name)); // inf is a text
     return isRegular && isOnScale ? value : NaN;
