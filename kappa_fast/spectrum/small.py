@@ -59,6 +59,7 @@ CANCELLED = 1e-3  # of what was multiplied: what is left then is not orthogonal 
 RESIDUAL = 0.25  # a residual (of the largest Ritz value) below this share of sqrt(rtol) is small enough
 PLACED = 1.5  # how many rtol (of sigma^2) t and T are placed beyond estimates by Lanczos steps
 SOLVES = 3
+BELOW_ESTIMATE = 0.5  # of sigma_n^2, where nothing but statistics without it is wanted
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -105,7 +106,7 @@ def resolve_small(operands: Sequence[Operand], dtypes: Sequence[torch.dtype], go
     with contextlib.closing(each_on_one_thread(resolve_batch, shared)) as finished:
         for which, resolutions in itertools.chain(finished, ((which, resolve_batch(which)) for which in rest)):
             for i, resolution in zip(which, resolutions, strict=True):
-                if resolution is not None and resolution.half_width <= goal.rtol:
+                if resolution is not None and (resolution.half_width <= goal.rtol or not goal.ends):
                     found[i] = resolution
     return found
 
@@ -185,6 +186,9 @@ def _resolve_batch(operands: Sequence[Operand], dtypes: Sequence[torch.dtype], g
     placed = _placed_by_lanczos if n >= KRYLOV_FROM and goal.rtol >= KRYLOV_RTOL else _placed_by_eigenvalues
     room = g.clone()  # of one factor after the other: new memory costs as much as some of the work
     plain, unproven = _factor_shifted(room, torch.zeros_like(trace))
+    if not goal.ends:
+        volumes = _Volumes.of(plain, unproven + unknown, g)
+        return _without_ends(a.shape, g, plain, volumes, trace, unknown, resolved, goal.rtol)
     ends = placed(g, plain, resolved, goal.rtol)
     if ends is None:
         return [None] * len(operands)
@@ -213,6 +217,34 @@ def _resolve_batch(operands: Sequence[Operand], dtypes: Sequence[torch.dtype], g
         certified = goal.certify and operands[i].exact
         known = statistics.of_gram(a.shape, volumes.one(i, lowest[i]), norms[i], (largest, smallest))
         results.append(Resolution("ok", kappa, below, above, largest, smallest, METHOD, certified, moved, known))
+    return results
+
+
+def _without_ends(
+    shape: tuple[int, int],
+    g: Tensor,
+    plain: Tensor,
+    volumes: _Volumes,
+    trace: Tensor,
+    unknown: Tensor,
+    resolved: Tensor,
+    rtol: float,
+) -> list[Resolution | None]:
+    """The statistics that need no end of the spectrum. A bound of sigma_n^2 far below it does for them: it only has to
+    lie above all rounding. The other arguments are those of _resolve_batch.
+    """
+    x = _iterated(plain, _start(shape[1], 2)[:, :1].expand(len(g), -1, -1))
+    shift = torch.linalg.vector_norm(torch.bmm(torch.tril(plain).mT, x), dim=1)[:, 0].square() * BELOW_ESTIMATE
+    _, defect = _factor_shifted(g, shift)
+    lowest = (shift - (defect + unknown) * OUT - shift.abs() * 4 * U).tolist()
+    hopeful, norms, nan = (resolved < rtol * shift).tolist(), trace.sqrt().tolist(), math.nan
+    results: list[Resolution | None] = []
+    for i, low in enumerate(lowest):
+        if not (hopeful[i] and low > 0 and volumes.errors[i] < math.inf):
+            results.append(None)
+            continue
+        known = statistics.of_gram(shape, volumes.one(i, low), norms[i], (nan, nan))
+        results.append(Resolution("bounded", nan, 1.0, math.inf, nan, nan, METHOD, statistics=known))
     return results
 
 

@@ -73,7 +73,7 @@ def of_factor(
 
 
 def of_gram(shape: tuple[int, int], volume: tuple[float, float, float], norm: float, ends: Interval) -> Statistics:
-    """The statistics of a small matrix from its float64 Gram matrix G; ends: sigma_max and sigma_min.
+    """The statistics of a small matrix from its float64 Gram matrix G; ends: sigma_max and sigma_min, nan if unknown.
 
     volume: the mean logarithm of the singular values, a bound on its error, and ||G||_F.
     """
@@ -83,9 +83,9 @@ def of_gram(shape: tuple[int, int], volume: tuple[float, float, float], norm: fl
     error += GRAM_NORM_ERROR
     return Statistics(
         frobenius=norm,
-        stable_rank=max(1.0, (norm / ends[0]) ** 2),
+        stable_rank=max(1.0, (norm / ends[0]) ** 2) if ends[0] > 0 else None,
         participation_ratio=participation(n, norm, gram),
-        demmel=norm / ends[1],
+        demmel=norm / ends[1] if ends[1] > 0 else None,
         **_flatness(shape, flatness, flatness - error, flatness + error),
     )
 

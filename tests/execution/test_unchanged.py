@@ -108,10 +108,10 @@ def test_nothing_is_left_behind_by_a_failing_probe(way, monkeypatch):
         rank(model, top=1)
 
 
-@pytest.mark.parametrize("option", ["progress", "score"])
-def test_nor_by_a_callable_that_fails(option, way):
+@pytest.mark.parametrize(("option", "error"), [("progress", RuntimeError), ("score", kappa_fast.OptionError)])
+def test_nor_by_a_callable_that_fails(option, error, way):
     model = Busy()
-    with nothing_changes(model), pytest.raises(RuntimeError, match="the library is broken"):
+    with nothing_changes(model), pytest.raises(error, match="the library is broken"):
         rank(model, **{option: broken})
 
 

@@ -156,6 +156,30 @@ def test_a_wrong_factor_or_wrong_eigenvalues_widen_the_interval_of_small_matrice
     assert width >= wrong / len(weight.T)  # as much as the pivot moved the estimate
 
 
+@pytest.mark.parametrize("kappa", [1.0, 100.0, 1e4, 1e7])
+@pytest.mark.parametrize("shape", [(40, 20), (34, 34), (60, 50)])
+def test_small_matrices_have_the_same_flatness_without_both_ends(kappa, shape):
+    weights = [prescribed(spectrum, *shape, kappa, seed=7).matrix for spectrum in SPECTRA]
+    goal = Goal(1e-2, ends=False, statistics=("flatness",))
+    operands = BACKEND.prepare(weights)
+    founds = small.resolve_small(operands, [torch.float64] * len(weights), goal)
+    if kappa <= 100:
+        assert None not in founds
+    for weight, operand, found in zip(weights, operands, founds, strict=True):
+        if found is None:
+            continue
+        assert (found.status, found.method) == ("bounded", "gram64")
+        known, flatness = found.statistics, flatness_of(singular_values(weight))
+        assert known.flatness_lower <= flatness <= known.flatness_upper, (mp.nstr(flatness, 17), known)
+        assert known.flatness_upper - known.flatness_lower < 1e-2
+        assert (known.stable_rank, known.demmel) == (None, None)
+        norm = math.ldexp(float(torch.linalg.matrix_norm(weight)), -operand.exponent)
+        assert known.frobenius == pytest.approx(norm, rel=1e-9)
+        assert known.participation_ratio == pytest.approx(one(weight).statistics.participation_ratio, rel=1e-6)
+    alone = [small.resolve_small([operand], [torch.float64], goal)[0] for operand in operands]
+    assert [f and f.statistics for f in alone] == [f and f.statistics for f in founds]
+
+
 def test_where_the_factor_fails_a_small_matrix_is_left_to_the_ladder(monkeypatch):
     weight = trained_like(60, 30)
     real, calls = small._factor_shifted, []
