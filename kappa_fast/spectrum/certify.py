@@ -25,14 +25,12 @@ import torch
 from ..backends.base import Backend, ExactProducts, Operand, Tensor
 from ..machine.torch_state import is_exact
 from . import shifted
+from .shifted import OUT, TINY, U
 
 if TYPE_CHECKING:
     from .resolution import Resolution
 
-U = 2.0**-53
 U32 = 2.0**-24
-OUT = 1 + 1e-5  # covers the rounding of scalars, of square roots, and of sums of up to 1e10 terms of one sign
-TINY = 1e-280  # more than all underflows of one product together
 OUT_ULP = 1 + 4 * U
 # With such bounds all underflows in float32 are off by less than TINY32 times the bound together, flushed to zero or
 # not: 2^-126 for each of up to n products of n^2 entries, n up to 2^17, and for each entry that was converted.

@@ -23,9 +23,10 @@ import torch
 from ..backends.base import Operand, Tensor
 from ..machine.threads import each_on_one_thread, fits_one_thread
 from . import statistics
-from .certify import OUT, OUT_ULP, TINY, U, gamma
+from .certify import OUT_ULP, gamma
 from .polish import binade_totals, ratio_bound, sensitivity
 from .resolution import Goal, Resolution
+from .shifted import OUT, TINY, U, factor_batch
 
 METHOD = "gram64"
 # Columns from which the ladder is faster: 2048 x 512 takes 41 ms here and 45 to 50 there, 3072 x 768 takes 91 to 98 and
@@ -43,10 +44,6 @@ NARROW_ENTRIES, WIDE_ROWS = 1 << 15, 1024
 # multiples of 24 columns: the lower triangle of a 1536 x 384 Gram matrix takes 0.69 of the full product with panels of
 # 96 columns, and 0.96 with 128.
 ALONE, PANEL, WIDE_PANEL = 128, 96, 288
-# Columns of a panel of a factor that measures its residual. That of a diagonal block takes more than its factor, so
-# narrow panels are faster: 64 x 64 takes 33 us with panels of 24 and 49 as a whole, 208 x 208 takes 471 with 48 and
-# 604 with 96.
-WHOLE, NARROW_FACTOR, FACTOR = 32, 24, 48
 BATCH_ENTRIES = 1 << 17  # entries of the matrices of one batch
 HELD_ENTRIES = 1 << 20  # entries up to which a matrix is converted as a whole
 # Libraries round by the alignment, so matrices share a batch only if each begins at a cache line, of 8 float64 numbers.
@@ -170,12 +167,6 @@ def _panel(n: int) -> int:
     return PANEL if n < BELOW else WIDE_PANEL
 
 
-def _factor_panel(n: int) -> int:
-    if n <= WHOLE:
-        return n
-    return NARROW_FACTOR if n <= ALONE else FACTOR if n < BELOW else WIDE_PANEL
-
-
 def _resolve_batch(operands: Sequence[Operand], dtypes: Sequence[torch.dtype], goal: Goal) -> list[Resolution | None]:
     a = _Batch(operands)
     n = a.shape[1]
@@ -185,7 +176,7 @@ def _resolve_batch(operands: Sequence[Operand], dtypes: Sequence[torch.dtype], g
     resolved = unknown + 2 * gamma(n + 2) * trace  # an eigenvalue can be proven about so closely
     placed = _placed_by_lanczos if n >= KRYLOV_FROM and goal.rtol >= KRYLOV_RTOL else _placed_by_eigenvalues
     room = g.clone()  # of one factor after the other: new memory costs as much as some of the work
-    plain, unproven = _factor_shifted(room, torch.zeros_like(trace))
+    plain, unproven = factor_batch(room, torch.zeros_like(trace))
     if not goal.ends:
         volumes = _Volumes.of(plain, unproven + unknown, g)
         return _without_ends(a.shape, g, plain, volumes, trace, unknown, resolved, goal.rtol)
@@ -193,10 +184,10 @@ def _resolve_batch(operands: Sequence[Operand], dtypes: Sequence[torch.dtype], g
     if ends is None:
         return [None] * len(operands)
     volumes = _Volumes.of(plain, unproven + unknown, g)
-    factor, defect = _factor_shifted(torch.neg(g, out=room), -ends.bound)
+    factor, defect = factor_batch(torch.neg(g, out=room), -ends.bound)
     highest = (ends.bound * OUT_ULP + (defect + unknown) * OUT).tolist()
     top = _iterated(factor, ends.top)
-    factor, defect = _factor_shifted(g, ends.shift)
+    factor, defect = factor_batch(g, ends.shift)
     lowest = (ends.shift - (defect + unknown) * OUT - ends.shift.abs() * 4 * U).tolist()
     right = torch.cat([top, _iterated(factor, ends.bottom)], dim=2)
     left = a.images(right)
@@ -235,7 +226,7 @@ def _without_ends(
     """
     x = _iterated(plain, _start(shape[1], 2)[:, :1].expand(len(g), -1, -1))
     shift = torch.linalg.vector_norm(torch.bmm(torch.tril(plain).mT, x), dim=1)[:, 0].square() * BELOW_ESTIMATE
-    _, defect = _factor_shifted(g, shift)
+    _, defect = factor_batch(g, shift)
     lowest = (shift - (defect + unknown) * OUT - shift.abs() * 4 * U).tolist()
     hopeful, norms, nan = (resolved < rtol * shift).tolist(), trace.sqrt().tolist(), math.nan
     results: list[Resolution | None] = []
@@ -375,41 +366,6 @@ def _orthogonalize_cancelled(block: Tensor, known: Tensor, coupling: Tensor, coe
         for _ in range(2):
             rest = block[i] - known[i] @ (known[i].T @ block[i])
             block[i] = torch.linalg.qr(rest).Q
-
-
-def _factor_shifted(shifted: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors L of M = shifted - shift I, and bounds (b,) on ||M - L L^T||_2 with all rounding, inf without a factor.
-
-    shifted: symmetric (b, n, n); its memory becomes that of L, whose entries above the diagonal are undefined. What a
-    block column of M leaves after all earlier ones is at hand when it is factored, so its residual costs a product with
-    the diagonal block alone. Every entry of M - L L^T is a sum whose terms are rounded n + 2 times at most.
-    """
-    n = shifted.shape[1]
-    diagonal = shifted.diagonal(dim1=1, dim2=2)
-    diagonal -= shift[:, None]
-    formed = U * diagonal.abs().amax(dim=1)
-    left, size = torch.zeros_like(shift), torch.zeros_like(shift)  # ||M - L L^T||_F^2 as computed, and ||L||_F^2
-    sound = torch.ones_like(shift, dtype=torch.bool)
-    panel = _factor_panel(n)
-    for start in range(0, n, panel):
-        stop = min(start + panel, n)
-        rest = shifted[:, start:, start:stop]
-        if start:
-            rest = torch.baddbmm(rest, shifted[:, start:, :start], shifted[:, start:stop, :start].mT, alpha=-1)
-        head, tail = rest[:, : stop - start], rest[:, stop - start :]
-        d, info = torch.linalg.cholesky_ex(head)
-        sound &= info == 0
-        left += torch.linalg.matrix_norm(torch.baddbmm(head, d, d.mT, alpha=-1)).square()
-        size += torch.linalg.matrix_norm(d).square()
-        if stop < n:
-            below = torch.linalg.solve_triangular(d.mT, tail, upper=True, left=False)
-            left += 2 * torch.linalg.matrix_norm(torch.baddbmm(tail, below, d.mT, alpha=-1)).square()
-            size += torch.linalg.matrix_norm(below).square()
-            shifted[:, stop:, start:stop] = below
-        shifted[:, start:stop, start:stop] = d
-    residual = left.sqrt()
-    defect = (residual + gamma(n + 2) * (2 * size + residual) + formed) * OUT + TINY
-    return shifted, torch.where(sound & torch.isfinite(defect), defect, math.inf)
 
 
 def _iterated(factor: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from spectra import contains, gaussian, hilbert, kappa_of, prescribed
 
 from kappa_fast.backends.torch_backend import TorchBackend, prepare_one
-from kappa_fast.spectrum import small
+from kappa_fast.spectrum import shifted, small
 from kappa_fast.spectrum.ladder import resolve
 from kappa_fast.spectrum.resolution import Goal
 
@@ -98,7 +98,7 @@ def test_bounds_on_the_residual_hold_exactly(n):
     a = gaussian(n + 3, n, n)
     g = a.T @ a
     shift = torch.linalg.eigvalsh(g)[:1] * 0.9
-    factor, defect = small._factor_shifted(g[None].clone(), shift)
+    factor, defect = shifted.factor_batch(g[None].clone(), shift)
     exact = [[Fraction(x) for x in row] for row in torch.tril(factor[0]).tolist()]
     squares = 0.0
     for i in range(n):

@@ -182,14 +182,14 @@ def test_small_matrices_have_the_same_flatness_without_both_ends(kappa, shape):
 
 def test_where_the_factor_fails_a_small_matrix_is_left_to_the_ladder(monkeypatch):
     weight = trained_like(60, 30)
-    real, calls = small._factor_shifted, []
+    real, calls = small.factor_batch, []
 
     def failing(shifted, shift):
         factor, defect = real(shifted, shift)
         calls.append(1)
         return factor, defect + (math.inf if len(calls) == 1 else 0.0)
 
-    monkeypatch.setattr(small, "_factor_shifted", failing)
+    monkeypatch.setattr(small, "factor_batch", failing)
     assert small.resolve_small(BACKEND.prepare([weight]), [weight.dtype], GOAL) == [None]
 
 
