@@ -57,7 +57,7 @@ import json, sys
 from copied import aot
 
 found = [i for i in aot.instances("sm_90", False) if sys.argv[1] in i.name.replace("ELEMENT=bf16", "ELEMENT=*")]
-(chosen,) = [i for i in found if i.expected and i.constants.get("INNER", 1) == 1 and "=fp" not in i.name
+chosen, *_ = [i for i in found if i.expected and i.constants.get("INNER", 1) == 1 and "=fp" not in i.name
              and not i.constants.get("FLOAT8") and not i.constants.get("BINADES") and i.constants.get("BITS") != 8]
 print(json.dumps(aot.compile_one(chosen, "sm_90").error))
 """

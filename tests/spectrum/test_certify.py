@@ -234,6 +234,28 @@ def test_the_preconditioned_bound_never_exceeds_the_smallest_singular_value(spec
         assert proven >= float(true) * (1 - 1e-2)
 
 
+@pytest.mark.parametrize("kappa", [1e2, 1e5, 1e7, 1e9])
+@pytest.mark.parametrize("spectrum", ["geometric", "one small", "clustered"])
+@pytest.mark.parametrize("off", [0.0, 1e-9, 1e-3], ids=str)
+def test_a_factor_of_the_gram_matrix_preconditions_or_is_replaced(spectrum, kappa, off):
+    """Off: the Gram matrix is wrong by so much of its norm, which the proof must not believe."""
+    a = operand(prescribed(spectrum, 24, 24, kappa).matrix)
+    true = singular_values(a.tensor)[-1]
+    product = gram_with_error(BACKEND, a)
+    product.lower.diagonal().add_(off * product.trace)
+    proven = preconditioned_smallest(BACKEND, a, float(true), 1e-3, product)
+    assert mp.mpf(proven) <= true
+    assert proven >= float(true) * (1 - 1e-2)
+
+
+def test_the_factor_of_a_good_gram_matrix_saves_the_qr(monkeypatch):
+    a = operand(prescribed("geometric", 24, 24, 1e4).matrix)
+    true = float(singular_values(a.tensor)[-1])
+    product = gram_with_error(BACKEND, a)
+    monkeypatch.setattr(torch.linalg, "qr", lambda *_, **__: pytest.fail("QR is not needed"))
+    assert true * (1 - 1e-3) <= preconditioned_smallest(BACKEND, a, true, 1e-3, product) <= true
+
+
 @pytest.mark.parametrize("lie", [1e-6, 0.1, 0.999, 1.001, 10.0, 1e6])
 def test_the_preconditioned_bound_survives_a_wrong_estimate(lie):
     a = operand(hilbert(8))
