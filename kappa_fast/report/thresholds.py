@@ -100,19 +100,21 @@ def _steps_of_params(pool: Pool, known: Sequence[Unit]) -> list[Step]:
             steps.append((sums[k], Cut((), False)))
             continue
         reduced = Pool((*last, *stop, *chain(*rest.values())), tuple(chain(*bounded.values())), 0, 0)
-        sizes = {size for size, _ in (*rest, *bounded) if not stop or size < stop[0].numel}
+        sizes = {size for size, *_ in (*rest, *bounded) if not stop or size < stop[0].numel}
         for left in sorted({0, *sizes}, reverse=True):
             steps.append((sums[k] + left, cut_by_params(reduced, sum(unit.numel for unit in last) + left)))
     return steps[::-1]
 
 
-class Extremes(dict[tuple[int, str], tuple[Unit, ...]]):
-    """By size and status the units that may come first: by the lower and by the upper end of the interval."""
+class Extremes(dict[tuple[int, str, bool], tuple[Unit, ...]]):
+    """By size, status and whether they are proven to be singular the units that may come first: by the lower and by
+    the upper end of the interval."""
 
     def add(self, units: Iterable[Unit]) -> None:
         for unit in units:
-            alike = (*self.get((unit.numel, unit.status), ()), unit)
-            self[unit.numel, unit.status] = min(alike, key=first_place), min(alike, key=last_place)
+            kind = unit.numel, unit.status, unit.is_singular
+            alike = (*self.get(kind, ()), unit)
+            self[kind] = min(alike, key=first_place), min(alike, key=last_place)
 
 
 def _latest(units: Sequence[Unit]) -> list[Unit]:

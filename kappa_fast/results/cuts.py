@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 from .units import Unit
 
+Place = tuple[bool, float, str]  # in the order of a ranking: whether singular, the score, the key
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -113,7 +115,10 @@ def cut_by_params(pool: Pool, budget: int, fill: bool = False) -> Cut:
             every = len(pool.ranked) + len(pool.bounded)
             return Cut((), False, needed=every if fill else len(known) + further)
     rest = pool.without(chosen)
-    certain = _filling_is_certain(known, budget) if fill else separated(chosen, rest) and _stop_is_certain(rest, left)
+    if fill:  # whatever may be of full rank takes part
+        certain = _filling_is_certain([*known, *(unit for unit in rest if unit.is_unsure)], budget)
+    else:
+        certain = separated(chosen, rest) and _stop_is_certain(rest, left)
     return Cut(tuple(chosen), certain, unfit=tuple(unfit))
 
 
@@ -143,14 +148,15 @@ def cut_by_all(pool: Pool, cuts: Sequence[Callable[[Pool], Cut]], max_kappa: flo
 
 def _filling_is_certain(known: Sequence[Unit], budget: int) -> bool:
     """Whether exact kappas would take the same units: in each run of units with overlapping intervals all fit, or not
-    even the smallest one does, so that their order does not matter."""
+    even the smallest one does, so that their order does not matter. One that may be singular must not fit."""
     left = budget
-    reach: tuple[float, str] = (-math.inf, "")
+    reach: Place = (False, -math.inf, "")
     run: list[Unit] = []
     for unit in [*sorted(known, key=first_place), None]:
         if unit is None or not run or first_place(unit) > reach:
             sizes = [other.numel for other in run]
-            if run and sum(sizes) > left >= min(sizes) and len(run) > 1:
+            open_ = (sum(sizes) > left and len(run) > 1) or any(other.is_unsure for other in run)
+            if run and left >= min(sizes) and open_:
                 return False
             left -= sum(sizes) if sum(sizes) <= left else 0
             run = []
@@ -178,30 +184,31 @@ def separated(chosen: Sequence[Unit], rest: Sequence[Unit]) -> bool:
 
 
 def possibly_next(pool: Pool, budget: int, fill: bool) -> list[Unit]:
-    """The units of full rank of which each may be the first that ``budget`` weights do not take, as far as intervals
+    """The units of which each may be the first of full rank that ``budget`` weights do not take, as far as intervals
     tell; a unit that is only bounded may be one."""
     cut = cut_by_params(pool, budget, fill)
-    rest = [unit for unit in pool.without(cut.chosen if cut.certain else ()) if unit.status != "rank_deficient"]
+    rest = [unit for unit in pool.without(cut.chosen if cut.certain else ()) if not unit.is_singular]
     if not cut.certain:
         return rest
-    earliest = min(map(last_place, rest), default=(math.inf, ""))
+    earliest = min(map(last_place, rest), default=(True, math.inf, ""))
     return [unit for unit in rest if first_place(unit) <= earliest]
 
 
-def first_place(unit: Unit) -> tuple[float, str]:
-    """The earliest place that the score of a unit allows."""
-    return unit.score_lower, unit.key
+def first_place(unit: Unit) -> Place:
+    """The earliest place that the score of a unit allows, and its rank: singular units come after all others."""
+    return unit.is_singular, unit.score_lower, unit.key
 
 
-def last_place(unit: Unit) -> tuple[float, str]:
-    """The latest place that the score of a unit allows."""
-    return unit.score_upper, unit.key
+def last_place(unit: Unit) -> Place:
+    """The latest place that the score of a unit allows, and its rank."""
+    return (True, math.inf, unit.key) if unit.is_unsure else (unit.is_singular, unit.score_upper, unit.key)
 
 
 def _stop_is_certain(rest: Sequence[Unit], left: int) -> bool:
     """Whether some unit that does not fit certainly comes before all units that do."""
-    fitting = [unit for unit in rest if unit.numel <= left and unit.status != "rank_deficient"]
+    fitting = [unit for unit in rest if unit.numel <= left and not unit.is_singular]
     if not fitting:
         return True
     first = min(map(first_place, fitting))
-    return any(unit.numel > left and last_place(unit) < first for unit in rest)
+    full = [unit for unit in rest if unit.status != "rank_deficient"]
+    return any(unit.numel > left and last_place(unit) < first for unit in full)

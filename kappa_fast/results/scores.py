@@ -71,22 +71,25 @@ class NamedScore:
         """The interval that holds the true score; None where none is known.
 
         A singular matrix comes last whatever its score, as if that were inf: where it is proven to be singular this is
-        the interval, else it begins where the score of a matrix of full rank may lie.
+        the interval, else it begins where the score of a matrix of full rank may lie. Counts sort proven ones among
+        themselves, so these keep their interval.
         """
         lower, upper = {
             "kappa": (entry.lower, entry.upper),
             "flatness": (entry.flatness_lower, entry.flatness_upper),
         }.get(self.name, (None, None))
         singular = entry.status == "rank_deficient"
-        counted = getattr(entry, self.name) if self.name in COUNTED and not singular else None
+        counted = getattr(entry, self.name) if self.name in COUNTED else None
         if counted is not None and entry.outliers_undecided is not None:
             lower, upper = counted - entry.outliers_undecided, counted + entry.outliers_undecided
         if lower is None or upper is None:
             return None
         lower, upper = (-upper, -lower) if self.highest else (lower, upper)
-        if singular:
-            return math.inf if entry.lower == math.inf else lower, math.inf
-        return lower, upper
+        if not singular:
+            return lower, upper
+        if entry.lower < math.inf:
+            return lower, math.inf
+        return (math.inf, math.inf) if counted is None else (lower, upper)
 
 
 KAPPA = NamedScore("kappa")

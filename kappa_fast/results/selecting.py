@@ -234,6 +234,9 @@ def _cuts(pools: Sequence[Pool], given: Sequence[_Budget], params: int, fill: bo
     certain = all(
         len({u.numel for u in units}) == 1 or min(u.numel for u in units) > left for units in following.values()
     )
+    # What may be of full rank may come next where all else fits.
+    unsure = [unit for i, pool in enumerate(pools) if i not in over for unit in pool.ranked if unit.is_unsure]
+    certain = certain and all(unit.numel > left for unit in unsure)
 
     def nearness(i: int) -> float:
         return -(shares[i] - _numel(cuts[i])) / cuts[i].unfit[0].numel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ..errors import OptionError
@@ -48,6 +48,16 @@ class Unit:
     score_lower: float
     score_upper: float
     numel: int
+
+    @property
+    def is_singular(self) -> bool:
+        """Whether it is proven to be rank deficient."""
+        return self.status == "rank_deficient" and self.lower == math.inf
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether it may be rank deficient and may be of full rank, which float64 cannot tell."""
+        return self.status == "rank_deficient" and self.lower < math.inf
 
 
 def expert_of(entry: TensorKappa) -> str | None:
@@ -108,8 +118,9 @@ def _make_unit(key: str, members: tuple[TensorKappa, ...], by: NamedScore | None
         one = by.interval(members[0]) if by is not None and len(members) == 1 and known else None
         if one is not None:
             score_interval = one
-        elif known and all(entry.lower == entry.upper for entry in members):
-            score_interval = (score, score)
+        # The interval of a singular matrix is that of kappa alone: its other statistics are estimates.
+        elif known and (status != "rank_deficient" or math.isinf(score)):
+            score_interval = (score, score) if all(e.lower == e.upper for e in members) else score_interval
     return Unit(
         key=key,
         group=" + ".join(sorted({entry.group for entry in members})),
@@ -138,6 +149,8 @@ def _kappa_mean(members: Sequence[TensorKappa]) -> float:
 
 
 def _score_mean(key: str, members: Sequence[TensorKappa], by: NamedScore | None) -> float:
+    if by is not None and by.highest:  # minus the mean of the statistic itself
+        return -_score_mean(key, [replace(entry, score=-entry.score) for entry in members], NamedScore(by.name))
     scores = [entry.score for entry in members]
     if by is not None and by.name in LOGARITHMIC:
         infinite = [x for x in scores if math.isinf(x)]

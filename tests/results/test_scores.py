@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,6 +183,56 @@ def test_one_that_float64_cannot_tell_from_singular_leaves_a_cut_open_where_it_m
         for score in ("flatness", "-flatness", "-kappa"):
             assert Ranking([*regular, singular]).by(score).select(num_tensors=2).boundary_certain is certain, score
         assert Ranking([*regular, singular]).select(num_tensors=2).boundary_certain  # kappas end below 1e15
+
+
+def test_units_of_several_matrices_are_sorted_by_the_highest_statistic_too():
+    def expert(number: int, rank: float, flatness: float) -> kappa_fast.TensorKappa:
+        known = dict(stable_rank=rank, flatness=flatness, flatness_lower=flatness, flatness_upper=flatness)
+        return make_entry(f"layers.0.experts.{number}.w{rank}", 5.0, **known)
+
+    ranking = Ranking([expert(0, 2.0, -0.4), expert(0, 8.0, -0.1), expert(1, 3.0, -0.2), expert(1, 3.5, -0.2)])
+    for score, first in (("-stable_rank", "0"), ("stable_rank", "1"), ("-flatness", "1"), ("flatness", "0")):
+        chosen = ranking.by(score).select(num_tensors=1, unit="expert")
+        assert {entry.name.split(".")[3] for entry in chosen} == {first}, score
+
+
+@pytest.mark.parametrize("score", ["kappa", "-flatness", "outliers_above"])
+@pytest.mark.parametrize("options", [{}, {"fill": True}, {"per_group": True}, {"per_group": True, "fill": True}])
+def test_room_for_one_that_float64_cannot_tell_from_singular_leaves_a_cut_by_weights_open(score, options):
+    def entry(name: str, kappa: float, flatness: float, **fields: Any) -> kappa_fast.TensorKappa:
+        known = dict(flatness=flatness, flatness_lower=flatness, outliers_above=2, outliers_undecided=0)
+        return make_entry(name, kappa, **{"flatness_upper": flatness, **known, **fields})
+
+    regular = entry("a", 4.0, -0.5, shape=(16, 16))
+    for lower, budget, certain in ((1e15, 1600, False), (math.inf, 1600, True), (1e15, 1000, True)):
+        singular = entry("b", math.inf, -math.inf, lower=lower, flatness_upper=-0.6, shape=(64, 16), group="other")
+        chosen = Ranking([regular, singular]).by(score).select(max_params=budget, **options)
+        assert (chosen.keys, chosen.boundary_certain) == (("a",), certain), (lower, budget)
+
+
+def test_counts_of_singular_matrices_are_not_compared_with_those_of_full_rank():
+    def entry(name: str, kappa: float, above: int, **fields: Any) -> kappa_fast.TensorKappa:
+        return make_entry(name, kappa, outliers_above=above, outliers_undecided=0, **fields)
+
+    entries = [entry("a", 3.0, 1), entry("b", math.inf, 3, lower=math.inf), entry("c", math.inf, 0, lower=1e15)]
+    ranking = Ranking(entries).by("-outliers_above")
+    assert ranking.select(num_tensors=2).keys == ("a", "b")
+    assert not ranking.select(num_tensors=2).boundary_certain  # c comes before b if it is of full rank
+    assert Ranking(entries[:2]).by("-outliers_above").select(num_tensors=1).boundary_certain  # b is last in any case
+
+
+def test_statistics_of_singular_matrices_do_not_make_a_cut_between_them_certain():
+    def entry(name: str, rank: float, above: int, undecided: int) -> kappa_fast.TensorKappa:
+        known = dict(stable_rank=rank, outliers_above=above, outliers_below=0, outliers_undecided=undecided)
+        return make_entry(name, math.inf, lower=math.inf, **known)
+
+    for undecided, certain in ((4, False), (0, True)):
+        ranking = Ranking([entry("a", 2.0, 3, undecided), entry("b", 2.0001, 5, undecided)])
+        for score in ("outliers_above", "-outliers_above"):
+            assert ranking.by(score).select(num_tensors=1).boundary_certain is certain, score
+        assert not ranking.by("stable_rank").select(num_tensors=1).boundary_certain  # it may be 10% off
+        assert not ranking.by(lambda one: one.stable_rank).select(num_tensors=1).boundary_certain
+        assert ranking.select(num_tensors=1).boundary_certain
 
 
 def test_top_is_for_kappa_and_refused_where_it_saves_nothing(weights):
