@@ -105,8 +105,12 @@ class ResolutionQuery(Query[Resolution]):
     def answer(self, record: Record) -> Resolution | None:
         plain, proven = (self._measured(stored) for stored in (record.plain, record.proven))
         if not self.goal.ends:
-            known = plain or proven or self._measured(record.measured)
-            return None if known is None else known.resolution
+            # An interval of the flatness is wide where the rtol was: what another run had may not be narrow enough.
+            resolved = next((s.resolution for s in (plain, proven) if s is not None and s.serves(self.goal)), None)
+            measured = self._measured(record.measured)
+            if resolved is not None or measured is None or measured.rtol > self.goal.rtol:
+                return resolved
+            return measured.resolution
         if not self.goal.certify:
             if plain is not None and plain.serves(self.goal):
                 return plain.resolution
@@ -129,7 +133,7 @@ class ResolutionQuery(Query[Resolution]):
 
     def record_of(self, result: Resolution) -> Record:
         if result.status == "bounded":
-            return Record(measured=StoredResolution(result, 0.0))
+            return Record(measured=StoredResolution(result, self.goal.rtol))
         stopped = result.status == "ok" and result.half_width > self.goal.rtol and result.lower > self.goal.cutoff
         stored = StoredResolution(result, math.inf if stopped else self.goal.rtol)
         return Record(proven=stored) if self.goal.certify else Record(plain=stored)

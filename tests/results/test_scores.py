@@ -267,6 +267,22 @@ def test_a_cache_keeps_statistics_and_computes_what_it_lacks(weights, tmp_path):
     assert all(math.isfinite(entry.kappa) for entry in full if entry.status == "ok")
 
 
+def test_a_wide_interval_in_the_cache_does_not_stand_in_for_a_narrow_one(tmp_path):
+    left, right = (torch.linalg.qr(generated(rows, 200, rows)).Q for rows in (400, 200))
+    weights = {"w": (left * torch.logspace(0, -3, 200)) @ right.T}  # float32 resolves it for a large rtol alone
+
+    def width(ranking: Ranking) -> float:
+        return ranking[0].flatness_upper - ranking[0].flatness_lower
+
+    narrow = kappa_fast.rank(weights, score="flatness", progress=False)
+    for score in ("flatness", "kappa"):
+        wide = kappa_fast.rank(weights, score=score, rtol=0.9, cache=tmp_path / score, progress=False)
+        found = kappa_fast.rank(weights, score="flatness", cache=tmp_path / score, progress=False)
+        assert width(found) == width(narrow) < width(wide) / 10, score
+        again = kappa_fast.rank(weights, score="flatness", rtol=0.1, cache=tmp_path / score, progress=False)
+        assert again.metadata["cache"]["computed"] == 0
+
+
 def test_every_name_is_a_field_with_a_line_in_the_documentation():
     from pathlib import Path
 
