@@ -158,6 +158,8 @@ def of_values(shape: tuple[int, int], values: Values, smallest: Interval) -> Sta
     """The statistics of a matrix of full rank from all singular values; ``smallest`` are bounds of sigma_n above 0."""
     n = shape[1]
     low, high = np.maximum(values.low, smallest[0]), np.maximum(values.high, smallest[0])
+    least = int(values.estimates.argmin())  # whose own bounds are often wider, where a Gram matrix gave all values
+    high[least] = min(float(high[least]), smallest[1])
     found = np.minimum(np.maximum(values.estimates, low), high)
     squares = found * found
     total = float(squares.sum())

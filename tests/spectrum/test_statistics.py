@@ -109,6 +109,15 @@ def test_the_interval_of_the_flatness_holds_on_matrices_that_break_software(name
         assert known.flatness_upper - known.flatness_lower < 0.1
 
 
+def test_both_ends_of_a_tall_matrix_tell_its_flatness_where_its_gram_matrix_does_not():
+    weight = prescribed("geometric", 971, 2, 2e8, seed=4).matrix
+    found = one(weight)
+    flatness = flatness_of(singular_values(weight))
+    assert found.statistics.flatness_lower <= flatness <= found.statistics.flatness_upper
+    assert found.statistics.flatness_upper - found.statistics.flatness_lower < 2 * GOAL.rtol
+    assert abs(found.statistics.flatness - float(flatness)) < GOAL.rtol
+
+
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("kappa", [1, 1e4, 1e11])
 @pytest.mark.parametrize("shape", [(12, 7), (34, 33), (33, 33)])
