@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from .entries import TensorKappa
 from .orders import OrderName
-from .scores import score_of
+from .scores import KAPPA, score_of
+from .statistics import STATISTICS
 from .units import UnitName
 
 ROUNDING = 1e-9  # of statistics that have a least value
@@ -77,6 +78,18 @@ def contradicted_score(entries: Iterable[TensorKappa], metadata: Mapping[str, An
             other = f"{entry.score!r} where its {named} is {'not known' if value is None else repr(value)}"
             return f"it is ranked by {named}, and the score of {entry.key!r} is {other}"
     return None
+
+
+def with_called_score(entries: Sequence[TensorKappa], metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata, where the score of a callable of an older version is told from the one here with its name.
+
+    Versions without statistics wrote the plain name of a callable, and knew no score by name but kappa.
+    """
+    named = score_of(metadata)
+    unknown = all(getattr(entry, name) is None for entry in entries for name in STATISTICS)
+    if named is None or named == KAPPA or not unknown or contradicted_score(entries, metadata) is None:
+        return metadata
+    return {**metadata, "settings": {**metadata["settings"], "score": f"{named}()"}}
 
 
 def contradicted_budget(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from ..errors import OptionError, RankingFileError, missing_extra
 from . import consumers, serialize
-from .consistency import contradicted_score, wrong_metadata
+from .consistency import contradicted_score, with_called_score, wrong_metadata
 from .entries import Skipped, Status, TensorKappa
 from .orders import MatchName, OrderName
 from .scores import Score, scored, text_of
@@ -307,6 +307,7 @@ class Ranking(Sequence[TensorKappa]):
         metadata = serialize.get_object(document, "metadata", file)
         if (strange := wrong_metadata(metadata)) is not None:
             raise RankingFileError(f"{file}: {strange}; write it again with to_json()")
+        metadata = with_called_score(entries, metadata)
         if (wrong := contradicted_score(entries, metadata)) is not None:
             raise RankingFileError(f"{file} contradicts itself: {wrong}; write it again with to_json()")
         try:

@@ -153,6 +153,10 @@ def _called(score: Callable[[TensorKappa], float], entry: TensorKappa) -> float:
         value: object = score(entry)
     except Exception as error:
         raise OptionError(f"score() raised {type(error).__name__} for {entry.key!r}: {error}") from error
-    if not isinstance(value, Real) or math.isnan(value):  # numpy's numbers are Real
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan  # numpy's numbers are Real
+    except OverflowError:
+        raise OptionError(f"score() returned a number for {entry.key!r} that is too large for a float") from None
+    if math.isnan(number):
         raise OptionError(f"score() returned {value!r} for {entry.key!r}: it must return a number")
-    return float(value)
+    return number

@@ -256,6 +256,16 @@ def test_a_callable_with_the_name_of_a_score_is_told_from_it():
     assert ranking.metadata["settings"]["score"] == "flatness()"
 
 
+@pytest.mark.parametrize("name", ["stable_rank", "sensitivity"])
+def test_a_file_of_a_version_without_statistics_may_have_a_callable_with_the_name_of_a_score(name, tmp_path):
+    settings = {"settings": {"score": name}}
+    Ranking([make_entry("a", 5.0, score=3.0), make_entry("b", 4.0, score=7.0)], (), settings).to_json(tmp_path / "r")
+    found = Ranking.from_json(tmp_path / "r")
+    assert [(entry.key, entry.score) for entry in found] == [("a", 3.0), ("b", 7.0)]
+    assert found.metadata["settings"]["score"] == f"{name}()"
+    assert found.select(num_tensors=1).keys == ("a",)
+
+
 def test_a_cache_keeps_statistics_and_computes_what_it_lacks(weights, tmp_path):
     first = kappa_fast.rank(weights, score="-flatness", cache=tmp_path, progress=False)
     again = kappa_fast.rank(weights, score="-flatness", cache=tmp_path, progress=False)
@@ -299,6 +309,8 @@ def test_numbers_of_numpy_are_scores():
     assert [entry.key for entry in whole.by(lambda entry: -np.int64(entry.numel * entry.kappa))] == ["b", "a"]
     with pytest.raises(OptionError, match=r"score\(\) returned 1j for 'a': it must return a number"):
         whole.by(lambda entry: 1j)
+    with pytest.raises(OptionError, match=r"score\(\) returned a number for 'a' that is too large for a float"):
+        whole.by(lambda entry: 10**400)
 
 
 def test_a_selection_without_any_kappa_says_so():
