@@ -114,6 +114,8 @@ def _caveats(
             yield f"the {which} ranking has no intervals, so that no change is certain"
         if bounded := sum(entry.status == "bounded" for entry in ranking.entries):
             yield f"{bounded} matrices of the {which} ranking are only bounded (top=)"
+        if scored := sum(entry.status == "scored" for entry in ranking.entries):
+            yield f"{scored} matrices of the {which} ranking have no kappa, since its score needs none: rank with kappa"
     if reshaped:
         names = ", ".join(repr(a.key) for a, _ in reshaped[:SHOWN])
         yield f"{len(reshaped)} matrices have another shape in the second ranking and are left out, such as {names}"

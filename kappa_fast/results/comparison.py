@@ -15,6 +15,7 @@ from . import consumers, serialize
 from .entries import TensorKappa
 from .ranking import Ranking
 from .selection import Selection
+from .statistics import STATISTICS
 from .units import UnitName
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class Change:
         if b.upper < a.lower:
             return "down"
         same = (a.status, a.lower, a.upper) == (b.status, b.lower, b.upper)
+        if a.status == "scored":  # without kappa its statistics tell
+            return "identical" if same and _statistics(a) == _statistics(b) else "within"
         return "identical" if same and (a.kappa == b.kappa or a.status == "bounded") else "within"
 
     @property
@@ -148,9 +151,11 @@ class Comparison:
 
     @property
     def status_changes(self) -> tuple[Change, ...]:
-        """The changes of status, except to or from "bounded", which depends on how far a ranking was resolved."""
+        """The changes of status, except what depends on how far a ranking was resolved: to or from "bounded", and
+        between "ok" and "scored"."""
         statuses = [(change, {change.before.status, change.after.status}) for change in self.changes]
-        return tuple(change for change, both in statuses if len(both) > 1 and "bounded" not in both)
+        other = (change for change, both in statuses if len(both) > 1 and both != {"ok", "scored"})
+        return tuple(c for c in other if "bounded" not in (c.before.status, c.after.status))
 
     def moved(self, direction: Literal["up", "down"]) -> list[Change]:
         """The changes in which kappa rose or fell, by the certain and then by the estimated factor, largest first."""
@@ -327,6 +332,10 @@ def _encode(change: Change) -> dict[str, Any]:
         "before": known(change.before),
         "after": known(change.after),
     }
+
+
+def _statistics(entry: TensorKappa) -> list[float | None]:
+    return [getattr(entry, name) for name in STATISTICS]
 
 
 def _divided(a: float, b: float) -> float:

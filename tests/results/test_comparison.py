@@ -412,6 +412,22 @@ def test_what_the_digits_of_the_table_do_not_show_is_only_counted():
     assert "2 changed within their intervals" in text
 
 
+def test_rankings_without_kappa_say_so_and_are_identical_where_their_statistics_are():
+    def scored(name: str, flatness: float) -> kappa_fast.TensorKappa:
+        known = dict(lower=1.0, upper=math.inf, sigma_max=math.nan, sigma_min=math.nan, sensitivity=math.nan)
+        ends = dict(flatness_lower=flatness, flatness_upper=flatness)
+        return make_entry(name, math.nan, status="scored", score=flatness, flatness=flatness, **ends, **known)
+
+    one = Ranking([scored("a", -0.5), scored("b", -0.25)])
+    found = one.compare(Ranking([scored("a", -0.5), scored("b", -0.75)]), score="flatness")
+    assert [change.verdict for change in found] == ["identical", "within"]
+    assert [caveat[:56] for caveat in found.caveats] == [
+        "2 matrices of the first ranking have no kappa, since its",
+        "2 matrices of the second ranking have no kappa, since it",
+    ]
+    assert one.compare(Ranking([make_entry("a"), make_entry("b")])).status_changes == ()
+
+
 def test_names_of_strangers_are_escaped():
     nasty = "evil\x1b[31m\nname"
     text = str(ranking(nasty, "x").compare(Ranking([make_entry(nasty, 99.0)])))
