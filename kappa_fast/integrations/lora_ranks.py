@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import OptionError
+from ..results.budgets import is_count, is_number
 from ..results.entries import TensorKappa
 from ..results.scores import NamedScore
 
 RankBy = str | Callable[[TensorKappa], float]
-ROUNDS = 200  # of a bisection: more than the digits of a float64 number
+LEAST = 1e-100  # of a statistic that ranks are in proportion to, and 1 / LEAST is the most: ratios are float64 numbers
 
 
 def patterns(
@@ -22,10 +23,12 @@ def patterns(
 
     Ranks are as proportional to the statistic as whole numbers from 1 to the smaller side allow, and take together at
     most ``budget`` parameters, r (rows + columns) each; None is what rank ``r`` of the options takes for all. Alphas
-    are such that every adapter is scaled as one of rank ``r`` would be.
+    are such that every adapter is scaled as one of rank ``r`` would be. DoRA has a magnitude for each output beside
+    that, and ``lora_bias`` a bias; the larger side is counted for these, which is no less.
 
     Raises:
-        OptionError: the statistic is unknown, not positive or not known for a matrix, or the budget is too small.
+        OptionError: the statistic is unknown, not positive or not known for a matrix, r is not a count, or the budget
+            is too small.
     """
     for name in ("rank_pattern", "alpha_pattern"):
         if options.get(name):
@@ -34,8 +37,12 @@ def patterns(
     weights = {name: _weight(by, entry) for name, entry in entries.items()}
     sizes = {name: sum(entry.shape) for name, entry in entries.items()}
     most = {name: min(entry.shape) for name, entry in entries.items()}
-    whole = base * sum(sizes.values()) if budget is None else budget
-    ranks = _shared_out(weights, sizes, most, whole)
+    if not is_count(base):
+        raise OptionError(f"r={base!r}: give a count from 1 on")
+    per_output = options.get("use_dora") or options.get("lora_bias")
+    beside = sum(max(entry.shape) for entry in entries.values()) if per_output else 0
+    whole = base * sum(sizes.values()) + beside if budget is None else budget
+    ranks = _shared_out(weights, sizes, most, whole, beside)
     power = 0.5 if options.get("use_rslora") else 1.0
     keys = {name: f"^{re.escape(name)}" for name in entries}  # PEFT takes keys for the ends of names otherwise
     return {
@@ -46,22 +53,26 @@ def patterns(
 
 def _weight(by: RankBy, entry: TensorKappa) -> float:
     value: Any = by(entry) if callable(by) else NamedScore.of(by).value(entry)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not (is_number(value) and LEAST <= float(value) <= 1 / LEAST):
         what = "the callable of rank=" if callable(by) else repr(by)
         raise OptionError(
-            f"{what} gives {value!r} for {entry.key!r}, and a rank needs a positive finite number: use another "
-            "statistic, or rank the weights again with score='stable_rank'"
+            f"{what} gives {value!r} for {entry.key!r}, and a rank needs a positive finite number (from "
+            f"{LEAST:g} to {1 / LEAST:g}): use another statistic, or rank the weights again with score='stable_rank'"
         )
     return float(value)
 
 
 def _shared_out(
-    weights: Mapping[str, float], sizes: Mapping[str, int], most: Mapping[str, int], budget: int
+    weights: Mapping[str, float], sizes: Mapping[str, int], most: Mapping[str, int], budget: int, beside: int
 ) -> dict[str, int]:
-    """The largest ranks, proportional to the weights but for rounding, whose adapters take at most ``budget``."""
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < sum(sizes.values()):
+    """The largest ranks, proportional to the weights but for rounding, whose adapters take at most ``budget``.
+
+    beside: what adapters take whatever their ranks.
+    """
+    least = sum(sizes.values()) + beside
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < least:
         raise OptionError(
-            f"budget={budget!r}: adapters of rank 1 for all of the selection take {sum(sizes.values()):,} parameters: "
+            f"budget={budget!r}: adapters of rank 1 for all of the selection take {least:,} parameters: "
             "give at least that many, or select less"
         )
 
@@ -69,13 +80,12 @@ def _shared_out(
         return {name: max(1, min(most[name], math.floor(factor * weight))) for name, weight in weights.items()}
 
     def total(found: Mapping[str, int]) -> int:
-        return sum(rank * sizes[name] for name, rank in found.items())
+        return beside + sum(rank * sizes[name] for name, rank in found.items())
 
     low, high = 0.0, max(most[name] / weight for name, weight in weights.items())
     if total(ranks(high * (1 + 1e-9))) <= budget:  # all can have full rank
         return ranks(high * (1 + 1e-9))
-    for _ in range(ROUNDS):
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if total(ranks(middle)) <= budget else (low, middle)
     found = ranks(low)
     # What whole numbers have left goes to those that lack the most of a rank.

@@ -93,7 +93,8 @@ def _entries_of(
     """The entry of each module.
 
     Raises:
-        OptionError: a module or parameter has several, which would share one rank.
+        OptionError: a module or parameter has several, which would share one rank, or only a part of it is selected,
+            which is smaller than what PEFT adapts.
     """
     found: dict[str, list[TensorKappa]] = {}
     if model is None:
@@ -103,13 +104,17 @@ def _entries_of(
         from ..matching.names import match
 
         found = {plain_name(target.name): list(target.entries) for target in match(selection, model)}
-    several = parameters[0] if parameters else next((m for m in modules if len(found[f"{m}.weight"]) != 1), None)
+    several = parameters[0] if parameters else next((m for m in modules if not _is_one(found[f"{m}.weight"])), None)
     if several is not None:
         raise OptionError(
-            f"rank= gives a module the rank of its one matrix, and {several!r} is a stack or has several: rank with "
-            "fused='stored', or leave it out with excluding()"
+            f"rank= gives a module the rank of its one matrix, and {several!r} is a stack, has several or is "
+            "selected in part: rank with fused='stored', or leave it out with excluding()"
         )
     return {module: found[f"{module}.weight"][0] for module in modules}
+
+
+def _is_one(entries: Sequence[TensorKappa]) -> bool:
+    return len(entries) == 1 and not entries[0].index
 
 
 def _refuse_uncalled(selection: Selection, model: nn.Module | None, modules: list[str]) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
+import numpy as np
 import pytest
+import torch
 from families import batch, build
+from make_entries import make_entry
 
 import kappa_fast
 from kappa_fast import OptionError
@@ -74,6 +78,9 @@ def test_alphas_follow_the_root_of_the_rank_with_rslora(selection):
         (dict(rank="stable_rang"), "did you mean 'stable_rank'"),
         (dict(rank="flatness"), "'flatness' gives -.* and a rank needs a positive finite number"),
         (dict(rank=lambda entry: float("nan")), "the callable of rank= gives nan"),
+        (dict(rank=lambda entry: 1e-320), "the callable of rank= gives 1e-320 .*from 1e-100 to 1e"),
+        (dict(rank=lambda entry: 10**400), "the callable of rank= gives 10+ "),
+        (dict(rank="stable_rank", r=0), "r=0: give a count from 1 on"),
         (dict(rank="stable_rank", budget=10), "budget=10: adapters of rank 1 for all of the selection take"),
         (dict(budget=10**6), r"budget= is shared out by rank="),
         (dict(rank="stable_rank", rank_pattern={"q": 3}), "rank= decides rank_pattern: leave this option out"),
@@ -82,6 +89,43 @@ def test_alphas_follow_the_root_of_the_rank_with_rslora(selection):
 def test_what_cannot_work_is_refused(selection, options, message):
     with pytest.raises(OptionError, match=message):
         lora_config(selection, **options)
+
+
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
+@pytest.mark.parametrize("budget", [None, 3000])
+def test_what_adapters_have_for_each_output_counts(option, budget):
+    class Square(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(32, 96), torch.nn.Linear(96, 32)
+
+    found = kappa_fast.rank(Square(), progress=False).select(num_tensors=2)
+    config = lora_config(found, rank="stable_rank", r=3, budget=budget, **{option: True})
+    total = parameters_of(peft.get_peft_model(Square(), config))
+    limit = 3 * 2 * (32 + 96) + 2 * 96 if budget is None else budget
+    assert limit - 2 * (32 + 96) < total <= limit
+
+
+def test_a_part_of_a_fused_weight_is_refused_since_all_of_it_is_adapted():
+    part = dataclasses.replace(
+        make_entry("layers.0.qkv_proj.weight", stable_rank=3.0), part="[q]", index=(slice(0, 32, None),)
+    )
+    chosen = kappa_fast.Ranking([part]).select(num_tensors=1)
+    with pytest.raises(OptionError, match=r"'layers.0.qkv_proj' is .* selected in part: rank with fused='stored'"):
+        lora_config(chosen, partial="widen", rank="stable_rank")
+
+
+def test_statistics_of_any_size_give_ranks(selection):
+    first, *_ = selection
+
+    def far_apart(entry):
+        return np.float32(1e-30) if entry.key == first.key else 1e100
+
+    config = lora_config(selection, rank=far_apart, budget=10**9)
+    assert ranks_of(config, selection) == {entry.name: min(entry.shape) for entry in selection}
+    ranks = ranks_of(lora_config(selection, rank=far_apart, budget=4000), selection)
+    assert ranks[first.name] == 1
+    assert min(rank for name, rank in ranks.items() if name != first.name) > 1
 
 
 def test_stacks_of_experts_are_refused_by_name():
