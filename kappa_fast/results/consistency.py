@@ -9,7 +9,7 @@ from typing import Any, get_args
 from .entries import TensorKappa
 from .orders import OrderName
 from .scores import KAPPA, score_of
-from .statistics import STATISTICS
+from .statistics import COUNTS, STATISTICS
 from .units import UnitName
 
 ROUNDING = 1e-9  # of statistics that have a least value
@@ -44,11 +44,18 @@ def contradiction(entry: TensorKappa) -> str | None:
 
 def _wrong_statistic(entry: TensorKappa) -> str | None:
     """A sentence about a statistic that no matrix has, else None."""
-    least = {"frobenius": 0.0, "stable_rank": 1.0, "participation_ratio": 1.0, "demmel": 1.0}
+    least = {"frobenius": 0.0, "stable_rank": 1.0, "participation_ratio": 1.0, "demmel": 1.0, "snr": 0.0, "alpha": 1.0}
     for name, floor in least.items():
         value = getattr(entry, name)
         if value is not None and value < floor * (1 - ROUNDING):
             return f"{name!r} is {value!r}, which is below {floor:g}"
+    counts = {name: getattr(entry, name) or 0 for name in COUNTS}
+    crowded = next((name for name, count in counts.items() if count > min(entry.shape)), None)
+    if crowded is not None:
+        return f"{crowded!r} is more than the {min(entry.shape)} singular values that there are"
+    entropy = entry.spectral_entropy
+    if entropy is not None and not 0 <= entropy <= 1:
+        return f"'spectral_entropy' is {entropy!r}, which is not from 0 to 1"
     ends = (entry.flatness_lower, entry.flatness, entry.flatness_upper)
     if all(x is None for x in ends) and entry.flatness_by_shape is None:
         return None

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import stat
+from dataclasses import replace
 
 import pytest
 from make_entries import bounded, make_entry, non_finite
@@ -259,3 +260,18 @@ def test_a_singular_matrix_without_the_score_is_no_contradiction(tmp_path):
     found = Ranking([with_statistics("a", -0.5), make_entry("d", math.inf)]).by("sensitivity")
     found.to_json(tmp_path / "r.json")
     assert Ranking.from_json(tmp_path / "r.json") == found
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("outliers_above", 17), ("outliers_undecided", 10**20), ("snr", -0.5), ("alpha", 0.5), ("spectral_entropy", 1.5)],
+)
+def test_statistics_by_request_that_no_matrix_has_are_refused(name, value, tmp_path):
+    known = dict(outliers_above=16, outliers_below=0, outliers_undecided=16, snr=0.0, alpha=1.5, spectral_entropy=1.0)
+    entry = make_entry("a", 5.0, shape=(32, 16), **known)
+    path = tmp_path / "ranking.json"
+    kappa_fast.Ranking([entry]).to_json(path)
+    assert kappa_fast.Ranking.from_json(path)[0] == entry
+    kappa_fast.Ranking([replace(entry, **{name: value})]).to_json(path)
+    with pytest.raises(kappa_fast.RankingFileError, match=f"'{name}' is"):
+        kappa_fast.Ranking.from_json(path)
