@@ -27,8 +27,8 @@ def patterns(
     that, and ``lora_bias`` a bias; the larger side is counted for these, which is no less.
 
     Raises:
-        OptionError: the statistic is unknown, not positive or not known for a matrix, r is not a count, or the budget
-            is too small.
+        OptionError: the statistic is unknown, not positive or not known for a matrix, a callable raises, r is not a
+            count, or the budget is too small.
     """
     for name in ("rank_pattern", "alpha_pattern"):
         if options.get(name):
@@ -52,7 +52,12 @@ def patterns(
 
 
 def _weight(by: RankBy, entry: TensorKappa) -> float:
-    value: Any = by(entry) if callable(by) else NamedScore.of(by).value(entry)
+    try:
+        value: Any = by(entry) if callable(by) else NamedScore.of(by).value(entry)
+    except OptionError:
+        raise
+    except Exception as error:
+        raise OptionError(f"rank= raised {type(error).__name__} for {entry.key!r}: {error}") from error
     if not (is_number(value) and LEAST <= float(value) <= 1 / LEAST):
         what = "the callable of rank=" if callable(by) else repr(by)
         raise OptionError(

@@ -94,7 +94,7 @@ def _entries_of(
 
     Raises:
         OptionError: a module or parameter has several, which would share one rank, or only a part of it is selected,
-            which is smaller than what PEFT adapts.
+            which is smaller than what PEFT adapts, or it is a grouped convolution, whose adapters are larger.
     """
     found: dict[str, list[TensorKappa]] = {}
     if model is None:
@@ -104,6 +104,7 @@ def _entries_of(
         from ..matching.names import match
 
         found = {plain_name(target.name): list(target.entries) for target in match(selection, model)}
+        _refuse_grouped(model, modules)
     several = parameters[0] if parameters else next((m for m in modules if not _is_one(found[f"{m}.weight"])), None)
     if several is not None:
         raise OptionError(
@@ -111,6 +112,17 @@ def _entries_of(
             "selected in part: rank with fused='stored', or leave it out with excluding()"
         )
     return {module: found[f"{module}.weight"][0] for module in modules}
+
+
+def _refuse_grouped(model: nn.Module, modules: list[str]) -> None:
+    """Raises OptionError for convolutions with groups, whose adapters do not have r (rows + columns) parameters."""
+    grouped = {plain_name(name) for name, module in model.named_modules() if getattr(module, "groups", 1) != 1}
+    named = next((module for module in modules if plain_name(module) in grouped), None)
+    if named is not None:
+        raise OptionError(
+            f"{named!r} is a convolution with groups, for which PEFT's adapter has one column for each input of all "
+            "groups, and the rank has to be a multiple of the groups: leave it out with excluding(), or use one r"
+        )
 
 
 def _is_one(entries: Sequence[TensorKappa]) -> bool:

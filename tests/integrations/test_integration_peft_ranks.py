@@ -80,6 +80,7 @@ def test_alphas_follow_the_root_of_the_rank_with_rslora(selection):
         (dict(rank=lambda entry: float("nan")), "the callable of rank= gives nan"),
         (dict(rank=lambda entry: 1e-320), "the callable of rank= gives 1e-320 .*from 1e-100 to 1e"),
         (dict(rank=lambda entry: 10**400), "the callable of rank= gives 10+ "),
+        (dict(rank=lambda entry: {}[entry.key]), r"rank= raised KeyError for '\S+weight'"),
         (dict(rank="stable_rank", r=0), "r=0: give a count from 1 on"),
         (dict(rank="stable_rank", budget=10), "budget=10: adapters of rank 1 for all of the selection take"),
         (dict(budget=10**6), r"budget= is shared out by rank="),
@@ -89,6 +90,17 @@ def test_alphas_follow_the_root_of_the_rank_with_rslora(selection):
 def test_what_cannot_work_is_refused(selection, options, message):
     with pytest.raises(OptionError, match=message):
         lora_config(selection, **options)
+
+
+def test_convolutions_with_groups_have_larger_adapters_and_are_refused():
+    net = torch.nn.Sequential(torch.nn.Conv2d(32, 32, 3, groups=4), torch.nn.Conv2d(32, 16, 3))
+    found = kappa_fast.rank(net, progress=False).select(top_p=1.0)
+    assert len(found) == 2
+    with pytest.raises(OptionError, match=r"'0' is a convolution with groups.*leave it out with excluding\(\)"):
+        lora_config(found, model=net, rank="stable_rank", budget=20000)
+    config = lora_config(found.excluding("0.weight"), model=net, rank="stable_rank", budget=6000)
+    lora = peft.get_peft_model(net, config)
+    assert parameters_of(lora) <= 6000
 
 
 @pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
