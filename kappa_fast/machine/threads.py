@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -28,6 +29,8 @@ SINGLE_THREAD_OPERATIONS = 3e10  # m n^2; such a matrix takes about 0.3 s on one
 # that they are given takes a millisecond then.
 HELPED_OPERATIONS = 1e9
 CREW = 8  # threads for each item at most, its own included: at 2048 columns there are 8 parts at a time to be done
+
+PATIENCE = 0.25  # seconds
 
 _beginning = threading.Lock()
 
@@ -54,6 +57,25 @@ def fits_one_thread(shape: tuple[int, int]) -> bool:
 def deserves_help(shape: tuple[int, int]) -> bool:
     """Whether a matrix of this shape, which one thread works on, is large enough for others to take parts of it."""
     return float(max(shape)) * min(shape) ** 2 >= HELPED_OPERATIONS
+
+
+def _as_they_end(futures: Collection[Future[R]]) -> Iterator[Future[R]]:
+    """Every future when it is done; none is held here afterwards, with what it has in memory."""
+    ended: SimpleQueue[Future[R]] = SimpleQueue()
+    for waited_for in futures:
+        waited_for.add_done_callback(ended.put)
+        del waited_for
+    for _ in range(len(futures)):
+        yield _next_of(ended)
+
+
+def _next_of(queue: SimpleQueue[T]) -> T:
+    """What comes next. A thread that waits for a lock misses a Ctrl-C that came right before it began to, until it
+    wakes; so this one wakes every PATIENCE seconds.
+    """
+    while True:
+        with contextlib.suppress(Empty):
+            return queue.get(timeout=PATIENCE)
 
 
 def each_on_one_thread(
@@ -105,7 +127,7 @@ def each_on_one_thread(
                 begun.abort()
                 torch.set_num_threads(threads)
         crowded = []
-        for future in as_completed(futures):
+        for future in _as_they_end(futures):
             item = futures.pop(future)
             try:
                 result = future.result()

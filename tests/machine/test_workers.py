@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 import time
 
@@ -116,3 +117,17 @@ def test_an_iterator_that_is_closed_early_waits_for_its_tasks_and_drops_the_rest
     results.close()
     assert sorted(begun) == sorted(ended)
     assert len(begun) < 1000
+
+
+def test_an_interrupt_that_wakes_no_thread_is_seen_all_the_same(threads):
+    """As one that comes right before the main thread begins to wait."""
+    stop, stopped = threading.Event(), []
+
+    def task(_):
+        time.sleep(0.2)  # the main thread waits now
+        _thread.interrupt_main()  # which sends no signal that would wake it
+        stopped.append(stop.wait(20))
+
+    with pytest.raises(KeyboardInterrupt):
+        list(each_on_one_thread(task, [0], stop))
+    assert stopped == [True]
