@@ -321,7 +321,7 @@ def test_a_device_is_where_a_run_computes(made, tmp_path):
     assert found[0]["endpoints"] == found[1]["endpoints"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_worked_example_runs_writes_its_page_and_goes_on(root, made, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     ask = ["--model", str(made / "model"), "--learn", str(made / "learn.txt"), "--keep", str(made / "keep.txt")]

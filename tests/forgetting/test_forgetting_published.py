@@ -63,7 +63,7 @@ def toy(name: str, places: dict[str, Path]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "name", [n if n == "peft-llama-imdb" else pytest.param(n, marks=pytest.mark.long) for n in NAMES]
+    "name", [n if n == "peft-llama-imdb" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 )
 def test_a_published_run_and_its_controls_work_at_toy_size(name, places, tmp_path):
     config = toy(name, places)

@@ -166,7 +166,7 @@ def test_a_wrong_factor_or_wrong_eigenvalues_widen_the_interval_of_small_matrice
 
 
 @pytest.mark.parametrize("kappa", [1.0, 100.0, 1e4, 1e7])
-@pytest.mark.parametrize("shape", [(40, 20), (34, 34), (60, 50)])
+@pytest.mark.parametrize("shape", [(40, 20), (34, 34), pytest.param((60, 50), marks=pytest.mark.slow)])
 def test_small_matrices_have_the_same_flatness_without_both_ends(kappa, shape):
     weights = [prescribed(spectrum, *shape, kappa, seed=7).matrix for spectrum in SPECTRA]
     goal = Goal(1e-2, ends=False, statistics=("flatness",))
