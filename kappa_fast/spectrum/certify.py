@@ -25,12 +25,11 @@ import torch
 from ..backends.base import Backend, ExactProducts, Operand, Tensor
 from ..machine.torch_state import is_exact
 from . import shifted
-from .shifted import OUT, TINY, U
+from .rounding import OUT, TINY, U32, U, gamma
 
 if TYPE_CHECKING:
     from .resolution import Resolution
 
-U32 = 2.0**-24
 OUT_ULP = 1 + 4 * U
 # With such bounds all underflows in float32 are off by less than TINY32 times the bound together, flushed to zero or
 # not: 2^-126 for each of up to n products of n^2 entries, n up to 2^17, and for each entry that was converted.
@@ -45,11 +44,6 @@ WIDENINGS = (*(x * 100.0**-k for k in (4, 3, 2, 1) for x in (0.25, 1.0, 4.0)), 0
 # From here on a widening leaves room for the residual of a coarse factor, which is a thousandth of the bound or so.
 COARSE_FROM = 2e-3
 ALPHA = 0.25  # of rtol: how far from orthonormal a preconditioned matrix may be
-
-
-def gamma(k: float) -> float:
-    """K u / (1 - k u), the relative error of k roundings."""
-    return k * U / (1 - k * U)
 
 
 @dataclass(frozen=True)
@@ -129,7 +123,7 @@ def norm_bound(backend: Backend, product: _Product, estimate: float, rtol: float
     """A proven upper bound of sqrt(lambda_max) of the exact matrix; ``estimate`` approximates the root from below."""
     best = product.trace + product.error
     n = product.lower.shape[0]
-    narrow = 2 * GROWTH * shifted.gamma(shifted.roundings(n, CHUNK32, 2), U32) < rtol / 2
+    narrow = 2 * GROWTH * gamma(shifted.roundings(n, CHUNK32, 2), U32) < rtol / 2
     for widening in widenings(rtol):
         bound = estimate**2 * (1 + widening)
         proven = _largest_in_float32(backend, product, bound) if narrow else math.inf

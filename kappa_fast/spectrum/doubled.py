@@ -14,10 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from ..backends.base import Tensor
+from .rounding import OUT, TINY, U
 
-U = 2.0**-53
-OUT = 1 + 1e-5  # covers the rounding of norms and of this module's scalars
-TINY = 1e-280  # more than all underflows of one product together
 ROWS = 4096  # rows of A whose products are added to a Gram matrix at a time
 GRAM_SLICES = 3
 SLICES = 5  # slices of a factor that has two parts; a factor of one part has no more than three

@@ -14,8 +14,8 @@ import torch
 
 from ..backends.base import Operand, Tensor
 from . import doubled
-from .certify import gamma
-from .doubled import OUT, TINY, U, norm
+from .doubled import norm
+from .rounding import OUT, TINY, U, gamma
 from .statistics import Values
 
 METHOD = "svd64"

@@ -18,11 +18,12 @@ from ..backends.base import CLIMBING, Backend, Factors, Operand, Panel, Rung, Te
 from ..machine.torch_state import flushes
 from ..results.statistics import OF_SPECTRUM, UNKNOWN, Statistics
 from . import certify as proofs
-from . import exact, measures, shifted, small, statistics
+from . import exact, measures, small, statistics
 from .bounds import norm_factor
 from .krylov import WIDTH
-from .polish import U64, Triplets, polish, sensitivities
+from .polish import Triplets, polish, sensitivities
 from .resolution import Goal, Resolution
+from .rounding import U
 from .search import interval, search
 
 log = logging.getLogger("kappa_fast")
@@ -274,7 +275,7 @@ def _resolve_with_factors(backend: Backend, wave: _Factored, goal: Goal) -> None
     found = polish(backend, [c.operand for c in chosen], highest.take(good), polished.take(good))
     for j, climber, triplets in zip(good, chosen, found, strict=True):
         if triplets.sigma_min > 0:
-            rounding = 4 * (sum(climber.operand.shape) + 8) * U64
+            rounding = 4 * (sum(climber.operand.shape) + 8) * U
             resolution = interval(factors.rungs[j], wave.departures[j], tops[j], bottoms[j], triplets, rounding)
             climber.keep(resolution, triplets)
             ends, power = (triplets.sigma_max, triplets.sigma_min), factors.rungs[j].power
@@ -329,7 +330,7 @@ def _finish_exactly(climber: _Climber, goal: Goal) -> None:
     ends = exact.decompose(a, goal.rtol, suspected=suspected)
     (high_low, high_up), (low_low, low_up) = ends.largest, ends.smallest
     high, low = (high_low + high_up) / 2, (low_low + low_up) / 2
-    lower = max(1.0, high_low / low_up * (1 - 4 * shifted.U)) if low_up > 0 else math.inf
+    lower = max(1.0, high_low / low_up * (1 - 4 * U)) if low_up > 0 else math.inf
     if ends.left is None or ends.right is None or lower > exact.SINGULAR:
         if not suspected and _found_plainly_singular(climber):
             return
@@ -338,7 +339,7 @@ def _finish_exactly(climber: _Climber, goal: Goal) -> None:
         climber.statistics = statistics.of_singular(a.shape, ends.values, norm, ends.largest, low_up)
         climber.triplets = None
     else:
-        upper = high_up / low_low * (1 + 4 * shifted.U)
+        upper = high_up / low_low * (1 + 4 * U)
         left, right = (x.to(a.tensor.device) for x in (ends.left, ends.right))
         kappa = min(max(high / low, lower), upper)
         found = Resolution("ok", kappa, lower, upper, high, low, exact.METHOD, certified=goal.certify and a.exact)

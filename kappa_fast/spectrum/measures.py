@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from ..backends.base import Backend, Operand
-from .certify import gamma
-from .shifted import OUT
+from .rounding import OUT, gamma
 from .statistics import Values
 
 SVD_BELOW = 160  # columns: below an SVD takes no longer, and holds the smallest values better

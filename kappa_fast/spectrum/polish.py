@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from ..backends.base import EXPONENT, Backend, Operand, Panel, Tensor
+from .rounding import U
 
-U64 = 2.0**-53
 TOP_WIDTH = 4  # the wanted vector and the nearest others, which the approximation may mix with it
 BOTTOM_WIDTH = 8
 
@@ -72,11 +72,11 @@ def ratio_bound(
     if not (min(lengths) > 0 and min(reached) >= 0):  # a vector is zero or holds a nan
         return 1.0
     m, n = shape
-    g = (n + 2 * width + 3) * U64 * norm * (1 + 1e-5) * math.sqrt(width) * 1.01
-    r = (m + n + 8) * U64
+    g = (n + 2 * width + 3) * U * norm * (1 + 1e-5) * math.sqrt(width) * 1.01
+    r = (m + n + 8) * U
     high = reached[0] * (1 - r) / (lengths[0] * (1 + r)) - g
     low = reached[1] * (1 + r) / (lengths[1] * (1 - r)) + g
-    return max(1.0, high / low * (1 - 8 * U64)) if low > 0 else 1.0
+    return max(1.0, high / low * (1 - 8 * U)) if low > 0 else 1.0
 
 
 def sensitivities(

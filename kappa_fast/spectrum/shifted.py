@@ -17,21 +17,14 @@ import math
 import torch
 
 from ..backends.base import Backend, Tensor
+from .rounding import OUT, TINY, U, gamma
 
-U = 2.0**-53
-OUT = 1 + 1e-5  # covers the rounding of scalars, of square roots, and of float64 sums of up to 1e10 terms of one sign
-TINY = 1e-280  # more than all underflows of one product together
 PANEL = 128  # columns of a block of a large matrix
 # Columns of a block in a batch of matrices with at most so many columns, and beyond. The residual of a diagonal tile
 # takes more than its factor, so narrow blocks are faster for small matrices: 64 x 64 takes 33 us with blocks of 24 and
 # 49 as a whole, 208 x 208 takes 471 with 48 and 604 with 96. Multiples of 24 suit MKL's products with AVX-512.
 BLOCKS = ((32, 32), (128, 24), (639, 48))
 WIDE_BLOCK = 288
-
-
-def gamma(k: float, u: float) -> float:
-    """K u / (1 - k u), the relative error of k roundings with unit roundoff u; inf from k u = 1/2 on."""
-    return k * u / (1 - k * u) if k * u < 0.5 else math.inf
 
 
 def roundings(n: int, chunk: int, before: int = 0) -> int:
@@ -105,7 +98,7 @@ def factor_batch(shifted: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
             shifted[:, stop:, start:stop] = below
         shifted[:, start:stop, start:stop] = d
     residual = left.sqrt()
-    defect = (residual + gamma(n + 2, U) * (2 * size + residual) + formed) * OUT + TINY
+    defect = (residual + gamma(n + 2) * (2 * size + residual) + formed) * OUT + TINY
     return shifted, torch.where(sound & torch.isfinite(defect), defect, math.inf)
 
 

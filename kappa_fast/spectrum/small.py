@@ -23,10 +23,11 @@ import torch
 from ..backends.base import Operand, Tensor
 from ..machine.threads import each_on_one_thread, fits_one_thread
 from . import statistics
-from .certify import OUT_ULP, gamma
+from .certify import OUT_ULP
 from .polish import binade_totals, ratio_bound, sensitivity
 from .resolution import Goal, Resolution
-from .shifted import OUT, TINY, U, factor_batch
+from .rounding import OUT, TINY, U, gamma
+from .shifted import factor_batch
 
 METHOD = "gram64"
 # Columns from which the ladder is faster: 2048 x 512 takes 41 ms here and 45 to 50 there, 3072 x 768 takes 91 to 98 and

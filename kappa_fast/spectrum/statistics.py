@@ -15,8 +15,8 @@ import torch
 
 from ..backends.base import Tensor
 from ..results.statistics import Statistics
+from .rounding import U
 
-U = 2.0**-53
 NORM_ERROR = 1e-6  # of ||A||_F, see Backend.apply; of the sums of Backend.volumes too, for each column
 GRAM_NORM_ERROR = 1e-10  # of ||A||_F from the trace of a float64 Gram matrix, and of its logarithm
 NARROW = 0.1  # a relative width of the interval of sigma_1 above which it gives no stable rank

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-U = 2.0**-53
+from .rounding import U
+
 HUGE = 2.0**1000  # entries above it are scaled down before they are subtracted
 CLOSER = 0.5  # a square matrix is taken for transposed if its transpose is nearer than this share of the difference
 

@@ -17,7 +17,6 @@ from kappa_fast.spectrum import certify
 from kappa_fast.spectrum.certify import (
     certified,
     chunk_rows,
-    gamma,
     gram_with_error,
     largest_eigenvalue,
     norm_bound,
@@ -26,6 +25,7 @@ from kappa_fast.spectrum.certify import (
 )
 from kappa_fast.spectrum.ladder import resolve
 from kappa_fast.spectrum.resolution import Goal, Resolution
+from kappa_fast.spectrum.rounding import gamma
 
 BACKEND = TorchBackend(torch.device("cpu"))
 

@@ -9,6 +9,7 @@ from spectra import gaussian, hilbert
 
 from kappa_fast.backends.torch_backend import TorchBackend
 from kappa_fast.spectrum import shifted
+from kappa_fast.spectrum.rounding import gamma
 
 BACKEND = TorchBackend(torch.device("cpu"))
 DTYPES = [torch.float32, torch.float64]
@@ -123,7 +124,7 @@ def test_row_sums_make_the_bound_of_a_dominant_diagonal_far_smaller_than_the_tra
     n = 400
     matrix = (gram(n) * 1e-3 + 10 * torch.eye(n, dtype=torch.float64)).to(dtype)
     u = torch.finfo(dtype).eps / 2
-    whole = 2 * shifted.gamma(shifted.roundings(n, 256), u) * float(matrix.trace())
+    whole = 2 * gamma(shifted.roundings(n, 256), u) * float(matrix.trace())
     bound = shifted.factor(BACKEND, matrix, 256)
     assert (bound < whole / 10) == (dtype == torch.float32)
 
