@@ -1,6 +1,5 @@
 """benchmarks/gpu.py works line by line before a GPU sees it, and what goes wrong there costs no more than itself."""
 
-import importlib
 import json
 import re
 import subprocess
@@ -15,17 +14,7 @@ import torch
 import kappa_fast
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("gpu", "gpu_kernels", "gpu_models", "gpu_results", "gpu_stages", "gpu_timing", "record", "workloads")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Modules of the benchmarks by name, with their folder in front of the path, as for the command."""
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    yield importlib.import_module
-    for name in MODULES:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture

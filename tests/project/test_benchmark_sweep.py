@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import time
 from pathlib import Path
 
@@ -11,19 +9,6 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = (
-    *("sweep", "sweep_cells", "sweep_claims", "sweep_machine", "sweep_report", "sweep_timing"),
-    *("gpu_results", "record", "workloads"),
-)
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Modules of the benchmarks by name, with their folder in front of the path, as for the command."""
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    yield importlib.import_module
-    for name in MODULES:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture

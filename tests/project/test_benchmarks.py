@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -12,16 +11,6 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("figures", "suites", "record", "scale", "sweep_report", "gpu_results", "workloads")
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Modules of the benchmarks by name, with their folder in front of the path, as for the command."""
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    yield importlib.import_module
-    for name in MODULES:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture
