@@ -9,7 +9,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from packing import minilm
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import kappa_fast
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,24 @@ def test_the_second_example_runs_as_written(readme, run_python, tmp_path, root):
     count = f"print(*(sum(map(torch.Tensor.numel, some)) for some in ({members})))"
     chosen, every = map(int, run_python(trained + count, cwd=tmp_path, env={"PYTHONPATH": str(root)}).split())
     assert 0 < chosen <= 0.5 * every
+
+
+def test_the_rows_of_the_demo_are_what_it_prints_today(readme):
+    """But for the last digits, which are the machine's."""
+    weights = minilm()
+    row = re.compile(r"^    (\S+) +(\d+)x(\d+) +([\d.]+) +([\d.]+) \.\. ([\d.]+) +([\d.]+) +(\S+)$", re.MULTILINE)
+    found = row.findall(readme)
+    assert len(found) == 3
+    chosen = {name: weights[f"{name}.weight"] for name, *_ in found}
+    ranking = kappa_fast.rank(chosen, embeddings=True, progress=False)
+    for name, rows, columns, *numbers in found:
+        kappa, lower, upper, exact, error = map(float, numbers)
+        entry = ranking[name]
+        assert entry.shape == (int(rows), int(columns))
+        assert (kappa, lower, upper) == pytest.approx((entry.kappa, entry.lower, entry.upper), rel=2e-5)
+        sigmas = torch.linalg.svdvals(chosen[name].double())
+        assert exact == pytest.approx(float(sigmas[0] / sigmas[-1]), rel=2e-5)
+        assert error <= 1e-5
 
 
 def test_the_first_example_fits_on_a_screen(readme):
