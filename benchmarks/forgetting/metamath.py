@@ -67,11 +67,11 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=DRAWS, help="random selections")
     options = parser.parse_args(given)
     name = options.model.rstrip("/").rpartition("/")[2]
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     try:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
         for target in write(model, name[:1].lower() + name[1:], options.folder, options.draws):
             print(target)
-    except FileNotFoundError as error:
+    except OSError as error:  # also of a model that is not there
         raise SystemExit(f"error: {error}") from None
 
 

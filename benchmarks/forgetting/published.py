@@ -253,7 +253,11 @@ def main() -> None:
             config = read(file.stem)
             print(f"{config['name']:<26}{config['model']}, {len(list(jobs(config)))} runs; {config['source']}")
         return
-    config = read(given.name)
+    try:
+        config = read(given.name)
+    except FileNotFoundError:
+        names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.json")))
+        parser.error(f"{given.name!r} is no config and no file of one: give one of {names}")
     if given.epochs is not None:
         config["training"]["epochs"] = given.epochs
     if given.folder is None:

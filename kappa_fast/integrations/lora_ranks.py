@@ -53,7 +53,7 @@ def patterns(
 
 def _weight(by: RankBy, entry: TensorKappa) -> float:
     try:
-        value: Any = by(entry) if callable(by) else NamedScore.of(by).value(entry)
+        value: Any = by(entry) if callable(by) else NamedScore.of(by, "rank").value(entry)
     except OptionError:
         raise
     except Exception as error:

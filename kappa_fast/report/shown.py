@@ -47,7 +47,7 @@ class Shown:
         """
         if show is None:
             return cls.of(ranking.metadata)
-        found = cls.named(NamedScore.of(show).name)
+        found = cls.named(NamedScore.of(show, "show").name)
         if all(math.isnan(found.value(entry)) for entry in ranking):
             raise OptionError(f"show={show!r}: no matrix of the ranking has a finite {found.name}")
         return found

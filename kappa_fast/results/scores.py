@@ -31,8 +31,10 @@ class NamedScore:
     highest: bool = False
 
     @classmethod
-    def of(cls, text: object) -> NamedScore:
+    def of(cls, text: object, option: str = "score") -> NamedScore:
         """The score that a text names: one of NAMES, after a minus for the highest first.
+
+        option: whose value the text is, for the error.
 
         Raises:
             OptionError: it is no such text.
@@ -42,7 +44,7 @@ class NamedScore:
             near = difflib.get_close_matches(name, NAMES, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise OptionError(
-                f"score={text!r}: give a callable that takes a TensorKappa, or one of {', '.join(NAMES)}, "
+                f"{option}={text!r}: give a callable that takes a TensorKappa, or one of {', '.join(NAMES)}, "
                 f"with a minus in front for the highest first{hint}"
             )
         return cls(name, text.startswith("-"))

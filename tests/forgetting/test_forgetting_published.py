@@ -217,3 +217,18 @@ def test_the_entries_for_metamath_load_there_and_have_its_number_of_parameters(t
         assert model.get_nb_trainable_parameters()[0] == pytest.approx(wanted, rel=0.1)
         targets.add(str(config.target_modules))
     assert len(targets) >= 5
+
+
+@pytest.mark.parametrize(
+    ("main", "given", "message"),
+    [
+        (published.main, ["nosuch", "--folder", "x"], "'nosuch' is no config and no file of one: give one of peft-"),
+        (metamath.main, ["/nowhere", "/nowhere"], "error: "),
+    ],
+    ids=["published", "metamath"],
+)
+def test_what_is_not_there_is_an_error_and_no_traceback(main, given, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["program", *given])
+    with pytest.raises(SystemExit) as stop:
+        main() if main is published.main else main(given)
+    assert message in f"{stop.value} {capsys.readouterr().err}"

@@ -75,7 +75,7 @@ def test_alphas_follow_the_root_of_the_rank_with_rslora(selection):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(rank="stable_rang"), "did you mean 'stable_rank'"),
+        (dict(rank="stable_rang"), "rank='stable_rang': give .*did you mean 'stable_rank'"),
         (dict(rank="flatness"), "'flatness' gives -.* and a rank needs a positive finite number"),
         (dict(rank=lambda entry: float("nan")), "the callable of rank= gives nan"),
         (dict(rank=lambda entry: 1e-320), "the callable of rank= gives 1e-320 .*from 1e-100 to 1e"),

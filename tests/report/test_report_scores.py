@@ -104,7 +104,7 @@ def test_what_is_shown_can_be_another_statistic_than_the_score(tmp_path):
     for call in (ranking.plot, lambda **options: ranking.to_html(tmp_path / "q.html", **options)):
         with pytest.raises(OptionError, match=r"show='alpha': no matrix of the ranking has a finite alpha"):
             call(show="alpha")
-        with pytest.raises(OptionError, match=r"did you mean 'flatness'"):
+        with pytest.raises(OptionError, match=r"show='flatnes': .*did you mean 'flatness'"):
             call(show="flatnes")
     assert not (tmp_path / "q.html").exists()
 
