@@ -36,6 +36,7 @@ OUT_ULP = 1 + 4 * U
 RANGE32 = 1e-15, 1e30
 TINY32 = 1e-15
 CHUNKS = (256, 128, 64, 32)  # products per partial sum, the fastest first
+LARGE_CHUNKS = (1 << 15, 4096, 1024)  # come before them on an accelerator, where every product is a launch
 CHUNK32 = 128
 GROWTH = 8.0  # || |L| |L|^T || over || L L^T || for a factor L of T I - G, as it is seen at least
 # The relative distances between estimate and proven bound that are tried in turn, from about a quarter of rtol on. All
@@ -66,19 +67,25 @@ def chunk_rows(m: int) -> int:
     return max(32, min(256, 32 * round(math.sqrt(m) / 32)))
 
 
-def chunk_for(count: int, size: float, limit: float) -> int:
-    """The fastest of CHUNKS for which ``count`` products, summed in chunks, err by at most ``limit``; else the best.
+def chunk_for(count: int, size: float, limit: float, chunks: Sequence[int] = CHUNKS) -> int:
+    """The first of ``chunks`` for which ``count`` products, summed in chunks, err by at most ``limit``; else the best.
 
     size: the 2-norm of the sum of their absolute values.
     """
-    return next((k for k in CHUNKS if gamma(k + math.ceil(count / k) + 2) * size <= limit), chunk_rows(count))
+    found = (k for k in chunks if gamma(min(k, count) + math.ceil(count / k) + 2) * size <= limit)
+    return next(found, chunk_rows(count))
+
+
+def chunks_on(device: torch.device) -> tuple[int, ...]:
+    """The numbers of products per partial sum that chunk_for() tries for matrices on a device, the fastest first."""
+    return CHUNKS if device.type == "cpu" else (*LARGE_CHUNKS, *CHUNKS)
 
 
 def gram_with_error(backend: Backend, a: Operand, chunk: int | None = None) -> _Product:
     """A^T A in float64, in chunks of K rows. Its error is at most gamma(h) |A|^T |A| entrywise, h = K + ceil(m / K)
     + 1, and || |A|^T |A| ||_2 is at most the trace."""
     m = a.shape[0]
-    k = chunk or chunk_rows(m)
+    k = min(chunk or chunk_rows(m), m)
     (g,) = backend.gram([a], torch.float64, chunk=k)
     trace = float(g.diagonal().sum()) * OUT
     return _Product(g, gamma(k + math.ceil(m / k) + 1) * trace * OUT + TINY, trace)
@@ -123,12 +130,14 @@ def norm_bound(backend: Backend, product: _Product, estimate: float, rtol: float
     """A proven upper bound of sqrt(lambda_max) of the exact matrix; ``estimate`` approximates the root from below."""
     best = product.trace + product.error
     n = product.lower.shape[0]
-    narrow = 2 * GROWTH * gamma(shifted.roundings(n, CHUNK32, 2), U32) < rtol / 2
+    chunks = chunks_on(product.lower.device)
+    # Float32 is no faster on an accelerator: sums of CHUNK32 products take a launch each.
+    narrow = chunks is CHUNKS and 2 * GROWTH * gamma(shifted.roundings(n, CHUNK32, 2), U32) < rtol / 2
     for widening in widenings(rtol):
         bound = estimate**2 * (1 + widening)
         proven = _largest_in_float32(backend, product, bound) if narrow else math.inf
         if not proven <= bound * (1 + rtol / 2):
-            chunk = chunk_for(n, 2 * n * bound, rtol * bound / 16)
+            chunk = chunk_for(n, 2 * n * bound, rtol * bound / 16, chunks)
             proven = largest_eigenvalue(backend, product, bound, chunk)
         if proven < best:
             return math.sqrt(proven) * OUT_ULP
@@ -266,9 +275,10 @@ def certified(backend: Backend, a: Operand, found: Resolution, rtol: float) -> R
         return found
     squares = float(torch.linalg.vector_norm(a.tensor.to(torch.float32))) ** 2
     limit = rtol * found.sigma_min**2 / 16
-    chunk = chunk_for(a.shape[0], squares, limit)
+    chunks = chunks_on(a.tensor.device)
+    chunk = chunk_for(a.shape[0], squares, limit, chunks)
     if gamma(chunk + math.ceil(a.shape[0] / chunk) + 2) * squares > 16 * limit:
-        chunk = CHUNKS[0]  # the Gram matrix is too far from A^T A for sigma_n however it is summed
+        chunk = chunks[0]  # the Gram matrix is too far from A^T A for sigma_n however it is summed
     product = gram_with_error(backend, a, chunk)
     high = norm_bound(backend, product, found.sigma_max, rtol)
     low = 0.0
@@ -288,7 +298,8 @@ def certified(backend: Backend, a: Operand, found: Resolution, rtol: float) -> R
 
 def _smallest_from_gram(backend: Backend, product: _Product, sigma_min: float, rtol: float) -> float:
     """A proven lower bound of sigma_n from the Gram matrix; 0 where float64 proves no positive one."""
-    chunk = chunk_for(product.lower.shape[0], 2 * product.trace, rtol * sigma_min**2 / 16)
+    chunks = chunks_on(product.lower.device)
+    chunk = chunk_for(product.lower.shape[0], 2 * product.trace, rtol * sigma_min**2 / 16, chunks)
     for widening in widenings(rtol):
         low = smallest_eigenvalue(backend, product, sigma_min**2 * (1 - widening), chunk)
         if low > 0:
@@ -329,13 +340,14 @@ def _with_preconditioner(backend: Backend, a: Operand, r: Tensor, sigma_min: flo
         return 0.0, math.inf
     wide = a.tensor.to(torch.float64)
     sizes = float(torch.linalg.vector_norm(wide)), float(torch.linalg.vector_norm(x))
-    k = chunk_for(n, sizes[0] * sizes[1], rtol / 16)
+    chunks = chunks_on(wide.device)
+    k = min(chunk_for(n, sizes[0] * sizes[1], rtol / 16, chunks), n)
     c = wide.new_zeros(wide.shape)
     for j in range(0, n, k):  # X is upper triangular: row j is zero left of column j
         c[:, j:] += wide[:, j : j + k] @ x[j : j + k, j:]
     h = gamma(k + math.ceil(n / k) + 1)
     distance = (h * sizes[0] * sizes[1] + TINY) * OUT
-    image = gram_with_error(backend, Operand(c, 0, True, 1.0), chunk_for(len(c), n, rtol / 16))
+    image = gram_with_error(backend, Operand(c, 0, True, 1.0), chunk_for(len(c), n, rtol / 16, chunks))
     image.lower.diagonal().sub_(1.0)
     defect = torch.tril(image.lower)
     alpha = (math.sqrt(2) * float(torch.linalg.vector_norm(defect)) + image.error + 4 * U * n) * OUT
@@ -344,5 +356,6 @@ def _with_preconditioner(backend: Backend, a: Operand, r: Tensor, sigma_min: flo
     smallest = math.sqrt(1 - alpha) * (1 - 4 * U) - distance
     if not smallest > 0:
         return 0.0, alpha
-    product = gram_with_error(backend, Operand(x, 0, True, 1.0), chunk_for(n, sizes[1] ** 2, rtol / 16 / sigma_min**2))
+    chunk = chunk_for(n, sizes[1] ** 2, rtol / 16 / sigma_min**2, chunks)
+    product = gram_with_error(backend, Operand(x, 0, True, 1.0), chunk)
     return smallest / norm_bound(backend, product, 1 / sigma_min, rtol) * (1 - 4 * U), alpha
