@@ -12,6 +12,7 @@ from collections import deque
 from typing import Any
 
 import torch
+import triton
 
 REMEMBERED = 64  # launches between two reads, at most; a step of a wave takes fewer
 
@@ -33,6 +34,25 @@ def name_of(kernel: Any) -> str:
     return name.strip("_").removesuffix("_kernel")
 
 
+_settled: set[int] = set()  # by id: the hash of a function is made of its key
+
+
+def settle(function: Any) -> None:
+    """Let the key of a kernel in Triton's cache depend on no order in which kernels are used.
+
+    Triton puts the constants that a called function uses into the key of the caller, but only those that are known when
+    it makes the key: if a process made the key of the called function before. So all keys are made from the bottom up.
+    """
+    if id(function) in _settled or not isinstance(function, triton.JITFunction):  # interpreted functions have no key
+        return
+    _settled.add(id(function))
+    for name in function.fn.__code__.co_names:
+        called = function.fn.__globals__.get(name)
+        if isinstance(called, triton.JITFunction):
+            settle(called)
+    _ = function.cache_key
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Start a kernel on the device of its tensor arguments, on the current stream of that device.
 
@@ -40,6 +60,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     kernel is compiled for the current device of Triton's driver, and not started: see jit_cache.py.
     """
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    settle(kernel)
     if device.type == "meta":
         kernel.run(*arguments, grid=grid, warmup=True, **options)
         return

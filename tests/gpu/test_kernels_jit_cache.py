@@ -239,3 +239,26 @@ def test_a_module_is_warmed_up_by_its_matrices_stacks_and_convolutions(monkeypat
     module.experts = torch.nn.Parameter(torch.zeros(4, 40, 30))
     jit_cache.warmup(module)
     assert sorted(tuple(a.shape) for a in seen[0]) == [(27, 17), (40, 30), (64, 48)]
+
+
+def test_the_keys_of_kernels_depend_on_no_order_in_which_they_are_used():
+    """Of interpreted kernels there are no keys, so this takes processes of its own."""
+    script = (
+        "import random, sys\n"
+        "from kappa_fast.kernels import apply, cholesky, coarse, gram, panel, quantize, ritz, start, triangular\n"
+        "from kappa_fast.kernels.launch import settle\n"
+        "modules = (apply, cholesky, coarse, gram, panel, quantize, ritz, start, triangular)\n"
+        "kernels = [getattr(m, name) for m in modules for name in sorted(vars(m)) if name.endswith('_kernel')]\n"
+        "for kernel in random.Random(int(sys.argv[1])).sample(kernels, len(kernels)):\n"
+        "    settle(kernel)\n"
+        "print(len(kernels), *(kernel.cache_key for kernel in kernels))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script, seed], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in "123"
+    }
+    assert len(found) == 1
+    assert int(found.pop().split()[0]) >= 25
