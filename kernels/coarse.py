@@ -39,6 +39,7 @@ from .problems import (
     Tensor,
     field,
     locate,
+    on_host,
     target_of,
     to_device,
     triangular,
@@ -256,7 +257,8 @@ class Coarse:
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        first, lengths = tiles.first[chosen], to_device(counts[chosen], device, torch.int32)
+        first = tiles.first[to_device(on_host(chosen), device)]
+        lengths = to_device(counts[chosen], device, torch.int32)
         return sum_runs(first, lengths, rests), sum_runs(first, lengths, sizes)
 
     def dense(self) -> list[Tensor]:

@@ -39,6 +39,7 @@ from .problems import (
     field,
     load_tile,
     locate,
+    on_host,
     storages,
     stored,
     to_device,
@@ -395,6 +396,6 @@ def sum_runs(starts: Tensor, lengths: Tensor, parts: Tensor) -> Tensor:
 def _add_runs(
     problems: Problems, tiles: TileMap, counts: Tensor, chosen: Sequence[int], parts: Tensor, sums: Tensor
 ) -> None:
-    index = torch.tensor(chosen, device=problems.device)
+    index = to_device(on_host(chosen), problems.device)
     lengths = to_device(counts[list(chosen)], problems.device, torch.int32)
     sums[index] = sum_runs(tiles.first[index], lengths, parts)

@@ -43,6 +43,7 @@ from .problems import (
     TileMap,
     field,
     locate,
+    on_host,
     starts_of,
     target_of,
     to_device,
@@ -215,7 +216,8 @@ class Shifted:
         """
         chosen, device = list(self.chosen), self.whole.problems.device
         counts = triangular_tiles(self.whole.problems.n, BLOCK.value)
-        first, lengths = self.by_tile.first[chosen], to_device(counts[chosen], device, torch.int32)
+        first = self.by_tile.first[to_device(on_host(chosen), device)]
+        lengths = to_device(counts[chosen], device, torch.int32)
         return sum_runs(first, lengths, self.by_tile.squares), sum_runs(first, lengths, self.by_tile.sizes)
 
     def deviations(self, squares: Tensor, sizes: Tensor) -> Tensor:
@@ -230,13 +232,14 @@ class Shifted:
         starts, rows = starts_of(problems.n)
         members = Members.of(problems, chosen, starts[chosen], rows)
         image = transposed_product(problems, self.factors, members, probes.x, torch.zeros_like(probes.x))
-        found = _columns(inner(probes.rows, image, image))[chosen]
-        lengths, shifts, signs = probes.lengths[chosen], self.shifts[chosen, None], self.signs[chosen, None]
-        wanted = signs * (probes.forms[chosen] - shifts * lengths)
+        places = to_device(on_host(chosen), problems.device)
+        found = _columns(inner(probes.rows, image, image))[places]
+        lengths, shifts, signs = probes.lengths[places], self.shifts[places, None], self.signs[places, None]
+        wanted = signs * (probes.forms[places] - shifts * lengths)
         # Of the residual; of products of n terms and sums of n of them, on both sides.
         roundings = [2 * U * (residual_roundings(n, target) + 2 * n + 8) for n in problems.n[chosen].tolist()]
         relative = to_device(torch.tensor(roundings, dtype=torch.float64, device="cpu"), problems.device)
-        total = whole.traces()[chosen] + self.shifts[chosen].abs() + sizes
+        total = whole.traces()[places] + self.shifts[places].abs() + sizes
         allowed = lengths * (squares.sqrt() + relative * total)[:, None]
         return ((found - wanted).abs() / allowed).amax(dim=1)
 

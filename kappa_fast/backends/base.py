@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from .moving import moved
+
 Tensor = torch.Tensor
 
 DROP = 16.0  # a direction below DROP u of the operator's norm is rounding error and left out
@@ -134,11 +136,10 @@ class Panel:
         """The indices of the rows of some runs, one after the other."""
         bounds = torch.tensor(runs, device="cpu")
         lengths = bounds[:, 1] - bounds[:, 0]
-        total = int(lengths.sum())
-        shifts = (bounds[:, 0] + lengths - lengths.cumsum(0)).to(self.data.device)  # old minus new position of a run
-        lengths = lengths.to(self.data.device)
-        places = torch.arange(total, device=self.data.device)
-        return places + shifts.repeat_interleave(lengths, output_size=total)
+        total, device = int(lengths.sum()), self.data.device
+        shifts = moved(bounds[:, 0] + lengths - lengths.cumsum(0), device)  # old minus new position of a run
+        places = torch.arange(total, device=device)
+        return places + shifts.repeat_interleave(moved(lengths, device), output_size=total)
 
     def columns(self, start: int, stop: int | None = None) -> Panel:
         """The columns from ``start`` to ``stop`` of every block, as a view."""
@@ -155,7 +156,7 @@ class Panel:
         """One row of values (matrices, k) for every row of the panel: shape (sum of rows, k)."""
         if len(self.rows) == 1:
             return values.expand(self.rows[0], -1)
-        counts = torch.tensor(self.rows, device=values.device)
+        counts = moved(torch.tensor(self.rows, device="cpu"), values.device)
         return values.repeat_interleave(counts, dim=0, output_size=self.data.shape[0])
 
     @property

@@ -12,13 +12,14 @@ import math
 import torch
 
 from ..backends.base import Ritz, Tensor
+from ..backends.moving import constants
 
 # Per end and per matrix: the 89,088 ends of a model with 44,544 experts fail together with probability below 1e-5.
 FAILURE = 1e-10
 # The relative gaps that excess() tries, and the steps within a decade. The powers are computed here and not on tensors,
 # because a tensor library may round an element differently at another position of its vector.
-DECADES = [10.0**k for k in range(-16, 9)]
-STEPS_IN_DECADE = [10.0 ** (k / 24) for k in range(25)]
+DECADES = tuple(10.0**k for k in range(-16, 9))
+STEPS_IN_DECADE = tuple(10.0 ** (k / 24) for k in range(25))
 LARGEST_GAP = DECADES[-1]  # a larger bound is reported as infinite
 
 
@@ -75,7 +76,8 @@ def excess(ritz: Ritz, overlap: Tensor, noise: Tensor) -> Tensor:
         possible = ~(ritz.reach(gaps) + noise[:, None] / gaps < overlap[:, None])  # a nan excludes no gap
         return (possible * torch.arange(1, gaps.shape[1] + 1, device=gaps.device)).amax(dim=1)
 
-    decades, finer = ritz.theta.new_tensor(DECADES), ritz.theta.new_tensor(STEPS_IN_DECADE)
+    device = ritz.theta.device
+    decades, finer = constants(DECADES, device), constants(STEPS_IN_DECADE, device)
     count = last_possible(decades.expand(len(overlap), -1))
     low = decades[(count - 1).clamp(min=0)]
     gaps = low[:, None] * finer

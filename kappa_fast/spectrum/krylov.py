@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..backends.base import DROP, Backend, Factors, Panel, Ritz, Tensor, dense_projection
+from ..backends.moving import on_device, pick, places
 from .bounds import LARGEST_GAP, excess, start_overlap
 
 WIDTH = 16
@@ -93,9 +94,9 @@ class KrylovBasis:
         """The bases of the matrices at the positions ``which``, ascending."""
         if len(which) == len(self.basis.rows):
             return self
-        columns = [_pick(c, which) for c in self.columns]
+        columns = [pick(c, which) for c in self.columns]
         state = (self.coupling, self.scale, self.dropped, self.alive, self.missing)
-        coupling, scale, dropped, alive, missing = (_pick(t, which) for t in state)
+        coupling, scale, dropped, alive, missing = (pick(t, which) for t in state)
         basis, block = self.basis.take(which), self.block.take(which)
         return KrylovBasis(basis, block, columns, coupling, scale, dropped, alive, missing, self.size)
 
@@ -166,7 +167,7 @@ class _Search:
     def __init__(self, backend: Backend, factors: Factors, noise: Noise, tolerance: float) -> None:
         self._backend, self._noise, self._tolerance = backend, noise, tolerance
         overlaps = {n: start_overlap(n, min(n, WIDTH)) for n in set(factors.ns)}
-        self._overlaps = torch.tensor([overlaps[n] for n in factors.ns], dtype=torch.float64, device=backend.device)
+        self._overlaps = on_device([overlaps[n] for n in factors.ns], backend.device)
         self._schedules = [Schedule() for _ in factors.ns]
         self._floors = torch.full_like(self._overlaps, math.nan)  # the last theta, a lower bound of the next one
         self.results: dict[int, Extreme] = {}
@@ -199,12 +200,12 @@ class _Search:
         if not which:
             return None, self._overlaps[:0]
         positions = [active[j] for j in which]
-        columns, coupling = [_pick(c, which) for c in space.columns], _pick(space.coupling, which)
-        ritz = self._backend.ritz(columns, coupling, _pick(self._floors, positions))
-        self._floors[positions] = ritz.theta
+        columns, coupling = [pick(c, which) for c in space.columns], pick(space.coupling, which)
+        ritz = self._backend.ritz(columns, coupling, pick(self._floors, positions))
+        self._floors.index_copy_(0, places(tuple(positions), self._floors.device), ritz.theta)
         unit = float(torch.finfo(space.basis.data.dtype).eps) / 2
-        noise = self._noise(positions, ritz.theta) + DROP * unit * _pick(space.dropped, which)
-        return ritz, torch.cat([ritz.theta, excess(ritz, _pick(self._overlaps, positions), noise)])
+        noise = self._noise(positions, ritz.theta) + DROP * unit * pick(space.dropped, which)
+        return ritz, torch.cat([ritz.theta, excess(ritz, pick(self._overlaps, positions), noise)])
 
     def _record(
         self,
@@ -225,12 +226,7 @@ class _Search:
             else:
                 self._schedules[active[j]].plan(step, above, self._tolerance)
         if done and ritz is not None:
-            coefficients = _pick(ritz.vectors(WIDTH), [k for k, *_ in done])
+            coefficients = pick(ritz.vectors(WIDTH), [k for k, *_ in done])
             self._vectors.append(self._backend.combine(space.filled.take([j for _, j, *_ in done]), coefficients))
             for _, j, theta, above in done:
                 self.results[active[j]] = Extreme(theta, above, above <= self._tolerance)
-
-
-def _pick(values: Tensor, which: list[int]) -> Tensor:
-    """The rows ``which`` (ascending) of a small tensor, which is not copied if these are all rows."""
-    return values if len(which) == values.shape[0] else values[which]

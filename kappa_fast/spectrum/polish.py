@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..backends.base import EXPONENT, Backend, Operand, Panel, Tensor
+from ..backends.moving import on_device
 from .rounding import U
 
 TOP_WIDTH = 4  # the wanted vector and the nearest others, which the approximation may mix with it
@@ -91,7 +92,7 @@ def sensitivities(
         return []
     left, right = Panel.pack([t.left for t in triplets]), Panel.pack([t.right for t in triplets])
     sigmas = [[t.sigma_max, t.sigma_min] for t in triplets]
-    u = left.data / left.spread(torch.tensor(sigmas, dtype=torch.float64, device=left.data.device))
+    u = left.data / left.spread(on_device(sigmas, left.data.device))
     lefts, rights = _weights_of_entries(u, right.data)
     squares = backend.weighted_binades(operands, Panel(lefts, left.rows), Panel(rights, right.rows))
     totals = backend.read(squares.sum(dim=1))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..backends.base import Backend, Factors, Panel, Rung, Tensor
+from ..backends.moving import on_device, pick
 from .krylov import Extreme, largest
 from .polish import Triplets
 from .resolution import Resolution
@@ -18,22 +19,18 @@ def search(
 ) -> tuple[tuple[list[Extreme], Panel], tuple[list[Extreme], Panel]]:
     """The largest eigenvalues of R^T R and of its inverse for every factor R, with their vectors."""
 
-    def on_device(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=backend.device)
-
-    of_products = on_device([rung.product_error(tolerance) for rung in factors.rungs])
-    of_solves = on_device([2 * rung.unit_roundoff for rung in factors.rungs])
+    of_products = on_device([rung.product_error(tolerance) for rung in factors.rungs], backend.device)
+    of_solves = on_device([2 * rung.unit_roundoff for rung in factors.rungs], backend.device)
 
     def constant(which: Sequence[int], theta: Tensor) -> Tensor:
-        return of_products[list(which)]
+        return pick(of_products, which)
 
     quick = factors.rungs[0].product_dtype(tolerance)
     tops = largest(backend, backend.product, factors, seeds, constant, tolerance, salt=0, dtype=quick)
-    heights = on_device([top.theta for top in tops[0]])
+    heights = on_device([top.theta for top in tops[0]], backend.device)
 
     def noise(which: Sequence[int], theta: Tensor) -> Tensor:
-        chosen = list(which)
-        return of_solves[chosen] * torch.sqrt((theta * heights[chosen]).clamp(min=1.0))
+        return pick(of_solves, which) * torch.sqrt((theta * pick(heights, which)).clamp(min=1.0))
 
     return tops, largest(backend, backend.solve, factors, seeds, noise, tolerance, salt=1)
 
