@@ -12,6 +12,7 @@ import torch
 
 from ..machine.helping import share
 from .base import Tensor
+from .moving import accelerated
 
 # Columns of a tile of the lower triangle, a multiple of 24, as MKL's products with AVX-512 have them: at 2048 x 2048 on
 # one thread 0.59 of the full product in float64 and in float32, where 256 columns take 0.96 and 0.59.
@@ -29,7 +30,7 @@ SIDE, LEAST_SIDE = 480, 96
 def row_chunks(a: Tensor, limit: int, itemsize: int) -> Iterator[tuple[int, int]]:
     """Ranges of rows of a (m, n) that take up to ``limit`` bytes each, ``itemsize`` for an entry."""
     m, n = a.shape
-    limit = limit if a.device.type == "cpu" else 256 * limit  # an accelerator is faster with few large products
+    limit = 256 * limit if accelerated(a.device) else limit
     rows = max(16, min(m, limit // max(1, n * itemsize)))
     for start in range(0, m, rows):
         yield start, min(start + rows, m)
@@ -41,6 +42,9 @@ def gram(a: Tensor, dtype: torch.dtype) -> Tensor:
     g = a.new_zeros((n, n), dtype=dtype)
     for start, stop in row_chunks(a, GRAM_CHUNK_BYTES, dtype.itemsize):
         rows = a[start:stop].to(dtype)
+        if accelerated(a.device):
+            g.addmm_(rows.T, rows)
+            continue
         share([partial(_add_tile, g, rows, j) for j in range(0, n, TILE)])
     return g
 
@@ -56,7 +60,7 @@ def gram_in_chunks(a: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
     m, n = a.shape
     g = a.new_zeros((n, n), dtype=dtype)
     blocks, limit = list(_lower_blocks(0, n)), GRAM_CHUNK_BYTES
-    if a.device.type != "cpu":  # an accelerator takes one large product in less time than half of it in many small ones
+    if accelerated(a.device):
         blocks, limit = [(slice(0, n), slice(0, n))], GRAM_ROOM_BYTES
     room = g.new_empty(max(g[block].numel() for block in blocks))
     step = max(1, limit // (n * dtype.itemsize * chunk)) * chunk
@@ -89,7 +93,7 @@ def _lower_blocks(start: int, stop: int) -> Iterator[tuple[slice, slice]]:
 def cholesky(g: Tensor) -> bool:
     """Factor g (n, n) = L L^T in place from its lower triangle, zeros above; False where a pivot is not positive."""
     n = g.shape[0]
-    panel = PANEL if n > 2 * PANEL else n
+    panel = PANEL if n > 2 * PANEL and not accelerated(g.device) else n
     for j in range(0, n, panel):
         e = min(j + panel, n)
         block, info = torch.linalg.cholesky_ex(g[j:e, j:e])

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..backends.base import Backend, ExactProducts, Operand, Tensor
+from ..backends.moving import accelerated
 from ..machine.torch_state import is_exact
 from . import shifted
 from .rounding import OUT, TINY, U32, U, gamma
@@ -78,7 +79,7 @@ def chunk_for(count: int, size: float, limit: float, chunks: Sequence[int] = CHU
 
 def chunks_on(device: torch.device) -> tuple[int, ...]:
     """The numbers of products per partial sum that chunk_for() tries for matrices on a device, the fastest first."""
-    return CHUNKS if device.type == "cpu" else (*LARGE_CHUNKS, *CHUNKS)
+    return (*LARGE_CHUNKS, *CHUNKS) if accelerated(device) else CHUNKS
 
 
 def gram_with_error(backend: Backend, a: Operand, chunk: int | None = None) -> _Product:

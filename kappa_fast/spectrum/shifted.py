@@ -17,6 +17,7 @@ import math
 import torch
 
 from ..backends.base import Backend, Tensor
+from ..backends.moving import accelerated
 from .rounding import OUT, TINY, U, gamma
 
 PANEL = 128  # columns of a block of a large matrix
@@ -40,8 +41,8 @@ def factor(backend: Backend, matrix: Tensor, chunk: int, before: int = 0) -> flo
 
     Returns a bound on ||M - L L^T||_2 but for underflows; inf where a pivot is not positive.
     """
-    if matrix.device.type != "cpu":
-        return factor_at_once(matrix, chunk, before)
+    if accelerated(matrix.device):
+        return _factor_at_once(backend, matrix, chunk, before)
     n, u = matrix.shape[0], float(torch.finfo(matrix.dtype).eps) / 2
     residual = matrix.new_zeros((), dtype=torch.float64)
     squares = torch.zeros_like(residual)
@@ -69,21 +70,21 @@ def factor(backend: Backend, matrix: Tensor, chunk: int, before: int = 0) -> flo
     return _distance(matrix, math.sqrt(2 * float(residual)) * OUT, float(squares) * OUT, g)
 
 
-def factor_at_once(matrix: Tensor, chunk: int, before: int = 0) -> float:
-    """``factor`` for an accelerator: the library's factor of the whole matrix, and M - L L^T from large products.
+def _factor_at_once(backend: Backend, matrix: Tensor, chunk: int, before: int) -> float:
+    """``factor`` for an accelerator: the factor of the whole matrix, and M - L L^T from large products.
 
     Takes seven times the operations of the factor and about 20 launches, where blocks of columns take hundreds.
     """
     n = matrix.shape[0]
-    lower, info = torch.linalg.cholesky_ex(matrix)
+    rest = torch.tril(matrix)
+    if not backend.cholesky([matrix])[0]:
+        return math.inf
+    matrix.tril_()
     room = torch.empty_like(matrix)
     for c in range(0, n, chunk):
-        part = lower[:, c : c + chunk]
-        matrix -= torch.mm(part, part.T, out=room)
-    residual, squares = torch.stack([_squares(torch.tril(matrix)), _squares(lower)]).tolist()
-    matrix.copy_(lower)
-    if int(info) != 0:
-        return math.inf
+        part = matrix[:, c : c + chunk]
+        rest -= torch.mm(part, part.T, out=room)
+    residual, squares = torch.stack([_squares(rest.tril_()), _squares(matrix)]).tolist()
     g = gamma(roundings(n, chunk, before), float(torch.finfo(matrix.dtype).eps) / 2)
     return _distance(matrix, math.sqrt(2 * residual) * OUT, squares * OUT, g)
 

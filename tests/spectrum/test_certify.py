@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spectra import SPECTRA, contains, cosines, gaussian, graded, hilbert, prescribed, singular_values
 
+from kappa_fast.backends import torch_gram
 from kappa_fast.backends.torch_backend import TorchBackend
-from kappa_fast.spectrum import certify
+from kappa_fast.spectrum import certify, shifted
 from kappa_fast.spectrum.certify import (
     certified,
     chunk_rows,
@@ -256,6 +257,42 @@ def test_the_factor_of_a_good_gram_matrix_saves_the_qr(monkeypatch):
     assert true * (1 - 1e-3) <= preconditioned_smallest(BACKEND, a, true, 1e-3, product) <= true
 
 
+@pytest.fixture
+def large_products(monkeypatch):
+    """Proofs as on an accelerator, on the CPU: sums as long as their error allows, and factors at once."""
+    for module in (certify, shifted, torch_gram):
+        monkeypatch.setattr(module, "accelerated", lambda _: True)
+
+
+@pytest.mark.usefixtures("large_products")
+@pytest.mark.parametrize("kappa", [1, 10, 1e4, 1e7, 1e10, 1e12, 1e14])
+@pytest.mark.parametrize("shape", [(24, 24), (90, 40), (300, 257)], ids=str)
+def test_proofs_from_large_products_hold(shape, kappa):
+    matrix = prescribed("geometric", *shape, kappa)
+    a = operand(matrix.matrix)
+    (found,) = resolve(BACKEND, [matrix.matrix], Goal(1e-2))
+    proven = certified(BACKEND, a, replace(found, certified=False, **scaled(matrix.matrix, found)), 1e-2)
+    if kappa <= 1e10:
+        assert proven.certified
+        assert proven.half_width <= 1e-2
+    if proven.certified:
+        assert contains(proven.lower, matrix.kappa, proven.upper)
+
+
+@pytest.mark.usefixtures("large_products")
+@pytest.mark.parametrize("shape", [(90, 40), (700, 600)], ids=str)
+@pytest.mark.parametrize("chunk", [64, 4096])
+def test_gram_matrices_and_factors_from_large_products_are_those_of_small_ones(shape, chunk):
+    a = gaussian(*shape, 5)
+    exact = a.T @ a
+    for found in (torch_gram.gram(a, torch.float64), torch_gram.gram_in_chunks(a, torch.float64, chunk)):
+        assert torch.allclose(torch.tril(found), torch.tril(exact), rtol=0, atol=1e-12 * float(exact.abs().max()))
+    factor = exact + torch.eye(shape[1], dtype=torch.float64)
+    wanted = torch.linalg.cholesky(factor)
+    assert torch_gram.cholesky(factor)
+    assert torch.allclose(factor, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("lie", [1e-6, 0.1, 0.999, 1.001, 10.0, 1e6])
 def test_the_preconditioned_bound_survives_a_wrong_estimate(lie):
     a = operand(hilbert(8))
@@ -286,14 +323,18 @@ def test_what_float64_cannot_tell_from_singular_is_not_bounded_from_below(matrix
     high=st.floats(0.05, 20),
     low=st.floats(0.05, 20),
     rtol=st.sampled_from([1e-1, 1e-2, 1e-6]),
+    large=st.booleans(),
 )
-def test_a_proof_holds_even_if_the_estimates_were_wrong(spectrum, shape, decades, high, low, rtol):
+def test_a_proof_holds_even_if_the_estimates_were_wrong(spectrum, shape, decades, high, low, rtol, large):
     matrix = prescribed(spectrum, *shape, 10.0**decades)
     a = operand(matrix.matrix)
     values = torch.linalg.svdvals(a.tensor)
     sigma_max, sigma_min = high * float(values[0]), low * float(values[-1])
     lie = Resolution("ok", 1.0, 1.0, 1.0, sigma_max, sigma_min, "lie")
-    proven = certified(BACKEND, a, lie, rtol)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (certify, shifted, torch_gram):
+            patch.setattr(module, "accelerated", lambda _: large)
+        proven = certified(BACKEND, a, lie, rtol)
     assert proven.certified or decades > 8
     assert contains(proven.lower, matrix.kappa, proven.upper) or not proven.certified
 

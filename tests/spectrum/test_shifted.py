@@ -48,6 +48,12 @@ class Odd(TorchBackend):
         return [True] * len(grams)
 
 
+@pytest.fixture(params=["blocks of columns", "at once"], autouse=True)
+def ways(request, monkeypatch):
+    """Both ways to a factor: the one of the CPU, and the one of accelerators, which works on the CPU too."""
+    monkeypatch.setattr(shifted, "accelerated", lambda _: request.param == "at once")
+
+
 CHANGES = {
     "none": lambda g: g,
     "relative errors": lambda g: g * (1 + 1e-4 * torch.tril(gaussian(*g.shape, 1)).to(g.dtype)),
