@@ -32,6 +32,9 @@ LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr
 
 R = TypeVar("R")
 
+# The shapes and dtypes that kernels have been compiled for in this process.
+_warm: dict[torch.device, set[tuple[tuple[int, int], torch.dtype]]] = {}
+
 
 def usable_device(device: torch.device | str | None) -> torch.device | None:
     """The device as torch has it, None for None; OptionError where rank() could not compute there."""
@@ -74,7 +77,6 @@ class Executor:
         self._budgets: dict[torch.device, int] = {}
         self._tried: list[Backend] = []  # with those that have been given up
         self._waves_done, self._counting = 0, threading.Lock()
-        self._warm: set[tuple[tuple[int, int], torch.dtype]] = set()  # what kernels have been compiled for
         self.notify: Callable[[str], None] = lambda text: None  # is told what is done before any results come
         # A backend that is unknown, or that cannot work where the weights will be, fails before any work.
         places = [self._where(matrix) for matrix in source.matrices[:1]] or [device or torch.device("cpu")]
@@ -156,12 +158,12 @@ class Executor:
 
         What does not compile is found again, and told, where it is launched.
         """
-        kinds = {(matrix.shape, matrix.dtype) for matrix in matrices} - self._warm
+        kinds = {(matrix.shape, matrix.dtype) for matrix in matrices} - _warm.setdefault(device, set())
         if device.type != "cuda" or self._backend_for(device).name != "triton" or not kinds:
             return
         from kappa_fast.kernels import warmup
 
-        self._warm |= kinds
+        _warm[device] |= kinds
         stand_ins = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in sorted(kinds, key=str)]
         started = time.perf_counter()
         found = warmup(stand_ins, device, lambda done, known: self.notify(f"compiling kernels {done}/{known}"))
