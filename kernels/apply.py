@@ -9,7 +9,7 @@ dtype are widened exactly; torch works on float64 weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,17 +18,21 @@ import triton.language as tl
 
 from .cholesky import WITH_DOT
 from .launch import launch
+from .pairs import entries, load_pairs
 from .problems import (
     COLUMNS,
+    INNER_COLUMNS,
+    INNER_ROWS,
     INTERPRETED,
     ROWS,
     Expected,
     Instance,
     Problems,
+    Storage,
     Tensor,
-    as_float,
     field,
     load_tile,
+    load_turned,
     on_host,
     starts_of,
     storages,
@@ -66,15 +70,6 @@ class Blocks:
 
 
 @triton.jit
-def _widen(x, BARRIER: tl.constexpr):
-    """float32 as float64. Triton 3.6 and 3.7 crash on, or miscompile, a plain cast right before a float64 dot."""
-    if BARRIER:
-        return tl.inline_asm_elementwise("cvt.f64.f32 $0, $1;", "=d,f", [x], dtype=tl.float64, is_pure=False, pack=1)
-    else:
-        return x.to(tl.float64)
-
-
-@triton.jit
 def _thin(base, row, end, BLOCK: tl.constexpr):
     i, j = tl.arange(0, BLOCK), tl.arange(0, LANES)
     return tl.load(base + (row + i)[:, None] * LANES + j[None, :], mask=(i < end - row)[:, None], other=0.0)
@@ -97,44 +92,72 @@ def _times_kernel(
     ALIGNED: tl.constexpr,
     USE_DOT: tl.constexpr,
     BARRIER: tl.constexpr,
+    PAIRED: tl.constexpr,
     BINADES: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):
     program = tl.program_id(0)
     member = tl.load(owner + program)
     matrix = tl.load(ids + member).to(tl.int64)
     whole = stored(table, matrix, ELEMENT, INNER, ALIGNED)
     _, _, _, m, n = whole
-    row = (program - tl.load(first + member)) * SIDE
+    ALONG: tl.constexpr = 2 if PAIRED and INNER == 1 else 1  # pairs lie along the sums,
+    ACROSS: tl.constexpr = 2 if PAIRED and INNER == 0 else 1  # or hold entries of two rows
+    row = (program - tl.load(first + member)) * (SIDE * ACROSS)
     block = x + tl.load(short_start + member) * LANES
-    total = tl.zeros((SIDE, LANES), tl.float64)
-    norm = tl.zeros((SIDE, DEPTH), tl.float64)  # summed after the loop: lanes share a row
-    i, j = tl.arange(0, SIDE), tl.arange(0, LANES)
-    for column in range(0, n, DEPTH):
-        narrow = as_float(load_tile(whole, row, column, SIDE, DEPTH, INNER), FLOAT8)
-        if BINADES:  # the exponent bits alone are a power of two, or 0 for 0 and subnormal numbers
-            narrow = (narrow.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        a = _widen(narrow, BARRIER)
-        if BINADES:
-            a *= a
+    total = tl.zeros((LANES, SIDE), tl.float64)
+    other = tl.zeros((LANES, SIDE), tl.float64)
+    norm = tl.zeros((DEPTH, SIDE), tl.float64)  # summed after the loop: lanes share a row
+    for column in range(0, n, DEPTH * ALONG):
+        if PAIRED:
+            raw = load_pairs(whole, row, column, SIDE, DEPTH, INNER, True)
+            a = entries(raw, ELEMENT, FLOAT8, True, False, BINADES, BARRIER)
+            b = entries(raw, ELEMENT, FLOAT8, True, True, BINADES, BARRIER)
+            if SQUARES:
+                norm += a * a + b * b
+            if ALONG == 2:
+                total = _add_product(total, a, block, column, n, 2, USE_DOT)
+                total = _add_product(total, b, block, column + 1, n, 2, USE_DOT)
+            else:
+                total = _add_product(total, a, block, column, n, 1, USE_DOT)
+                other = _add_product(other, b, block, column, n, 1, USE_DOT)
         else:
-            norm += a * a
-        total = _add_product(total, a, block, column, n, USE_DOT)
-    target = y + (tl.load(long_start + member) + row) * LANES + i[:, None] * LANES + j[None, :]
-    tl.store(target, total, mask=(i < m - row)[:, None])
-    if not BINADES:
+            raw = load_turned(whole, row, column, SIDE, DEPTH, INNER)
+            a = entries(raw, ELEMENT, FLOAT8, False, False, BINADES, BARRIER)
+            if SQUARES:
+                norm += a * a
+            total = _add_product(total, a, block, column, n, 1, USE_DOT)
+    target = y + (tl.load(long_start + member) + row) * LANES
+    _store_rows(target, m - row, tl.trans(total), ACROSS)
+    if ACROSS == 2:
+        _store_rows(target + LANES, m - row - 1, tl.trans(other), ACROSS)
+    if SQUARES:
         tl.store(squares + program, tl.sum(tl.sum(norm, axis=1), axis=0))
 
 
 @triton.jit
-def _add_product(total, a, block, place, end, USE_DOT: tl.constexpr):
-    """Total + a X[place..], a [SIDE, DEPTH]."""
+def _store_rows(target, rows, values, APART: tl.constexpr):
+    """Rows 0, APART, 2 APART, .. of a packed block, those before ``rows``."""
+    i, j = tl.arange(0, SIDE) * APART, tl.arange(0, LANES)
+    tl.store(target + i[:, None] * LANES + j[None, :], values, mask=(i < rows)[:, None])
+
+
+@triton.jit
+def _add_product(total, a, block, place, end, APART: tl.constexpr, USE_DOT: tl.constexpr):
+    """Total + X[place, place + APART, ..]^T a, a [DEPTH, SIDE].
+
+    The thin block is the left operand: only so do matrix units find it in shared memory without bank conflicts, and are
+    tiles of either direction copied 16 bytes at a time.
+    """
     if USE_DOT:
-        return tl.dot(a, _thin(block, place, end, DEPTH), total, out_dtype=tl.float64)
+        k, j = tl.arange(0, DEPTH) * APART, tl.arange(0, LANES)
+        x = tl.load(block + (place + k)[:, None] * LANES + j[None, :], mask=(k < end - place)[:, None], other=0.0)
+        return tl.dot(tl.trans(x), a, total, out_dtype=tl.float64)
     else:
         k, j = tl.arange(0, DEPTH), tl.arange(0, LANES)
         for step in range(0, DEPTH):
             line = tl.load(block + (place + step) * LANES + j, mask=(place + step + 0 * j) < end, other=0.0)
-            total += tl.sum(tl.where(k[None, :] == step, a, 0.0), axis=1)[:, None] * line[None, :]
+            total += line[:, None] * tl.sum(tl.where(k[:, None] == step, a, 0.0), axis=0)[None, :]
         return total
 
 
@@ -154,6 +177,7 @@ def _transposed_kernel(
     ALIGNED: tl.constexpr,
     USE_DOT: tl.constexpr,
     BARRIER: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     program = tl.program_id(0)
     member = tl.load(owner + program)
@@ -161,16 +185,32 @@ def _transposed_kernel(
     whole = stored(table, matrix, ELEMENT, INNER, ALIGNED)
     _, _, _, m, n = whole
     item = program - tl.load(first + member)
-    across = tl.cdiv(n, SIDE)
-    column, chunk = (item % across) * SIDE, item // across
+    ALONG: tl.constexpr = 2 if PAIRED and INNER == 0 else 1  # pairs lie along the sums,
+    ACROSS: tl.constexpr = 2 if PAIRED and INNER == 1 else 1  # or hold entries of two columns
+    across = tl.cdiv(n, SIDE * ACROSS)
+    column, chunk = (item % across) * (SIDE * ACROSS), item // across
     block = y + tl.load(long_start + member) * LANES
-    total = tl.zeros((SIDE, LANES), tl.float64)
-    for row in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, m), DEPTH):
-        a = as_float(load_tile(whole, row, column, DEPTH, SIDE, INNER), FLOAT8)
-        total = _add_product(total, _widen(tl.trans(a), BARRIER), block, row, m, USE_DOT)
-    i, j = tl.arange(0, SIDE), tl.arange(0, LANES)
+    total = tl.zeros((LANES, SIDE), tl.float64)
+    other = tl.zeros((LANES, SIDE), tl.float64)
+    for row in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, m), DEPTH * ALONG):
+        if PAIRED:
+            raw = load_pairs(whole, row, column, DEPTH, SIDE, INNER, False)
+            a = entries(raw, ELEMENT, FLOAT8, True, False, False, BARRIER)
+            b = entries(raw, ELEMENT, FLOAT8, True, True, False, BARRIER)
+            if ALONG == 2:
+                total = _add_product(total, a, block, row, m, 2, USE_DOT)
+                total = _add_product(total, b, block, row + 1, m, 2, USE_DOT)
+            else:
+                total = _add_product(total, a, block, row, m, 1, USE_DOT)
+                other = _add_product(other, b, block, row, m, 1, USE_DOT)
+        else:
+            raw = load_tile(whole, row, column, DEPTH, SIDE, INNER)
+            a = entries(raw, ELEMENT, FLOAT8, False, False, False, BARRIER)
+            total = _add_product(total, a, block, row, m, 1, USE_DOT)
     target = parts + (tl.load(part_start + member) + chunk.to(tl.int64) * n + column) * LANES
-    tl.store(target + i[:, None] * LANES + j[None, :], total, mask=(i < n - column)[:, None])
+    _store_rows(target, n - column, tl.trans(total), ACROSS)
+    if ACROSS == 2:
+        _store_rows(target + LANES, n - column - 1, tl.trans(other), ACROSS)
 
 
 @triton.jit
@@ -191,12 +231,12 @@ def _add_rows_kernel(table, ids, owner, first, short_start, part_start, parts, o
     tl.store(target, total, mask=(i < n - row)[:, None])
 
 
-def times(problems: Problems, blocks: Blocks, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A X (long rows, 16) for packed X (short rows, 16), float64; and ||A||_F^2 (members,).
+def times(problems: Problems, blocks: Blocks, x: Tensor, *, squares: bool = True) -> tuple[Tensor, Tensor]:
+    """A X (long rows, 16) for packed X (short rows, 16), float64; and ||A||_F^2 (members,), zeros without ``squares``.
 
-    Two launches per storage class.
+    Two launches per storage class, one without ``squares``.
     """
-    return _times(problems, blocks, x, binades=False)
+    return _times(problems, blocks, x, binades=False, squares=squares)
 
 
 def binade_times(problems: Problems, blocks: Blocks, x: Tensor) -> Tensor:
@@ -204,17 +244,17 @@ def binade_times(problems: Problems, blocks: Blocks, x: Tensor) -> Tensor:
 
     b is 0 for zeros and for subnormal numbers of float32. Two launches per storage class.
     """
-    return _times(problems, blocks, x, binades=True)[0]
+    return _times(problems, blocks, x, binades=True, squares=False)[0]
 
 
-def _times(problems: Problems, blocks: Blocks, x: Tensor, *, binades: bool) -> tuple[Tensor, Tensor]:
+def _times(problems: Problems, blocks: Blocks, x: Tensor, *, binades: bool, squares: bool) -> tuple[Tensor, Tensor]:
     _check(x, blocks.short_rows)
     y = torch.empty((blocks.long_rows, LANES.value), dtype=torch.float64, device=x.device)
-    counts = -(-problems.m[blocks.chosen] // SIDE.value)
     norms = torch.zeros(len(blocks.chosen), dtype=torch.float64, device=x.device)
     for options, members in _launches(problems, blocks):
+        counts = -(-problems.m[blocks.chosen] // (SIDE.value * _entries_across(options, INNER_ROWS)))
         owner, first, total = _programs(counts, members, problems.device)
-        squares = torch.empty(total, dtype=torch.float64, device=x.device)
+        parts = torch.empty(total, dtype=torch.float64, device=x.device) if squares else None
         launch(
             _times_kernel,
             (total,),
@@ -226,13 +266,15 @@ def _times(problems: Problems, blocks: Blocks, x: Tensor, *, binades: bool) -> t
             blocks.long_start,
             x,
             y,
-            squares,
+            parts,
             BINADES=binades,
+            SQUARES=squares,
             num_warps=WARPS,
             **options,
         )
-        index = to_device(members, problems.device)
-        norms[index] = sum_runs(first[index], to_device(counts[members], problems.device, torch.int32), squares)
+        if parts is not None:
+            index = to_device(members, problems.device)
+            norms[index] = sum_runs(first[index], to_device(counts[members], problems.device, torch.int32), parts)
     return y, norms
 
 
@@ -240,11 +282,12 @@ def transposed_times(problems: Problems, blocks: Blocks, y: Tensor) -> Tensor:
     """A^T Y (short rows, 16) for packed Y (long rows, 16), float64. A launch per storage class and one to add up."""
     _check(y, blocks.long_rows)
     n, m = problems.n[blocks.chosen], problems.m[blocks.chosen]
-    chunks, across = -(-m // CHUNK.value), -(-n // SIDE.value)
+    chunks = -(-m // CHUNK.value)
     starts, rows = starts_of(n * chunks)
     part_start = to_device(starts, problems.device)
     parts = torch.empty((rows, LANES.value), dtype=torch.float64, device=y.device)
     for options, members in _launches(problems, blocks):
+        across = -(-n // (SIDE.value * _entries_across(options, INNER_COLUMNS)))
         owner, first, total = _programs(chunks * across, members, problems.device)
         launch(
             _transposed_kernel,
@@ -261,7 +304,7 @@ def transposed_times(problems: Problems, blocks: Blocks, y: Tensor) -> Tensor:
             **options,
         )
     out = torch.empty((blocks.short_rows, LANES.value), dtype=torch.float64, device=y.device)
-    owner, first, total = _programs(across, on_host(range(len(n))), problems.device)
+    owner, first, total = _programs(-(-n // SIDE.value), on_host(range(len(n))), problems.device)
     launch(
         _add_rows_kernel,
         (total,),
@@ -281,13 +324,22 @@ def transposed_times(problems: Problems, blocks: Blocks, y: Tensor) -> Tensor:
 def _launches(problems: Problems, blocks: Blocks) -> list[tuple[dict[str, object], Tensor]]:
     """Members by storage class, with the constants that the kernels are compiled for."""
     use_dot = target_of(problems.device) in WITH_DOT
-    common = {"USE_DOT": use_dot, "BARRIER": use_dot and not INTERPRETED}
     found = []
     for storage, positions in problems.classes().items():
         members = torch.isin(blocks.chosen, on_host(positions)).nonzero().flatten()
         if len(members):
-            found.append(({**launch_options(storage), **common}, members))
+            found.append((_options(storage, use_dot, use_dot and not INTERPRETED), members))
     return found
+
+
+def _options(storage: Storage, use_dot: bool, barrier: bool) -> dict[str, object]:
+    paired = use_dot and storage.aligned and storage.dtype in (torch.bfloat16, torch.float16)
+    return {**launch_options(storage), "USE_DOT": use_dot, "BARRIER": barrier, "PAIRED": paired}
+
+
+def _entries_across(options: Mapping[str, object], inner: int) -> int:
+    """How many entries lie across the sums in what a kernel reads at once: 2 in pairs along the direction ``inner``."""
+    return 2 if options["PAIRED"] and options["INNER"] == inner else 1
 
 
 def _programs(counts: Tensor, members: Tensor, device: torch.device) -> tuple[Tensor, Tensor, int]:
@@ -312,14 +364,16 @@ def instances(target: str) -> list[Instance]:
     long = {"long_start": "*i64", "y": "*fp64"}
     found = []
     for storage in storages():
-        constants = {**launch_options(storage), "USE_DOT": use_dot, "BARRIER": use_dot}
-        types = {**members, **long, "short_start": "*i64", "x": "*fp64", "squares": "*fp64"}
+        constants = _options(storage, use_dot, use_dot)
+        types = {**members, **long, "short_start": "*i64", "x": "*fp64"}
         # Without matrix units for float64 the loop reads X a line at a time. Decoding 8 bits spills a little more.
         stack = 48 if storage.float8 else 32
-        held = Expected(width=16 if use_dot else 8, ahead=use_dot, stack=stack, spills=4) if storage.aligned else None
-        for binades in (False, True):
-            options = {**constants, "BINADES": binades}
-            found.append(Instance(_times_kernel, types, options, WARPS, unit=unit, expected=held))
+        # Thin blocks are copied 8 bytes at a time, which turns them on the way.
+        held = Expected(width=8, ahead=use_dot, stack=stack, spills=4) if storage.aligned else None
+        for binades, squares in ((False, True), (False, False), (True, False)):
+            options = {**constants, "BINADES": binades, "SQUARES": squares}
+            summed = {**types, "squares": "*fp64"} if squares else types
+            found.append(Instance(_times_kernel, summed, options, WARPS, unit=unit, expected=held))
         types = {**members, **long, "part_start": "*i64", "parts": "*fp64"}
         found.append(Instance(_transposed_kernel, types, constants, WARPS, unit=unit, expected=held))
     adding = {"short_start": "*i64", "part_start": "*i64", "parts": "*fp64", "out": "*fp64"}

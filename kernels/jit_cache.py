@@ -127,6 +127,7 @@ def _weights(problems: Problems) -> None:
     blocks = apply.Blocks.of(problems)
     x = _empty(blocks.short_rows, 16)
     image, _ = apply.times(problems, blocks, x)
+    apply.times(problems, blocks, x, squares=False)
     apply.transposed_times(problems, blocks, image)
     apply.binade_times(problems, blocks, x)
 

@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .apply import _widen
 from .cholesky import BLOCK, WITH_DOT, Factored
 from .launch import launch
+from .pairs import widen
 from .problems import INTERPRETED, Expected, Instance, Problems, Tensor, starts_of, target_of, to_device
 from .squares import gram_place
 
@@ -94,7 +94,7 @@ def _as_work(tile, WORK: tl.constexpr, BARRIER: tl.constexpr):
     if tile.dtype == WORK:
         return tile
     else:
-        return _widen(tile, BARRIER)
+        return widen(tile, False, BARRIER)
 
 
 @triton.jit
@@ -125,7 +125,10 @@ def _rows_times(
     USE_DOT: tl.constexpr,
     BARRIER: tl.constexpr,
 ):
-    """Total + L[row.., start..stop] X[start..stop], [BLOCK, WIDTH]. LOWER: the range holds the diagonal."""
+    """Total + X[start..stop]^T L[row.., start..stop]^T, [WIDTH, BLOCK]. LOWER: the range holds the diagonal.
+
+    The thin block is the left operand, see apply._add_product.
+    """
     i, j = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     step = leading.to(tl.int32)
     line = factor + row * leading + i * step
@@ -134,18 +137,18 @@ def _rows_times(
         k = tl.arange(0, DEPTH)
         for place in range(start, stop, DEPTH):
             column = place + k
-            wanted = inside[:, None]
+            wanted = inside[None, :]
             if LOWER:
-                wanted = wanted & (column < step)[None, :]
-            tile = tl.load(line[:, None] + column[None, :], mask=wanted, other=0.0)
+                wanted = wanted & (column < step)[:, None]
+            tile = tl.load(line[None, :] + column[:, None], mask=wanted, other=0.0)
             if LOWER:  # not by the mask, which would make narrow loads
-                tile = tl.where(column[None, :] <= (row + i)[:, None], tile, 0.0)
+                tile = tl.where(column[:, None] <= (row + i)[None, :], tile, 0.0)
             y = tl.load(x + column[:, None] * WIDTH + j[None, :], mask=(column < n)[:, None], other=0.0).to(WORK)
-            total = tl.dot(_as_work(tile, WORK, BARRIER), y, total, input_precision="ieee", out_dtype=WORK)
+            total = tl.dot(tl.trans(y), _as_work(tile, WORK, BARRIER), total, input_precision="ieee", out_dtype=WORK)
     else:
         for place in range(start, tl.minimum(stop, n)):
             column = tl.load(line + place, mask=inside & (row + i >= place), other=0.0)
-            total += column[:, None] * tl.load(x + place * WIDTH + j)[None, :]
+            total += tl.load(x + place * WIDTH + j)[:, None] * column[None, :]
     return total
 
 
@@ -164,7 +167,7 @@ def _columns_times(
     USE_DOT: tl.constexpr,
     BARRIER: tl.constexpr,
 ):
-    """Total + L[start..stop, column..]^T X[start..stop], [BLOCK, WIDTH]. LOWER: the range holds the diagonal."""
+    """Total + X[start..stop]^T L[start..stop, column..], [WIDTH, BLOCK]. LOWER: the range holds the diagonal."""
     i, j = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     step = leading.to(tl.int32)
     if USE_DOT:
@@ -177,12 +180,12 @@ def _columns_times(
             if LOWER:
                 tile = tl.where((column + i)[None, :] <= row[:, None], tile, 0.0)
             y = tl.load(x + row[:, None] * WIDTH + j[None, :], mask=(row < n)[:, None], other=0.0).to(WORK)
-            total = tl.dot(_as_work(tl.trans(tile), WORK, BARRIER), y, total, input_precision="ieee", out_dtype=WORK)
+            total = tl.dot(tl.trans(y), _as_work(tile, WORK, BARRIER), total, input_precision="ieee", out_dtype=WORK)
     else:
         inside = i < n - column
         for place in range(start, tl.minimum(stop, n)):
             row = tl.load(factor + place * leading + column + i, mask=inside & (column + i <= place), other=0.0)
-            total += row[:, None] * tl.load(x + place * WIDTH + j)[None, :]
+            total += tl.load(x + place * WIDTH + j)[:, None] * row[None, :]
     return total
 
 
@@ -209,14 +212,14 @@ def _product_kernel(
     here = tile * BLOCK
     below = here + BLOCK
     x += begin
-    total = tl.zeros((BLOCK, WIDTH), WORK)
+    total = tl.zeros((WIDTH, BLOCK), WORK)
     if TRANSPOSED:
         total = _columns_times(total, factor, leading, x, here, here, below, n, True, WORK, USE_DOT, BARRIER)
         total = _columns_times(total, factor, leading, x, here, below, n, n, False, WORK, USE_DOT, BARRIER)
     else:
         total = _rows_times(total, factor, leading, x, here, 0, here, n, False, WORK, USE_DOT, BARRIER)
         total = _rows_times(total, factor, leading, x, here, here, below, n, True, WORK, USE_DOT, BARRIER)
-    _store_thin(y + begin, here, n, total)
+    _store_thin(y + begin, here, n, tl.trans(total))
 
 
 @triton.jit
@@ -269,12 +272,12 @@ def _solve_kernel(
     for step in range(0, blocks):
         block = blocks - 1 - step if TRANSPOSED else step + 0 * blocks
         here = block * BLOCK
-        known = tl.zeros((BLOCK, WIDTH), WORK)
+        known = tl.zeros((WIDTH, BLOCK), WORK)
         if TRANSPOSED:
             known = _columns_times(known, factor, leading, y, here, here + BLOCK, n, n, False, WORK, USE_DOT, BARRIER)
         else:
             known = _rows_times(known, factor, leading, y, here, 0, here, n, False, WORK, USE_DOT, BARRIER)
-        right = _thin(x, here, n).to(WORK) - known
+        right = _thin(x, here, n).to(WORK) - tl.trans(known)
         inverted = tl.load(inverse + here.to(tl.int64) * BLOCK + square)
         solved = _small_product(inverted, right, TRANSPOSED, WORK, USE_DOT, BARRIER)
         # The error of the inverse grows with the condition of the tile; one correction makes it that of substitution.
@@ -380,10 +383,9 @@ def instances(target: str) -> list[Instance]:
             constants = {"TRANSPOSED": transposed, **arithmetic}
             if name == "*fp32":  # whatever this process runs on
                 constants["BARRIER"] = arithmetic["WORK"] == tl.float64
-            held = Expected(width=16, ahead=True) if unit else None
+            # Thin blocks are copied 8 bytes at a time, which turns them on the way.
+            held = Expected(width=8, ahead=True) if unit else None
             found.append(Instance(_product_kernel, common | tiles, constants, WARPS, 3, unit, held))
-            # The compiler turns transposed float64 tiles on the way, 8 bytes each; Triton 3.9 spills between loops.
-            width = 8 if transposed and name == "*fp64" else 16
-            held = Expected(width=width, ahead=True, stack=64) if unit else None
+            held = Expected(width=8, ahead=True, stack=128) if unit else None  # which is used between loops
             found.append(Instance(_solve_kernel, common | inverse, constants, WARPS, 3, unit, held))
     return found

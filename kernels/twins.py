@@ -258,11 +258,12 @@ def _dense(t: Tridiagonal) -> Tensor:
     return full.reshape(w, blocks * side, blocks * side)
 
 
-def times(problems: Problems, blocks: Blocks, x: Tensor) -> tuple[Tensor, Tensor]:
+def times(problems: Problems, blocks: Blocks, x: Tensor, *, squares: bool = True) -> tuple[Tensor, Tensor]:
     """See apply.times: A X and ||A||_F^2."""
     weights = _weights(problems, blocks)
     images = [a @ part for a, part in zip(weights, x.split([a.shape[1] for a in weights]), strict=True)]
-    return torch.cat(images), torch.stack([a.square().sum() for a in weights])
+    sums = torch.stack([a.square().sum() for a in weights])
+    return torch.cat(images), sums if squares else torch.zeros_like(sums)
 
 
 def binade_times(problems: Problems, blocks: Blocks, x: Tensor) -> Tensor:

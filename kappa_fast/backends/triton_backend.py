@@ -340,7 +340,7 @@ class TritonBackend:
             return self._torch.normal(operands, blocks)
         problems = Problems.of([a.tensor for a in operands])
         places = blocks_of(problems, range(len(operands)))
-        image, _ = times(problems, places, padded(blocks.to(torch.float64)))
+        image, _ = times(problems, places, padded(blocks.to(torch.float64)), squares=False)
         return unpadded(transposed_times(problems, places, image), blocks).to(blocks.data.dtype)
 
     def orthonormalize(self, blocks: Panel) -> Panel:

@@ -55,6 +55,33 @@ def test_products_with_the_weights_are_float64_products(dtype):
         assert bool((back_off <= bound.T @ other.abs()).all())
 
 
+@pytest.mark.parametrize("rows_contiguous", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_entries_read_in_pairs_give_float64_products(dtype, rows_contiguous):
+    sizes = [(208, 144), (16, 16), (2064, 80), (144, 144)]  # beyond tiles of 64 and 128, and beyond one chunk of rows
+    matrices = [gaussian(m, n, m + n).to(dtype) for m, n in sizes]
+    if rows_contiguous:
+        matrices = [a.T.contiguous().T for a in matrices]
+    matrices[0][3, 5] = torch.finfo(dtype).smallest_normal / 4  # subnormal
+    matrices[1][2, 7] = -torch.finfo(dtype).max / 2
+    problems = Problems.of(matrices)
+    members = Blocks.of(problems)
+    assert all(options["PAIRED"] for options, _ in module._launches(problems, members))
+    m, n = [a.shape[0] for a in matrices], [a.shape[1] for a in matrices]
+    x, y = blocks_of(n), blocks_of(m)
+    images, norms = times(problems, members, x)
+    without, nothing = times(problems, members, x, squares=False)
+    assert torch.equal(images, without)
+    assert not nothing.any()
+    found = images, transposed_times(problems, members, y), module.binade_times(problems, members, x)
+    exact, squares = twins.times(problems, members, x)
+    known = exact, twins.transposed_times(problems, members, y), twins.binade_times(problems, members, x)
+    assert torch.allclose(norms, squares, rtol=1e-12, atol=0)
+    for got, right, lengths in zip(found, known, (m, n, m), strict=True):
+        for mine, its in zip(got.split(lengths), right.split(lengths), strict=True):
+            assert float((mine - its).abs().max()) <= 1e-13 * float(its.abs().max())
+
+
 def test_some_members_in_any_order_give_what_all_give():
     matrices = wave() + wave(torch.bfloat16)
     problems = Problems.of(matrices)
