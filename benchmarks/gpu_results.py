@@ -40,20 +40,27 @@ def read_lines(file: Path, start: int = 0) -> list[dict[str, Any]]:
 def merge(document: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
     """The document with what the lines add: {stage: {key: value}}, beside "failed" and "skipped" with the reasons.
 
-    A value replaces an earlier one and the reason why there was none; an error or a skip replaces no value.
+    A value replaces an earlier one and the reason why there was none; an error or a skip replaces no value. A stage
+    keeps the digest of the sources that its values were measured with.
     """
     for name in ("stages", "failed", "skipped"):
         document.setdefault(name, {})
+    source = None
     for line in lines:
         stage, key = line["stage"], line["key"]
         place = f"{stage}: {key}"
         if "value" in line:
-            document["stages"].setdefault(stage, {})[key] = line["value"]
+            if key == "software":
+                source = line["value"].get("source")
+            found = document["stages"].setdefault(stage, {})
+            found[key] = line["value"]
+            if source is not None:
+                found["source"] = source
             document["failed"].pop(place, None)
             document["skipped"].pop(place, None)
         elif "error" in line:
             document["failed"][place] = line["error"]
-        elif key not in document["stages"].get(stage, {}):
+        elif key not in (known := document["stages"].get(stage, {})) and not (key == "all of it" and known):
             document["skipped"][place] = line["skipped"]
     return document
 
