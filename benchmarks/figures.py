@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gpu_report
 import record
 import scale
 import sweep_report
@@ -197,6 +198,8 @@ def _scale(number: int) -> Callable[[], str]:
 BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "cpu": ("README.md", cpu),
     "worst and best": ("README.md", _sweep(sweep_report.quotes)),
+    "GPU": ("README.md", lambda: gpu_report.times(results(gpu_report.FILE))),
+    "stages on an H200": ("docs/kernels.md", lambda: gpu_report.stages(results(gpu_report.FILE))),
     "sweep": ("docs/performance.md", _sweep(sweep_report.tables)),
     "cache": ("docs/caching.md", cache),
     "stream": ("docs/checkpoints.md", stream),
@@ -250,6 +253,8 @@ def table_of(file: Path) -> str:
         return _grouped(rows)
     if "cells" in document:
         return sweep_report.tables(document)
+    if "stages" in document:
+        return f"{gpu_report.times(document)}\n\n{gpu_report.stages(document)}"
     if file.name == "scale.json":
         return "\n\n".join(scale.from_files(file))
     made = {"plan.json": plan, "ranks.json": ranks}.get(file.name)

@@ -41,7 +41,8 @@ def merge(document: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, An
     """The document with what the lines add: {stage: {key: value}}, beside "failed" and "skipped" with the reasons.
 
     A value replaces an earlier one and the reason why there was none; an error or a skip replaces no value. A stage
-    keeps the digest of the sources that its values were measured with.
+    keeps the digest of the sources that its values were measured with. What all files of results say of hardware,
+    versions and commit is that of the last run.
     """
     for name in ("stages", "failed", "skipped"):
         document.setdefault(name, {})
@@ -50,8 +51,14 @@ def merge(document: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, An
         stage, key = line["stage"], line["key"]
         place = f"{stage}: {key}"
         if "value" in line:
+            if key == "hardware":
+                document.setdefault("hardware", {})["processor"] = line["value"]["name"]
             if key == "software":
                 source = line["value"].get("source")
+                document.setdefault("hardware", {})["cores"] = line["value"]["processors"]
+                document |= {
+                    k: line["value"][k] for k in ("versions", "source", "commit", "clean") if k in line["value"]
+                }
             found = document["stages"].setdefault(stage, {})
             found[key] = line["value"]
             if source is not None:

@@ -51,8 +51,9 @@ class Suite:
 
     @property
     def files(self) -> list[Path]:
-        """Its files of results, whether they are there or not."""
-        return [RESULTS / part.file for part in self.parts if part.file]
+        """Its files of results, whether they are there or not; of those with a pattern for a name, the ones there."""
+        named = [part.file for part in self.parts if part.file]
+        return [file for name in named for file in (sorted(RESULTS.glob(name)) if "*" in name else [RESULTS / name])]
 
 
 def _pytest(file: str, *files: str) -> Part:
@@ -84,7 +85,7 @@ SUITES: dict[str, Suite] = {
             "gpu",
             "kernels and rank() on a GPU, checked and timed",
             "8 minutes",
-            (_script("gpu", given="folder"),),
+            (_script("gpu", file="nvidia-*.json", given="folder"),),
             ("a GPU with CUDA or ROCm",),
         ),
         Suite(

@@ -36,7 +36,7 @@ def assert_same_as_torch(found):
         assert entry.upper == pytest.approx(twin.upper, rel=1e-12)
 
 
-def broken(*_):
+def broken(*_, **__):
     raise SyntaxError("at 12:8: no such instruction\n  and much more")
 
 

@@ -379,3 +379,37 @@ def test_every_line_runs_in_the_processes_of_the_command(tmp_path):
         assert sum(row["share"] for row in found["profile"]["kernels"].values()) == pytest.approx(1, abs=0.1)
     assert document["stages"]["full size"]["64x64, the same bits in waves of one"] is True
     assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_a_second_run_keeps_what_only_the_first_one_found_and_says_with_which_sources(load, tmp_path):
+    results = load("gpu_results")
+
+    def described(source):
+        return [
+            {"stage": "describe", "key": "hardware", "value": {"name": "Some GPU"}},
+            {"stage": "describe", "key": "software", "value": {"source": source, "processors": 4, "versions": {}}},
+        ]
+
+    first = [*described("old"), *({"stage": name, "key": "took", "value": 1.0} for name in ("gram", "Mixtral"))]
+    second = [
+        *described("new"),
+        {"stage": "Mixtral", "key": "took", "value": 0.5},
+        {"stage": "gram", "key": "all of it", "skipped": "0 s are left"},
+        {"stage": "peers", "key": "all of it", "skipped": "0 s are left"},
+    ]
+    for lines in (first, second):
+        document = json.loads(results.write_document(tmp_path, "Some GPU", lines).read_text())
+    assert document["stages"]["gram"] == {"took": 1.0, "source": "old"}
+    assert document["stages"]["Mixtral"] == {"took": 0.5, "source": "new"}
+    assert document["skipped"] == {"peers: all of it": "0 s are left"}
+    assert document["hardware"] == {"processor": "Some GPU", "cores": 4}
+    assert document["source"] == "new"
+
+
+def test_every_kernel_of_a_profile_belongs_to_one_stage(load):
+    report = load("gpu_report")
+    names = [name for _, starts in report.STAGES.values() for name in starts]
+    assert not [(a, b) for a in names for b in names if a != b and a.startswith(b)]
+    kernels = {f"{name}_kernel": {"seconds": 2.0**-i} for i, name in enumerate(names)}
+    found = report.by_stage({**kernels, "void at::native::copy": {"seconds": 100.0}})
+    assert sum(found.values()) == sum(row["seconds"] for row in kernels.values())
