@@ -386,6 +386,6 @@ def instances(target: str) -> list[Instance]:
             # Thin blocks are copied 8 bytes at a time, which turns them on the way.
             held = Expected(width=8, ahead=True) if unit else None
             found.append(Instance(_product_kernel, common | tiles, constants, WARPS, 3, unit, held))
-            held = Expected(width=8, ahead=True, stack=384) if unit else None  # Triton 3.9, between loops
+            held = Expected(width=8, ahead=True, stack=384) if unit else None  # spilled between loops
             found.append(Instance(_solve_kernel, common | inverse, constants, WARPS, 3, unit, held))
     return found
