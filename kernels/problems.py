@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -138,6 +138,10 @@ class Problems:
 
     def classes(self) -> dict[Storage, list[int]]:
         """Positions of the matrices by storage class: each class is a launch of its own."""
+        return self._classes
+
+    @cached_property
+    def _classes(self) -> dict[Storage, list[int]]:
         found: dict[Storage, list[int]] = {}
         for i, matrix in enumerate(self.matrices):
             found.setdefault(Storage.of(matrix), []).append(i)
@@ -159,10 +163,15 @@ class Problems:
 
     def gram_views(self, packed: Tensor) -> list[Tensor]:
         """The (n, n) matrices in a packed result, as views."""
+        starts, steps = (places.tolist() for places in self.gram_places())
+        offset, sizes = int(packed.storage_offset()), zip(self.n.tolist(), steps, starts, strict=True)
+        return [packed.as_strided((n, n), (step - 1, 1), offset + start) for n, step, start in sizes]
+
+    def gram_places(self) -> tuple[Tensor, Tensor]:
+        """Where the diagonal of every matrix begins in a packed result, and the steps along it: (w,) int64 each, on the
+        host."""
         leading = _round_up(self.n, ROW_PAD.value)
-        starts, _ = starts_of(self.n * leading)
-        sizes = zip(self.n.tolist(), leading.tolist(), starts.tolist(), strict=True)
-        return [packed.as_strided((n, n), (ld, 1), int(packed.storage_offset()) + start) for n, ld, start in sizes]
+        return starts_of(self.n * leading)[0], leading + 1
 
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942")

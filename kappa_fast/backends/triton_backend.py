@@ -38,6 +38,7 @@ from .triton_waves import (
     factor_grams,
     padded,
     peaks_of,
+    problems_of,
     rows_of,
     tall,
     unpadded,
@@ -156,13 +157,13 @@ class TritonBackend:
 
     def digests(self, operands: Sequence[Operand]) -> list[bytes]:
         """The device hashes every column to 64 bits, and the host hashes these: one read."""
-        from kappa_fast.kernels.problems import Problems, supported
+        from kappa_fast.kernels.problems import supported
         from kappa_fast.kernels.start import column_digests
 
         narrow = [i for i, a in enumerate(operands) if supported(a.tensor.dtype)]
         found = dict.fromkeys(range(len(operands)), b"")
         if narrow:
-            problems = Problems.of([operands[i].tensor for i in narrow])
+            problems = problems_of([operands[i] for i in narrow])
             self._reads += 1
             columns = column_digests(problems).cpu().split(problems.n.tolist())
             for i, digests in zip(narrow, columns, strict=True):
@@ -324,21 +325,21 @@ class TritonBackend:
 
     def apply(self, operands: Sequence[Operand], blocks: Panel) -> tuple[Panel, Tensor]:
         from kappa_fast.kernels.apply import times
-        from kappa_fast.kernels.problems import Problems, supported
+        from kappa_fast.kernels.problems import supported
 
         if not all(supported(a.tensor.dtype) for a in operands):
             return self._torch.apply(operands, blocks)
-        problems = Problems.of([a.tensor for a in operands])
+        problems = problems_of(operands)
         image, squares = times(problems, blocks_of(problems, range(len(operands))), padded(blocks.to(torch.float64)))
         return Panel(image[:, : blocks.width], tuple(a.shape[0] for a in operands)), squares.sqrt()
 
     def normal(self, operands: Sequence[Operand], blocks: Panel) -> Panel:
         from kappa_fast.kernels.apply import times, transposed_times
-        from kappa_fast.kernels.problems import Problems, supported
+        from kappa_fast.kernels.problems import supported
 
         if not all(supported(a.tensor.dtype) for a in operands):
             return self._torch.normal(operands, blocks)
-        problems = Problems.of([a.tensor for a in operands])
+        problems = problems_of(operands)
         places = blocks_of(problems, range(len(operands)))
         image, _ = times(problems, places, padded(blocks.to(torch.float64)), squares=False)
         return unpadded(transposed_times(problems, places, image), blocks).to(blocks.data.dtype)
@@ -409,11 +410,11 @@ class TritonBackend:
     def weighted_binades(self, operands: Sequence[Operand], left: Panel, right: Panel) -> Tensor:
         from kappa_fast.kernels.apply import binade_times
         from kappa_fast.kernels.panel import inner
-        from kappa_fast.kernels.problems import Problems, supported
+        from kappa_fast.kernels.problems import supported
 
         if not all(supported(a.tensor.dtype) for a in operands):
             return self._torch.weighted_binades(operands, left, right)
-        problems = Problems.of([a.tensor for a in operands])
+        problems = problems_of(operands)
         image = binade_times(problems, blocks_of(problems, range(len(operands))), padded(right))
         sums = inner(self._rows(left), left.data, image[:, : left.width])
         return sums.diagonal(dim1=1, dim2=2)

@@ -5,6 +5,7 @@ Functions import Triton themselves, since this file is also loaded where Triton 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .base import Factors, Panel, Rung, Tensor
+from .base import Factors, Operand, Panel, Rung, Tensor
 
 if TYPE_CHECKING:
     from kappa_fast.kernels.apply import Blocks
@@ -37,6 +38,7 @@ BYTES = Rung("bytes2", "bytes2", torch.float32, 2, panel=torch.float64)
 FEW_BITS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 # By kind of rung: the number of digits of its Gram matrix (0: products of the weights themselves) and the bits of each.
 KINDS = {WEIGHTS16.kind: (0, 7), BYTES.kind: (2, 8), **{rung.kind: (k, 7) for k, rung in SLICES.items()}}
+TABLE = "table"  # the key in the cache of the first operand of the Problems of some operands
 KEPT = "exact"  # the key in Operand.cache of an ExactGrams and a place in it
 LANES = 16  # columns of a block in the kernels
 LOG_UNIT = 2.0**-32  # of logarithms of pivots: 2^21 of them, each below 2^10, are summed in 64 bits
@@ -128,6 +130,17 @@ def peaks_of(problems: Problems) -> Tensor:
     return bits.view(torch.float32)
 
 
+def problems_of(operands: Sequence[Operand]) -> Problems:
+    """The table of the operands, made once for the operations on the same ones."""
+    from kappa_fast.kernels.problems import Problems
+
+    tensors = [a.tensor for a in operands]
+    held: Problems | None = operands[0].cache.get(TABLE)
+    if held is None or len(held.matrices) != len(tensors) or not all(map(operator.is_, held.matrices, tensors)):
+        operands[0].cache[TABLE] = held = Problems.of(tensors)
+    return held
+
+
 def can_read(tensor: Tensor, rung: Rung) -> bool:
     """Whether the kernels of a rung can read this dtype, which is wider than the weight's if prepare() scaled it."""
     from kappa_fast.kernels.problems import supported
@@ -180,16 +193,16 @@ def volumes_of(wave: Wave, positions: Sequence[int]) -> Tensor:
     """
     from kappa_fast.kernels.problems import on_host, to_device
 
-    views = wave.problems.gram_views(wave.factored.packed)
-    starts = [views[i].storage_offset() for i in positions]
-    steps = [views[i].stride(0) + 1 for i in positions]
-    counts = on_host([views[i].shape[0] for i in positions])
-    total, device = int(counts.sum()), wave.problems.device
-    table = on_host([starts, steps]).repeat_interleave(counts, dim=1)
-    inside = torch.arange(total, device="cpu") - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    owner = torch.arange(len(positions), device="cpu").repeat_interleave(counts)
-    places, owner = to_device(table[0] + table[1] * inside, device), to_device(owner, device)
-    packed = wave.factored.packed
+    packed, device, chosen = wave.factored.packed, wave.problems.device, on_host(positions)
+    starts, steps = wave.problems.gram_places()
+    counts = wave.problems.n[chosen]
+    before = counts.cumsum(0) - counts  # diagonal entries of the matrices before
+    # The place of entry j of matrix i is start + step j; j counts on from the matrices before.
+    origin, steps = starts[chosen] - steps[chosen] * before, steps[chosen]
+    total = int(counts.sum())
+    table = to_device(torch.stack([origin, steps, counts]), device)
+    owner = torch.arange(len(chosen), device=device).repeat_interleave(table[2], output_size=total)
+    places = table[0][owner] + table[1][owner] * torch.arange(total, device=device) + packed.storage_offset()
     flat = packed.as_strided((packed.storage_offset() + packed.numel(),), (1,), 0)
     units = (flat[places].to(torch.float64).log() / LOG_UNIT).round().to(torch.int64)
     sums = torch.zeros((2, len(positions)), dtype=torch.int64, device=device)

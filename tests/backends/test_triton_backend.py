@@ -327,3 +327,32 @@ def test_a_probe_of_few_distinct_singular_values_is_a_bound():
     for bound, kappa in zip(bounds, (1, 30, 90), strict=True):
         assert 1 <= bound <= kappa
     assert min(bounds[1:]) > 3
+
+
+def test_volumes_are_sums_of_the_logarithms_of_pivots_in_any_order():
+    backend = TritonBackend(CPU)
+    operands = backend.prepare([gaussian(m, n, m).bfloat16() for m, n in ((150, 40), (90, 65), (200, 128))])
+    rungs = [WEIGHTS16, SLICES[3], WEIGHTS16]
+    factors = backend.factor(operands, rungs)
+    for which in ([0, 1, 2], [2, 0], [1]):
+        found = backend.volumes([operands[i] for i in which], factors.take(which))
+        for i, (volume, sizes, norm) in zip(which, found.tolist(), strict=True):
+            wide = operands[i].tensor.double()
+            logs = torch.linalg.cholesky(wide.T @ wide).diagonal().log()
+            assert volume == pytest.approx(float(logs.sum()), abs=1e-4)
+            assert sizes == pytest.approx(float(logs.abs().sum()), abs=1e-4)
+            assert math.isnan(norm)
+
+
+def test_the_table_of_operands_is_made_once_and_anew_for_others(monkeypatch):
+    from kappa_fast.backends.triton_waves import problems_of
+    from kappa_fast.kernels.problems import Problems
+
+    backend = TritonBackend(CPU)
+    operands = backend.prepare([gaussian(40, 20 + i, i).bfloat16() for i in range(3)])
+    made, of = [], Problems.of
+    monkeypatch.setattr(Problems, "of", lambda tensors: made.append(len(tensors)) or of(tensors))
+    assert problems_of(operands) is problems_of(operands)
+    assert [a.shape for a in problems_of(operands[:2]).matrices] == [(40, 20), (40, 21)]
+    assert [a.shape for a in problems_of([operands[0], operands[2]]).matrices] == [(40, 20), (40, 22)]
+    assert made == [3, 2, 2]
