@@ -84,7 +84,9 @@ def _made(
     parts = []
     for selection in (one, other):
         parts.append({key: v for key, v in serialize.thaw(selection.settings).items() if key not in shared})
-    entries.sort(key=lambda e: (_ORDER[e.status], math.inf if math.isnan(e.score) else e.score, e.key))
+    alike = one.settings.get("score") == other.settings.get("score")  # or the values mean different things
+    values = {e.key: e.score if alike else e.kappa for e in entries}
+    entries.sort(key=lambda e: (_ORDER[e.status], math.inf if math.isnan(values[e.key]) else values[e.key], e.key))
     settings = {**serialize.thaw(shared), how: parts}
     certain = one.boundary_certain and other.boundary_certain
     return Selection(tuple(entries), certain, settings, include, exclude)

@@ -168,12 +168,19 @@ class Comparison:
         """The changes that certainly exceed this factor, up or down, and those in which a NaN or inf appeared.
 
         Raises:
-            OptionError: the ratio is not a number from 1 on.
+            OptionError: the ratio is not a number from 1 on, or nothing exceeds it and some matrices have no kappa,
+                because they were ranked by a score that needs none.
         """
         number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
         if not number or not 1 <= ratio < math.inf:
             raise OptionError(f"ratio={ratio!r}: give a factor from 1 on, such as 1.5")
         found = [change for change in self.changes if change.at_least > ratio]
+        unknown = [c for c in self.changes if "scored" in (c.before.status, c.after.status) and math.isnan(c.ratio)]
+        if unknown and not found:
+            raise OptionError(
+                f"nothing is known of kappa for {len(unknown)} matrices, {unknown[0].key!r} among them, whose score needs "
+                "none: rank both models by kappa, without score="
+            )
         return sorted(found, key=lambda change: (-change.at_least, change.key))
 
     def overlap(

@@ -221,7 +221,8 @@ class Selection:
         return any(item in (entry.key, entry.name, *entry.aliases) for entry in self.entries)
 
     def __or__(self, other: Selection) -> Selection:
-        """The matrices that are in at least one of two selections from the same ranking.
+        """The matrices that are in at least one of two selections from the same ranking, by their score, or by kappa
+        where the two were selected by different scores.
 
         Raises:
             OptionError: they are of different rankings, or their patterns cannot be combined.

@@ -338,3 +338,26 @@ def test_equal_singular_values_have_no_power_law():
         OptionError, match="'alpha' of 'eye' is not defined, because no two of its singular values differ"
     ):
         kappa_fast.rank(weights, score="alpha", progress=False)
+
+
+def test_selections_by_different_scores_are_joined_in_the_order_of_kappa(weights):
+    ranking = kappa_fast.rank(weights, progress=False)
+    flattest = ranking.by("flatness")
+    one, other = ranking.select(num_tensors=2), flattest.select(num_tensors=2, exclude=ranking[0].name)
+    joined = one | other
+    assert {e.key for e in joined} == {e.key for e in one} | {e.key for e in other}
+    assert [e.kappa for e in joined] == sorted(e.kappa for e in joined)
+    both = flattest.select(num_tensors=3) | flattest.select(num_tensors=2)
+    assert [e.score for e in both] == sorted(e.score for e in both)
+
+
+def test_a_gate_on_kappa_refuses_rankings_that_have_none(weights, tmp_path, monkeypatch):
+    alone = kappa_fast.rank(weights, score="flatness", progress=False)
+    assert any(e.status == "scored" for e in alone)
+    whole = kappa_fast.rank(weights, progress=False)
+    for one, other in ((alone, alone), (alone, whole), (whole, alone)):
+        with pytest.raises(OptionError, match=r"nothing is known of kappa for \d matrices, 'layers.* whose score needs"):
+            one.compare(other).exceeding(1.5)
+    broken = dict(weights, **{"layers.0.q": torch.full((200, 200), math.nan)})
+    found = alone.compare(kappa_fast.rank(broken, score="flatness", progress=False)).exceeding(1.5)
+    assert [change.key for change in found] == ["layers.0.q"]  # what is broken is said whatever else is unknown
