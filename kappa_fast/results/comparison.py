@@ -178,8 +178,8 @@ class Comparison:
         unknown = [c for c in self.changes if "scored" in (c.before.status, c.after.status) and math.isnan(c.ratio)]
         if unknown and not found:
             raise OptionError(
-                f"nothing is known of kappa for {len(unknown)} matrices, {unknown[0].key!r} among them, whose score needs "
-                "none: rank both models by kappa, without score="
+                f"nothing is known of kappa for {len(unknown)} matrices, {unknown[0].key!r} among them, whose score "
+                "needs none: rank both models by kappa, without score="
             )
         return sorted(found, key=lambda change: (-change.at_least, change.key))
 
