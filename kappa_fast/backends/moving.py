@@ -36,13 +36,27 @@ def pick(values: Tensor, which: Sequence[int]) -> Tensor:
     return values.index_select(0, places(tuple(which), values.device))
 
 
-@lru_cache(maxsize=32)  # many tensors of a step are picked from alike
 def places(which: tuple[int, ...], device: torch.device) -> Tensor:
-    """Positions as an int64 tensor (w,)."""
+    """Positions as an int64 tensor (w,), kept for later calls: not to be changed."""
+    return _places(which, device, stream_of(device))
+
+
+@lru_cache(maxsize=32)  # many tensors of a step are picked from alike
+def _places(which: tuple[int, ...], device: torch.device, _: int) -> Tensor:
     return moved(torch.tensor(which, dtype=torch.int64, device="cpu"), device)
 
 
-@lru_cache(maxsize=32)
 def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers that every step needs, as float64 (k,)."""
+    """Numbers that every step needs, as float64 (k,), kept for later calls: not to be changed."""
+    return _constants(values, device, stream_of(device))
+
+
+@lru_cache(maxsize=32)
+def _constants(values: tuple[float, ...], device: torch.device, _: int) -> Tensor:
     return on_device(values, device)
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a device, as a number. What is kept is kept for one stream: another thread may use it in
+    another one, before the copy to the device is done."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0

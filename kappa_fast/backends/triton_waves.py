@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .base import Factors, Operand, Panel, Rung, Tensor
+from .moving import stream_of
 
 if TYPE_CHECKING:
     from kappa_fast.kernels.apply import Blocks
@@ -107,9 +108,13 @@ class TridiagonalRitz:
         return leading_vectors(self._t, self.theta)[:, :, -count:]
 
 
-@lru_cache(maxsize=32)  # several operations of a step have the same counts
 def rows_of(counts: tuple[int, ...], device: torch.device) -> Rows:
     """The layout of packed blocks with ``counts`` rows."""
+    return _rows_of(counts, device, stream_of(device))
+
+
+@lru_cache(maxsize=32)  # several operations of a step have the same counts
+def _rows_of(counts: tuple[int, ...], device: torch.device, _: int) -> Rows:
     from kappa_fast.kernels.panel import Rows
 
     return Rows.of(counts, device)
