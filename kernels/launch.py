@@ -35,6 +35,7 @@ def name_of(kernel: Any) -> str:
 
 
 _settled: set[int] = set()  # by id: the hash of a function is made of its key
+_settling = threading.RLock()
 
 
 def settle(function: Any) -> None:
@@ -45,12 +46,13 @@ def settle(function: Any) -> None:
     """
     if id(function) in _settled or not isinstance(function, triton.JITFunction):  # interpreted functions have no key
         return
-    _settled.add(id(function))
-    for name in function.fn.__code__.co_names:
-        called = function.fn.__globals__.get(name)
-        if isinstance(called, triton.JITFunction):
-            settle(called)
-    _ = function.cache_key
+    with _settling:  # another thread must not go on before the key is made
+        for name in function.fn.__code__.co_names:
+            called = function.fn.__globals__.get(name)
+            if called is not function:
+                settle(called)
+        _ = function.cache_key
+        _settled.add(id(function))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

@@ -27,6 +27,7 @@ from .base import (
     dense_projection,
     symmetric_norm,
 )
+from .moving import accelerated
 from .start import gaussian_block
 from .torch_gram import cholesky, gram, gram_in_chunks, row_chunks
 
@@ -45,6 +46,7 @@ CANCELLED = 1e-2  # directions below this share of the operator's norm are ortho
 CHUNK_BYTES = 1 << 20  # rows are converted so many bytes at a time, which stay in cache (all at once took 3 to 5 times)
 DIGEST_BYTES = 64 << 20
 KEPT = "gram64"  # the key of Operand.cache for (rows per partial sum, Gram matrix)
+KEPT_AT_ONCE = 1 << 15  # rows per partial sum on an accelerator, as proofs ask for them first: see certify.py
 KEPT_ROWS = 256  # with 64 instead the Gram matrix of a 2048 x 2048 takes a third longer, and is not needed
 GRAM_NORM = "gram norm"  # the key in Operand.cache of ||A^T A||_F
 
@@ -77,7 +79,10 @@ class TorchBackend:
         m, n = shape
         copied = max(2, dtype.itemsize) * m * n  # by prepare(), unless the weight lies as it would alone
         kept = 8 * n * n if proofs and m > n else 0
-        return copied + kept + (28 * n * n if m == n else 8 * (n * n + 2 * m * n))
+        resolving = kept + (28 * n * n if m == n else 8 * (n * n + 2 * m * n))
+        # A preconditioned proof at once: A and its image, and eight more matrices (n, n).
+        proving = 16 * m * n + 66 * n * n if proofs and accelerated(self.device) else 0
+        return copied + max(resolving, proving)
 
     def need(self, shape: tuple[int, int], rung: Rung) -> int:
         return self.workspace(shape, rung.dtype)
@@ -294,9 +299,10 @@ def digest(a: Operand) -> bytes:
 def _taken_or_summed(a: Operand, dtype: torch.dtype, chunk: int) -> Tensor:
     """The Gram matrix in chunks that ``factor`` kept, if it has this dtype and these chunks, else a new one."""
     kept = a.cache.pop(KEPT, None)
-    if kept is not None and kept[0] == chunk and kept[1].dtype == dtype:
+    if kept is not None and kept[0] == min(chunk, a.shape[0]) and kept[1].dtype == dtype:
         taken: Tensor = kept[1]
         return taken
+    del kept  # before another one takes as much memory
     return gram_in_chunks(a.tensor, dtype, chunk)
 
 
@@ -305,7 +311,8 @@ def _gram_to_factor(a: Operand, rung: Rung) -> Tensor:
     if rung.gram is None or not a.exact:
         return gram(a.tensor, rung.dtype)
     if KEPT not in a.cache:
-        a.cache[KEPT] = KEPT_ROWS, gram_in_chunks(a.tensor, rung.gram, KEPT_ROWS)
+        rows = min(KEPT_AT_ONCE if accelerated(a.tensor.device) else KEPT_ROWS, a.shape[0])
+        a.cache[KEPT] = rows, gram_in_chunks(a.tensor, rung.gram, rows)
     kept: Tensor = a.cache[KEPT][1]
     return kept.to(rung.dtype, copy=True)
 

@@ -163,10 +163,10 @@ class Executor:
             return
         from kappa_fast.kernels import warmup
 
-        _warm[device] |= kinds
         stand_ins = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in sorted(kinds, key=str)]
         started = time.perf_counter()
         found = warmup(stand_ins, device, lambda done, known: self.notify(f"compiling kernels {done}/{known}"))
+        _warm[device] |= kinds
         self.notify("ranking")
         seconds = time.perf_counter() - started
         log.info("%d kernels were compiled for %s in %.1f s", len(found.compiled), device, seconds)

@@ -188,6 +188,7 @@ def test_what_a_run_will_launch_is_compiled_once_before_its_first_wave(monkeypat
 
     gpu = torch.device("cuda", 1)
     monkeypatch.setattr(jit_cache, "warmup", warmup)
+    monkeypatch.setattr(execution, "_warm", {})
     source = open_source(GIVEN, Filters())
     executor = execution.Executor(source, "torch", CPU, None)
     monkeypatch.setattr(executor, "_backend_for", lambda device: TritonBackend(CPU))
@@ -198,3 +199,15 @@ def test_what_a_run_will_launch_is_compiled_once_before_its_first_wave(monkeypat
     f = torch.float32
     assert asked == [(gpu, [((20, 30), f, True), ((60, 40), f, True)]), (gpu, [((33, 33), f, True)])]
     assert told == ["compiling kernels 3/33", "ranking"] * 2
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    third = source.matrices[2]
+    monkeypatch.setattr(execution, "_warm", {})
+    monkeypatch.setattr(jit_cache, "warmup", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        executor._warm_up(gpu, [third])
+    monkeypatch.setattr(jit_cache, "warmup", warmup)
+    executor._warm_up(gpu, [third])  # again, since nothing was compiled
+    assert asked[2:] == [(gpu, [((33, 33), f, True)])]

@@ -7,12 +7,14 @@ import pytest
 import torch
 from spectra import gaussian, graded, growing, prescribed
 
-from kappa_fast.backends import get_backend
+from kappa_fast.backends import get_backend, torch_backend, torch_gram
 from kappa_fast.backends.base import Panel, Rung
 from kappa_fast.backends.torch_backend import CHOLESKY32, CHOLESKY64, KEPT, LU64, QR64, TorchBackend
+from kappa_fast.backends.torch_gram import gram_in_chunks
 from kappa_fast.errors import BackendError
-from kappa_fast.spectrum import ladder
+from kappa_fast.spectrum import certify, ladder, shifted
 from kappa_fast.spectrum.krylov import KrylovBasis
+from kappa_fast.spectrum.resolution import Resolution
 
 BACKEND = TorchBackend(torch.device("cpu"))
 SHAPES = [(33, 33), (127, 33), (129, 127), (513, 129), (700, 513), (1500, 260)]
@@ -248,6 +250,22 @@ def test_a_kept_gram_matrix_serves_the_next_rung_but_no_other_sums():
     assert torch.equal(a.cache[KEPT][1], before)
     BACKEND.gram([a], torch.float64, chunk=64)
     assert KEPT not in a.cache
+
+
+@pytest.mark.parametrize("shape", [(400, 150), (200, 64)], ids=str)
+@pytest.mark.parametrize("large", [False, True])
+def test_a_proof_takes_the_gram_matrix_that_was_kept_for_it(shape, large, monkeypatch):
+    for module in (torch_backend, torch_gram, certify, shifted):
+        monkeypatch.setattr(module, "accelerated", lambda _: large)
+    made = []
+    monkeypatch.setattr(torch_backend, "gram_in_chunks", lambda *given: made.append(given[2]) or gram_in_chunks(*given))
+    a = operand(gaussian(*shape).float())
+    BACKEND.factor([a], [BACKEND.rungs(a.shape, torch.float32, proofs=True)[0]])
+    values = torch.linalg.svdvals(wide(a)).tolist()
+    kappa = values[0] / values[-1]
+    found = Resolution("ok", kappa, kappa, 2 * kappa, values[0], values[-1], "test")
+    assert certify.certified(BACKEND, a, found, 1e-2).certified
+    assert made == [min(shape[0], 1 << 15 if large else 256)]
 
 
 def test_nothing_is_kept_of_what_cannot_be_proven():

@@ -241,16 +241,24 @@ def test_a_module_is_warmed_up_by_its_matrices_stacks_and_convolutions(monkeypat
     assert sorted(tuple(a.shape) for a in seen[0]) == [(27, 17), (40, 30), (64, 48)]
 
 
-def test_the_keys_of_kernels_depend_on_no_order_in_which_they_are_used():
+def test_the_keys_of_kernels_depend_on_no_order_in_which_threads_use_them():
     """Of interpreted kernels there are no keys, so this takes processes of its own."""
     script = (
-        "import random, sys\n"
+        "import random, sys, threading\n"
         "from kappa_fast.kernels import apply, cholesky, coarse, gram, panel, quantize, ritz, start, triangular\n"
         "from kappa_fast.kernels.launch import settle\n"
         "modules = (apply, cholesky, coarse, gram, panel, quantize, ritz, start, triangular)\n"
         "kernels = [getattr(m, name) for m in modules for name in sorted(vars(m)) if name.endswith('_kernel')]\n"
-        "for kernel in random.Random(int(sys.argv[1])).sample(kernels, len(kernels)):\n"
-        "    settle(kernel)\n"
+        "def use():\n"
+        "    for kernel in random.Random(int(sys.argv[1])).sample(kernels, len(kernels)):\n"
+        "        together.wait()\n"
+        "        settle(kernel)\n"
+        "        kernel.cache_key\n"
+        "sys.setswitchinterval(1e-6)\n"
+        "together = threading.Barrier(4)\n"
+        "threads = [threading.Thread(target=use) for _ in range(4)]\n"
+        "[thread.start() for thread in threads]\n"
+        "[thread.join() for thread in threads]\n"
         "print(len(kernels), *(kernel.cache_key for kernel in kernels))\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
