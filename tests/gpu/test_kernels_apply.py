@@ -56,7 +56,7 @@ def test_products_with_the_weights_are_float64_products(dtype):
 
 
 @pytest.mark.parametrize("rows_contiguous", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_entries_read_in_pairs_give_float64_products(dtype, rows_contiguous):
     sizes = [(208, 144), (16, 16), (2064, 80), (144, 144)]  # beyond tiles of 64 and 128, and beyond one chunk of rows
     matrices = [gaussian(m, n, m + n).to(dtype) for m, n in sizes]

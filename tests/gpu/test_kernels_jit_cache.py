@@ -241,6 +241,7 @@ def test_a_module_is_warmed_up_by_its_matrices_stacks_and_convolutions(monkeypat
     assert sorted(tuple(a.shape) for a in seen[0]) == [(27, 17), (40, 30), (64, 48)]
 
 
+@pytest.mark.slow
 def test_the_keys_of_kernels_depend_on_no_order_in_which_threads_use_them():
     """Of interpreted kernels there are no keys, so this takes processes of its own."""
     script = (

@@ -189,7 +189,7 @@ def test_the_distance_of_the_slices_enters_both_ends(monkeypatch):
     assert found.upper > float(kappa) * 1.38
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_proofs_do_not_depend_on_the_wave():
     operands = TRITON.prepare(a_wave())
     together = certify_wave(TRITON, operands, estimates(operands), 1e-2)
@@ -207,7 +207,7 @@ def test_rank_takes_them_and_intervals_hold():
         assert contains(entry.lower, kappa, entry.upper)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_launches_do_not_depend_on_how_many_matrices_are_proved():
     launches = []
     for count in (2, 9):

@@ -52,6 +52,7 @@ class Odd(TorchBackend):
 def ways(request, monkeypatch):
     """Both ways to a factor: the one of the CPU, and the one of accelerators, which works on the CPU too."""
     monkeypatch.setattr(shifted, "accelerated", lambda _: request.param == "at once")
+    return request.param
 
 
 CHANGES = {
@@ -67,7 +68,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("n", [1, 2, 31, 40, 140])
 @pytest.mark.parametrize("chunk", [8, 256])
-def test_the_residual_of_whatever_a_library_returns_is_within_its_bound(n, change, dtype, chunk):
+def test_the_residual_of_whatever_a_library_returns_is_within_its_bound(n, change, dtype, chunk, ways):
+    if ways == "at once" and n == 140:
+        pytest.skip("only blocks of columns are many there")
     matrix = gram(n, dtype)
     factor = matrix.clone()
     bound = shifted.factor(Odd(CHANGES[change]), factor, chunk)
