@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -43,6 +44,13 @@ def flushes() -> bool:
     """Whether arithmetic in this thread takes subnormal numbers for zero, as operand or as result."""
     least = sys.float_info.min
     return least * 0.5 == 0.0 or math.ldexp(1.0, -1074) * 2.0**52 == 0.0
+
+
+def emulates_float64(device: torch.device) -> bool:
+    """Whether cuBLAS was asked, by a variable of the environment, to make float64 products of smaller numbers on this
+    device: their errors are relative to the largest entries, which no bound on the rounding of sums allows for."""
+    asked = os.environ.get("CUBLAS_EMULATE_DOUBLE_PRECISION", "").strip()
+    return device.type == "cuda" and asked not in ("", "0")
 
 
 def is_exact() -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..backends.base import CLIMBING, Backend, Factors, Operand, Panel, Rung, Tensor, symmetric_norm
-from ..machine.torch_state import flushes
+from ..machine.torch_state import emulates_float64, flushes
 from ..results.statistics import OF_SPECTRUM, UNKNOWN, Statistics
 from . import certify as proofs
 from . import exact, measures, small, statistics
@@ -77,7 +77,8 @@ def resolve(
     """
     gate = gate or exact.MemoryGate()
     operands = backend.prepare(weights)
-    if flushes():  # a subnormal number that was flushed to zero would make a proof wrong
+    # A subnormal number that was flushed to zero, or a product that is no sum of rounded products, makes proofs wrong.
+    if flushes() or emulates_float64(backend.device):
         operands = [replace(a, exact=False) for a in operands]
     results: list[Resolution | None] = [_resolve_trivial(a) for a in operands]
     _resolve_small(backend, operands, [weight.dtype for weight in weights], goal, results)

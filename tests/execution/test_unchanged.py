@@ -204,6 +204,21 @@ def test_where_subnormal_numbers_stay_lost_nothing_is_proven(monkeypatch):
     assert (whole.status, whole.certified) == ("ok", False)
 
 
+def test_where_cublas_emulates_float64_nothing_is_proven(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.delenv("CUBLAS_EMULATE_DOUBLE_PRECISION", raising=False)
+    assert not undisturbed.emulates_float64(gpu)
+    for value, asked in (("1", True), ("0", False), ("", False), (" 2 ", True)):
+        monkeypatch.setenv("CUBLAS_EMULATE_DOUBLE_PRECISION", value)
+        assert undisturbed.emulates_float64(gpu) == asked
+        assert not undisturbed.emulates_float64(cpu)
+    weights = {"b": torch.randn(60, 40, generator=torch.Generator().manual_seed(2))}
+    assert rank(weights, certify=True)[0].certified
+    monkeypatch.setattr(ladder, "emulates_float64", lambda device: True)
+    with pytest.warns(UserWarning, match="cannot prove"):
+        assert not rank(weights, certify=True)[0].certified
+
+
 def test_threads_that_lose_subnormal_numbers_are_not_used(monkeypatch):
     seen = []
     monkeypatch.setattr(undisturbed, "_workers_flush", lambda threads: True)
