@@ -133,7 +133,9 @@ def norm_bound(backend: Backend, product: _Product, estimate: float, rtol: float
     n = product.lower.shape[0]
     chunks = chunks_on(product.lower.device)
     # Float32 is no faster on an accelerator: sums of CHUNK32 products take a launch each.
-    narrow = chunks is CHUNKS and 2 * GROWTH * gamma(shifted.roundings(n, CHUNK32, 2), U32) < rtol / 2
+    narrow = (
+        not accelerated(product.lower.device) and 2 * GROWTH * gamma(shifted.roundings(n, CHUNK32, 2), U32) < rtol / 2
+    )
     for widening in widenings(rtol):
         bound = estimate**2 * (1 + widening)
         proven = _largest_in_float32(backend, product, bound) if narrow else math.inf

@@ -6,29 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 from spectra import gaussian, graded, growing, prescribed
+from torch_operands import BACKEND, UNIT, close, operand, wide
 
-from kappa_fast.backends import get_backend, torch_backend, torch_gram
+from kappa_fast.backends import get_backend
 from kappa_fast.backends.base import Panel, Rung
-from kappa_fast.backends.torch_backend import CHOLESKY32, CHOLESKY64, KEPT, LU64, QR64, TorchBackend
-from kappa_fast.backends.torch_gram import gram_in_chunks
+from kappa_fast.backends.torch_backend import CHOLESKY32, CHOLESKY64, LU64, QR64
 from kappa_fast.errors import BackendError
-from kappa_fast.spectrum import certify, ladder, shifted
+from kappa_fast.spectrum import ladder
 from kappa_fast.spectrum.krylov import KrylovBasis
-from kappa_fast.spectrum.resolution import Resolution
 
-BACKEND = TorchBackend(torch.device("cpu"))
 SHAPES = [(33, 33), (127, 33), (129, 127), (513, 129), (700, 513), (1500, 260)]
 STORED = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
-UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
-
-
-def operand(matrix):
-    return BACKEND.prepare([matrix])[0]
-
-
-def wide(a):
-    return a.tensor.double()
 
 
 def factored(a, rung):
@@ -39,11 +28,6 @@ def factored(a, rung):
 
 def panel(*blocks):
     return Panel.pack(blocks)
-
-
-def close(got, want, units, unit=2.0**-53):
-    """Whether the difference is within so many units roundoff of the largest entry."""
-    return float((got.double() - want).abs().max()) <= units * unit * float(want.abs().max())
 
 
 @pytest.mark.parametrize("name", ["auto", "torch"])
@@ -169,115 +153,6 @@ def test_entries_that_are_not_finite_are_noticed(dtype, value):
 def test_a_weight_that_requires_grad_is_prepared_without_a_graph():
     a = operand(gaussian(6, 4).requires_grad_())
     assert not a.tensor.requires_grad
-
-
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_gram_matrix_fills_its_lower_triangle(shape, dtype, stored):
-    a = operand(gaussian(*shape).to(stored))
-    (g,) = BACKEND.gram([a], dtype)
-    assert g.dtype == dtype
-    assert close(torch.tril(g), torch.tril(wide(a).T @ wide(a)), 4 * math.sqrt(shape[0]), UNIT[dtype])
-
-
-@pytest.mark.parametrize("chunk", [7, 32, 1000])
-def test_the_gram_matrix_in_chunks_is_the_gram_matrix(chunk):
-    a = operand(gaussian(300, 270).bfloat16())
-    (g,) = BACKEND.gram([a], torch.float64, chunk=chunk)
-    assert close(torch.tril(g), torch.tril(wide(a).T @ wide(a)), 100)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("n", [1, 2, 33, 127, 513, 700, 1030])
-def test_cholesky_factors_in_place_and_clears_what_is_above(n, dtype):
-    g = gaussian(n + 20, n)
-    g = (g.T @ g + n * torch.eye(n, dtype=torch.float64)).to(dtype)
-    factor = torch.tril(g) + torch.triu(torch.full_like(g, math.nan), 1)  # above the diagonal nothing may be read
-    assert BACKEND.cholesky([factor]) == [True]
-    assert torch.equal(factor, torch.tril(factor))
-    assert close(factor.double() @ factor.double().T, g.double(), 8 * math.sqrt(n), UNIT[dtype])
-
-
-@pytest.mark.parametrize("at", [0, 40, 300, 599])
-def test_cholesky_says_where_a_pivot_is_not_positive(at):
-    definite = torch.eye(600, dtype=torch.float64)
-    indefinite = definite.clone()
-    indefinite[at, at] = -1
-    assert BACKEND.cholesky([indefinite, definite]) == [False, True]
-
-
-def test_cholesky_refuses_what_is_not_a_number():
-    assert BACKEND.cholesky([torch.full((40, 40), math.nan, dtype=torch.float64)]) == [False]
-
-
-@pytest.mark.parametrize("n", [1, 5, 128, 129, 300, 520, 700])
-@pytest.mark.parametrize("chunk", [31, 256])
-def test_blocks_cover_the_lower_triangle_of_a_gram_matrix_in_chunks(n, chunk):
-    a = operand(gaussian(n + 9, n))
-    (g,) = BACKEND.gram([a], torch.float64, chunk=chunk)
-    torch.testing.assert_close(torch.tril(g), torch.tril(wide(a).T @ wide(a)), rtol=1e-12, atol=1e-11)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_gram_matrix_is_kept_for_the_proof_once(dtype, turned):
-    weight = gaussian(400, 150).to(dtype)
-    a = operand(weight.T if turned else weight)
-    usual, first = (BACKEND.rungs(a.shape, dtype, proofs=proofs)[0] for proofs in (False, True))
-    assert first.name == usual.name
-    assert (usual.gram, first.gram) == (None, torch.float64)
-    BACKEND.factor([a], [usual])
-    assert KEPT not in a.cache
-    (factor,) = BACKEND.factor([a], [first]).data
-    (kept,) = BACKEND.gram([a], torch.float64, chunk=256)
-    assert KEPT not in a.cache
-    (anew,) = BACKEND.gram([a], torch.float64, chunk=256)
-    assert kept is not anew
-    assert torch.equal(torch.tril(kept), torch.tril(anew))
-    assert factor.dtype == first.dtype
-    error = torch.linalg.matrix_norm(factor.double() @ factor.double().T - wide(a).T @ wide(a))
-    assert error <= 1e3 * torch.finfo(first.dtype).eps * torch.linalg.matrix_norm(kept)
-
-
-def test_a_kept_gram_matrix_serves_the_next_rung_but_no_other_sums():
-    a = operand(gaussian(400, 150).float())
-    narrow, following, _ = BACKEND.rungs(a.shape, torch.float32, proofs=True)
-    BACKEND.factor([a], [narrow])
-    before = a.cache[KEPT][1].clone()
-    (factor,) = BACKEND.factor([a], [following]).data
-    assert factor.dtype == torch.float64
-    assert torch.equal(a.cache[KEPT][1], before)
-    BACKEND.gram([a], torch.float64, chunk=64)
-    assert KEPT not in a.cache
-
-
-@pytest.mark.parametrize("shape", [(400, 150), (200, 64)], ids=str)
-@pytest.mark.parametrize("large", [False, True])
-def test_a_proof_takes_the_gram_matrix_that_was_kept_for_it(shape, large, monkeypatch):
-    for module in (torch_backend, torch_gram, certify, shifted):
-        monkeypatch.setattr(module, "accelerated", lambda _: large)
-    made = []
-    monkeypatch.setattr(torch_backend, "gram_in_chunks", lambda *given: made.append(given[2]) or gram_in_chunks(*given))
-    a = operand(gaussian(*shape).float())
-    BACKEND.factor([a], [BACKEND.rungs(a.shape, torch.float32, proofs=True)[0]])
-    values = torch.linalg.svdvals(wide(a)).tolist()
-    kappa = values[0] / values[-1]
-    found = Resolution("ok", kappa, kappa, 2 * kappa, values[0], values[-1], "test")
-    assert certify.certified(BACKEND, a, found, 1e-2).certified
-    assert made == [min(shape[0], 1 << 15 if large else 256)]
-
-
-def test_nothing_is_kept_of_what_cannot_be_proven():
-    a = replace(operand(gaussian(400, 150).float()), exact=False)
-    BACKEND.factor([a], [BACKEND.rungs(a.shape, torch.float32, proofs=True)[0]])
-    assert KEPT not in a.cache
-
-
-def test_kept_gram_matrices_count_as_memory():
-    for shape, more in (((400, 150), 8 * 150**2), ((150, 150), 0)):
-        plain, proven = (BACKEND.workspace(shape, torch.float32, proofs=proofs) for proofs in (False, True))
-        assert proven == plain + more
 
 
 RUNGS = [CHOLESKY32, CHOLESKY64, QR64, LU64]

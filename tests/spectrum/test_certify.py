@@ -279,20 +279,6 @@ def test_proofs_from_large_products_hold(shape, kappa):
         assert contains(proven.lower, matrix.kappa, proven.upper)
 
 
-@pytest.mark.usefixtures("large_products")
-@pytest.mark.parametrize("shape", [(90, 40), (700, 600)], ids=str)
-@pytest.mark.parametrize("chunk", [64, 4096])
-def test_gram_matrices_and_factors_from_large_products_are_those_of_small_ones(shape, chunk):
-    a = gaussian(*shape, 5)
-    exact = a.T @ a
-    for found in (torch_gram.gram(a, torch.float64), torch_gram.gram_in_chunks(a, torch.float64, chunk)):
-        assert torch.allclose(torch.tril(found), torch.tril(exact), rtol=0, atol=1e-12 * float(exact.abs().max()))
-    factor = exact + torch.eye(shape[1], dtype=torch.float64)
-    wanted = torch.linalg.cholesky(factor)
-    assert torch_gram.cholesky(factor)
-    assert torch.allclose(factor, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
-
-
 @pytest.mark.parametrize("lie", [1e-6, 0.1, 0.999, 1.001, 10.0, 1e6])
 def test_the_preconditioned_bound_survives_a_wrong_estimate(lie):
     a = operand(hilbert(8))
