@@ -95,7 +95,7 @@ def test_the_longest_columns_of_the_largest_bytes_do_not_saturate(monkeypatch):
     assert float(gram_of_slices(problems, found)[0]) * 2.0**30 == longest * (128 * 257) ** 2
 
 
-@pytest.mark.parametrize("slices", [3, 4])
+@pytest.mark.parametrize("slices", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_slice_more_adds_to_what_was_there(slices):
     problems = Problems.of(wave()[4:])
     peaks = column_peaks(problems)

@@ -20,7 +20,7 @@ from kappa_fast.kernels.ritz import (
 THREE = pytest.param(3, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("blocks", [1, 2, THREE])
+@pytest.mark.parametrize("blocks", [1, pytest.param(2, marks=pytest.mark.slow), THREE])
 def test_theta_is_an_upper_bound_of_the_largest_eigenvalue_to_ten_digits(blocks):
     t = Tridiagonal.of(*a_wave(blocks))
     exact = torch.linalg.eigvalsh(dense(t))[:, -1]
@@ -30,7 +30,9 @@ def test_theta_is_an_upper_bound_of_the_largest_eigenvalue_to_ten_digits(blocks)
     assert float(error.max()) < 1e-10
 
 
-@pytest.mark.parametrize("closeness", [0.0, 1e-10, 1e-4, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "closeness", [0.0, 1e-10, 1.0, *(pytest.param(each, marks=pytest.mark.slow) for each in (1e-4, 0.5))]
+)
 def test_a_floor_changes_how_theta_is_found_and_not_what_it_is(closeness):
     t = Tridiagonal.of(*a_wave(2))
     exact = torch.linalg.eigvalsh(dense(t))[:, -1]

@@ -353,6 +353,7 @@ def test_spearman_is_what_pandas_says(pairs):
         assert spearman(*zip(*pairs, strict=True)) == pytest.approx(frame["a"].rank().corr(frame["b"].rank()))
 
 
+@pytest.mark.slow
 def test_forty_thousand_experts_are_compared_in_seconds(tmp_path):
     generator = random.Random(0)
     one = [
