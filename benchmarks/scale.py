@@ -116,7 +116,8 @@ def h200_seconds(shape: Shape, weights: Weights) -> float:
 def busiest(counts: Mapping[Shape, int], seconds: Mapping[Shape, float], ranks: int) -> tuple[float, float, int]:
     """What the rank that is done last has computed, in seconds, the mean of all, and the most matrices of one."""
     shapes = [shape for shape, count in counts.items() for _ in range(count)]
-    predicted = {i: relative_cost(shape, False) for i, shape in enumerate(shapes)}
+    costs = {shape: relative_cost(shape, False) for shape in counts}
+    predicted = {i: costs[shape] for i, shape in enumerate(shapes)}
     real = {i: seconds[shape] for i, shape in enumerate(shapes)}
     parts = simulate(Shares.of(predicted, ranks), real, [1.0] * ranks)
     times = [sum(real[i] for i in part) for part in parts]
