@@ -1,4 +1,4 @@
-"""``python -m benchmarks.forgetting``: --smoke, --plan FILE --folder DIR, --report, --status, --model MODEL."""
+"""``python -m benchmarks.forgetting``: --smoke, --plan FILE --folder DIR, --report, --publish, --status, --model."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at once, of one thread each")
     parser.add_argument("--most", type=int, help="end after so many")
     parser.add_argument("--report", action="store_true", help="write tables and figures of what is there")
+    parser.add_argument("--publish", action="store_true", help="put runs and figures into benchmarks/results and docs")
     parser.add_argument("--status", action="store_true", help="say how much is there")
     parser.add_argument("--out", type=Path, help="where --report writes (default: FOLDER/report)")
     own_command.add_options(parser)
@@ -47,6 +48,12 @@ def main() -> None:
 
         write = sentences_report.write if plan.training.get("of") == "sentences" else report.write
         print(write(plan, given.folder, given.out or given.folder / "report"))
+        return
+    if given.publish:
+        from . import kept
+
+        print("\n".join(str(file) for file in kept.keep(plan, given.folder)))
+        print("python -m benchmarks figures puts the tables into the documents")
         return
     from .study import go_on, left_over
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import statistics
-from .plan import Plan
+from .plan import Plan, numbers
 
 WORST = math.inf  # the forgetting of what failed, diverged or did not get to the target
 
@@ -39,18 +39,50 @@ class Outcome:
 
 def outcomes(records: Iterable[Mapping[str, Any]], plan: Plan) -> dict[Cell, dict[Key, Outcome]]:
     """Of every method, fraction and draw of which all runs are there. Of several seeds the best counts, as of rates."""
+    found: dict[Cell, dict[Key, Outcome]] = defaultdict(dict)
+    for (cell, key), members in _runs(records, plan).items():
+        rates = len(plan.methods[key[0]].get("rates", plan.rates)) * len(plan.seeds)
+        if len(members) == rates:
+            found[cell][key] = outcome(members, plan, cell[2])
+    return dict(found)
+
+
+def at_rates(records: Iterable[Mapping[str, Any]], plan: Plan) -> dict[float, dict[Cell, dict[Key, Outcome]]]:
+    """By learning rate, of every method, fraction and draw: what it comes to if it is trained at that rate."""
+    found: dict[float, dict[Cell, dict[Key, Outcome]]] = defaultdict(lambda: defaultdict(dict))
+    for (cell, key), members in _runs(records, plan).items():
+        for rate in {run["lr"] for run in members}:
+            found[rate][cell][key] = outcome([run for run in members if run["lr"] == rate], plan, cell[2])
+    return {rate: dict(cells) for rate, cells in sorted(found.items())}
+
+
+def _runs(records: Iterable[Mapping[str, Any]], plan: Plan) -> dict[tuple[Cell, Key], list[Mapping[str, Any]]]:
+    """Those that the plan has, by what they have in common but learning rates and seeds."""
     wanted = {job["id"] for job in plan.jobs() if job["what"] == "run"}
     runs: dict[tuple[Cell, Key], list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
         if record["id"] in wanted:
             cell = (record["kind"], record["base"], record["task"])
             runs[cell, (record["method"], record["fraction"], record["draw"])].append(record)
-    found: dict[Cell, dict[Key, Outcome]] = defaultdict(dict)
-    for (cell, key), members in runs.items():
-        rates = len(plan.methods[key[0]].get("rates", plan.rates)) * len(plan.seeds)
-        if len(members) == rates:
-            found[cell][key] = outcome(members, plan, cell[2])
-    return dict(found)
+    return runs
+
+
+def complete(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> dict[Cell, dict[Key, Outcome]]:
+    """Only the methods and fractions whose draws are there for every base and task of a kind: what can be averaged."""
+    kept: dict[Cell, dict[Key, Outcome]] = {}
+    for kind, bases in plan.bases.items():
+        cells = [found.get((kind, base, task), {}) for base in bases for task in plan.tasks]
+        whole = set.intersection(*(set(cell) for cell in cells)) if cells else set()
+        had = {key[:2] for key in whole}
+        for method, fraction in list(had):
+            draws = numbers(plan.methods[method].get("draws", 1))
+            if any((method, fraction, draw) not in whole for draw in draws):
+                had.discard((method, fraction))
+        for base in bases:
+            for task in plan.tasks:
+                cell = found.get((kind, base, task), {})
+                kept[kind, base, task] = {key: done for key, done in cell.items() if key[:2] in had}
+    return {cell: methods for cell, methods in kept.items() if methods}
 
 
 def outcome(runs: Sequence[Mapping[str, Any]], plan: Plan, task: str) -> Outcome:

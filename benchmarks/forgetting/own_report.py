@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from . import analysis, own, report, single
-from .analysis import Cell, Key, Outcome
 from .journal import Journal
 from .plan import Plan
 from .study import JOURNAL
@@ -36,7 +34,7 @@ def write(plan: Plan, question: own.Question, folder: Path, out: Path) -> Path:
         "## What was planned, before anything was compared\n\n" + (folder / "beforehand.txt").read_text().rstrip(),
         "## Among the random draws\n\n" + _standings([one for one in (main, *others) if one]) + "\n\n" + _READING,
         "## Methods\n\n" + report.methods_table(found, plan),
-        _edges(found, plan),
+        _edges(report.edges(found, plan)),
         *(f"![{name}]({name}.png)" for name in report.frontiers(found, plan, out)),
     ]
     page = out / "report.md"
@@ -97,18 +95,5 @@ def _standings(found: list[single.Standing]) -> str:
     return report.table(head, rows)
 
 
-def _edges(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> str:
-    """A warning where the best learning rate is the first or the last of those that were tried."""
-    best = [
-        done.rate for cell in found.values() for key, done in cell.items() if done.status == "ok" and key[0] != "full"
-    ]
-    if len(plan.rates) < 2 or not best:
-        return ""
-    at = {rate: sum(one == rate for one in best) for rate in (min(plan.rates), max(plan.rates))}
-    rate, count = max(at.items(), key=lambda item: item[1])
-    if count <= len(best) / 2:
-        return ""
-    return (
-        f"**{count} of {len(best)} selections learned best at {rate:g}, which is an end of the learning rates that "
-        "were tried.** Others beyond it may be better: give --rates that go further, in another folder."
-    )
+def _edges(said: str) -> str:
+    return said and f"{said} Give --rates that go further, in another folder."

@@ -24,40 +24,110 @@ _READING = (
 )
 MEASURED = {"new": "new", "forgotten": "forgotten", "kl": "KL"}  # headings of what a run measures, by name
 _NO_ANSWER = "**This study is not complete: nothing here is a result.**"
+_LEVEL = 0.05
 
 
 def write(plan: Plan, folder: Path, out: Path) -> str:
     """Writes report.md, summary.json, compact.jsonl and the figures to ``out``, and returns the text."""
     records = list(Journal(folder / JOURNAL).records().values())
-    found = analysis.outcomes(records, plan)
-    compared = analysis.contrasts(found, plan)
     counted = analysis.counts(records, plan)
     out.mkdir(parents=True, exist_ok=True)
+    found = shown(records, plan)
     sections = [
         f"# {plan.name}\n",
-        *([_NO_ANSWER] if counted["missing"] else []),
+        answer(records, plan),
         "Runs: " + ", ".join(f"{number} {name}" for name, number in counted.items()) + ". Plan " + plan.digest() + ".",
-        _bases_table(records, plan),
-        "## Primary comparison\n\n" + _contrast_table([compared.primary]) + _READING,
-        "## Other comparisons that are tested\n\n" + _contrast_table(compared.tested, compared.adjusted),
-        "## Described, not tested\n\n" + _contrast_table(compared.described, {}),
-        "## Methods\n\n" + methods_table(found, plan),
-        "## What explains forgetting among selections\n\n" + _explained_table(found, plan),
-        *(f"![{name}]({name}.png)" for name in _figures(found, records, plan, out)),
+        *tables(records, plan),
+        *(f"![{name}]({name}.png)" for name in figures(found, records, plan, out)),
     ]
-    text = "\n\n".join(sections) + "\n"
+    text = "\n\n".join(section for section in sections if section) + "\n"
     (out / "report.md").write_text(text)
-    summary = {"plan": plan.digest(), "runs": counted, **asdict(compared)}
+    summary = {"plan": plan.digest(), "runs": counted, **asdict(analysis.contrasts(found, plan))}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    with (out / "compact.jsonl").open("w") as stream:
-        for record in sorted(records, key=lambda record: record["id"]):
-            stream.write(json.dumps(compact(record), separators=(",", ":")) + "\n")
+    write_compact(records, out / "compact.jsonl")
     return text
 
 
+def shown(records: list[dict[str, Any]], plan: Plan) -> Mapping[Cell, Mapping[Key, Outcome]]:
+    """Outcomes of methods that have run on all bases; before the primary comparison is complete, whatever is there."""
+    found = analysis.outcomes(records, plan)
+    whole = analysis.complete(found, plan)
+    return whole if _answers(analysis.contrast(whole, plan, plan.analysis["primary"]), plan) else found
+
+
+def _answers(contrast: Contrast, plan: Plan) -> bool:
+    """Whether it has run on all bases of its kind."""
+    return len(contrast.bases) == len(plan.bases[contrast.name.partition(":")[0]])
+
+
+def answer(records: list[dict[str, Any]], plan: Plan) -> str:
+    """What the primary comparison says, in a paragraph; that there is no answer as long as runs of it are missing."""
+    one = analysis.contrast(shown(records, plan), plan, plan.analysis["primary"])
+    if not _answers(one, plan):
+        return _NO_ANSWER
+    if one.p > _LEVEL:
+        verdict = "could not be told from random selections of the same kind"
+    else:
+        verdict = f"forgot {'less' if one.effect < 0 else 'more'} than random selections of the same kind"
+    method = one.name.partition(": ")[2].partition(" against")[0]
+    return (
+        f"**{method} {verdict}** (p = {one.p:.3f}, two-sided, {len(one.bases)} bases). Its place among the draws, from "
+        f"-1/2 (it forgot less than all) to 1/2 (more than all), is {one.effect:.3f} in the mean (95%: "
+        f"{_interval(*one.effect_interval)}). Its forgetting less the mean of the draws is {one.gain:.4f} nats per "
+        f"token (95%: {_interval(*one.gain_interval)})."
+    )
+
+
+def tables(records: list[dict[str, Any]], plan: Plan, level: str = "##") -> list[str]:
+    """All tables of a study, each with its heading; comparisons that have not run on all bases are named only."""
+    found = shown(records, plan)
+    compared = analysis.contrasts(found, plan)
+    primary = _answers(compared.primary, plan)
+    every = [*compared.tested, *compared.described]
+    missing = [one.name for one in every if not _answers(one, plan)] if primary else []
+    tested, described = (
+        [one for one in some if one.bases and one.name not in missing] for some in (compared.tested, compared.described)
+    )
+    left = (
+        f"{len(missing)} of the {len(every)} other comparisons of the plan have not run on all bases."
+        if missing
+        else ""
+    )
+    headed = {
+        "Bases": _bases_table(records, plan),
+        "Primary comparison": _contrast_table([compared.primary]) + _READING,
+        "Other comparisons that are tested": _contrast_table(tested, compared.adjusted) if tested else "",
+        "Described, not tested": _contrast_table(described, {}) if described else "",
+        "Left": left,
+        "Methods": methods_table(found, plan) + "\n\n" + edges(found, plan),
+        "Learning rates": _rates_table(records, found, plan),
+        "What explains forgetting among selections": _explained_table(found, plan),
+    }
+    return [f"{level} {head}\n\n{text.rstrip()}" for head, text in headed.items() if text]
+
+
+def rows(records: list[dict[str, Any]], plan: Plan) -> list[dict[str, Any]]:
+    """The comparisons that have run on all bases, as data."""
+    compared = analysis.contrasts(shown(records, plan), plan)
+    found = [{"said": "primary", **asdict(compared.primary)}]
+    found += [{"said": "tested", "holm": compared.adjusted[one.name], **asdict(one)} for one in compared.tested]
+    found += [{"said": "described", **asdict(one)} for one in compared.described]
+    for one in found:
+        if one["said"] == "described":
+            del one["p"]
+    return [one for one in found if len(one["bases"]) == len(plan.bases[one["name"].partition(":")[0]])]
+
+
+def write_compact(records: list[dict[str, Any]], file: Path) -> None:
+    """The records without their curves, a line each."""
+    with file.open("w") as stream:
+        for record in sorted(records, key=lambda record: str(record["id"])):
+            stream.write(json.dumps(compact(record), separators=(",", ":")) + "\n")
+
+
 def compact(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without what can be found by running it again: the curve of a run, the recipe, the versions."""
-    dropped = {"recipe", "versions", "source", "clean", *(["curve"] if record["what"] == "run" else [])}
+    """A record without what the plan says or a run shows again: the recipe, the curve of a run, the versions."""
+    dropped = {"recipe", "versions", "source", "clean", "needs", *(["curve"] if record["what"] == "run" else [])}
     return {key: _rounded(value) for key, value in record.items() if key not in dropped}
 
 
@@ -102,7 +172,7 @@ def _bases_table(records: list[dict[str, Any]], plan: Plan) -> str:
                 ]
             )
     head = ["bases", "number", "parameters", "loss before", "after", "gain of the last tenth", "change of log kappa"]
-    return "## Bases\n\n" + table(head, rows)
+    return table(head, rows) if rows else ""
 
 
 def _contrast_table(found: list[Contrast], adjusted: Mapping[str, float] | None = None) -> str:
@@ -116,6 +186,48 @@ def _contrast_table(found: list[Contrast], adjusted: Mapping[str, float] | None 
         row += [number(value, 4) for value in values]
         rows.append([*row, number(c.gain, 4), _interval(*c.gain_interval), f"{c.censored} of {c.compared}"])
     return table(head, rows)
+
+
+def _rates_table(records: list[dict[str, Any]], found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> str:
+    """What each method comes to at each learning rate, where the tables above have it at its best one."""
+    there = {key for cell in found.values() for key in cell}
+    rows = []
+    for rate, cells in analysis.at_rates(records, plan).items():
+        for (kind, task, method, fraction), members in _pooled(cells).items():
+            if any(key[:2] == (method, fraction) for key in there):
+                name = method + (f" {fraction:.0%}" if fraction else "")
+                ends = [done.end for done in members if done.status == "ok"]
+                means = [number(plain.fmean(end[side] for end in ends)) if ends else "-" for side in MEASURED]
+                rows.append([kind, task, name, f"{rate:g}", *means, *_at_targets(members, plan, task)])
+    head = ["base", "task", "method", "learning rate", *MEASURED.values(), "at the targets", "reached"]
+    return table(head, sorted(rows)) if rows else ""
+
+
+def _at_targets(members: list[Outcome], plan: Plan, task: str) -> list[str]:
+    """Mean forgetting of those that reach each target, and how many do."""
+    at = []
+    for i in range(len(plan.analysis["targets"][task])):
+        reached = [done.at[i] for done in members if math.isfinite(done.at[i])]
+        at.append(number(plain.fmean(reached)) if reached else "-")
+    hits = sum(math.isfinite(value) for done in members for value in done.at)
+    return [" / ".join(at), f"{hits} of {sum(len(done.at) for done in members)}"]
+
+
+def edges(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> str:
+    """A warning where the best learning rate is the first or the last of those that were tried."""
+    best = [
+        done.rate for cell in found.values() for key, done in cell.items() if done.status == "ok" and key[0] != "full"
+    ]
+    if len(plan.rates) < 2 or not best:
+        return ""
+    at = {rate: sum(one == rate for one in best) for rate in (min(plan.rates), max(plan.rates))}
+    rate, count = max(at.items(), key=lambda item: item[1])
+    if count <= len(best) / 2:
+        return ""
+    return (
+        f"**{count} of {len(best)} selections learned best at {rate:g}, which is an end of the learning rates that "
+        "were tried.** Others beyond it may be better."
+    )
 
 
 def _pooled(found: Mapping[Cell, Mapping[Key, Outcome]]) -> dict[tuple[str, str, str, float | None], list[Outcome]]:
@@ -139,15 +251,9 @@ def methods_table(
         share = plain.fmean(done.said.get("share", math.nan) for done in whole) if whole else math.nan
         rates = sorted({done.rate for done in whole})
         ends = [plain.fmean(done.end[name] for done in whole) if whole else math.nan for name in measures]
-        at = []
-        for i in range(len(plan.analysis["targets"][task])):
-            reached = [done.at[i] for done in members if math.isfinite(done.at[i])]
-            at.append(number(plain.fmean(reached)) if reached else "-")
-        hits = sum(math.isfinite(value) for done in members for value in done.at)
         name = method + (f" {fraction:.0%}" if fraction else "")
-        every = sum(len(done.at) for done in members)
         rows.append([kind, task, name, number(share), ", ".join(f"{rate:g}" for rate in rates), *map(number, ends)])
-        rows[-1] += [" / ".join(at), f"{hits} of {every}"]
+        rows[-1] += _at_targets(members, plan, task)
     return table(head, rows)
 
 
@@ -163,51 +269,69 @@ def _explained_table(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) ->
     return table(head, rows)
 
 
-def _figures(
-    found: Mapping[Cell, Mapping[Key, Outcome]], records: list[dict[str, Any]], plan: Plan, out: Path
+def figures(
+    found: Mapping[Cell, Mapping[Key, Outcome]],
+    records: list[dict[str, Any]],
+    plan: Plan,
+    out: Path,
+    prefix: str = "",
 ) -> list[str]:
-    """All of a study: frontiers, and kappas by type and layer where bases were pre-trained."""
-    names = frontiers(found, plan, out)
+    """All of a study: frontiers, and kappas by type and layer where bases were pre-trained; returns their names."""
+    names = frontiers(found, plan, out, prefix)
     for kind in plan.bases:
         if any(r["what"] == "base" and r["kind"] == kind and r["status"] == "ok" for r in records):
-            names.append(_kappas_figure(records, kind, out))
+            names.append(_kappas_figure(records, kind, out, prefix))
     return names
 
 
-def frontiers(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan, out: Path) -> list[str]:
-    """Loss on the new text against forgetting, a figure for each kind and task; returns their names."""
+def frontiers(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan, out: Path, prefix: str = "") -> list[str]:
+    """Loss on the new text against forgetting, a figure for each kind and task with runs; returns their names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = []
     pooled = _pooled(found)
-    for kind in plan.bases:
-        for task in plan.tasks:
-            figure = Figure(figsize=(8, 5.5), layout="constrained")
-            FigureCanvasAgg(figure)
-            axes = figure.add_subplot(
-                xlabel="loss on the new text, nats per token", ylabel="rise of loss on the old text"
-            )
-            axes.set_title(f"{kind}, {task}: means over bases, each method at its own best learning rate")
-            for i, ((_, _, method, fraction), members) in enumerate(
-                (key, members) for key, members in pooled.items() if key[:2] == (kind, task)
-            ):
-                paths = [done.path for done in members if done.status == "ok"]
-                if not paths:
-                    continue
-                mean = [[plain.fmean(path[j][side] for path in paths) for j in range(len(paths[0]))] for side in (0, 1)]
+    for kind, task in sorted({key[:2] for key in pooled}):
+        figure = Figure(figsize=(8, 5.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot(
+            xlabel="loss on the new text, nats per token", ylabel="rise of loss on the old text, nats per token"
+        )
+        axes.set_title(f"{kind}, {task}: means over bases, each method at its own best learning rate")
+        for path in _of_each_draw(found, kind, task):
+            axes.plot(*path, "-", color="0.85", linewidth=0.8, zorder=1)
+        for i, ((_, _, method, fraction), members) in enumerate(
+            (key, members) for key, members in pooled.items() if key[:2] == (kind, task)
+        ):
+            paths = [done.path for done in members if done.status == "ok"]
+            if paths:
                 label = method + (f" {fraction:.0%}" if fraction else "")
                 style = "--" if "random" in method else "-"
-                axes.plot(*mean, style, marker="osv^D<>*"[i // 10 % 8], color=f"C{i % 10}", label=label, markersize=4)
-            if axes.lines:
-                axes.legend(fontsize=6, ncols=2)
-            axes.invert_xaxis()
-            names.append(f"frontier-{kind}-{task}")
-            figure.savefig(out / f"{names[-1]}.png", dpi=110, metadata={"Software": None})
+                mark = "osv^D<>*"[i // 10 % 8]
+                axes.plot(*_mean_path(paths), style, marker=mark, color=f"C{i % 10}", label=label, markersize=4)
+        if axes.lines:
+            axes.legend(fontsize=7, ncols=2, title="gray: single draws")
+        axes.invert_xaxis()
+        names.append(f"{prefix}frontier-{kind}-{task}")
+        figure.savefig(out / f"{names[-1]}.png", dpi=110, metadata={"Software": None})
     return names
 
 
-def _kappas_figure(records: list[dict[str, Any]], kind: str, out: Path) -> str:
+def _of_each_draw(found: Mapping[Cell, Mapping[Key, Outcome]], kind: str, task: str) -> list[list[list[float]]]:
+    """The mean path over bases of every random draw."""
+    draws: dict[Key, list[tuple[tuple[float, float], ...]]] = defaultdict(list)
+    for (its_kind, _, its_task), cell in found.items():
+        for key, done in cell.items():
+            if (its_kind, its_task) == (kind, task) and "random" in key[0] and done.status == "ok":
+                draws[key].append(done.path)
+    return [_mean_path(paths) for paths in draws.values()]
+
+
+def _mean_path(paths: list[tuple[tuple[float, float], ...]]) -> list[list[float]]:
+    return [[plain.fmean(path[j][side] for path in paths) for j in range(len(paths[0]))] for side in (0, 1)]
+
+
+def _kappas_figure(records: list[dict[str, Any]], kind: str, out: Path, prefix: str) -> str:
     """Kappa by type and layer, before and after pre-training."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -229,5 +353,6 @@ def _kappas_figure(records: list[dict[str, Any]], kind: str, out: Path) -> str:
         axis.set(title=name, xlabel="layer")
     axes[0].set_ylabel("mean log kappa")
     axes[0].legend(fontsize=7)
-    figure.savefig(out / f"kappas-{kind}.png", dpi=110, metadata={"Software": None})
-    return f"kappas-{kind}"
+    name = f"{prefix}kappas-{kind}"
+    figure.savefig(out / f"{name}.png", dpi=110, metadata={"Software": None})
+    return name

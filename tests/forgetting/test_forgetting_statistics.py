@@ -53,8 +53,13 @@ def made_up(jobs: list[dict[str, Any]], chance: np.random.Generator, effect: flo
         forgotten = math.exp(of_base[job["base"]] + 0.4 * (skill + effect * (job["method"] == "low")) + job["lr"])
         noise = chance.normal(size=2) * 0.05
         ends = {
-            "10": {"new": 2.2 + noise[0], "validation": 2.2, "forgotten": forgotten / 2},
-            "20": {"new": 2.0 + 2 * noise[1] - job["lr"], "validation": 2.0 - job["lr"], "forgotten": forgotten},
+            "10": {"new": 2.2 + noise[0], "validation": 2.2, "forgotten": forgotten / 2, "kl": 0.1},
+            "20": {
+                "new": 2.0 + 2 * noise[1] - job["lr"],
+                "validation": 2.0 - job["lr"],
+                "forgotten": forgotten,
+                "kl": 0.2,
+            },
         }
         said = {"log_kappa": float(chance.normal()), "layers": {"0": skill, "1": 1 - skill}}
         status = "failed" if chance.random() < 0.03 else "ok"

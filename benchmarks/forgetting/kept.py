@@ -1,0 +1,59 @@
+"""What the documents show of the study: runs in benchmarks/results/, figures in docs/, and the text made from them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record as provenance
+
+from . import analysis, report
+from .journal import Journal
+from .plan import PLANS, Plan
+from .study import JOURNAL
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS, DOCUMENT = "forgetting.jsonl", "forgetting.json"
+
+
+def keep(plan: Plan, folder: Path, results: Path = provenance.RESULTS, docs: Path = ROOT / "docs") -> list[Path]:
+    """Writes the compact runs of a plan, what they come to, and the figures; returns the files.
+
+    Raises:
+        ValueError: runs of the primary comparison are missing.
+    """
+    wanted = {job["id"] for job in plan.jobs()}
+    whole = [each for each in Journal(folder / JOURNAL).records().values() if each["id"] in wanted]
+    records = [report.compact(each) for each in whole]  # what is said is what these say, to the last digit
+    found = report.shown(records, plan)
+    compared = analysis.contrasts(found, plan)
+    if len(compared.primary.bases) < len(plan.bases[plan.analysis["primary"]["kind"]]):
+        raise ValueError(f"{folder}: runs of the primary comparison are missing; --status counts them")
+    report.write_compact(records, results / RUNS)
+    provenance.write(results / DOCUMENT, report.rows(records, plan))
+    document = json.loads((results / DOCUMENT).read_text())
+    commits = Counter(each["commit"] for each in records if "commit" in each)
+    versions = next(each["versions"] for each in whole if "versions" in each)
+    document |= {"versions": versions, "commit": commits.most_common(1)[0][0], "commits": dict(commits)}
+    document |= {"clean": all(each.get("clean") for each in whole), "plan": plan.digest()}
+    (results / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")
+    drawn = report.figures(found, records, plan, docs, "forgetting-")
+    return [results / RUNS, results / DOCUMENT, *(docs / f"{name}.png" for name in drawn)]
+
+
+def runs(results: Path = provenance.RESULTS) -> tuple[list[dict[str, Any]], Plan]:
+    """The runs that are kept, and the plan of the study."""
+    records = [json.loads(line) for line in (results / RUNS).read_text().splitlines()]
+    return records, Plan.read(PLANS / "study.json")
+
+
+def text() -> str:
+    """The tables of docs/evidence.md."""
+    records, plan = runs()
+    counted = analysis.counts(records, plan)
+    said = f"{counted['planned'] - counted['missing']:,} of {counted['planned']:,} planned runs are done"
+    bad = {name: number for name, number in counted.items() if name not in ("planned", "missing", "ok")}
+    said += f"; {sum(bad.values())} of them failed or diverged." if bad else "; none of them failed or diverged."
+    return "\n\n".join([report.answer(records, plan), said, *report.tables(records, plan, "###")])

@@ -1,0 +1,108 @@
+"""The report of a study: nothing that has not run on all bases is shown as a result."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from test_forgetting_statistics import made_up, small_plan
+
+from benchmarks.forgetting import analysis, kept, report
+from benchmarks.forgetting.plan import Plan
+
+
+def study(plan: Plan, effect: float = 0.0) -> list[dict[str, Any]]:
+    jobs = [job for job in plan.jobs() if job["what"] == "run"]
+    return made_up(jobs, np.random.default_rng(1), effect)
+
+
+def without(records: list[dict[str, Any]], method: str, base: int) -> list[dict[str, Any]]:
+    return [each for each in records if (each["method"], each["base"]) != (method, base)]
+
+
+def test_a_study_whose_primary_comparison_lacks_a_base_has_no_answer():
+    plan = small_plan()
+    records = without(study(plan, effect=-3.0), "low", 7)
+    assert report.answer(records, plan) == "**This study is not complete: nothing here is a result.**"
+    said = "\n".join(report.tables(records, plan))
+    assert "| mixture: low against random | 7 |" in said  # how far it has come
+
+
+def test_an_answer_says_which_way_and_how_sure_it_is():
+    plan = small_plan()
+    less = report.answer(study(plan, effect=-3.0), plan)
+    assert "**low forgot less than random selections of the same kind** (p = 0.008, two-sided, 8 bases)" in less
+    assert "**low forgot more than random" in report.answer(study(plan, effect=3.0), plan)
+    assert "**low could not be told from random selections" in report.answer(study(plan), plan)
+
+
+def test_a_comparison_that_lacks_a_base_is_counted_and_not_shown():
+    plan = small_plan()
+    whole = study(plan)
+    assert "| mixture: other against random | 8 |" in "\n".join(report.tables(whole, plan))
+    part = without(whole, "other", 3)
+    assert report.answer(part, plan) == report.answer(whole, plan)
+    said = "\n".join(report.tables(part, plan))
+    assert "other against" not in said
+    assert "| other |" not in said  # nor means over seven bases among the methods
+    assert "1 of the 1 other comparisons of the plan have not run on all bases." in said
+    assert [row["name"] for row in report.rows(part, plan)] == ["mixture: low against random"]
+    lacking_a_draw = [each for each in whole if (each["method"], each["draw"], each["base"]) != ("random", 5, 2)]
+    assert report.answer(lacking_a_draw, plan).startswith("**This study is not complete")
+
+
+def test_what_is_described_has_no_p_value():
+    described = {"kind": "mixture", "method": "other", "draws": "random"}
+    plan = small_plan()
+    plan = Plan(**{**vars(plan), "analysis": {**plan.analysis, "comparisons": [], "described": [described]}})
+    rows = report.rows(study(plan), plan)
+    assert [(row["said"], "p" in row) for row in rows] == [("primary", True), ("described", False)]
+
+
+def test_each_learning_rate_has_its_own_outcome():
+    plan = small_plan(bases=2, draws=2)
+    records = study(plan)
+    by_rate = analysis.at_rates(records, plan)
+    assert list(by_rate) == [0.1, 0.2]
+    for rate, cells in by_rate.items():
+        done = cells["mixture", 1, "new"]["low", None, 0]
+        (run,) = [r for r in records if (r["base"], r["method"], r["lr"]) == (1, "low", rate)]
+        if run["status"] == "ok":
+            assert (done.rate, done.end) == (rate, run["endpoints"]["20"])
+        else:
+            assert math.isnan(done.rate)
+    assert "| mixture | new | low | 0.1 |" in report._rates_table(records, report.shown(records, plan), plan)
+
+
+def test_most_selections_that_learn_best_at_the_last_rate_are_a_warning():
+    plan = small_plan(bases=2, draws=2)
+    assert "learned best at 0.2, which is an end" in report.edges(analysis.outcomes(study(plan), plan), plan)
+
+
+def test_an_incomplete_study_is_not_published(tmp_path):
+    plan = small_plan(bases=2, draws=2)
+    with (tmp_path / "journal.jsonl").open("w") as stream:
+        for each in without(study(plan), "low", 1):
+            stream.write(json.dumps(each) + "\n")
+    with pytest.raises(ValueError, match="runs of the primary comparison are missing"):
+        kept.keep(plan, tmp_path, tmp_path, tmp_path)
+    assert not (tmp_path / kept.RUNS).exists()
+
+
+def test_a_published_study_says_what_its_runs_say(tmp_path):
+    plan = small_plan(bases=2, draws=2)
+    records = [each | {"commit": "c", "clean": True, "versions": {"torch": "0"}} for each in study(plan)]
+    with (tmp_path / "journal.jsonl").open("w") as stream:
+        for each in [*records, records[0] | {"id": "of another plan"}]:
+            stream.write(json.dumps(each) + "\n")
+    files = kept.keep(plan, tmp_path, tmp_path, tmp_path)
+    assert all(file.stat().st_size > 100 for file in files)
+    assert {file.name for file in files} == {kept.RUNS, kept.DOCUMENT, "forgetting-frontier-mixture-new.png"}
+    document = json.loads((tmp_path / kept.DOCUMENT).read_text())
+    assert (document["commits"], document["plan"]) == ({"c": len(records)}, plan.digest())
+    again = [json.loads(line) for line in (tmp_path / kept.RUNS).read_text().splitlines()]
+    assert len(again) == len(records)
+    assert json.dumps(report.rows(again, plan)) == json.dumps(document["rows"])  # to the last digit
