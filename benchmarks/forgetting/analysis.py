@@ -57,14 +57,15 @@ def at_rates(records: Iterable[Mapping[str, Any]], plan: Plan) -> dict[float, di
 
 
 def _runs(records: Iterable[Mapping[str, Any]], plan: Plan) -> dict[tuple[Cell, Key], list[Mapping[str, Any]]]:
-    """Those that the plan has, by what they have in common but learning rates and seeds."""
+    """Those that the plan has, by what they have in common but learning rates and seeds; methods as in the plan."""
     wanted = {job["id"] for job in plan.jobs() if job["what"] == "run"}
     runs: dict[tuple[Cell, Key], list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
         if record["id"] in wanted:
             cell = (record["kind"], record["base"], record["task"])
             runs[cell, (record["method"], record["fraction"], record["draw"])].append(record)
-    return runs
+    place = {method: i for i, method in enumerate(plan.methods)}
+    return dict(sorted(runs.items(), key=lambda item: (item[0][0], place[item[0][1][0]], item[0][1][1:])))
 
 
 def complete(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> dict[Cell, dict[Key, Outcome]]:

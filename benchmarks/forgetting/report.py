@@ -191,16 +191,17 @@ def _contrast_table(found: list[Contrast], adjusted: Mapping[str, float] | None 
 def _rates_table(records: list[dict[str, Any]], found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> str:
     """What each method comes to at each learning rate, where the tables above have it at its best one."""
     there = {key for cell in found.values() for key in cell}
-    rows = []
+    rows: dict[Any, list[list[str]]] = defaultdict(list)
     for rate, cells in analysis.at_rates(records, plan).items():
         for (kind, task, method, fraction), members in _pooled(cells).items():
             if any(key[:2] == (method, fraction) for key in there):
                 name = method + (f" {fraction:.0%}" if fraction else "")
                 ends = [done.end for done in members if done.status == "ok"]
                 means = [number(plain.fmean(end[side] for end in ends)) if ends else "-" for side in MEASURED]
-                rows.append([kind, task, name, f"{rate:g}", *means, *_at_targets(members, plan, task)])
+                rows[kind, task, method, fraction].append([kind, task, name, f"{rate:g}", *means])
+                rows[kind, task, method, fraction][-1] += _at_targets(members, plan, task)
     head = ["base", "task", "method", "learning rate", *MEASURED.values(), "at the targets", "reached"]
-    return table(head, sorted(rows)) if rows else ""
+    return table(head, [row for of_method in rows.values() for row in of_method]) if rows else ""
 
 
 def _at_targets(members: list[Outcome], plan: Plan, task: str) -> list[str]:
