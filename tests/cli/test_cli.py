@@ -435,6 +435,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(checkpoint, tmp_path):
     assert len(partial) == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_without_a_file_and_a_cache_says_how_to_keep_it(checkpoint):
     code, out, err = interrupt("rank", checkpoint, "--no-cache")
     assert (code, out) == (130, "")

@@ -328,7 +328,8 @@ def test_copies_that_differ_are_named():
     passed(on_ranks(4, copies_differ))
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_models_in_fsdp1_are_ranked_as_whole_ones(size):
     passed(on_ranks(size, fsdp1))
 
@@ -369,6 +370,7 @@ def test_experts_apart():
     passed(on_ranks(2, experts_apart))
 
 
+@pytest.mark.slow
 def test_shards_here_and_a_whole_model_there_are_refused():
     passed(on_ranks(2, sharded_on_one))
 

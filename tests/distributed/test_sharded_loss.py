@@ -110,6 +110,7 @@ def strangers(rank):
     assert len(told) == 3 or rank
 
 
+@pytest.mark.slow
 def test_strangers_get_nothing():
     passed(on_ranks(2, strangers))
 

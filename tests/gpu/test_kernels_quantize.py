@@ -201,6 +201,7 @@ def test_storage_tells_what_loads_can_be_vectors():
     assert Storage.of(dense[:, ::2]).inner == 2
 
 
+@pytest.mark.slow
 def test_hundreds_of_matrices_take_as_many_launches_as_three():
     for copies in (3, 200):
         problems = Problems.of([gaussian(5, 3, seed).float() for seed in range(copies)])
