@@ -202,6 +202,47 @@ def contrasts(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> Contra
 
 
 @dataclass(frozen=True)
+class Slower:
+    """A learning rate against the next higher one, where the same selection got to the same target at both.
+
+    ``gain`` is the mean over bases of the difference of forgetting in nats, ``share`` the median of its ratio, and
+    ``compared`` the number of pairs. No plan has asked for it.
+    """
+
+    kind: str
+    task: str
+    rates: tuple[float, float]
+    compared: int
+    gain: float
+    interval: tuple[float, float]
+    share: float
+
+
+def slower(records: Iterable[Mapping[str, Any]], shown: set[tuple[str, float | None]], plan: Plan) -> list[Slower]:
+    """For every kind and task; ``shown`` are the methods and fractions that count."""
+    by_rate = at_rates(records, plan)
+    found = []
+    for (low, slow), (high, fast) in itertools.pairwise(by_rate.items()):
+        gains: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for (kind, base, task), cell in slow.items():
+            for key, done in cell.items():
+                other = fast.get((kind, base, task), {}).get(key)
+                if other is None or key[:2] not in shown:
+                    continue
+                for a, b in zip(done.at, other.at, strict=True):
+                    if math.isfinite(a) and math.isfinite(b):
+                        gains[kind, task][base].append(a - b)
+                        ratios[kind, task].append(a / b if b > 0 else math.inf)
+        for (kind, task), of_bases in sorted(gains.items()):
+            means = [plain.fmean(values) for values in of_bases.values()]
+            spread = statistics.bootstrap(means, int(plan.analysis["resamples"]))
+            pairs, share = len(ratios[kind, task]), plain.median(ratios[kind, task])
+            found.append(Slower(kind, task, (low, high), pairs, plain.fmean(means), spread, share))
+    return found
+
+
+@dataclass(frozen=True)
 class Explained:
     """What share of the variance of forgetting among selections layers explain, and what kappa adds.
 

@@ -49,11 +49,41 @@ def runs(results: Path = provenance.RESULTS) -> tuple[list[dict[str, Any]], Plan
     return records, Plan.read(PLANS / "study.json")
 
 
-def text() -> str:
+def sentence() -> str:
+    """The answer of the primary comparison, for README.md."""
+    records, plan = runs()
+    one = _primary(records, plan)
+    told = "forgot less than" if one.effect < 0 else "forgot more than"
+    verdict = told if one.p <= report.LEVEL else "could not be told by what it forgot from"
+    return (
+        f"In a first study, on {len(one.bases)} small mixtures of experts, training the quarter of the experts with "
+        f"the lowest kappa {verdict} training random experts of the same layers and types (p = {one.p:.2g})."
+    )
+
+
+def answer() -> str:
+    """The first paragraph of docs/evidence.md."""
+    records, plan = runs()
+    one = _primary(records, plan)
+    counted = analysis.counts(records, plan)
+    bad = sum(number for name, number in counted.items() if name not in ("planned", "missing", "ok"))
+    done = counted["planned"] - counted["missing"]
+    draws = plan.methods[plan.analysis["primary"]["draws"]]["draws"]
+    more = "less" if one.gain < 0 else "more"
+    return (
+        f"**{sentence()}** Its place among {draws} random draws, from -1/2 (it forgot less than all) to 1/2 (more than "
+        f"all), was {one.effect:.3f} in the mean over bases (95% interval {report.interval(*one.effect_interval)}). It "
+        f"forgot {abs(one.gain):.4f} nats per token {more} than the mean of the draws (95% interval of the difference "
+        f"{report.interval(*one.gain_interval)}). {done:,} of {counted['planned']:,} planned runs are done; "
+        f"{bad or 'none'} of them failed or diverged."
+    )
+
+
+def tables() -> str:
     """The tables of docs/evidence.md."""
     records, plan = runs()
-    counted = analysis.counts(records, plan)
-    said = f"{counted['planned'] - counted['missing']:,} of {counted['planned']:,} planned runs are done"
-    bad = {name: number for name, number in counted.items() if name not in ("planned", "missing", "ok")}
-    said += f"; {sum(bad.values())} of them failed or diverged." if bad else "; none of them failed or diverged."
-    return "\n\n".join([report.answer(records, plan), said, *report.tables(records, plan, "###")])
+    return "\n\n".join(report.tables(records, plan, "###"))
+
+
+def _primary(records: list[dict[str, Any]], plan: Plan) -> analysis.Contrast:
+    return analysis.contrast(report.shown(records, plan), plan, plan.analysis["primary"])

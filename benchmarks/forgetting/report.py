@@ -24,7 +24,7 @@ _READING = (
 )
 MEASURED = {"new": "new", "forgotten": "forgotten", "kl": "KL"}  # headings of what a run measures, by name
 _NO_ANSWER = "**This study is not complete: nothing here is a result.**"
-_LEVEL = 0.05
+LEVEL = 0.05
 
 
 def write(plan: Plan, folder: Path, out: Path) -> str:
@@ -65,7 +65,7 @@ def answer(records: list[dict[str, Any]], plan: Plan) -> str:
     one = analysis.contrast(shown(records, plan), plan, plan.analysis["primary"])
     if not _answers(one, plan):
         return _NO_ANSWER
-    if one.p > _LEVEL:
+    if one.p > LEVEL:
         verdict = "could not be told from random selections of the same kind"
     else:
         verdict = f"forgot {'less' if one.effect < 0 else 'more'} than random selections of the same kind"
@@ -73,8 +73,8 @@ def answer(records: list[dict[str, Any]], plan: Plan) -> str:
     return (
         f"**{method} {verdict}** (p = {one.p:.3f}, two-sided, {len(one.bases)} bases). Its place among the draws, from "
         f"-1/2 (it forgot less than all) to 1/2 (more than all), is {one.effect:.3f} in the mean (95%: "
-        f"{_interval(*one.effect_interval)}). Its forgetting less the mean of the draws is {one.gain:.4f} nats per "
-        f"token (95%: {_interval(*one.gain_interval)})."
+        f"{interval(*one.effect_interval)}). Its forgetting less the mean of the draws is {one.gain:.4f} nats per "
+        f"token (95%: {interval(*one.gain_interval)})."
     )
 
 
@@ -101,6 +101,7 @@ def tables(records: list[dict[str, Any]], plan: Plan, level: str = "##") -> list
         "Left": left,
         "Methods": methods_table(found, plan) + "\n\n" + edges(found, plan),
         "Learning rates": _rates_table(records, found, plan),
+        "A lower learning rate at the same target": _slower_table(records, found, plan),
         "What explains forgetting among selections": _explained_table(found, plan),
     }
     return [f"{level} {head}\n\n{text.rstrip()}" for head, text in headed.items() if text]
@@ -150,7 +151,8 @@ def number(value: float, digits: int = 3) -> str:
     return "-" if not math.isfinite(value) else f"{value:.{digits}f}"
 
 
-def _interval(low: float, high: float) -> str:
+def interval(low: float, high: float) -> str:
+    """With three digits."""
     return f"{number(low)} to {number(high)}"
 
 
@@ -182,9 +184,9 @@ def _contrast_table(found: list[Contrast], adjusted: Mapping[str, float] | None 
     rows = []
     for c in found:
         values = [c.p, *([adjusted[c.name]] if adjusted else [])] if tests else []
-        row = [c.name, str(len(c.bases)), number(c.effect), _interval(*c.effect_interval)]
+        row = [c.name, str(len(c.bases)), number(c.effect), interval(*c.effect_interval)]
         row += [number(value, 4) for value in values]
-        rows.append([*row, number(c.gain, 4), _interval(*c.gain_interval), f"{c.censored} of {c.compared}"])
+        rows.append([*row, number(c.gain, 4), interval(*c.gain_interval), f"{c.censored} of {c.compared}"])
     return table(head, rows)
 
 
@@ -202,6 +204,21 @@ def _rates_table(records: list[dict[str, Any]], found: Mapping[Cell, Mapping[Key
                 rows[kind, task, method, fraction][-1] += _at_targets(members, plan, task)
     head = ["base", "task", "method", "learning rate", *MEASURED.values(), "at the targets", "reached"]
     return table(head, [row for of_method in rows.values() for row in of_method]) if rows else ""
+
+
+def _slower_table(records: list[dict[str, Any]], found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> str:
+    """Described after the fact: it was not planned."""
+    there = {key[:2] for cell in found.values() for key in cell}
+    rows = []
+    for one in analysis.slower(records, there, plan):
+        rows.append([one.kind, one.task, f"{one.rates[0]:g} against {one.rates[1]:g}", str(one.compared)])
+        rows[-1] += [number(one.gain, 4), interval(*one.interval), f"{one.share:.2f}"]
+    head = ["base", "task", "learning rates", "pairs", "nats", "95%", "median ratio"]
+    said = (
+        "\n\nPairs: the same selection at the same target, reached at both rates. Nats and ratio: what it forgot at "
+        "the lower rate, less or over what it forgot at the higher one. This was not planned: it is described only."
+    )
+    return table(head, rows) + said if rows else ""
 
 
 def _at_targets(members: list[Outcome], plan: Plan, task: str) -> list[str]:
@@ -266,7 +283,7 @@ def _explained_table(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) ->
             one = analysis.explain(found, plan, kind, task)
             if one is not None:
                 rows.append([kind, task, str(one.selections), number(one.by_layers), number(one.with_kappa)])
-                rows[-1] += [number(one.slope, 4), _interval(*one.interval)]
+                rows[-1] += [number(one.slope, 4), interval(*one.interval)]
     return table(head, rows)
 
 

@@ -77,6 +77,23 @@ def test_each_learning_rate_has_its_own_outcome():
     assert "| mixture | new | low | 0.1 |" in report._rates_table(records, report.shown(records, plan), plan)
 
 
+def test_a_lower_rate_is_held_against_the_next_one_where_both_got_to_a_target():
+    plan = small_plan(bases=2, draws=1)
+    forgotten = {(0, 0.1): 0.3, (0, 0.2): 0.4, (1, 0.1): 0.1, (1, 0.2): 0.3}  # after the budget, by base and rate
+    records = []
+    for job in (job for job in plan.jobs() if job["what"] == "run"):
+        gets_there = not (job["method"] == "other" and job["lr"] == 0.1)
+        end = {"new": 1.8 if gets_there else 2.8, "validation": 1.0, "forgotten": forgotten[job["base"], job["lr"]]}
+        records.append({**job, "status": "ok", "start": {"new": 2.8}, "endpoints": {"20": end}})
+    (found,) = analysis.slower(records, {("low", None), ("other", None)}, plan)
+    # From 2.8 to 1.8 the targets 0.9 * 2.8 and 0.7 * 2.8 lie 28% and 84% of the way.
+    assert found.compared == 4  # two bases, two targets; "other" never gets there at the lower rate
+    assert found.gain == pytest.approx(-(0.1 + 0.2) / 2 * (0.28 + 0.84) / 2)
+    assert found.share == pytest.approx((0.75 + 1 / 3) / 2)
+    assert found.interval == pytest.approx((-0.2 * 0.56, -0.1 * 0.56))
+    assert analysis.slower(records, {("other", None)}, plan) == []
+
+
 def test_most_selections_that_learn_best_at_the_last_rate_are_a_warning():
     plan = small_plan(bases=2, draws=2)
     assert "learned best at 0.2, which is an end" in report.edges(analysis.outcomes(study(plan), plan), plan)
