@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import record as provenance
 
-from . import analysis, report
+from . import analysis, bases, report, usage
 from .journal import Journal
 from .plan import PLANS, Plan
 from .study import JOURNAL
@@ -37,6 +37,8 @@ def keep(plan: Plan, folder: Path, results: Path = provenance.RESULTS, docs: Pat
     commits = Counter(each["commit"] for each in records if "commit" in each)
     versions = next(each["versions"] for each in whole if "versions" in each)
     document |= {"versions": versions, "commit": commits.most_common(1)[0][0], "commits": dict(commits)}
+    if (folder / f"{bases.base_name('mixture', 0)}.safetensors").exists():
+        document["usage"] = usage.usage(plan, folder)
     document |= {"clean": all(each.get("clean") for each in whole), "plan": plan.digest()}
     (results / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")
     drawn = report.figures(found, records, plan, docs, "forgetting-")
@@ -82,7 +84,15 @@ def answer() -> str:
 def tables() -> str:
     """The tables of docs/evidence.md."""
     records, plan = runs()
-    return "\n\n".join(report.tables(records, plan, "###"))
+    found: list[dict[str, Any]] = json.loads((provenance.RESULTS / DOCUMENT).read_text())["usage"]
+    rows = [
+        [each["text"], each["type"], report.number(each["mean"], 2), report.interval(*each["interval"], digits=2)]
+        for each in found
+    ]
+    used = "### Kappa of experts and their share of the tokens\n\n" + report.table(
+        ["text", "matrices", "Spearman's correlation", "95%"], rows
+    )
+    return "\n\n".join([*report.tables(records, plan, "###"), used])
 
 
 def _primary(records: list[dict[str, Any]], plan: Plan) -> analysis.Contrast:

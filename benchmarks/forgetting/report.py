@@ -151,9 +151,9 @@ def number(value: float, digits: int = 3) -> str:
     return "-" if not math.isfinite(value) else f"{value:.{digits}f}"
 
 
-def interval(low: float, high: float) -> str:
-    """With three digits."""
-    return f"{number(low)} to {number(high)}"
+def interval(low: float, high: float, digits: int = 3) -> str:
+    """With so many digits."""
+    return f"{number(low, digits)} to {number(high, digits)}"
 
 
 def _bases_table(records: list[dict[str, Any]], plan: Plan) -> str:
