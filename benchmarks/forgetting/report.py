@@ -101,6 +101,7 @@ def tables(records: list[dict[str, Any]], plan: Plan, level: str = "##") -> list
         "Left": left,
         "Methods": methods_table(found, plan) + "\n\n" + edges(found, plan),
         "Learning rates": _rates_table(records, found, plan),
+        "Comparisons at one learning rate for all": _contrasts_at_rates(records, plan),
         "A lower learning rate at the same target": _slower_table(records, found, plan),
         "What explains forgetting among selections": _explained_table(found, plan),
     }
@@ -204,6 +205,21 @@ def _rates_table(records: list[dict[str, Any]], found: Mapping[Cell, Mapping[Key
                 rows[kind, task, method, fraction][-1] += _at_targets(members, plan, task)
     head = ["base", "task", "method", "learning rate", *MEASURED.values(), "at the targets", "reached"]
     return table(head, [row for of_method in rows.values() for row in of_method]) if rows else ""
+
+
+def _contrasts_at_rates(records: list[dict[str, Any]], plan: Plan) -> str:
+    """Described after the fact: the plan compares each method at its own best rate."""
+    rows = []
+    by_rate = analysis.at_rates(records, plan)
+    for asked in (plan.analysis["primary"], *plan.analysis["comparisons"]):
+        for rate, found in by_rate.items():
+            one = analysis.contrast(found, plan, asked)
+            if _answers(one, plan):
+                rows.append([one.name, f"{rate:g}", number(one.effect), interval(*one.effect_interval)])
+                rows[-1] += [number(one.gain, 4), interval(*one.gain_interval), f"{one.censored} of {one.compared}"]
+    head = ["comparison", "learning rate", "place - 1/2", "95%", "nats", "95%", "censored"]
+    said = "\n\nThis was not planned: it is described only. What does not get to a target counts as the worst."
+    return table(head, rows) + said if rows else ""
 
 
 def _slower_table(records: list[dict[str, Any]], found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> str:

@@ -77,6 +77,18 @@ def test_each_learning_rate_has_its_own_outcome():
     assert "| mixture | new | low | 0.1 |" in report._rates_table(records, report.shown(records, plan), plan)
 
 
+def test_comparisons_at_one_rate_are_those_of_runs_at_that_rate():
+    plan = small_plan(bases=4, draws=3)
+    records = study(plan)
+    only = Plan(**{**vars(plan), "rates": [0.1]})
+    alone = analysis.contrast(
+        analysis.outcomes([r for r in records if r["lr"] == 0.1], only), only, plan.analysis["primary"]
+    )
+    said = report._contrasts_at_rates(records, plan)
+    assert f"| mixture: low against random | 0.1 | {alone.effect:.3f} |" in said
+    assert "| mixture: other against random | 0.2 |" in said
+
+
 def test_a_lower_rate_is_held_against_the_next_one_where_both_got_to_a_target():
     plan = small_plan(bases=2, draws=1)
     forgotten = {(0, 0.1): 0.3, (0, 0.2): 0.4, (1, 0.1): 0.1, (1, 0.2): 0.3}  # after the budget, by base and rate
