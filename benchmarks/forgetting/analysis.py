@@ -117,6 +117,7 @@ class Contrast:
 
     ``effects`` are its places among the draws less 1/2, averaged over tasks and targets: below 0 it forgot less than
     most. ``gains`` are differences in nats per token, method less mean of the draws, where all got to a target.
+    ``complete``: whether every run of it is there, on all bases and tasks.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Contrast:
     gain_interval: tuple[float, float]
     censored: int
     compared: int
+    complete: bool
 
 
 def contrast(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan, asked: Mapping[str, Any]) -> Contrast:
@@ -155,6 +157,7 @@ def contrast(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan, asked: Map
             if math.isfinite(value) and len(finite) == len(against):
                 gains[base].append(value - plain.fmean(finite))
     bases = tuple(sorted(places))
+    targets = sum(len(plan.analysis["targets"][task]) for task in asked.get("tasks", plan.tasks))
     effects = tuple(plain.fmean(places[base]) for base in bases)
     means = tuple(plain.fmean(gains[base]) if gains.get(base) else math.nan for base in bases)
     known = [gain for gain in means if math.isfinite(gain)]
@@ -171,6 +174,7 @@ def contrast(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan, asked: Map
         gain_interval=statistics.bootstrap(means, resamples),
         censored=censored,
         compared=compared,
+        complete=compared == targets * len(plan.bases[asked["kind"]]),
     )
 
 

@@ -29,7 +29,7 @@ def keep(plan: Plan, folder: Path, results: Path = provenance.RESULTS, docs: Pat
     records = [report.compact(each) for each in whole]  # what is said is what these say, to the last digit
     found = report.shown(records, plan)
     compared = analysis.contrasts(found, plan)
-    if len(compared.primary.bases) < len(plan.bases[plan.analysis["primary"]["kind"]]):
+    if not compared.primary.complete:
         raise ValueError(f"{folder}: runs of the primary comparison are missing; --status counts them")
     report.write_compact(records, results / RUNS)
     provenance.write(results / DOCUMENT, report.rows(records, plan))

@@ -52,18 +52,13 @@ def shown(records: list[dict[str, Any]], plan: Plan) -> Mapping[Cell, Mapping[Ke
     """Outcomes of methods that have run on all bases; before the primary comparison is complete, whatever is there."""
     found = analysis.outcomes(records, plan)
     whole = analysis.complete(found, plan)
-    return whole if _answers(analysis.contrast(whole, plan, plan.analysis["primary"]), plan) else found
-
-
-def _answers(contrast: Contrast, plan: Plan) -> bool:
-    """Whether it has run on all bases of its kind."""
-    return len(contrast.bases) == len(plan.bases[contrast.name.partition(":")[0]])
+    return whole if analysis.contrast(whole, plan, plan.analysis["primary"]).complete else found
 
 
 def answer(records: list[dict[str, Any]], plan: Plan) -> str:
     """What the primary comparison says, in a paragraph; that there is no answer as long as runs of it are missing."""
     one = analysis.contrast(shown(records, plan), plan, plan.analysis["primary"])
-    if not _answers(one, plan):
+    if not one.complete:
         return _NO_ANSWER
     if one.p > LEVEL:
         verdict = "could not be told from random selections of the same kind"
@@ -82,9 +77,9 @@ def tables(records: list[dict[str, Any]], plan: Plan, level: str = "##") -> list
     """All tables of a study, each with its heading; comparisons that have not run on all bases are named only."""
     found = shown(records, plan)
     compared = analysis.contrasts(found, plan)
-    primary = _answers(compared.primary, plan)
+    primary = compared.primary.complete
     every = [*compared.tested, *compared.described]
-    missing = [one.name for one in every if not _answers(one, plan)] if primary else []
+    missing = [one.name for one in every if not one.complete] if primary else []
     tested, described = (
         [one for one in some if one.bases and one.name not in missing] for some in (compared.tested, compared.described)
     )
@@ -117,7 +112,7 @@ def rows(records: list[dict[str, Any]], plan: Plan) -> list[dict[str, Any]]:
     for one in found:
         if one["said"] == "described":
             del one["p"]
-    return [one for one in found if len(one["bases"]) == len(plan.bases[one["name"].partition(":")[0]])]
+    return [one for one in found if one["complete"]]
 
 
 def write_compact(records: list[dict[str, Any]], file: Path) -> None:
@@ -214,7 +209,7 @@ def _contrasts_at_rates(records: list[dict[str, Any]], plan: Plan) -> str:
     for asked in (plan.analysis["primary"], *plan.analysis["comparisons"]):
         for rate, found in by_rate.items():
             one = analysis.contrast(found, plan, asked)
-            if _answers(one, plan):
+            if one.complete:
                 rows.append([one.name, f"{rate:g}", number(one.effect), interval(*one.effect_interval)])
                 rows[-1] += [number(one.gain, 4), interval(*one.gain_interval), f"{one.censored} of {one.compared}"]
     head = ["comparison", "learning rate", "place - 1/2", "95%", "nats", "95%", "censored"]

@@ -54,6 +54,20 @@ def test_a_comparison_that_lacks_a_base_is_counted_and_not_shown():
     assert report.answer(lacking_a_draw, plan).startswith("**This study is not complete")
 
 
+def test_a_base_that_lacks_one_run_of_one_task_makes_the_comparison_incomplete():
+    plan = small_plan()
+    analysed = {**plan.analysis, "targets": {"new": [0.9, 0.7], "hard": [0.9]}}
+    plan = Plan(**{**vars(plan), "tasks": ["new", "hard"], "analysis": analysed})
+    whole = study(plan)
+    assert "**low could not be told" in report.answer(whole, plan)
+    one = next(
+        i for i, each in enumerate(whole) if (each["method"], each["base"], each["task"]) == ("random", 7, "hard")
+    )
+    part = whole[:one] + whole[one + 1 :]
+    assert report.answer(part, plan) == "**This study is not complete: nothing here is a result.**"
+    assert report.rows(part, plan) == []
+
+
 def test_what_is_described_has_no_p_value():
     described = {"kind": "mixture", "method": "other", "draws": "random"}
     plan = small_plan()
