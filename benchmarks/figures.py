@@ -202,10 +202,25 @@ def _scale(number: int) -> Callable[[], str]:
     return lambda: _scale_tables(*(file.read_text() for file in files))[number] + "\n"
 
 
+def _forgetting(name: str) -> Callable[[], str]:
+    """Text of benchmarks/forgetting/kept.py, in lines."""
+
+    def made() -> str:
+        from benchmarks.forgetting import kept
+
+        text: str = getattr(kept, name)()
+        return text if name == "tables" else filled(text)
+
+    return made
+
+
 # By name: the page, and what makes the text.
 BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "cpu": ("README.md", cpu),
     "worst and best": ("README.md", _sweep(sweep_report.quotes)),
+    "forgetting, a sentence": ("README.md", _forgetting("sentence")),
+    "forgetting, the answer": ("docs/evidence.md", _forgetting("answer")),
+    "forgetting, tables": ("docs/evidence.md", _forgetting("tables")),
     "GPU": ("README.md", lambda: gpu_report.times(results(gpu_report.FILE))),
     "stages on an H200": ("docs/kernels.md", lambda: gpu_report.stages(results(gpu_report.FILE))),
     "sweep": ("docs/performance.md", _sweep(sweep_report.tables)),
@@ -263,6 +278,8 @@ def table_of(file: Path) -> str:
         return sweep_report.tables(document)
     if "stages" in document:
         return f"{gpu_report.times(document)}\n\n{gpu_report.stages(document)}"
+    if file.name == "forgetting.json":
+        return "\n".join(f"{row['name']}: place - 1/2 {row['effect']:.3f}, {row['gain']:.4f} nats" for row in rows)
     if file.name == "scale.json":
         return "\n\n".join(scale.from_files(file))
     made = {"plan.json": plan, "ranks.json": ranks}.get(file.name)

@@ -128,7 +128,7 @@ SUITES: dict[str, Suite] = {
             "forgetting",
             "does the choice protect what a model knew? The study of docs/evidence.md",
             "days of a core; --smoke takes a minute",
-            (Part(("-m", "benchmarks.forgetting")),),
+            (Part(("-m", "benchmarks.forgetting"), file="forgetting.json"),),
             ("--folder DIR, or --smoke",),
         ),
     )

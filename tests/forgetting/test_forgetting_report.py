@@ -149,3 +149,27 @@ def test_a_published_study_says_what_its_runs_say(tmp_path):
     again = [json.loads(line) for line in (tmp_path / kept.RUNS).read_text().splitlines()]
     assert len(again) == len(records)
     assert json.dumps(report.rows(again, plan)) == json.dumps(document["rows"])  # to the last digit
+
+
+def test_the_published_study_says_what_its_runs_say():
+    records, plan = kept.runs()
+    document = json.loads((kept.provenance.RESULTS / kept.DOCUMENT).read_text())
+    assert document["plan"] == plan.digest(), "the plan was changed after the runs"
+    assert json.dumps(report.rows(records, plan)) == json.dumps(document["rows"])
+    assert {each["id"] for each in records} <= {job["id"] for job in plan.jobs()}
+
+
+def test_pages_that_say_it_in_words_say_what_was_found(root):
+    """Sentences that no program writes: they have to change with the answer."""
+    records, plan = kept.runs()
+    one = analysis.contrast(report.shown(records, plan), plan, plan.analysis["primary"])
+    assert one.complete
+    assert one.p > report.LEVEL, "the sentences below say that nothing was found"
+    said = {
+        "kappa_fast/report/templates/page.html": "it could not be told from training random matrices",
+        "docs/index.md": "A first study on small mixtures of experts did not find it",
+        "docs/first-training.md": "A first study on small mixtures of experts did not find it",
+        "docs/evidence.md": "**The lowest kappa did not protect.**",
+    }
+    for page, words in said.items():
+        assert words in " ".join((root / page).read_text().split()), page
