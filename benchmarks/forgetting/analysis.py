@@ -40,23 +40,14 @@ class Outcome:
 def outcomes(records: Iterable[Mapping[str, Any]], plan: Plan) -> dict[Cell, dict[Key, Outcome]]:
     """Of every method, fraction and draw of which all runs are there. Of several seeds the best counts, as of rates."""
     found: dict[Cell, dict[Key, Outcome]] = defaultdict(dict)
-    for (cell, key), members in _runs(records, plan).items():
+    for (cell, key), members in runs_of(records, plan).items():
         rates = len(plan.methods[key[0]].get("rates", plan.rates)) * len(plan.seeds)
         if len(members) == rates:
             found[cell][key] = outcome(members, plan, cell[2])
     return dict(found)
 
 
-def at_rates(records: Iterable[Mapping[str, Any]], plan: Plan) -> dict[float, dict[Cell, dict[Key, Outcome]]]:
-    """By learning rate, of every method, fraction and draw: what it comes to if it is trained at that rate."""
-    found: dict[float, dict[Cell, dict[Key, Outcome]]] = defaultdict(lambda: defaultdict(dict))
-    for (cell, key), members in _runs(records, plan).items():
-        for rate in {run["lr"] for run in members}:
-            found[rate][cell][key] = outcome([run for run in members if run["lr"] == rate], plan, cell[2])
-    return {rate: dict(cells) for rate, cells in sorted(found.items())}
-
-
-def _runs(records: Iterable[Mapping[str, Any]], plan: Plan) -> dict[tuple[Cell, Key], list[Mapping[str, Any]]]:
+def runs_of(records: Iterable[Mapping[str, Any]], plan: Plan) -> dict[tuple[Cell, Key], list[Mapping[str, Any]]]:
     """Those that the plan has, by what they have in common but learning rates and seeds; methods as in the plan."""
     wanted = {job["id"] for job in plan.jobs() if job["what"] == "run"}
     runs: dict[tuple[Cell, Key], list[Mapping[str, Any]]] = defaultdict(list)
@@ -135,18 +126,18 @@ class Contrast:
 
 
 def contrast(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan, asked: Mapping[str, Any]) -> Contrast:
-    """One planned comparison; bases that lack runs of it are left out until they are there."""
+    """One planned comparison; what a base and a task lack of it is left out until it is there."""
     fraction, other = asked.get("fraction"), asked.get("draws_fraction", asked.get("fraction"))
     places: dict[int, list[float]] = defaultdict(list)
     gains: dict[int, list[float]] = defaultdict(list)
     censored = compared = 0
-    draws_wanted = plan.methods[asked["draws"]].get("draws", 1)
+    wanted = numbers(plan.methods[asked["draws"]].get("draws", 1))
     for (kind, base, task), cell in sorted(found.items()):
         if kind != asked["kind"] or task not in asked.get("tasks", plan.tasks):
             continue
         method = cell.get((asked["method"], fraction, 0))
-        draws = [cell[key] for i in range(draws_wanted) if (key := (asked["draws"], other, i)) in cell]
-        if method is None or len(draws) < draws_wanted:
+        draws = [cell[key] for i in wanted if (key := (asked["draws"], other, i)) in cell]
+        if method is None or len(draws) < len(wanted):
             continue
         for i, value in enumerate(method.at):
             against = [draw.at[i] for draw in draws]
@@ -203,47 +194,6 @@ def contrasts(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> Contra
         adjusted=statistics.holm({other.name: other.p for other in tested}),
         described=[contrast(found, plan, asked) for asked in plan.analysis.get("described", [])],
     )
-
-
-@dataclass(frozen=True)
-class Slower:
-    """A learning rate against the next higher one, where the same selection got to the same target at both.
-
-    ``gain`` is the mean over bases of the difference of forgetting in nats, ``share`` the median of its ratio, and
-    ``compared`` the number of pairs. No plan has asked for it.
-    """
-
-    kind: str
-    task: str
-    rates: tuple[float, float]
-    compared: int
-    gain: float
-    interval: tuple[float, float]
-    share: float
-
-
-def slower(records: Iterable[Mapping[str, Any]], shown: set[tuple[str, float | None]], plan: Plan) -> list[Slower]:
-    """For every kind and task; ``shown`` are the methods and fractions that count."""
-    by_rate = at_rates(records, plan)
-    found = []
-    for (low, slow), (high, fast) in itertools.pairwise(by_rate.items()):
-        gains: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
-        for (kind, base, task), cell in slow.items():
-            for key, done in cell.items():
-                other = fast.get((kind, base, task), {}).get(key)
-                if other is None or key[:2] not in shown:
-                    continue
-                for a, b in zip(done.at, other.at, strict=True):
-                    if math.isfinite(a) and math.isfinite(b):
-                        gains[kind, task][base].append(a - b)
-                        ratios[kind, task].append(a / b if b > 0 else math.inf)
-        for (kind, task), of_bases in sorted(gains.items()):
-            means = [plain.fmean(values) for values in of_bases.values()]
-            spread = statistics.bootstrap(means, int(plan.analysis["resamples"]))
-            pairs, share = len(ratios[kind, task]), plain.median(ratios[kind, task])
-            found.append(Slower(kind, task, (low, high), pairs, plain.fmean(means), spread, share))
-    return found
 
 
 @dataclass(frozen=True)

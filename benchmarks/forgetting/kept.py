@@ -11,6 +11,7 @@ from benchmarks import record as provenance
 
 from . import analysis, bases, report, usage
 from .journal import Journal
+from .markdown import interval, number, table
 from .plan import PLANS, Plan
 from .study import JOURNAL
 
@@ -59,7 +60,7 @@ def sentence() -> str:
     verdict = told if one.p <= report.LEVEL else "could not be told by what it forgot from"
     return (
         f"In a first study, on {len(one.bases)} small mixtures of experts, training the quarter of the experts with "
-        f"the lowest kappa {verdict} training random experts of the same layers and types (p = {one.p:.2g})."
+        f"the lowest kappa {verdict} training random experts of the same layers and types (p = {one.p:.3g})."
     )
 
 
@@ -74,9 +75,9 @@ def answer() -> str:
     more = "less" if one.gain < 0 else "more"
     return (
         f"**{sentence()}** Its place among {draws} random draws, from -1/2 (it forgot less than all) to 1/2 (more than "
-        f"all), was {one.effect:.3f} in the mean over bases (95% interval {report.interval(*one.effect_interval)}). It "
+        f"all), was {one.effect:.3f} in the mean over bases (95% interval {interval(*one.effect_interval)}). It "
         f"forgot {abs(one.gain):.4f} nats per token {more} than the mean of the draws (95% interval of the difference "
-        f"{report.interval(*one.gain_interval)}). {done:,} of {counted['planned']:,} planned runs are done; "
+        f"{interval(*one.gain_interval)}). {done:,} of {counted['planned']:,} planned runs are done; "
         f"{bad or 'none'} of them failed or diverged."
     )
 
@@ -86,10 +87,9 @@ def tables() -> str:
     records, plan = runs()
     found: list[dict[str, Any]] = json.loads((provenance.RESULTS / DOCUMENT).read_text())["usage"]
     rows = [
-        [each["text"], each["type"], report.number(each["mean"], 2), report.interval(*each["interval"], digits=2)]
-        for each in found
+        [each["text"], each["type"], number(each["mean"], 2), interval(*each["interval"], digits=2)] for each in found
     ]
-    used = "### Kappa of experts and their share of the tokens\n\n" + report.table(
+    used = "### Kappa of experts and their share of the tokens\n\n" + table(
         ["text", "matrices", "Spearman's correlation", "95%"], rows
     )
     return "\n\n".join([*report.tables(records, plan, "###"), used])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import analysis, own, report, single
 from .journal import Journal
+from .markdown import number, table
 from .plan import Plan
 from .study import JOURNAL
 
@@ -86,13 +87,13 @@ def _standings(found: list[single.Standing]) -> str:
             one.method,
             f"{one.behind} of {one.draws}",
             f"{one.p:.3f}",
-            report.number(one.gain, 4),
-            report.number(one.deviations, 2),
+            number(one.gain, 4),
+            number(one.deviations, 2),
             f"{one.reached} of {one.targets}",
         ]
         for one in found
     ]
-    return report.table(head, rows)
+    return table(head, rows)
 
 
 def _edges(said: str) -> str:

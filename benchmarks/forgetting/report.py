@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import analysis
+from . import analysis, described
 from .analysis import Cell, Contrast, Key, Outcome
 from .journal import Journal
+from .markdown import interval, number, table
 from .plan import Plan
 from .study import JOURNAL
 
@@ -80,7 +81,7 @@ def tables(records: list[dict[str, Any]], plan: Plan, level: str = "##") -> list
     primary = compared.primary.complete
     every = [*compared.tested, *compared.described]
     missing = [one.name for one in every if not one.complete] if primary else []
-    tested, described = (
+    tested, others = (
         [one for one in some if one.bases and one.name not in missing] for some in (compared.tested, compared.described)
     )
     left = (
@@ -92,12 +93,11 @@ def tables(records: list[dict[str, Any]], plan: Plan, level: str = "##") -> list
         "Bases": _bases_table(records, plan),
         "Primary comparison": _contrast_table([compared.primary]) + _READING,
         "Other comparisons that are tested": _contrast_table(tested, compared.adjusted) if tested else "",
-        "Described, not tested": _contrast_table(described, {}) if described else "",
+        "Described, not tested": _contrast_table(others, {}) if others else "",
         "Left": left,
         "Methods": methods_table(found, plan) + "\n\n" + edges(found, plan),
         "Learning rates": _rates_table(records, found, plan),
-        "Comparisons at one learning rate for all": _contrasts_at_rates(records, plan),
-        "A lower learning rate at the same target": _slower_table(records, found, plan),
+        **described.tables(records, found, plan),
         "What explains forgetting among selections": _explained_table(found, plan),
     }
     return [f"{level} {head}\n\n{text.rstrip()}" for head, text in headed.items() if text]
@@ -136,22 +136,6 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Of Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def number(value: float, digits: int = 3) -> str:
-    """With so many digits; "-" where there is none."""
-    return "-" if not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def interval(low: float, high: float, digits: int = 3) -> str:
-    """With so many digits."""
-    return f"{number(low, digits)} to {number(high, digits)}"
-
-
 def _bases_table(records: list[dict[str, Any]], plan: Plan) -> str:
     rows = []
     for kind in plan.bases:
@@ -188,11 +172,11 @@ def _contrast_table(found: list[Contrast], adjusted: Mapping[str, float] | None 
 
 def _rates_table(records: list[dict[str, Any]], found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> str:
     """What each method comes to at each learning rate, where the tables above have it at its best one."""
-    there = {key for cell in found.values() for key in cell}
+    there = {(kind, *key[:2]) for (kind, _, _), cell in found.items() for key in cell}
     rows: dict[Any, list[list[str]]] = defaultdict(list)
-    for rate, cells in analysis.at_rates(records, plan).items():
+    for rate, cells in described.at_rates(records, plan).items():
         for (kind, task, method, fraction), members in _pooled(cells).items():
-            if any(key[:2] == (method, fraction) for key in there):
+            if (kind, method, fraction) in there:
                 name = method + (f" {fraction:.0%}" if fraction else "")
                 ends = [done.end for done in members if done.status == "ok"]
                 means = [number(plain.fmean(end[side] for end in ends)) if ends else "-" for side in MEASURED]
@@ -200,36 +184,6 @@ def _rates_table(records: list[dict[str, Any]], found: Mapping[Cell, Mapping[Key
                 rows[kind, task, method, fraction][-1] += _at_targets(members, plan, task)
     head = ["base", "task", "method", "learning rate", *MEASURED.values(), "at the targets", "reached"]
     return table(head, [row for of_method in rows.values() for row in of_method]) if rows else ""
-
-
-def _contrasts_at_rates(records: list[dict[str, Any]], plan: Plan) -> str:
-    """Described after the fact: the plan compares each method at its own best rate."""
-    rows = []
-    by_rate = analysis.at_rates(records, plan)
-    for asked in (plan.analysis["primary"], *plan.analysis["comparisons"]):
-        for rate, found in by_rate.items():
-            one = analysis.contrast(found, plan, asked)
-            if one.complete:
-                rows.append([one.name, f"{rate:g}", number(one.effect), interval(*one.effect_interval)])
-                rows[-1] += [number(one.gain, 4), interval(*one.gain_interval), f"{one.censored} of {one.compared}"]
-    head = ["comparison", "learning rate", "place - 1/2", "95%", "nats", "95%", "censored"]
-    said = "\n\nThis was not planned: it is described only. What does not get to a target counts as the worst."
-    return table(head, rows) + said if rows else ""
-
-
-def _slower_table(records: list[dict[str, Any]], found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan) -> str:
-    """Described after the fact: it was not planned."""
-    there = {key[:2] for cell in found.values() for key in cell}
-    rows = []
-    for one in analysis.slower(records, there, plan):
-        rows.append([one.kind, one.task, f"{one.rates[0]:g} against {one.rates[1]:g}", str(one.compared)])
-        rows[-1] += [number(one.gain, 4), interval(*one.interval), f"{one.share:.2f}"]
-    head = ["base", "task", "learning rates", "pairs", "nats", "95%", "median ratio"]
-    said = (
-        "\n\nPairs: the same selection at the same target, reached at both rates. Nats and ratio: what it forgot at "
-        "the lower rate, less or over what it forgot at the higher one. This was not planned: it is described only."
-    )
-    return table(head, rows) + said if rows else ""
 
 
 def _at_targets(members: list[Outcome], plan: Plan, task: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import analysis, report, single
 from .journal import Journal
+from .markdown import number, table
 from .plan import Plan
 from .sentences import MEASURES
 from .study import JOURNAL
@@ -74,13 +75,13 @@ def _table(stands: list[tuple[single.Standing, str]]) -> str:
             one.method,
             draws,
             f"{one.behind} of {one.draws}",
-            report.number(one.gain, 4),
-            report.number(one.deviations, 2),
+            number(one.gain, 4),
+            number(one.deviations, 2),
             f"{one.reached} of {one.targets}",
         ]
         for one, draws in stands
     ]
-    return report.table(head, rows)
+    return table(head, rows)
 
 
 def _answer(records: list[dict[str, Any]], plan: Plan) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_forgetting_statistics import made_up, small_plan
 
-from benchmarks.forgetting import analysis, kept, report
+from benchmarks.forgetting import analysis, described, kept, report
 from benchmarks.forgetting.plan import Plan
 
 
@@ -79,7 +79,7 @@ def test_what_is_described_has_no_p_value():
 def test_each_learning_rate_has_its_own_outcome():
     plan = small_plan(bases=2, draws=2)
     records = study(plan)
-    by_rate = analysis.at_rates(records, plan)
+    by_rate = described.at_rates(records, plan)
     assert list(by_rate) == [0.1, 0.2]
     for rate, cells in by_rate.items():
         done = cells["mixture", 1, "new"]["low", None, 0]
@@ -95,29 +95,66 @@ def test_comparisons_at_one_rate_are_those_of_runs_at_that_rate():
     plan = small_plan(bases=4, draws=3)
     records = study(plan)
     only = Plan(**{**vars(plan), "rates": [0.1]})
-    alone = analysis.contrast(
-        analysis.outcomes([r for r in records if r["lr"] == 0.1], only), only, plan.analysis["primary"]
-    )
-    said = report._contrasts_at_rates(records, plan)
+    found = analysis.outcomes([each for each in records if each["lr"] == 0.1], only)
+    alone = analysis.contrast(found, only, plan.analysis["primary"])
+    said = described.tables(records, report.shown(records, plan), plan)["Comparisons at one learning rate for all"]
     assert f"| mixture: low against random | 0.1 | {alone.effect:.3f} |" in said
     assert "| mixture: other against random | 0.2 |" in said
+    two = Plan(**{**vars(plan), "seeds": [0, 1]})  # of which one is missing
+    assert all(not cell for cells in described.at_rates(records, two).values() for cell in cells.values())
 
 
-def test_a_lower_rate_is_held_against_the_next_one_where_both_got_to_a_target():
-    plan = small_plan(bases=2, draws=1)
-    forgotten = {(0, 0.1): 0.3, (0, 0.2): 0.4, (1, 0.1): 0.1, (1, 0.2): 0.3}  # after the budget, by base and rate
+def known(plan, forgotten):
+    """Runs in which all learn the same but "other", which gets nowhere at the lower rate."""
     records = []
     for job in (job for job in plan.jobs() if job["what"] == "run"):
         gets_there = not (job["method"] == "other" and job["lr"] == 0.1)
         end = {"new": 1.8 if gets_there else 2.8, "validation": 1.0, "forgotten": forgotten[job["base"], job["lr"]]}
-        records.append({**job, "status": "ok", "start": {"new": 2.8}, "endpoints": {"20": end}})
-    (found,) = analysis.slower(records, {("low", None), ("other", None)}, plan)
+        records.append({**job, "status": "ok", "start": {"new": 2.8}, "endpoints": {"20": end | {"kl": 0.1}}})
+    return records
+
+
+def test_a_lower_rate_is_held_against_the_next_one_where_both_got_to_a_target():
+    plan = small_plan(bases=2, draws=1)
+    records = known(plan, {(0, 0.1): 0.3, (0, 0.2): 0.4, (1, 0.1): 0.1, (1, 0.2): 0.3})
+    found = {one.method: one for one in described.slower(records, report.shown(records, plan), plan)}
+    assert set(found) == {"low", "random"}  # "other" never gets there at the lower rate
     # From 2.8 to 1.8 the targets 0.9 * 2.8 and 0.7 * 2.8 lie 28% and 84% of the way.
-    assert found.compared == 4  # two bases, two targets; "other" never gets there at the lower rate
-    assert found.gain == pytest.approx(-(0.1 + 0.2) / 2 * (0.28 + 0.84) / 2)
-    assert found.share == pytest.approx((0.75 + 1 / 3) / 2)
-    assert found.interval == pytest.approx((-0.2 * 0.56, -0.1 * 0.56))
-    assert analysis.slower(records, {("other", None)}, plan) == []
+    low = found["low"]
+    assert (low.compared, low.reached) == (4, 4)
+    assert low.gain == pytest.approx(-(0.1 + 0.2) / 2 * (0.28 + 0.84) / 2)
+    assert low.share == pytest.approx((0.75 + 1 / 3) / 2)
+    assert low.interval == pytest.approx((-0.2 * 0.56, -0.1 * 0.56))
+    assert "| mixture | new | low | 0.1 against 0.2 | 4 of 4 | -0.0840 |" in described._slower_table([low])
+
+
+def test_a_method_that_is_complete_in_one_kind_only_is_not_shown_of_the_other():
+    plan = small_plan(bases=2, draws=1)
+    plan = Plan(**{**vars(plan), "bases": {"mixture": [0, 1], "dense": [0, 1]}})
+    records = [each for each in study(plan) if (each["kind"], each["base"]) != ("dense", 1)]
+    assert "| dense |" not in "\n".join(report.tables(records, plan))
+
+
+def test_the_first_stretch_is_read_on_the_power_that_meets_two_endpoints():
+    path = ((3.0, 0.0), (2.0, 0.1), (1.0, 0.4), (0.5, 0.9))  # 0.1 times the square of what was learned, at first
+    assert described.bent_at(path, 2.5) == pytest.approx(0.1 * 0.5**2)
+    assert analysis.forgotten_at(path, 2.5) == pytest.approx(0.05)
+    for target in (2.0, 1.5, 0.7, 0.2, 3.0):
+        assert described.bent_at(path, target) == analysis.forgotten_at(path, target)
+    for odd in (((3.0, 0.0), (2.0, -0.1), (1.0, 0.4)), ((3.0, 0.0), (2.0, 0.1)), ((3.0, 0.0), (3.1, 0.1), (1.0, 0.4))):
+        assert described.bent_at(odd, 2.5) == analysis.forgotten_at(odd, 2.5)
+
+
+def test_after_the_same_steps_methods_are_counted_that_learned_more_or_less_than_every_draw():
+    plan = small_plan(bases=2, draws=2)
+    records = known(plan, {(base, rate): 0.1 * (base + 1) for base in (0, 1) for rate in (0.1, 0.2)})
+    for each in records:
+        end = each["endpoints"]["20"]
+        if each["method"] == "low":
+            end["new"], end["forgotten"] = end["new"] - 0.1, end["forgotten"] + 0.05
+    said = described.tables(records, report.shown(records, plan), plan)["After the same number of steps"]
+    assert "| mixture: low against random | 0.1 | 2 of 2 | 0 of 2 | 0.0500 | 0.050 to 0.050 |" in said
+    assert "| mixture: other against random | 0.1 | 0 of 2 | 2 of 2 | 0.0000 | 0.000 to 0.000 |" in said
 
 
 def test_most_selections_that_learn_best_at_the_last_rate_are_a_warning():

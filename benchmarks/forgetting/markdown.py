@@ -1,0 +1,21 @@
+"""Tables and numbers in Markdown."""
+
+from __future__ import annotations
+
+import math
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """With so many digits; "-" where there is none."""
+    return "-" if not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def interval(low: float, high: float, digits: int = 3) -> str:
+    """With so many digits."""
+    return f"{number(low, digits)} to {number(high, digits)}"
