@@ -26,6 +26,14 @@ _READING = (
 MEASURED = {"new": "new", "forgotten": "forgotten", "kl": "KL"}  # headings of what a run measures, by name
 _NO_ANSWER = "**This study is not complete: nothing here is a result.**"
 LEVEL = 0.05
+_AT_TARGETS = (
+    "\n\nNew, forgotten and KL: after {} steps. At the targets: the mean of those that reach each one, so that rows in "
+    "which fewer reach it cannot be compared.\n\n"
+)
+_WHATEVER_WAS_LEARNED = (
+    "\n\nForgetting after the longest budget, whatever was learned: below 0 a lower kappa forgets more, and may have "
+    "learned more. Layers explain nothing among selections that all have the same share of each."
+)
 
 
 def write(plan: Plan, folder: Path, out: Path) -> str:
@@ -95,10 +103,10 @@ def tables(records: list[dict[str, Any]], plan: Plan, level: str = "##") -> list
         "Other comparisons that are tested": _contrast_table(tested, compared.adjusted) if tested else "",
         "Described, not tested": _contrast_table(others, {}) if others else "",
         "Left": left,
-        "Methods": methods_table(found, plan) + "\n\n" + edges(found, plan),
+        "Methods": methods_table(found, plan) + _AT_TARGETS.format(plan.analysis["budget"]) + edges(found, plan),
         "Learning rates": _rates_table(records, found, plan),
         **described.tables(records, found, plan),
-        "What explains forgetting among selections": _explained_table(found, plan),
+        "What explains forgetting among selections": _explained_table(found, plan) + _WHATEVER_WAS_LEARNED,
     }
     return [f"{level} {head}\n\n{text.rstrip()}" for head, text in headed.items() if text]
 
