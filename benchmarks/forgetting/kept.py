@@ -85,7 +85,9 @@ def answer() -> str:
 def tables() -> str:
     """The tables of docs/evidence.md."""
     records, plan = runs()
-    found: list[dict[str, Any]] = json.loads((provenance.RESULTS / DOCUMENT).read_text())["usage"]
+    found: list[dict[str, Any]] = json.loads((provenance.RESULTS / DOCUMENT).read_text()).get("usage", [])
+    if not found:  # the bases were not beside the journal
+        return "\n\n".join(report.tables(records, plan, "###"))
     rows = [
         [each["text"], each["type"], number(each["mean"], 2), interval(*each["interval"], digits=2)] for each in found
     ]

@@ -12,8 +12,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """With so many digits; "-" where there is none."""
-    return "-" if not math.isfinite(value) else f"{value:.{digits}f}"
+    """With so many digits, and no minus in front of zeros; "-" where there is none."""
+    return f"{round(value, digits) + 0.0:.{digits}f}" if math.isfinite(value) else "-"
 
 
 def interval(low: float, high: float, digits: int = 3) -> str:

@@ -102,7 +102,7 @@ def tables(records: list[dict[str, Any]], plan: Plan, level: str = "##") -> list
         "Primary comparison": _contrast_table([compared.primary]) + _READING,
         "Other comparisons that are tested": _contrast_table(tested, compared.adjusted) if tested else "",
         "Described, not tested": _contrast_table(others, {}) if others else "",
-        "Left": left,
+        "Still to be run": left,
         "Methods": methods_table(found, plan) + _AT_TARGETS.format(plan.analysis["budget"]) + edges(found, plan),
         "Learning rates": _rates_table(records, found, plan),
         **described.tables(records, found, plan),
