@@ -71,13 +71,8 @@ def answer() -> str:
     counted = analysis.counts(records, plan)
     bad = sum(number for name, number in counted.items() if name not in ("planned", "missing", "ok"))
     done = counted["planned"] - counted["missing"]
-    draws = plan.methods[plan.analysis["primary"]["draws"]]["draws"]
-    more = "less" if one.gain < 0 else "more"
     return (
-        f"**{sentence()}** Its place among {draws} random draws, from -1/2 (it forgot less than all) to 1/2 (more than "
-        f"all), was {one.effect:.3f} in the mean over bases (95% interval {interval(*one.effect_interval)}). It "
-        f"forgot {abs(one.gain):.4f} nats per token {more} than the mean of the draws (95% interval of the difference "
-        f"{interval(*one.gain_interval)}). {done:,} of {counted['planned']:,} planned runs are done; "
+        f"**{sentence()}** {report.sizes(one)} {done:,} of {counted['planned']:,} planned runs are done; "
         f"{bad or 'none'} of them failed or diverged."
     )
 

@@ -74,11 +74,16 @@ def answer(records: list[dict[str, Any]], plan: Plan) -> str:
     else:
         verdict = f"forgot {'less' if one.effect < 0 else 'more'} than random selections of the same kind"
     method = one.name.partition(": ")[2].partition(" against")[0]
+    return f"**{method} {verdict}** (p = {one.p:.3f}, two-sided, {len(one.bases)} bases). {sizes(one)}"
+
+
+def sizes(one: Contrast) -> str:
+    """How large a difference is, in places and in nats."""
     return (
-        f"**{method} {verdict}** (p = {one.p:.3f}, two-sided, {len(one.bases)} bases). Its place among the draws, from "
-        f"-1/2 (it forgot less than all) to 1/2 (more than all), is {one.effect:.3f} in the mean (95%: "
-        f"{interval(*one.effect_interval)}). Its forgetting less the mean of the draws is {one.gain:.4f} nats per "
-        f"token (95%: {interval(*one.gain_interval)})."
+        "Its place among the draws, from -1/2 (it forgot less than all) to 1/2 (more than all), is "
+        f"{number(one.effect)} in the mean over bases (95% interval {interval(*one.effect_interval)}). Its forgetting "
+        f"less the mean of the draws is {number(one.gain, 4)} nats per token (95% interval "
+        f"{interval(*one.gain_interval)})."
     )
 
 

@@ -196,6 +196,41 @@ def test_the_published_study_says_what_its_runs_say():
     assert {each["id"] for each in records} <= {job["id"] for job in plan.jobs()}
 
 
+def test_the_published_answer_is_what_a_slow_twin_finds():
+    """From the lines alone, without the code of the analysis: numpy interpolates, and all signs are counted."""
+    lines = [json.loads(line) for line in (kept.provenance.RESULTS / kept.RUNS).read_text().splitlines()]
+    runs = [each for each in lines if each["what"] == "run" and each["stage"] == 1]
+    best: dict[tuple[Any, ...], Any] = {}
+    for each in sorted(runs, key=lambda each: each["endpoints"]["120"]["validation"], reverse=True):
+        best[each["base"], each["task"], each["method"], each["draw"]] = each  # the lowest comes last
+    forgotten = {}
+    for key, each in best.items():
+        path = [(each["start"]["new"], 0.0), *((e["new"], e["forgotten"]) for e in each["endpoints"].values())]
+        for share in (0.8, 0.7, 0.6):
+            target = share * path[0][0]
+            after = next((i for i, (loss, _) in enumerate(path) if loss <= target), None)
+            value = math.inf
+            if after is not None:
+                xs, ys = zip(*path[after - 1 : after + 1], strict=True)
+                value = float(np.interp(-target, [-x for x in xs], ys))
+            forgotten[(*key, share)] = value
+    effects = []
+    for base in range(8):
+        places = []
+        for task in ("catalogues-de", "headers"):
+            for share in (0.8, 0.7, 0.6):
+                draws = [forgotten[base, task, "experts-random", i, share] for i in range(12)]
+                mine = forgotten[base, task, "experts-kappa-low", 0, share]
+                behind = sum(d < mine for d in draws) + sum(d == mine for d in draws) / 2
+                places.append((behind + 0.5) / 13 - 0.5)
+        effects.append(np.mean(places))
+    signs = np.array([[1 if number >> bit & 1 else -1 for bit in range(8)] for number in range(256)])
+    p = np.mean(np.abs(signs @ np.array(effects)) >= abs(sum(effects)) - 1e-12)
+    document = json.loads((kept.provenance.RESULTS / kept.DOCUMENT).read_text())
+    assert document["rows"][0]["effects"] == pytest.approx(effects)
+    assert document["rows"][0]["p"] == p
+
+
 def test_pages_that_say_it_in_words_say_what_was_found(root):
     """Sentences that no program writes: they have to change with the answer."""
     records, plan = kept.runs()
