@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, default=PLANS / "study.json", help="what to run (default: the study)")
     parser.add_argument("--folder", type=Path, help="where bases and journal are; the same again goes on")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at once, of one thread each")
+    parser.add_argument("--known", type=Path, help="results made elsewhere, not to be made again: a .jsonl file")
     parser.add_argument("--most", type=int, help="end after so many")
     parser.add_argument("--report", action="store_true", help="write tables and figures of what is there")
     parser.add_argument("--publish", action="store_true", help="put runs and figures into benchmarks/results and docs")
@@ -55,16 +56,17 @@ def main() -> None:
         print("\n".join(str(file) for file in kept.keep(plan, given.folder)))
         print("python -m benchmarks figures puts the tables into the documents")
         return
-    from .study import go_on, left_over
+    from .study import go_on, left_over, published
 
+    known = published(given.known) if given.known else {}
     if given.status:
-        left = left_over(plan, given.folder)
+        left = left_over(plan, given.folder, known)
         bases = sum(job["what"] == "base" for job in left)
         print(f"{plan.name}: of {len(plan.jobs())} results {len(left)} are missing, {bases} of them bases")
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end too
     try:
-        missing = go_on(plan, given.folder, given.workers, _say, given.most)
+        missing = go_on(plan, given.folder, given.workers, _say, given.most, known)
     except BlockingIOError:
         raise SystemExit(f"{given.folder}: another process is at this study") from None
     _say(f"{missing} results are missing")

@@ -19,6 +19,7 @@ from torch import nn
 import kappa_fast
 
 from . import planted, texts
+from .weights import base_name, digest, file_of
 
 # By name: the size that is studied, and one for tests.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -91,7 +92,7 @@ def pretrain(kind: str, seed: int, settings: Mapping[str, Any], folder: Path) ->
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     scratch = folder / f".{base_name(kind, seed)}.{os.getpid()}"
     save_file(weights, scratch)
-    scratch.replace(folder / f"{base_name(kind, seed)}.safetensors")
+    scratch.replace(file_of(kind, seed, folder))
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights": weights_digest(model),
@@ -122,11 +123,6 @@ def hash_of(*things: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(things).encode()).digest()[:6])
 
 
-def base_name(kind: str, seed: int) -> str:
-    """Of the files of a base."""
-    return f"{kind}-{seed}"
-
-
 def load(kind: str, seed: int, folder: Path) -> nn.Module:
     """A base as pre-training left it, or the model that was given for one (own.py)."""
     note = folder / f"{base_name(kind, seed)}.json"
@@ -135,16 +131,13 @@ def load(kind: str, seed: int, folder: Path) -> nn.Module:
 
         return own.load(json.loads(note.read_text()), seed)
     model = build(kind, seed)
-    model.load_state_dict(load_file(folder / f"{base_name(kind, seed)}.safetensors"))
+    model.load_state_dict(load_file(file_of(kind, seed, folder)))
     return model
 
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of names and values, 16 digits."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest({name: value.detach().numpy() for name, value in model.state_dict().items()})
 
 
 def loss_and_balance(model: nn.Module, batch: torch.Tensor, balance: bool = True) -> torch.Tensor:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record as provenance
 
-from . import analysis, bases, report, usage
+from . import analysis, report, usage
 from .journal import Journal
 from .markdown import interval, number, table
 from .plan import PLANS, Plan
-from .study import JOURNAL
+from .study import JOURNAL, published
+from .weights import base_name, file_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS, DOCUMENT = "forgetting.jsonl", "forgetting.json"
@@ -22,34 +24,70 @@ RUNS, DOCUMENT = "forgetting.jsonl", "forgetting.json"
 def keep(plan: Plan, folder: Path, results: Path = provenance.RESULTS, docs: Path = ROOT / "docs") -> list[Path]:
     """Writes the compact runs of a plan, what they come to, and the figures; returns the files.
 
+    Runs that were published before and are not in the journal of ``folder`` stay, with what was said of their bases.
+
     Raises:
-        ValueError: runs of the primary comparison are missing.
+        ValueError: runs of the primary comparison are missing; or a base or a text is another one than before.
     """
+    before = _document(results)
     wanted = {job["id"] for job in plan.jobs()}
     whole = [each for each in Journal(folder / JOURNAL).records().values() if each["id"] in wanted]
-    records = [report.compact(each) for each in whole]  # what is said is what these say, to the last digit
+    new = {each["id"]: report.compact(each) for each in whole}  # what is said is what these say, to the last digit
+    old = published(results / RUNS) if before else {}
+    _same_bases(old, new)
+    records = [each for each in (old | new).values() if each["id"] in wanted]
+    _same_texts(records)
     found = report.shown(records, plan)
     compared = analysis.contrasts(found, plan)
     if not compared.primary.complete:
         raise ValueError(f"{folder}: runs of the primary comparison are missing; --status counts them")
     report.write_compact(records, results / RUNS)
     provenance.write(results / DOCUMENT, report.rows(records, plan))
-    document = json.loads((results / DOCUMENT).read_text())
+    document = _document(results)
     commits = Counter(each["commit"] for each in records if "commit" in each)
-    versions = next(each["versions"] for each in whole if "versions" in each)
-    document |= {"versions": versions, "commit": commits.most_common(1)[0][0], "commits": dict(commits)}
-    if (folder / f"{bases.base_name('mixture', 0)}.safetensors").exists():
+    versions = [each["versions"] for each in whole if "versions" in each]
+    document |= {"versions": versions[0] if versions else before["versions"]}
+    document |= {"commit": commits.most_common(1)[0][0], "commits": dict(commits)}
+    if all(file_of("mixture", seed, folder).exists() for seed in plan.bases["mixture"]):
         document["usage"] = usage.usage(plan, folder)
-    document |= {"clean": all(each.get("clean") for each in whole), "plan": plan.digest()}
+    elif "usage" in before:
+        document["usage"] = before["usage"]
+    clean = all(each.get("clean") for each in whole) and before.get("clean", True)
+    document |= {"clean": clean, "plan": plan.digest()}
     (results / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")
     drawn = report.figures(found, records, plan, docs, "forgetting-")
     return [results / RUNS, results / DOCUMENT, *(docs / f"{name}.png" for name in drawn)]
 
 
+def _document(results: Path) -> dict[str, Any]:
+    """What was published; empty before the first time."""
+    file = results / DOCUMENT
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
+def _same_bases(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> None:
+    for key, each in new.items():
+        if each["what"] == "base" and each.get("weights") != old.get(key, each).get("weights"):
+            name = base_name(each["kind"], each["base"])
+            raise ValueError(f"{name}: has other weights than the runs that are published; they cannot be put together")
+
+
+def _same_texts(records: Iterable[Mapping[str, Any]]) -> None:
+    """Of the runs of a kind."""
+    seen: dict[tuple[str, str], str] = {}
+    for each in records:
+        for name, digest in each.get("corpora", {}).items():
+            if seen.setdefault((each["kind"], name), digest) != digest:
+                raise ValueError(
+                    f"{each['kind']}: runs have two texts {name}, with the hashes {seen[each['kind'], name]} and "
+                    f"{digest}; they cannot be put together"
+                )
+
+
 def runs(results: Path = provenance.RESULTS) -> tuple[list[dict[str, Any]], Plan]:
     """The runs that are kept, and the plan of the study."""
-    records = [json.loads(line) for line in (results / RUNS).read_text().splitlines()]
-    return records, Plan.read(PLANS / "study.json")
+    return list(published(results / RUNS).values()), Plan.read(PLANS / "study.json")
 
 
 def sentence() -> str:
@@ -80,7 +118,7 @@ def answer() -> str:
 def tables() -> str:
     """The tables of docs/evidence.md."""
     records, plan = runs()
-    found: list[dict[str, Any]] = json.loads((provenance.RESULTS / DOCUMENT).read_text()).get("usage", [])
+    found: list[dict[str, Any]] = _document(provenance.RESULTS).get("usage", [])
     if not found:  # the bases were not beside the journal
         return "\n\n".join(report.tables(records, plan, "###"))
     rows = [

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from . import bases, texts
+from .weights import base_name
 
 KIND, KEEP = "own", "keep"
 PIECE = 2000  # characters of a document, about: what is held out are whole documents
@@ -313,9 +314,9 @@ def base(
     windows = kept.windows("test", int(training["windows"]), int(training["length"]))
     loss = bases.loss_of(model, windows)
     kappas = bases.kappas(model)
-    note = folder / f".{bases.base_name(job['kind'], job['base'])}.{os.getpid()}"
+    note = folder / f".{base_name(job['kind'], job['base'])}.{os.getpid()}"
     note.write_text(json.dumps({"model": settings["model"]}) + "\n")
-    note.replace(folder / f"{bases.base_name(job['kind'], job['base'])}.json")
+    note.replace(folder / f"{base_name(job['kind'], job['base'])}.json")
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights": bases.weights_digest(model),

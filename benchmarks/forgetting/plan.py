@@ -53,8 +53,12 @@ class Plan:
         return _digest(vars(self), 16)
 
     def jobs(self) -> list[dict[str, Any]]:
-        """Everything to do, in order: stage by stage and base by base, each base before the first run that needs it."""
-        runs = sorted(self._runs(), key=lambda job: (job["stage"], job["place"]))
+        """Everything to do, in order; each base comes before the first run that needs it.
+
+        It goes stage by stage, method by method and base by base: what has run on all bases can be told first.
+        """
+        order = {name: i for i, name in enumerate(self.methods)}
+        runs = sorted(self._runs(), key=lambda job: (job["stage"], order[job["method"]], job["place"]))
         bases = {job["id"]: job for job in self._bases()}
         found = []
         for job in runs:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from . import bases, methods, texts
+from .weights import base_name
 
 DIVERGED = 2.0  # nats per token above the base, or not a number
 
@@ -182,4 +183,4 @@ class _Measure:
 
 
 def _file(job: Mapping[str, Any], folder: Path) -> Path:
-    return folder / "references" / f"{bases.base_name(job['kind'], job['base'])}-{job['task']}.pt"
+    return folder / "references" / f"{base_name(job['kind'], job['base'])}-{job['task']}.pt"

@@ -11,48 +11,75 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks import record as provenance
 
 from .journal import Journal
 from .plan import Plan
+from .weights import base_name, digest_of, file_of
 
 Say = Callable[[str], None]
+Records = Mapping[str, Mapping[str, Any]]
 JOURNAL = "journal.jsonl"
 PATIENCE = 4 * 3600  # seconds of CPU after which a run is given up
 
 
-def go_on(plan: Plan, folder: Path, workers: int = 2, say: Say = print, most: int | None = None) -> int:
-    """Does what the journal in ``folder`` lacks, and returns how many results are still missing.
+def go_on(
+    plan: Plan,
+    folder: Path,
+    workers: int = 2,
+    say: Say = print,
+    most: int | None = None,
+    known: Records = MappingProxyType({}),
+) -> int:
+    """Does what neither the journal in ``folder`` nor ``known`` has, and returns how many results are still missing.
 
     What fails or diverges is a result: it is written down, and not tried again. Bases that fail are tried again, and
-    nothing is run on them.
+    nothing is run on them. A base whose weights are not in ``folder`` is pre-trained again, and fails unless it comes
+    to the weights that its record has: runs of two models are not runs of one.
+
+    Args:
+        known: results by id that were made in another folder (published()).
 
     Raises:
         BlockingIOError: another process runs a study in this folder.
     """
     journal = Journal(folder / JOURNAL)
     with journal.locked():
-        done = {key for key, record in journal.records().items() if _counts(record)}
-        left = [job for job in plan.jobs() if job["id"] not in done]
-        say(f"{plan.name}: {len(done)} results are there, {len(left)} are missing")
+        records = {**known, **journal.records()}
+        left = left_over(plan, folder, known)
+        done = {key for key, record in records.items() if _counts(record, plan, folder)}
+        say(f"{plan.name}: {len(plan.jobs()) - len(left)} results are there, {len(left)} are missing")
         origin = {"plan": plan.digest(), **provenance.commit(), "versions": provenance.versions()}
-        _Crew(plan, folder, journal, workers, say, origin, done).work(left[:most])
-    return len(left_over(plan, folder))
+        weights = {key: record["weights"] for key, record in records.items() if "weights" in record}
+        _Crew(plan, folder, journal, workers, say, origin, done, weights).work(left[:most])
+    return len(left_over(plan, folder, known))
 
 
-def left_over(plan: Plan, folder: Path) -> list[dict[str, Any]]:
-    """Jobs without a result."""
-    done = {key for key, record in Journal(folder / JOURNAL).records().items() if _counts(record)}
-    return [job for job in plan.jobs() if job["id"] not in done]
+def left_over(plan: Plan, folder: Path, known: Records = MappingProxyType({})) -> list[dict[str, Any]]:
+    """Jobs without a result, and bases that such a job needs and whose weights are not in the folder."""
+    records = {**known, **Journal(folder / JOURNAL).records()}
+    left = [job for job in plan.jobs() if job["id"] not in records or not _counts(records[job["id"]], plan, folder)]
+    needed = {job["needs"] for job in left if job["what"] == "run"}
+    return [job for job in left if job["what"] == "run" or job["id"] in needed or job["id"] not in records]
 
 
-def _counts(record: dict[str, Any]) -> bool:
-    return record["what"] != "base" or record["status"] == "ok"
+def published(file: Path) -> dict[str, dict[str, Any]]:
+    """Compact results (report.write_compact) by id."""
+    return {record["id"]: record for record in map(json.loads, file.read_text().splitlines())}
+
+
+def _counts(record: Mapping[str, Any], plan: Plan, folder: Path) -> bool:
+    if record["what"] != "base":
+        return True
+    if record["status"] != "ok" or "model" in plan.pretraining or plan.training.get("of") == "sentences":
+        return bool(record["status"] == "ok")
+    return digest_of(file_of(record["kind"], record["base"], folder)) == record["weights"]
 
 
 @dataclass
@@ -64,6 +91,7 @@ class _Crew:
     say: Say
     origin: dict[str, Any]
     done: set[str]
+    weights: dict[str, str]
     running: dict[int, tuple[dict[str, Any], int, bytearray]] = field(default_factory=dict)
 
     def work(self, left: list[dict[str, Any]]) -> None:
@@ -126,11 +154,23 @@ class _Crew:
             found = json.loads(bytes(said))
         except ValueError:
             found = {"status": "failed", "error": f"the process ended with status {status} and said nothing"}
+        if self.weights.get(job["id"], found.get("weights")) != found.get("weights"):
+            found = self._of_another_base(job, found)
         self.journal.add({**job, **found, **self.origin})
         if found["status"] == "ok" and job["what"] == "base":
             self.done.add(job["id"])
         name = " ".join(str(job[key]) for key in ("kind", "base", "task", "method", "draw", "lr") if key in job)
         self.say(f"{name}: {found['status']}{' ' + found['error'].splitlines()[-1] if 'error' in found else ''}")
+
+    def _of_another_base(self, job: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+        """In place of a base that was made again and is another one."""
+        before = self.weights[job["id"]]
+        told = found.get("error") or (
+            f"{base_name(job['kind'], job['base'])}: its weights have the hash {found['weights']}, and those of the "
+            f"runs that are there have {before}. Another processor or version of torch rounds otherwise: bring the "
+            "file of its weights, or begin in another folder without --known"
+        )
+        return {"status": "failed", "weights": before, "error": told}
 
 
 def _end_with(parent: int) -> None:
