@@ -28,6 +28,50 @@ def test_the_gram_matrix_fills_its_lower_triangle(shape, dtype, stored):
     assert close(torch.tril(g), torch.tril(wide(a).T @ wide(a)), 4 * math.sqrt(shape[0]), UNIT[dtype])
 
 
+ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+@ONEDNN
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 1), (300, 256), (256, 257), (1030, 600)])
+def test_the_gram_matrix_is_the_same_where_onednn_multiplies(shape, turned, stored, monkeypatch):
+    monkeypatch.setattr(torch_gram, "by_onednn", lambda: True)
+    weight = gaussian(*shape).to(stored)
+    weight = weight.T.contiguous().T if turned else weight
+    g = torch_gram.gram(weight, torch.float32)
+    exact = weight.double().T @ weight.double()
+    assert g.dtype == torch.float32
+    assert close(torch.tril(g), torch.tril(exact), 4 * math.sqrt(shape[0]), UNIT[torch.float32])
+
+
+@ONEDNN
+def test_sums_of_onednn_err_no_more_than_those_of_the_blas(monkeypatch):
+    """It adds term by term, and a sum of thousands of terms would err several times as much."""
+    a = gaussian(6000, 96).float()
+    exact = torch.tril(a.double().T @ a.double())
+    errors = []
+    for way in (True, False):
+        monkeypatch.setattr(torch_gram, "by_onednn", lambda way=way: way)
+        errors.append(float(torch.linalg.matrix_norm(torch.tril(torch_gram.gram(a, torch.float32)).double() - exact)))
+    assert errors[0] < 2 * errors[1]
+
+
+@ONEDNN
+def test_onednn_multiplies_only_where_the_blas_is_the_slower_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch_gram, "_add_strips", lambda *given: asked.append(given))
+    a = gaussian(60, 40).float()
+    for narrow in (False, True):
+        monkeypatch.setattr(torch_gram, "mkl_is_narrow", lambda narrow=narrow: narrow)
+        torch_gram.gram(a, torch.float32)
+        assert len(asked) == narrow
+    torch_gram.gram(a, torch.float64)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    torch_gram.gram(a, torch.float32)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("chunk", [7, 32, 1000])
 def test_the_gram_matrix_in_chunks_is_the_gram_matrix(chunk):
     a = operand(gaussian(300, 270).bfloat16())
