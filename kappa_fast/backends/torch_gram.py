@@ -45,7 +45,7 @@ def gram(a: Tensor, dtype: torch.dtype) -> Tensor:
     """The lower triangle of A^T A (n, n); some entries above it are filled too."""
     n = a.shape[1]
     g = a.new_zeros((n, n), dtype=dtype)
-    strips = dtype == torch.float32 and not accelerated(a.device) and by_onednn()
+    strips = _in_strips(g)
     for start, stop in row_chunks(a, GRAM_CHUNK_BYTES, dtype.itemsize):
         if strips:
             _add_strips(g, a[start:stop])
@@ -68,16 +68,23 @@ def by_onednn() -> bool:
     return mkl_is_narrow() and built_in and bool(torch.backends.mkldnn.enabled)
 
 
+def _in_strips(g: Tensor) -> bool:
+    return g.dtype == torch.float32 and not accelerated(g.device) and by_onednn()
+
+
 def _add_strips(g: Tensor, rows: Tensor) -> None:
     parts = [part.to(g.dtype).T.contiguous() for part in torch.split(rows, TERMS)]
     share([partial(_add_strip, g, parts, j) for j in range(0, g.shape[0], STRIP)])
 
 
-def _add_strip(g: Tensor, parts: list[Tensor], j: int) -> None:
-    """A layer of torch whose input has its own layout is computed by oneDNN."""
+def _add_strip(g: Tensor, parts: list[Tensor], j: int, sign: int = 1) -> None:
+    """Add X X^T, or subtract it, for every X (n, k) of ``parts``: STRIP rows up to their diagonal tile.
+
+    A layer of torch whose input is in oneDNN's layout is computed by oneDNN.
+    """
     e = min(j + STRIP, g.shape[0])
-    for part in parts:
-        g[j:e, :e] += torch.nn.functional.linear(part[j:e].to_mkldnn(), part[:e]).to_dense()
+    for x in parts:
+        g[j:e, :e].add_(torch.nn.functional.linear(x[j:e].to_mkldnn(), x[:e]).to_dense(), alpha=sign)
 
 
 def gram_in_chunks(a: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
@@ -121,6 +128,7 @@ def cholesky(g: Tensor) -> bool:
     """Factor g (n, n) = L L^T in place from its lower triangle, zeros above; False where a pivot is not positive."""
     n = g.shape[0]
     panel = PANEL if n > 2 * PANEL and not accelerated(g.device) else n
+    strips = _in_strips(g)
     for j in range(0, n, panel):
         e = min(j + panel, n)
         block, info = torch.linalg.cholesky_ex(g[j:e, j:e])
@@ -131,9 +139,13 @@ def cholesky(g: Tensor) -> bool:
         if e < n:
             below = torch.linalg.solve_triangular(block.T, g[e:, j:e], upper=True, left=False)
             g[e:, j:e] = below
-            share([partial(_subtract_tile, g, below, e, c) for c in range(e, n, UPDATE)])
+            behind = g[e:, e:]
+            if strips:
+                share([partial(_add_strip, behind, [below], j, -1) for j in range(0, n - e, STRIP)])
+            else:
+                share([partial(_subtract_tile, behind, below, j) for j in range(0, n - e, UPDATE)])
     return True
 
 
-def _subtract_tile(g: Tensor, below: Tensor, e: int, c: int) -> None:
-    g[c:, c : c + UPDATE].addmm_(below[c - e :], below[c - e : c - e + UPDATE].T, alpha=-1)
+def _subtract_tile(g: Tensor, x: Tensor, j: int) -> None:
+    g[j:, j : j + UPDATE].addmm_(x[j:], x[j : j + UPDATE].T, alpha=-1)

@@ -46,6 +46,20 @@ def test_the_gram_matrix_is_the_same_where_onednn_multiplies(shape, turned, stor
 
 
 @ONEDNN
+@pytest.mark.parametrize("n", [33, 481, 700, 1030])
+def test_factors_are_the_same_where_onednn_multiplies(n, monkeypatch):
+    monkeypatch.setattr(torch_gram, "by_onednn", lambda: True)
+    g = gaussian(n + 20, n)
+    g = (g.T @ g + n * torch.eye(n, dtype=torch.float64)).float()
+    factor = torch.tril(g) + torch.triu(torch.full_like(g, math.nan), 1)
+    assert torch_gram.cholesky(factor)
+    assert torch.equal(factor, torch.tril(factor))
+    assert close(factor.double() @ factor.double().T, g.double(), 8 * math.sqrt(n), UNIT[torch.float32])
+    g[n - 1, n - 1] = -1
+    assert not torch_gram.cholesky(g)
+
+
+@ONEDNN
 def test_sums_of_onednn_err_no_more_than_those_of_the_blas(monkeypatch):
     """It adds term by term, and a sum of thousands of terms would err several times as much."""
     a = gaussian(6000, 96).float()
