@@ -117,14 +117,14 @@ def _slower(
 
 
 def tables(records: list[dict[str, Any]], shown: Found, plan: Plan) -> dict[str, str]:
-    """By heading."""
+    """By heading. At one learning rate stands what has run at that one on all bases, whatever others lack."""
     asked = [each for each in (plan.analysis["primary"], *plan.analysis["comparisons"])]
-    asked = [each for each in asked if analysis.contrast(shown, plan, each).complete]
     by_rate = at_rates(records, plan)
-    if not asked:
+    whole = [each for each in asked if analysis.contrast(shown, plan, each).complete]
+    if not whole:
         return {}
     return {
-        "The first stretch read on a curve": _curved_table(shown, asked, plan),
+        "The first stretch read on a curve": _curved_table(shown, whole, plan),
         "Comparisons at one learning rate for all": _at_one_rate(by_rate, asked, plan),
         "After the same number of steps": _same_steps(by_rate, asked, plan),
         "A lower learning rate at the same target": _slower_table(slower(records, shown, plan)),
@@ -166,7 +166,7 @@ def _same_steps(by_rate: Mapping[float, Found], asked: list[dict[str, Any]], pla
     rows = []
     for each in asked:
         for rate, found in by_rate.items():
-            row = _at_the_end(found, each, plan)
+            row = _at_the_end(found, each, plan) if analysis.contrast(found, plan, each).complete else []
             if row:
                 rows.append([analysis.name_of(each), f"{rate:g}", *row])
     head = ["comparison", "learning rate", "learned more than every draw", "less than every draw"]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .analysis import Cell, Key, Outcome
-from .plan import Plan
+from .plan import Plan, numbers
 
 LEVEL, POWER = 0.05, 0.8
 
@@ -53,7 +53,7 @@ def standing(
     Each selection has one number: its rank among the method and all draws, averaged over tasks and targets. What did
     not get to a target, failed or diverged shares the last rank.
     """
-    draws_wanted = int(plan.methods[asked["draws"]].get("draws", 1))
+    wanted = numbers(plan.methods[asked["draws"]].get("draws", 1))
     fraction, other = asked.get("fraction"), asked.get("draws_fraction", asked.get("fraction"))
     ranks: list[np.ndarray] = []
     gains: list[float] = []
@@ -62,8 +62,8 @@ def standing(
     for task in asked.get("tasks", plan.tasks):
         cell = found.get((asked["kind"], base, task), {})
         method = cell.get((asked["method"], fraction, 0))
-        draws = [cell[key] for i in range(draws_wanted) if (key := (asked["draws"], other, i)) in cell]
-        if method is None or len(draws) < draws_wanted:
+        draws = [cell[key] for i in wanted if (key := (asked["draws"], other, i)) in cell]
+        if method is None or len(draws) < len(wanted):
             return None
         for i, value in enumerate(method.at):
             others = [draw.at[i] for draw in draws]

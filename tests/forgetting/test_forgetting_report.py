@@ -104,6 +104,21 @@ def test_comparisons_at_one_rate_are_those_of_runs_at_that_rate():
     assert all(not cell for cells in described.at_rates(records, two).values() for cell in cells.values())
 
 
+def test_a_comparison_that_lacks_a_rate_is_shown_at_the_rates_that_it_has():
+    plan = small_plan(bases=4, draws=3)
+    plan = Plan(**{**vars(plan), "bases": {"mixture": [0, 1], "dense": [0, 1]}})
+    asked = [{"kind": "dense", "method": "low", "draws": "random"}]
+    plan = Plan(**{**vars(plan), "analysis": {**plan.analysis, "comparisons": asked}})
+    records = [each for each in study(plan) if each["kind"] == "mixture" or each["lr"] == 0.2]
+    said = described.tables(records, report.shown(records, plan), plan)
+    for heading in ("Comparisons at one learning rate for all", "After the same number of steps"):
+        assert "| dense: low against random | 0.2 |" in said[heading]
+        assert "| dense: low against random | 0.1 |" not in said[heading]
+    assert "dense" not in said["The first stretch read on a curve"]
+    part = [each for each in records if (each["kind"], each["base"], each["draw"]) != ("dense", 1, 2)]
+    assert not any("dense" in text for text in described.tables(part, report.shown(part, plan), plan).values())
+
+
 def known(plan, forgotten):
     """Runs in which all learn the same but "other", which gets nowhere at the lower rate."""
     records = []
