@@ -223,7 +223,7 @@ def explain(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan, kind: str, 
             if key[0] in plan.analysis.get("regression", []) and done.status == "ok" and done.said.get("log_kappa"):
                 rows.append((base, done.end["forgotten"], done.said["log_kappa"], dict(done.said["layers"])))
     layers = sorted({layer for *_, shares in rows for layer in shares})[1:]  # the shares are 1 together
-    if len(rows) < len(layers) + 5:
+    if len(rows) < len({row[0] for row in rows}) + len(layers) + 5:  # a mean for each base, a slope for each layer
         return None
     bases = np.array([row[0] for row in rows])
     y = np.array([row[1] for row in rows])

@@ -294,7 +294,8 @@ def frontiers(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan, out: Path
             xlabel="loss on the new text, nats per token", ylabel="rise of loss on the old text, nats per token"
         )
         axes.set_title(f"{kind}, {task}: means over bases, each method at its own best learning rate")
-        for path in _of_each_draw(found, kind, task):
+        draws = list(_of_each_draw(found, kind, task))
+        for path in draws:
             axes.plot(*path, "-", color="0.85", linewidth=0.8, zorder=1)
         for i, ((_, _, method, fraction), members) in enumerate(
             (key, members) for key, members in pooled.items() if key[:2] == (kind, task)
@@ -306,7 +307,7 @@ def frontiers(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan, out: Path
                 mark = "osv^D<>*"[i // 10 % 8]
                 axes.plot(*_mean_path(paths), style, marker=mark, color=f"C{i % 10}", label=label, markersize=4)
         if axes.lines:
-            axes.legend(fontsize=7, ncols=2, title="gray: single draws")
+            axes.legend(fontsize=7, ncols=2, title="gray: single draws" if draws else None)
         axes.invert_xaxis()
         names.append(f"{prefix}frontier-{kind}-{task}")
         figure.savefig(out / f"{names[-1]}.png", dpi=110, metadata={"Software": None})

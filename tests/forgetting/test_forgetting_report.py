@@ -260,3 +260,40 @@ def test_pages_that_say_it_in_words_say_what_was_found(root):
     }
     for page, words in said.items():
         assert words in " ".join((root / page).read_text().split()), page
+
+
+def test_what_the_page_says_of_dense_models_at_one_rate_is_what_its_runs_say(root):
+    """Sentences that no program writes, until the other rates have run and the tables have the comparison."""
+    records, plan = kept.runs()
+    low, high = (
+        each for each in plan.analysis["comparisons"] if each["draws"] == "random-types" and "fraction" in each
+    )
+    assert not analysis.contrast(report.shown(records, plan), plan, low).complete, "now it is a result: say so"
+    found = described.at_rates(records, plan)[0.003]
+    one, other = (analysis.contrast(found, plan, each) for each in (low, high))
+    assert one.complete
+    assert other.complete
+    page = " ".join((root / "docs/evidence.md").read_text().split())
+    less, more = (-one.gain_interval[1], -one.gain_interval[0])
+    assert (
+        f"it forgot {-one.gain:.3f} nats less than random matrices of the same types (95% interval {less:.3f} to"
+        in page
+    )
+    assert f"{more:.3f}), its place less one half is {one.effect:.3f} ({one.effect_interval[0]:.3f} to " in page
+    assert "below 0 in seven bases" in page
+    assert sum(effect < 0 for effect in one.effects) == 7
+    assert "The highest forgot more than the draws in all eight bases" in page
+    assert min(other.effects) > 0
+    whole = described.at_rates(records, plan)[0.0003]
+    for (kind, base, task), cell in whole.items():
+        if kind == "dense":
+            slow, fast = cell["full", None, 0].at, found[kind, base, task]["kappa-low", 0.2, 0].at
+            assert all(a < b < math.inf for a, b in zip(slow, fast, strict=True))
+    runs = [each for each in records if each["what"] == "run" and (each["kind"], each["lr"]) == ("dense", 0.003)]
+    lowest = [
+        each["selected"]["layers"] for each in runs if each["method"] == "kappa-low" and each["task"] == "headers"
+    ]
+    assert sum("1" not in layers for layers in lowest) == 7
+    drawn = [each["selected"]["layers"] for each in runs if each["method"] == "random-types"]
+    first = [np.mean([layers.get("0", 0.0) for layers in some]) for some in (lowest, drawn)]
+    assert 1.7 < first[0] / first[1] < 2

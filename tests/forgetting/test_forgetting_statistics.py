@@ -190,3 +190,24 @@ def test_the_study_can_find_what_it_tests():
         assert asked.get("draws_fraction", asked.get("fraction")) in draws.get("fractions", [None])
         assert all(asked["kind"] in m.get("kinds", [asked["kind"]]) for m in (method, draws))
     assert plan.methods[plan.analysis["primary"]["draws"]]["draws"] >= 12
+
+
+@pytest.mark.parametrize(("selections", "told"), [(2, False), (4, True)])
+def test_layers_explain_nothing_where_they_are_as_many_as_what_they_explain(selections, told):
+    """Each base has a mean of its own and each layer a slope: two selections of eight bases leave nothing over."""
+    plan = small_plan()
+    plan = Plan(**{**vars(plan), "analysis": {**plan.analysis, "regression": ["random"]}})
+    chance = np.random.default_rng(0)
+    found = {}
+    for base in range(8):
+        cell = {}
+        for draw in range(selections):
+            shares = dict(zip("01234567", chance.dirichlet(np.ones(8)).tolist(), strict=True))
+            said = {"log_kappa": chance.normal(3), "layers": shares}
+            cell["random", None, draw] = analysis.Outcome(0.1, (), (), "ok", {"forgotten": chance.normal()}, said)
+        found["mixture", base, "new"] = cell
+    one = analysis.explain(found, plan, "mixture", "new")
+    assert (one is not None) == told
+    if one is not None:
+        assert one.selections == 32
+        assert one.by_layers < 0.9
