@@ -56,9 +56,12 @@ def main() -> None:
         print("\n".join(str(file) for file in kept.keep(plan, given.folder)))
         print("python -m benchmarks figures puts the tables into the documents")
         return
-    from .study import go_on, left_over, published
+    from .journal import Journal
+    from .study import go_on, left_over
 
-    known = published(given.known) if given.known else {}
+    if given.known and not given.known.is_file():
+        parser.error(f"--known: there is no file {given.known}")
+    known = Journal(given.known).records() if given.known else {}
     if given.status:
         left = left_over(plan, given.folder, known)
         bases = sum(job["what"] == "base" for job in left)

@@ -14,7 +14,7 @@ from . import analysis, report, usage
 from .journal import Journal
 from .markdown import interval, number, table
 from .plan import PLANS, Plan
-from .study import JOURNAL, published
+from .study import JOURNAL
 from .weights import base_name, file_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def keep(plan: Plan, folder: Path, results: Path = provenance.RESULTS, docs: Pat
     wanted = {job["id"] for job in plan.jobs()}
     whole = [each for each in Journal(folder / JOURNAL).records().values() if each["id"] in wanted]
     new = {each["id"]: report.compact(each) for each in whole}  # what is said is what these say, to the last digit
-    old = published(results / RUNS) if before else {}
+    old = Journal(results / RUNS).records() if before else {}
     _same_bases(old, new)
     records = [each for each in (old | new).values() if each["id"] in wanted]
     _same_texts(records)
@@ -87,7 +87,7 @@ def _same_texts(records: Iterable[Mapping[str, Any]]) -> None:
 
 def runs(results: Path = provenance.RESULTS) -> tuple[list[dict[str, Any]], Plan]:
     """The runs that are kept, and the plan of the study."""
-    return list(published(results / RUNS).values()), Plan.read(PLANS / "study.json")
+    return list(Journal(results / RUNS).records().values()), Plan.read(PLANS / "study.json")
 
 
 def sentence() -> str:

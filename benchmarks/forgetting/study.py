@@ -44,7 +44,7 @@ def go_on(
     to the weights that its record has: runs of two models are not runs of one.
 
     Args:
-        known: results by id that were made in another folder (published()).
+        known: results by id that were made in another folder, whole or compact.
 
     Raises:
         BlockingIOError: another process runs a study in this folder.
@@ -67,11 +67,6 @@ def left_over(plan: Plan, folder: Path, known: Records = MappingProxyType({})) -
     left = [job for job in plan.jobs() if job["id"] not in records or not _counts(records[job["id"]], plan, folder)]
     needed = {job["needs"] for job in left if job["what"] == "run"}
     return [job for job in left if job["what"] == "run" or job["id"] in needed or job["id"] not in records]
-
-
-def published(file: Path) -> dict[str, dict[str, Any]]:
-    """Compact results (report.write_compact) by id."""
-    return {record["id"]: record for record in map(json.loads, file.read_text().splitlines())}
 
 
 def _counts(record: Mapping[str, Any], plan: Plan, folder: Path) -> bool:

@@ -11,6 +11,7 @@ from torch_operands import BACKEND, UNIT, close, operand, wide
 from kappa_fast.backends import torch_backend, torch_gram
 from kappa_fast.backends.torch_backend import KEPT
 from kappa_fast.backends.torch_gram import gram_in_chunks
+from kappa_fast.machine.torch_state import undisturbed
 from kappa_fast.spectrum import certify, shifted
 from kappa_fast.spectrum.resolution import Resolution
 
@@ -69,6 +70,26 @@ def test_sums_of_onednn_err_no_more_than_those_of_the_blas(monkeypatch):
         monkeypatch.setattr(torch_gram, "by_onednn", lambda way=way: way)
         errors.append(float(torch.linalg.matrix_norm(torch.tril(torch_gram.gram(a, torch.float32)).double() - exact)))
     assert errors[0] < 2 * errors[1]
+
+
+@ONEDNN
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_onednn_multiplies_in_full_whatever_the_caller_has_set(scale, monkeypatch):
+    """Columns of zeros, columns that differ by a factor of 1e6, and a process that asks for bfloat16 products."""
+    monkeypatch.setattr(torch_gram, "by_onednn", lambda: True)
+    a = gaussian(600, 300) * torch.logspace(0, -6, 300, dtype=torch.float64) * scale
+    a[:, 7] = 0
+    a = a.float()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu"), undisturbed():
+            g = torch.tril(torch_gram.gram(a, torch.float32)).double()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    size = a.double().abs()
+    assert ((g - torch.tril(a.double().T @ a.double())).abs() <= 600 * UNIT[torch.float32] * (size.T @ size)).all()
+    assert (g[:, 7] == 0).all()
 
 
 @ONEDNN

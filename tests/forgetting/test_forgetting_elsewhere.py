@@ -18,7 +18,7 @@ from test_forgetting_statistics import small_plan
 from benchmarks.forgetting import bases, kept, report, weights
 from benchmarks.forgetting.journal import Journal
 from benchmarks.forgetting.plan import PLANS, Plan
-from benchmarks.forgetting.study import JOURNAL, left_over, published
+from benchmarks.forgetting.study import JOURNAL, left_over
 
 PRETRAINING = {"corpus": "made-a", "steps": 20, "length": 32, "size": 4, "lr": 0.003, "windows": 20}
 
@@ -168,7 +168,10 @@ def test_runs_of_other_bases_or_texts_are_not_put_to_those_that_are_published(tm
     assert (tmp_path / kept.RUNS).read_text() == before
 
 
-def test_published_results_are_read_by_id(tmp_path):
+def test_known_results_are_read_by_id_and_a_missing_file_is_an_error(root, tmp_path):
     records = study(small_plan(bases=1, draws=1))
     report.write_compact(records, tmp_path / "known.jsonl")
-    assert published(tmp_path / "known.jsonl").keys() == {each["id"] for each in records}
+    assert Journal(tmp_path / "known.jsonl").records().keys() == {each["id"] for each in records}
+    done = run(root, "--folder", str(tmp_path), "--status", "--known", str(tmp_path / "nothing.jsonl"))
+    assert done.returncode == 2
+    assert f"--known: there is no file {tmp_path / 'nothing.jsonl'}" in done.stderr
