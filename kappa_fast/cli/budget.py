@@ -41,13 +41,14 @@ class Match(StrEnum):
 
     TYPE = "type"
     LAYER = "layer"
+    MARGINS = "margins"
 
 
 OrderOption = Annotated[Order, typer.Option("--order", help="Which come first; the others are controls.")]
 Seed = Annotated[int | None, typer.Option(help="Of the random order.", show_default="0")]
 MatchOption = Annotated[
     list[Match] | None,
-    typer.Option("--match", help="Draw as many of each type, in each layer, as the lowest. May be given twice."),
+    typer.Option("--match", help="Draw as many of each type, in each layer (or of both: margins), as the lowest."),
 ]
 
 

@@ -9,10 +9,11 @@ from typing import Any, Literal, get_args
 
 from ..errors import OptionError
 from .budgets import is_count
+from .margins import redrawn
 from .units import Unit
 
 OrderName = Literal["lowest", "highest", "random"]
-MatchName = Literal["type", "layer"]
+MatchName = Literal["type", "layer", "margins"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Order:
             raise OptionError(f"seed={seed!r}: give an int from 0 on")
         listed = (match,) if isinstance(match, str) else tuple(match or ())
         unknown = next((name for name in listed if name not in get_args(MatchName)), None)
-        if unknown is not None:
-            raise OptionError(f"match={match!r}: give 'type', 'layer' or both")
+        if unknown is not None or ("margins" in listed and len(set(listed)) > 1):
+            raise OptionError(f"match={match!r}: give 'type', 'layer' or both, or 'margins'")
         if order != "random" and (seed is not None or listed):
             given = "seed" if seed is not None else "match"
             raise OptionError(f"{given}= is for random draws: give order='random', or leave it out")
@@ -74,23 +75,32 @@ class Order:
             OptionError: some units were not resolved, or there is only one way to draw.
         """
         self._check_resolved(units)
-        cells: dict[tuple[Any, ...], list[Unit]] = {}
         taken = {unit.key for unit in chosen}
+        whole = [unit for unit in units if unit.status in ("ok", "scored") or unit.key in taken]
+        found = redrawn(whole, chosen, self.seed) if "margins" in self.match else self._in_cells(whole, taken)
+        if found is None:
+            advice = "give a smaller budget, or another unit"
+            if "margins" in self.match:
+                advice = "give another budget, or match 'type'"
+            elif len(self.match) > 1:
+                advice = "match 'margins', which keeps how many are of each type and in each layer, or match less"
+            raise OptionError(
+                f"match={self.match!r} leaves one way to draw, the lowest themselves, which is no control: {advice}"
+            )
+        return found
+
+    def _in_cells(self, units: Sequence[Unit], taken: set[str]) -> list[Unit] | None:
+        """Random ones within each cell of what is matched; None if no cell leaves a choice."""
+        cells: dict[tuple[Any, ...], list[Unit]] = {}
         for unit in units:
-            if unit.status in ("ok", "scored") or unit.key in taken:
-                cells.setdefault(self._cell(unit), []).append(unit)
+            cells.setdefault(self._cell(unit), []).append(unit)
         found: list[Unit] = []
         choice = False
         for members in cells.values():
             count = sum(unit.key in taken for unit in members)
             choice = choice or 0 < count < len(members)
             found += sorted(members, key=self._lot)[:count]
-        if not choice:
-            advice = "match less" if len(self.match) > 1 else "give a smaller budget, or another unit"
-            raise OptionError(
-                f"match={self.match!r} leaves one way to draw, the lowest themselves, which is no control: {advice}"
-            )
-        return found
+        return found if choice else None
 
     def _cell(self, unit: Unit) -> tuple[Any, ...]:
         layers = tuple(sorted({-1 if entry.layer is None else entry.layer for entry in unit.members}))

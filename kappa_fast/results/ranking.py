@@ -171,7 +171,9 @@ class Ranking(Sequence[TensorKappa]):
                 are better than others shows only where others are trained too.
             seed: for random orders, 0 by default; the same seed draws the same units of the same model.
             match: "type", "layer" or both: draw as many units of each type (group), in each layer, and of each size as
-                the lowest would take, so that only kappa differs. Without it a random order is cut by the budget.
+                the lowest would take, so that only kappa differs. In a dense model, where a layer has one matrix of
+                each type, both leave no choice: "margins" draws as many of each type and as many in each layer, each
+                of the same size, in other pairs. Without it a random order is cut by the budget.
 
         Rank-deficient units come last in every order and only num_tensors and top_p reach them. Units with a nan or
         inf in their weights are never selected. A unit with a matrix that was not resolved (``top``) is not selected

@@ -118,7 +118,7 @@ def test_a_draw_of_experts_takes_them_whole():
 
 def test_a_draw_that_can_only_be_the_lowest_is_refused():
     dense = Ranking([make_entry(f"layers.{i}.q", 2.0 + i, group="q", layer=i) for i in range(8)])
-    with pytest.raises(OptionError, match=r"leaves one way to draw, the lowest themselves.*: match less"):
+    with pytest.raises(OptionError, match=r"leaves one way to draw, the lowest themselves.*: match 'margins', which"):
         dense.select(num_tensors=2, order="random", match=("type", "layer"))
     with pytest.raises(OptionError, match="give a smaller budget, or another unit"):
         dense.select(num_tensors=8, order="random", match="type")
@@ -131,7 +131,8 @@ def test_a_draw_that_can_only_be_the_lowest_is_refused():
         ({"order": "middle"}, "order='middle' is unknown: use one of 'lowest', 'highest', 'random'"),
         ({"order": "random", "seed": -1}, "seed=-1: give an int from 0 on"),
         ({"order": "random", "seed": 0.0}, "seed=0.0: give an int from 0 on"),
-        ({"order": "random", "match": "depth"}, "match='depth': give 'type', 'layer' or both"),
+        ({"order": "random", "match": "depth"}, "match='depth': give 'type', 'layer' or both, or 'margins'"),
+        ({"order": "random", "match": ("type", "margins")}, "give 'type', 'layer' or both, or 'margins'"),
         ({"seed": 1}, "seed= is for random draws"),
         ({"order": "highest", "match": "type"}, "match= is for random draws"),
     ],
