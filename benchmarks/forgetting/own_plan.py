@@ -23,6 +23,7 @@ from .study import JOURNAL, go_on
 DRAWS = (99, 59, 39, 19, 9, 4)  # random selections; from 19 on a p-value can be as small as 5%
 ENOUGH = 19
 FEWEST_DISTINCT = 5
+ENOUGH_DISTINCT = 90  # of 99 draws: there are so many that two seldom are the same
 LEAST_IN_CELL = 4  # experts of one layer and type, from which on they are compared with each other
 MARGIN = 1.15  # over the time of the pilot: several runs at once slow each other down
 PILOT = 1_000_000  # the number of its draw: none that is compared
@@ -141,29 +142,46 @@ def make(
 
 
 def _way(ranking: Ranking, question: own.Question) -> dict[str, Any]:
-    """Recipes of the lowest, the highest and the random: experts among experts of their layer, or matrices by type."""
+    """Recipes of the lowest, the highest and the random: experts among experts of their layer, or matrices.
+
+    Draws of matrices match types and layers where that leaves enough of them, else types.
+    """
     cells: dict[tuple[int | None, str], int] = {}
     for entry in ranking:
         if "experts" in entry.group:
             cells[entry.layer, bases.type_of(entry)] = cells.get((entry.layer, bases.type_of(entry)), 0) + 1
+    share = f"{question.share:.0%}"
     if cells and min(cells.values()) >= LEAST_IN_CELL:
-        common: dict[str, Any] = {"include": "experts", "within": "cells"}
-        select: dict[str, Any] = {"top_p": "fraction"}
-        said = "experts, {share} of those of every layer and type"
-        drawn, like = {"order": "random"}, "random experts of the same layers and types"
-        caution = ""
-    else:
-        common, select = {}, {"max_params": "fraction", "fill": True}
-        said = "matrices, up to {share} of the weights"
-        drawn, like = {"order": "random", "match": ["type"]}, "random matrices of the same types and sizes"
-        caution = "Draws lie in other layers than the lowest, so that depth may be what makes a difference."
+        return _recipes({"top_p": "fraction"}, {"include": "experts", "within": "cells"}, ()) | {
+            "said": f"experts, {share} of those of every layer and type",
+            "like": "random experts of the same layers and types",
+            "caution": "",
+        }
+    select: dict[str, Any] = {"max_params": "fraction", "fill": True}
+    said = f"matrices, up to {share} of the weights"
+    way = _recipes(select, {}, ("margins",)) | {
+        "said": said,
+        "like": "random matrices, as many of each type and in each layer",
+        "caution": "",
+    }
+    try:
+        if _different(ranking, way, question.share) >= ENOUGH_DISTINCT:
+            return way
+    except OptionError:
+        pass  # the draws by type say what is wrong, if that is not the margins
+    return _recipes(select, {}, ("type",)) | {
+        "said": said,
+        "like": "random matrices of the same types and sizes",
+        "caution": "Draws lie in other layers than the lowest, so that depth may be what makes a difference.",
+    }
+
+
+def _recipes(select: dict[str, Any], common: dict[str, Any], match: tuple[str, ...]) -> dict[str, Any]:
+    drawn = {"order": "random"} | ({"match": list(match)} if match else {})
     return {
         "low": {"select": select, **common},
         "high": {"select": select | {"order": "highest"}, **common},
         "random": {"select": select | drawn, **common},
-        "said": said.format(share=f"{question.share:.0%}"),
-        "like": like,
-        "caution": caution,
     }
 
 
@@ -173,22 +191,27 @@ def _distinct(ranking: Ranking, way: Mapping[str, Any], share: float) -> int:
     Raises:
         OwnError: nothing can be selected, or too few selections are possible.
     """
-    from .methods import pick
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            low = {pick(ranking, way["low"], share, 0).keys}
-            drawn = {pick(ranking, way["random"], share, bases.hash_of("draw", 0, i) % 2**31).keys for i in range(99)}
+        different = _different(ranking, way, share)
     except OptionError as error:
         raise own.OwnError(f"this model has no comparison at this --share: {error}") from error
-    different = len(drawn - low)
     if different < FEWEST_DISTINCT:
         raise own.OwnError(
             f"this model has {different} random selections like the lowest that differ from them, and "
             f"{FEWEST_DISTINCT} are the least: give another --share"
         )
-    return different if different < 0.9 * max(DRAWS) else max(DRAWS)
+    return different if different < ENOUGH_DISTINCT else max(DRAWS)
+
+
+def _different(ranking: Ranking, way: Mapping[str, Any], share: float) -> int:
+    """Raises OptionError where nothing can be selected."""
+    from .methods import pick
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        low = {pick(ranking, way["low"], share, 0).keys}
+        drawn = {pick(ranking, way["random"], share, bases.hash_of("draw", 0, i) % 2**31).keys for i in range(99)}
+    return len(drawn - low)
 
 
 def _seen(records: Any, pilot: Plan) -> tuple[float, dict[str, list[float]]]:

@@ -8,18 +8,21 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from families import build
+from make_entries import make_entry
 
-from benchmarks.forgetting import bases, example, own, own_plan, own_report, runs, scores, single, texts
+from benchmarks.forgetting import bases, example, methods, own, own_plan, own_report, runs, scores, single, texts
 from benchmarks.forgetting.analysis import WORST, Outcome
 from benchmarks.forgetting.own import OwnError, Question
 from benchmarks.forgetting.own_plan import Offer
 from benchmarks.forgetting.plan import Plan
+from kappa_fast import Ranking
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +188,23 @@ def test_experts_are_compared_with_experts_and_dense_matrices_by_type(family, ex
     assert ("depth" in way["caution"]) == (family == "llama")
     if family == "mixtral":
         assert own_plan._distinct(ranking, way, 0.5) >= own_plan.FEWEST_DISTINCT
+
+
+def test_dense_matrices_are_compared_within_types_and_layers_where_that_leaves_enough_draws(made):
+    entries = [
+        make_entry(f"layers.{i}.{name}", 2.0 + (7 * i + 5 * j) % 31, group=f"layers.*.{name}", layer=i, shape=(8, 8))
+        for i in range(16)
+        for j, name in enumerate(("q", "k", "v", "o"))
+    ]
+    ranking = Ranking(entries, (), {"num_parameters": sum(entry.numel for entry in entries)})
+    way = own_plan._way(ranking, asked(made, share=0.3))
+    assert "as many of each type and in each layer" in way["like"]
+    assert not way["caution"]
+    low, drawn = (methods.pick(ranking, way[name], 0.3, 3) for name in ("low", "random"))
+    for field in ("group", "layer"):
+        assert Counter(getattr(e, field) for e in low) == Counter(getattr(e, field) for e in drawn)
+    assert low.keys != drawn.keys
+    assert own_plan._distinct(ranking, way, 0.3) == max(own_plan.DRAWS)
 
 
 def test_a_share_that_leaves_no_choice_is_refused(made):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from test_forgetting_statistics import made_up, small_plan
 
 from benchmarks.forgetting import analysis, described, kept, report
-from benchmarks.forgetting.plan import Plan
+from benchmarks.forgetting.plan import PLANS, Plan
 
 
 def study(plan: Plan, effect: float = 0.0) -> list[dict[str, Any]]:
@@ -201,6 +202,20 @@ def test_a_published_study_says_what_its_runs_say(tmp_path):
     again = [json.loads(line) for line in (tmp_path / kept.RUNS).read_text().splitlines()]
     assert len(again) == len(records)
     assert json.dumps(report.rows(again, plan)) == json.dumps(document["rows"])  # to the last digit
+
+
+def test_the_further_question_to_dense_models_is_asked_of_the_runs_of_the_study():
+    """The lowest are the runs that are there; only the draws are new, at the rate at which the lowest learned best."""
+    study, margins = (Plan.read(PLANS / f"{name}.json") for name in ("study", "margins"))
+    known = {job["id"]: job for job in study.jobs()}
+    shared = [job for job in margins.jobs() if job["id"] in known]
+    assert Counter(job.get("method", "base") for job in shared) == {"base": 8, "kappa-low": 16}
+    new = [job for job in margins.jobs() if job["id"] not in known]
+    assert {(job["method"], job["lr"]) for job in new} == {("random-margins", 0.003)}
+    assert len(new) == 8 * 2 * 12
+    low, drawn = (method["recipe"]["select"] for method in margins.methods.values())
+    assert drawn == {**low, "order": "random", "match": ["margins"]}
+    assert margins.analysis["targets"] == study.analysis["targets"]
 
 
 def test_the_published_study_says_what_its_runs_say():
