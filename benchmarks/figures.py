@@ -209,7 +209,10 @@ def _forgetting(name: str) -> Callable[[], str]:
         from benchmarks.forgetting import kept
 
         text: str = getattr(kept, name)()
-        return text if name == "tables" else filled(text)
+        if name in ("tables", "further"):  # a paragraph, if any, and tables
+            said, rest = ("", text) if text.startswith("#") else text.partition("\n\n")[::2]
+            return "\n\n".join([*([filled(said)] if said else []), *([rest] if rest else [])])
+        return filled(text)
 
     return made
 
@@ -221,6 +224,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "forgetting, a sentence": ("README.md", _forgetting("sentence")),
     "forgetting, the answer": ("docs/evidence.md", _forgetting("answer")),
     "forgetting, tables": ("docs/evidence.md", _forgetting("tables")),
+    "forgetting, the further question": ("docs/evidence.md", _forgetting("further")),
     "GPU": ("README.md", lambda: gpu_report.times(results(gpu_report.FILE))),
     "stages on an H200": ("docs/kernels.md", lambda: gpu_report.stages(results(gpu_report.FILE))),
     "sweep": ("docs/performance.md", _sweep(sweep_report.tables)),
@@ -278,7 +282,7 @@ def table_of(file: Path) -> str:
         return sweep_report.tables(document)
     if "stages" in document:
         return f"{gpu_report.times(document)}\n\n{gpu_report.stages(document)}"
-    if file.name == "forgetting.json":
+    if file.name.startswith("forgetting"):
         return "\n".join(f"{row['name']}: place - 1/2 {row['effect']:.3f}, {row['gain']:.4f} nats" for row in rows)
     if file.name == "scale.json":
         return "\n\n".join(scale.from_files(file))

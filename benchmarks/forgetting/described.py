@@ -126,7 +126,7 @@ def tables(records: list[dict[str, Any]], shown: Found, plan: Plan) -> dict[str,
     return {
         "The first stretch read on a curve": _curved_table(shown, whole, plan),
         "Comparisons at one learning rate for all": _at_one_rate(by_rate, asked, plan),
-        "After the same number of steps": _same_steps(by_rate, asked, plan),
+        "After the same number of steps": same_steps(by_rate, asked, plan),
         "A lower learning rate at the same target": _slower_table(slower(records, shown, plan)),
     }
 
@@ -162,7 +162,8 @@ def _at_one_rate(by_rate: Mapping[float, Found], asked: list[dict[str, Any]], pl
     return f"{table(head, rows)}\n\n{said}"
 
 
-def _same_steps(by_rate: Mapping[float, Found], asked: list[dict[str, Any]], plan: Plan) -> str:
+def same_steps(by_rate: Mapping[float, Found], asked: list[dict[str, Any]], plan: Plan) -> str:
+    """What was learned and forgotten after the longest budget, beside the draws of each comparison."""
     rows = []
     for each in asked:
         for rate, found in by_rate.items():

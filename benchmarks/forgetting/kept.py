@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record as provenance
 
-from . import analysis, report, usage
+from . import analysis, described, report, usage
 from .journal import Journal
 from .markdown import interval, number, table
 from .plan import PLANS, Plan
@@ -19,49 +19,69 @@ from .weights import base_name, file_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS, DOCUMENT = "forgetting.jsonl", "forgetting.json"
+FURTHER = "margins"  # the plan that asks more of bases of the study
+
+
+def files_of(plan: Plan) -> tuple[str, str]:
+    """Names of the runs and of the document that are published of a plan."""
+    return (f"forgetting-{FURTHER}.jsonl", f"forgetting-{FURTHER}.json") if plan.name == FURTHER else (RUNS, DOCUMENT)
 
 
 def keep(plan: Plan, folder: Path, results: Path = provenance.RESULTS, docs: Path = ROOT / "docs") -> list[Path]:
-    """Writes the compact runs of a plan, what they come to, and the figures; returns the files.
+    """Writes the compact runs of a plan, what they come to, and the figures of the study; returns the files.
 
     Runs that were published before and are not in the journal of ``folder`` stay, with what was said of their bases.
+    What the further plan shares with the study is not written again.
 
     Raises:
         ValueError: runs of the primary comparison are missing; or a base or a text is another one than before.
     """
-    before = _document(results)
+    runs_file, document_file = (results / name for name in files_of(plan))
+    shared = Journal(results / RUNS).records() if plan.name == FURTHER else {}
+    before = _document(document_file)
     wanted = {job["id"] for job in plan.jobs()}
-    whole = [each for each in Journal(folder / JOURNAL).records().values() if each["id"] in wanted]
-    new = {each["id"]: report.compact(each) for each in whole}  # what is said is what these say, to the last digit
-    old = Journal(results / RUNS).records() if before else {}
+    there = [each for each in Journal(folder / JOURNAL).records().values() if each["id"] in wanted]
+    whole = [each for each in there if each["id"] not in shared]
+    new = {each["id"]: report.compact(each) for each in there}  # what is said is what these say, to the last digit
+    old = shared | (Journal(runs_file).records() if before else {})
     _same_bases(old, new)
-    records = [each for each in (old | new).values() if each["id"] in wanted]
+    records = [each for key, each in (old | new | shared).items() if key in wanted]
+    own = [each for each in records if each["id"] not in shared]
     _same_texts(records)
     found = report.shown(records, plan)
     compared = analysis.contrasts(found, plan)
     if not compared.primary.complete:
         raise ValueError(f"{folder}: runs of the primary comparison are missing; --status counts them")
-    report.write_compact(records, results / RUNS)
-    provenance.write(results / DOCUMENT, report.rows(records, plan))
-    document = _document(results)
+    report.write_compact(own, runs_file)
+    provenance.write(document_file, report.rows(records, plan))
+    document = _document(document_file) | _origin(own, whole, before) | {"plan": plan.digest()}
+    drawn = []
+    if plan.name != FURTHER:
+        if all(file_of("mixture", seed, folder).exists() for seed in plan.bases["mixture"]):
+            document["usage"] = usage.usage(plan, folder)
+        elif "usage" in before:
+            document["usage"] = before["usage"]
+        drawn = report.figures(found, records, plan, docs, "forgetting-")
+    document_file.write_text(json.dumps(document, indent=1) + "\n")
+    return [runs_file, document_file, *(docs / f"{name}.png" for name in drawn)]
+
+
+def _origin(
+    records: Iterable[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]], before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Commits and versions of all runs, of which ``whole`` are not compact; and whether nothing was changed in them."""
     commits = Counter(each["commit"] for each in records if "commit" in each)
     versions = [each["versions"] for each in whole if "versions" in each]
-    document |= {"versions": versions[0] if versions else before["versions"]}
-    document |= {"commit": commits.most_common(1)[0][0], "commits": dict(commits)}
-    if all(file_of("mixture", seed, folder).exists() for seed in plan.bases["mixture"]):
-        document["usage"] = usage.usage(plan, folder)
-    elif "usage" in before:
-        document["usage"] = before["usage"]
-    clean = all(each.get("clean") for each in whole) and before.get("clean", True)
-    document |= {"clean": clean, "plan": plan.digest()}
-    (results / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")
-    drawn = report.figures(found, records, plan, docs, "forgetting-")
-    return [results / RUNS, results / DOCUMENT, *(docs / f"{name}.png" for name in drawn)]
+    return {
+        "versions": versions[0] if versions else before["versions"],
+        "commit": commits.most_common(1)[0][0],
+        "commits": dict(commits),
+        "clean": all(each.get("clean") for each in whole) and before.get("clean", True),
+    }
 
 
-def _document(results: Path) -> dict[str, Any]:
+def _document(file: Path) -> dict[str, Any]:
     """What was published; empty before the first time."""
-    file = results / DOCUMENT
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return found
 
@@ -88,6 +108,14 @@ def _same_texts(records: Iterable[Mapping[str, Any]]) -> None:
 def runs(results: Path = provenance.RESULTS) -> tuple[list[dict[str, Any]], Plan]:
     """The runs that are kept, and the plan of the study."""
     return list(Journal(results / RUNS).records().values()), Plan.read(PLANS / "study.json")
+
+
+def further_runs(results: Path = provenance.RESULTS) -> tuple[list[dict[str, Any]], Plan]:
+    """The runs of the further plan, with those that it shares with the study."""
+    plan = Plan.read(PLANS / f"{FURTHER}.json")
+    wanted = {job["id"] for job in plan.jobs()}
+    records = Journal(results / RUNS).records() | Journal(results / files_of(plan)[0]).records()
+    return [each for each in records.values() if each["id"] in wanted], plan
 
 
 def sentence() -> str:
@@ -118,7 +146,7 @@ def answer() -> str:
 def tables() -> str:
     """The tables of docs/evidence.md."""
     records, plan = runs()
-    found: list[dict[str, Any]] = _document(provenance.RESULTS).get("usage", [])
+    found: list[dict[str, Any]] = _document(provenance.RESULTS / DOCUMENT).get("usage", [])
     if not found:  # the bases were not beside the journal
         return "\n\n".join(report.tables(records, plan, "###"))
     rows = [
@@ -128,6 +156,29 @@ def tables() -> str:
         ["text", "matrices", "Spearman's correlation", "95%"], rows
     )
     return "\n\n".join([*report.tables(records, plan, "###"), used])
+
+
+def further() -> str:
+    """The paragraph and the tables of the further question."""
+    records, plan = further_runs()
+    found = report.shown(records, plan)
+    one = analysis.contrast(found, plan, plan.analysis["primary"])
+    if not one.complete:
+        return "It has not been run yet."
+    told = "forgot less than" if one.effect < 0 else "forgot more than"
+    verdict = told if one.p <= report.LEVEL else "could not be told by what it forgot from"
+    less = sum(effect < 0 for effect in one.effects)
+    said = (
+        f"**The fifth of the weights with the lowest kappa {verdict} random matrices with as many of each type and in "
+        f"each layer** (p = {one.p:.3g}, {len(one.bases)} dense bases). {report.sizes(one)} It is below 0 in {less} "
+        "bases."
+    )
+    tables = [
+        "#### Beside draws of the same types and layers\n\n" + report.contrast_table([one]) + report.READING,
+        "#### After the same number of steps, beside these draws\n\n"
+        + described.same_steps({plan.rates[0]: found}, [plan.analysis["primary"]], plan),
+    ]
+    return "\n\n".join([said, *tables])
 
 
 def _primary(records: list[dict[str, Any]], plan: Plan) -> analysis.Contrast:

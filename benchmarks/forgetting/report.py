@@ -18,7 +18,7 @@ from .markdown import interval, number, table
 from .plan import Plan
 from .study import JOURNAL
 
-_READING = (
+READING = (
     "\n\nPlace: among the random draws of the same base, 0 below all and 1 above all, averaged over tasks and targets; "
     "below 1/2 it forgets less than most. Nats: forgetting less the mean of the draws, where all reach the target. "
     "Intervals: bootstrap over bases. p: changes of sign over bases, two-sided."
@@ -104,9 +104,9 @@ def tables(records: list[dict[str, Any]], plan: Plan, level: str = "##") -> list
     )
     headed = {
         "Bases": _bases_table(records, plan),
-        "Primary comparison": _contrast_table([compared.primary]) + _READING,
-        "Other comparisons that are tested": _contrast_table(tested, compared.adjusted) if tested else "",
-        "Described, not tested": _contrast_table(others, {}) if others else "",
+        "Primary comparison": contrast_table([compared.primary]) + READING,
+        "Other comparisons that are tested": contrast_table(tested, compared.adjusted) if tested else "",
+        "Described, not tested": contrast_table(others, {}) if others else "",
         "Still to be run": left,
         "Methods": methods_table(found, plan) + _AT_TARGETS.format(plan.analysis["budget"]) + edges(found, plan),
         "Learning rates": _rates_table(records, found, plan),
@@ -170,7 +170,7 @@ def _bases_table(records: list[dict[str, Any]], plan: Plan) -> str:
     return table(head, rows) if rows else ""
 
 
-def _contrast_table(found: list[Contrast], adjusted: Mapping[str, float] | None = None) -> str:
+def contrast_table(found: list[Contrast], adjusted: Mapping[str, float] | None = None) -> str:
     """With p-values for one that stands alone, with Holm's for several, without any where they are only described."""
     tests = [] if adjusted == {} else ["p"] if adjusted is None else ["p", "p (Holm)"]
     head = ["comparison", "bases", "place - 1/2", "95%", *tests, "nats", "95%", "censored"]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,32 @@ def test_runs_of_other_bases_or_texts_are_not_put_to_those_that_are_published(tm
     with pytest.raises(ValueError, match="mixture: runs have two texts new, with the hashes"):
         kept.keep(plan, write(other, tmp_path / "texts"), tmp_path, tmp_path)
     assert (tmp_path / kept.RUNS).read_text() == before
+
+
+def test_a_further_plan_is_published_beside_the_study_with_the_runs_that_it_shares(tmp_path):
+    plan = small_plan(bases=3, draws=2)
+    methods = {"low": plan.methods["low"], "like": {"recipe": {"select": {"match": ["margins"]}}, "draws": 2}}
+    primary = {"kind": "mixture", "method": "low", "draws": "like"}
+    analysed = {**plan.analysis, "primary": primary, "comparisons": []}
+    further = Plan(**{**vars(plan), "name": kept.FURTHER, "methods": methods, "analysis": analysed})
+    runs_file, document_file = (tmp_path / name for name in kept.files_of(further))
+    asked = based(further)
+    with pytest.raises(ValueError, match="runs of the primary comparison are missing"):
+        kept.keep(further, write([each for each in asked if each.get("method") != "low"], tmp_path / "x"), tmp_path)
+    kept.keep(plan, write(based(plan), tmp_path / "study"), tmp_path, tmp_path)
+    before = (tmp_path / kept.RUNS).read_bytes()
+    new = [each for each in asked if each["what"] == "base" or each["method"] == "like"]
+    assert kept.keep(further, write(new, tmp_path / "further"), tmp_path) == [runs_file, document_file]
+    assert (tmp_path / kept.RUNS).read_bytes() == before
+    lines = [json.loads(line) for line in runs_file.read_text().splitlines()]
+    assert Counter(each["method"] for each in lines) == {"like": 3 * 2 * 2}
+    document = json.loads(document_file.read_text())
+    assert [row["name"] for row in document["rows"]] == ["mixture: low against like"]
+    assert document["commits"] == {"c": 12}
+    kept.keep(further, write([], tmp_path / "nothing"), tmp_path)
+    assert json.loads(document_file.read_text())["rows"] == document["rows"]
+    with pytest.raises(ValueError, match="mixture-0: has other weights than the runs that are published"):
+        kept.keep(further, write([new[0] | {"weights": "others"}], tmp_path / "weights"), tmp_path)
 
 
 def test_known_results_are_read_by_id_and_a_missing_file_is_an_error(root, tmp_path):
