@@ -15,6 +15,7 @@ import numpy as np
 from . import statistics
 from .plan import Plan, numbers
 
+LOSS = "loss on the new text"
 WORST = math.inf  # the forgetting of what failed, diverged or did not get to the target
 
 Cell = tuple[str, int, str]  # kind, base, task
@@ -213,16 +214,29 @@ class Explained:
     interval: tuple[float, float]
 
 
-def explain(found: Mapping[Cell, Mapping[Key, Outcome]], plan: Plan, kind: str, task: str) -> Explained | None:
-    """The secondary analysis: forgetting after the budget, over all selections of the methods that the plan names."""
+def explain(
+    found: Mapping[Cell, Mapping[Key, Outcome]],
+    plan: Plan,
+    kind: str,
+    task: str,
+    methods: Sequence[str] | None = None,
+    at_equal_loss: bool = False,
+) -> Explained | None:
+    """The secondary analysis: forgetting after the budget, over all selections of ``methods``.
+
+    methods: those that the plan names, if not given.  at_equal_loss: the loss on the new text stands among the layers.
+    """
+    counted = plan.analysis.get("regression", []) if methods is None else methods
     rows: list[tuple[int, float, float, dict[str, float]]] = []
     for (its_kind, base, its_task), cell in sorted(found.items()):
         if (its_kind, its_task) != (kind, task):
             continue
         for key, done in cell.items():
-            if key[0] in plan.analysis.get("regression", []) and done.status == "ok" and done.said.get("log_kappa"):
-                rows.append((base, done.end["forgotten"], done.said["log_kappa"], dict(done.said["layers"])))
-    layers = sorted({layer for *_, shares in rows for layer in shares})[1:]  # the shares are 1 together
+            if key[0] in counted and done.status == "ok" and done.said.get("log_kappa"):
+                loss = {LOSS: done.end["new"]} if at_equal_loss else {}
+                rows.append((base, done.end["forgotten"], done.said["log_kappa"], {**done.said["layers"], **loss}))
+    layers = sorted({layer for *_, shares in rows for layer in shares} - {LOSS})[1:]  # the shares are 1 together
+    layers += [LOSS] if at_equal_loss else []
     if len(rows) < len({row[0] for row in rows}) + len(layers) + 5:  # a mean for each base, a slope for each layer
         return None
     bases = np.array([row[0] for row in rows])

@@ -128,7 +128,25 @@ def tables(records: list[dict[str, Any]], shown: Found, plan: Plan) -> dict[str,
         "Comparisons at one learning rate for all": _at_one_rate(by_rate, asked, plan),
         "After the same number of steps": same_steps(by_rate, asked, plan),
         "A lower learning rate at the same target": _slower_table(slower(records, shown, plan)),
+        "Kappa and forgetting among random draws alone": _draws_table(shown, plan),
     }
+
+
+def _draws_table(shown: Found, plan: Plan) -> str:
+    """The slope of forgetting over log kappa, among draws that the same rule made."""
+    drawn = [name for name in plan.analysis.get("regression", []) if plan.methods[name].get("draws", 1) != 1]
+    rows = []
+    for kind, task, method in itertools.product(plan.bases, plan.tasks, drawn):
+        free, held = (analysis.explain(shown, plan, kind, task, [method], at) for at in (False, True))
+        if free is not None and held is not None:
+            rows.append([kind, task, method, str(free.selections), number(free.slope, 4), interval(*free.interval)])
+            rows[-1] += [number(held.slope, 4), interval(*held.interval)]
+    head = ["base", "task", "draws", "selections", "nats per unit of log kappa", "95%", "at equal loss", "95%"]
+    said = (
+        f"Least squares within bases, at equal shares of layers, after {plan.analysis['budget']} steps: above 0 a "
+        "lower kappa forgets less. At equal loss: the loss on the new text stands beside the layers. " + _UNPLANNED
+    )
+    return f"{table(head, rows)}\n\n{said}" if rows else ""
 
 
 def _curved_table(shown: Found, asked: list[dict[str, Any]], plan: Plan) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.forgetting import analysis, statistics
+from benchmarks.forgetting import analysis, described, statistics
 from benchmarks.forgetting.plan import PLANS, Plan
 
 
@@ -190,6 +190,32 @@ def test_the_study_can_find_what_it_tests():
         assert asked.get("draws_fraction", asked.get("fraction")) in draws.get("fractions", [None])
         assert all(asked["kind"] in m.get("kinds", [asked["kind"]]) for m in (method, draws))
     assert plan.methods[plan.analysis["primary"]["draws"]]["draws"] >= 12
+
+
+def test_among_draws_the_slope_of_kappa_is_told_from_that_of_the_loss():
+    """What a lower kappa forgets directly, and what it forgets because it has learned more."""
+    plan, chance, found = small_plan(), np.random.default_rng(0), {}
+    for base in range(8):
+        cell = {}
+        for draw in range(12):
+            share, kappa = chance.random(), chance.normal(3)
+            loss = 2.0 + 0.1 * kappa + 0.2 * share + 0.3 * chance.normal()
+            ends = {"forgotten": base + 0.5 * kappa - 1.5 * loss + 0.7 * share, "new": loss}
+            said = {"log_kappa": kappa, "layers": {"0": share, "1": 1 - share}}
+            for method, of in (("random", draw), ("other", draw + 20)):
+                end = ends if method == "random" else ends | {"forgotten": 0.0}
+                cell[method, None, of] = analysis.Outcome(0.1, (), (), "ok", end, said)
+        found["mixture", base, "new"] = cell
+    free, held = (analysis.explain(found, plan, "mixture", "new", ["random"], at) for at in (False, True))
+    assert free.selections == held.selections == 96
+    assert free.interval[0] < 0.35 < free.interval[1]  # 0.5 less 1.5 times the 0.1 by which the loss follows
+    assert held.slope == pytest.approx(0.5)
+    assert held.interval == pytest.approx((0.5, 0.5))
+    plan = Plan(**{**vars(plan), "analysis": {**plan.analysis, "regression": ["low", "random"]}})
+    said = described._draws_table(found, plan)
+    assert "| mixture | new | random | 96 |" in said
+    assert "| 0.5000 | 0.500 to 0.500 |" in said
+    assert "| low |" not in said
 
 
 @pytest.mark.parametrize(("selections", "told"), [(2, False), (4, True)])
