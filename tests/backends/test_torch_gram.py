@@ -72,6 +72,20 @@ def test_sums_of_onednn_err_no_more_than_those_of_the_blas(monkeypatch):
     assert errors[0] < 2 * errors[1]
 
 
+@pytest.mark.parametrize("onednn", [pytest.param(True, marks=ONEDNN), False])
+def test_many_sums_of_one_sign_do_not_err_more_and_more(onednn, monkeypatch):
+    """Every addition of sums of equal entries is rounded the same way: 4096 of them in a row err by 1e-4."""
+    monkeypatch.setattr(torch_gram, "by_onednn", lambda: onednn)
+    monkeypatch.setattr(torch_gram, "GRAM_CHUNK_BYTES", 4096 * 32 * 4)
+    m = 4096 * 256
+    worst = 0.0
+    for value in (1.0078125, 1.3671875, 1.5859375, 1.9140625):  # multiples of 1/128, so that squares are exact
+        a = torch.full((m, 32), value, dtype=torch.bfloat16)
+        g = torch.tril(torch_gram.gram(a, torch.float32)).double()
+        worst = max(worst, float((g[5, 3] / (m * value * value) - 1).abs()))
+    assert worst < 2e-5
+
+
 @ONEDNN
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_onednn_multiplies_in_full_whatever_the_caller_has_set(scale, monkeypatch):
