@@ -17,7 +17,7 @@ import torch
 from ..backends import Backend, get_backend
 from ..errors import BackendError, ComputeError, KappaError, OptionError
 from ..machine.memory import is_out_of_memory, physical
-from ..machine.threads import deserves_help, each_on_one_thread, fits_one_thread, usual_threads
+from ..machine.threads import deserves_help, each_on_one_thread, fits_one_thread, helped, usual_threads
 from ..machine.torch_state import undisturbed_thread
 from ..sources.base import Matrix, Source
 from ..spectrum.small import batch_size
@@ -151,7 +151,9 @@ class Executor:
                         for alone, computed in finished:
                             yield from zip(alone, computed, strict=True)
                     for alone in large:
-                        yield from zip(alone, self._attempt(step, alone), strict=True)
+                        with helped(alone[0].shape, undisturbed_thread):
+                            results = self._attempt(step, alone)
+                        yield from zip(alone, results, strict=True)
 
     def _warm_up(self, device: torch.device, matrices: Sequence[Matrix]) -> None:
         """Compile on all cores what waves of these matrices will launch on a GPU, instead of one by one at work.

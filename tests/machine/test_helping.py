@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import kappa_fast
+from kappa_fast.backends import torch_gram
 from kappa_fast.execution import executor
+from kappa_fast.machine import threads
 from kappa_fast.machine.helping import share
-from kappa_fast.machine.threads import deserves_help, each_on_one_thread
+from kappa_fast.machine.threads import deserves_help, each_on_one_thread, helped
 from kappa_fast.machine.torch_state import undisturbed_thread
 
 
@@ -124,6 +126,103 @@ def test_a_failed_item_and_a_closed_iterator_let_the_helpers_go():
     next(results)
     results.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("kappa_fast_")]
+
+
+LARGE = (4000, 1536)  # 512 columns for each of three threads
+
+
+def test_others_do_all_parts_of_what_a_leader_shares_with_one_thread_of_torch():
+    seen = list[tuple[str, int]]()
+
+    def part() -> None:
+        assert not torch.is_grad_enabled()
+        seen.append((threading.current_thread().name, torch.get_num_threads()))
+
+    me = threading.current_thread().name
+    with helped(LARGE, undisturbed_thread):
+        assert torch.get_num_threads() == 3
+        for _ in range(20):
+            share([part] * 7)
+    assert len(seen) == 140
+    assert me not in {name for name, _ in seen}
+    assert {threads for _, threads in seen} == {1}
+    share([part_by(me)] * 2)  # afterwards it does them itself
+    assert not [t for t in threading.enumerate() if t.name.startswith("kappa_fast_")]
+
+
+def part_by(name: str):
+    def part() -> None:
+        assert threading.current_thread().name == name
+
+    return part
+
+
+@pytest.mark.parametrize("shape", [(100_000, 1535), (1000, 100_000)])
+def test_a_matrix_with_few_parts_for_each_thread_is_led_by_nobody(shape):
+    with helped(shape, undisturbed_thread):
+        share([part_by(threading.current_thread().name)] * 2)
+
+
+def test_a_leader_raises_what_a_part_raised_and_goes_on_where_no_thread_helps():
+    def fails() -> None:
+        raise ArithmeticError("a part")
+
+    with helped(LARGE, undisturbed_thread):
+        with pytest.raises(ArithmeticError, match="a part"):
+            share([fails, lambda: None, lambda: None])
+        done = list[int]()
+        share([lambda i=i: done.append(i) for i in range(9)])
+        assert sorted(done) == list(range(9))
+
+    def broken():
+        raise ArithmeticError("no context")
+
+    done.clear()
+    with helped(LARGE, broken):  # the helpers end at once
+        share([lambda i=i: done.append(i) for i in range(9)])
+    assert sorted(done) == list(range(9))
+
+
+def test_where_the_system_starts_no_thread_a_leader_does_it_all(monkeypatch):
+    def refused(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with helped(LARGE, undisturbed_thread):
+        share([part_by(threading.current_thread().name)] * 2)
+    assert torch.get_num_threads() == 3
+
+
+def test_a_large_matrix_has_its_parts_done_by_others_and_the_same_bits(monkeypatch):
+    names = set[str]()
+    for way in ("_add_tile", "_add_strip"):
+        original = getattr(torch_gram, way)
+        monkeypatch.setattr(
+            torch_gram, way, lambda *given, f=original: (names.add(threading.current_thread().name), f(*given))
+        )
+    weight = torch.randn(LARGE, generator=torch.Generator().manual_seed(1))
+    expected = torch.tril(weight.double().T @ weight.double())
+    for onednn in (False, torch.backends.mkldnn.is_available()):
+        monkeypatch.setattr(torch_gram, "by_onednn", lambda onednn=onednn: onednn)
+        torch.set_num_threads(1)
+        alone = torch_gram.gram(weight, torch.float32)
+        torch.set_num_threads(3)
+        names.clear()
+        with helped(LARGE, undisturbed_thread):
+            led = torch_gram.gram(weight, torch.float32)
+            assert threading.current_thread().name not in names
+            factor = led.clone()
+            factor.diagonal().add_(4000)
+            names.clear()
+            assert torch_gram.cholesky(factor)
+        assert torch.equal(torch.tril(led), torch.tril(alone))
+        assert float((torch.tril(led).double() - expected).abs().max()) < 1e-3 * 4000
+    monkeypatch.setattr(threads, "SINGLE_THREAD_OPERATIONS", 1e9)
+    names.clear()
+    entry = kappa_fast.rank({"weight": weight})[0]
+    assert any(name.startswith("kappa_fast_") for name in names)
+    values = torch.linalg.svdvals(weight.double())
+    assert entry.lower <= float(values[0] / values[-1]) <= entry.upper
 
 
 SHAPES = {"tall": (2100, 1000), "wide": (700, 2300), "square": (1000, 1000)}
