@@ -113,21 +113,20 @@ def gram_in_chunks(a: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
     # separate products rounds each term at most chunk + m / chunk times in any library.
     m, n = a.shape
     g = a.new_zeros((n, n), dtype=dtype)
-    blocks, limit = list(_lower_blocks(0, n)), GRAM_CHUNK_BYTES
+    blocks, limit = sorted(_lower_blocks(0, n), key=lambda block: -g[block].numel()), GRAM_CHUNK_BYTES
     if accelerated(a.device):
         blocks, limit = [(slice(0, n), slice(0, n))], GRAM_ROOM_BYTES
-    room = g.new_empty(max(g[block].numel() for block in blocks))
     step = max(1, limit // (n * dtype.itemsize * chunk)) * chunk
     for start in range(0, m, step):
         wide = a[start : start + step].to(dtype)
-        for rows, columns in blocks:
-            block = g[rows, columns]
-            partial = room[: block.numel()].view(block.shape)
-            for first in range(0, wide.shape[0], chunk):
-                part = wide[first : first + chunk]
-                torch.mm(part[:, rows].T, part[:, columns], out=partial)
-                block += partial
+        share([partial(_add_in_chunks, g[block], wide[:, block[0]], wide[:, block[1]], chunk) for block in blocks])
     return g
+
+
+def _add_in_chunks(g: Tensor, left: Tensor, right: Tensor, chunk: int) -> None:
+    room = torch.empty_like(g)
+    for first in range(0, left.shape[0], chunk):
+        g += torch.mm(left[first : first + chunk].T, right[first : first + chunk], out=room)
 
 
 def _lower_blocks(start: int, stop: int) -> Iterator[tuple[slice, slice]]:
@@ -161,9 +160,9 @@ def cholesky(g: Tensor) -> bool:
             g[e:, j:e] = below
             behind = g[e:, e:]
             if strips:
-                share([partial(_add_strip, behind, [below], j, -1) for j in _longest_first(n - e)])
+                share([partial(_add_strip, behind, [below], j, -1) for j in _longest_first(n - e)], brief=True)
             else:
-                share([partial(_subtract_tile, behind, below, j) for j in range(0, n - e, UPDATE)])
+                share([partial(_subtract_tile, behind, below, j) for j in range(0, n - e, UPDATE)], brief=True)
     return True
 
 

@@ -134,14 +134,17 @@ class Crew:
         return None
 
 
-def share(tasks: Sequence[Task]) -> None:
+def share(tasks: Sequence[Task], *, brief: bool = False) -> None:
     """Do tasks that do not depend on each other, with the help of threads of the crew that have nothing to do.
 
     They write to places of their own and need not be done in their order. An exception of one of them is raised here
     when none runs any more; those that had not begun are not done.
+
+    brief: so few and short that a leader does them sooner with several threads of torch in each: the factor of
+    8192 x 4096 takes 0.38 s then, and 0.53 s by helpers.
     """
     crew: Crew | None = getattr(_thread, "crew", None)
-    if crew is not None and len(tasks) > 1:
+    if crew is not None and len(tasks) > 1 and not (brief and getattr(_thread, "leads", False)):
         crew.work(tasks)
         return
     for task in tasks:

@@ -13,11 +13,13 @@ docs/numerics.md, section 6, has the derivation.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
 from ..backends.base import Backend, Tensor
 from ..backends.moving import accelerated
+from ..machine.helping import share
 from .rounding import OUT, TINY, U, gamma
 
 PANEL = 128  # columns of a block of a large matrix
@@ -26,6 +28,7 @@ PANEL = 128  # columns of a block of a large matrix
 # 49 as a whole, 208 x 208 takes 471 with 48 and 604 with 96. Multiples of 24 suit MKL's products with AVX-512.
 BLOCKS = ((32, 32), (128, 24), (639, 48))
 WIDE_BLOCK = 288
+ROWS = 512  # of a panel that are worked on at a time, by one thread each
 
 
 def roundings(n: int, chunk: int, before: int = 0) -> int:
@@ -49,25 +52,40 @@ def factor(backend: Backend, matrix: Tensor, chunk: int, before: int = 0) -> flo
     room = matrix.new_empty((n, min(PANEL, n)))
     for j in range(0, n, PANEL):
         e = min(j + PANEL, n)
-        column = matrix[j:, j:e]
-        _subtract_products(column, matrix[j:, :j], matrix[j:e, :j], chunk, room)
-        tile = torch.tril(column[: e - j])
-        diagonal = tile.clone()
+        tile = matrix[j:e, j:e]
+        _subtract_products(tile, matrix[j:e, :j], matrix[j:e, :j], chunk, room)
+        tile, diagonal = torch.tril(tile), torch.tril(tile)
         if not backend.cholesky([diagonal])[0]:
             return math.inf
-        column[: e - j] = diagonal
+        matrix[j:e, j:e] = diagonal
         _subtract_products(tile, diagonal, diagonal, chunk, room)
         residual += _squares(torch.tril(tile))
         squares += _squares(diagonal)
-        if e < n:
-            rest = column[e - j :]
-            below = torch.linalg.solve_triangular(diagonal, rest.T, upper=False).T
-            squares += _squares(below)
-            _subtract_products(rest, below, diagonal, chunk, room)
-            residual += _squares(rest)
-            rest.copy_(below)
+        starts = range(e, n, ROWS)
+        sums = [(residual, residual)] * len(starts)
+        tasks = [partial(_below, sums, i, matrix, (start, j, e), chunk, room) for i, start in enumerate(starts)]
+        share(tasks, brief=True)
+        for left, size in sums:
+            residual += left
+            squares += size
     g = gamma(roundings(n, chunk, before), u)
     return _distance(matrix, math.sqrt(2 * float(residual)) * OUT, float(squares) * OUT, g)
+
+
+def _below(
+    sums: list[tuple[Tensor, Tensor]], i: int, matrix: Tensor, place: tuple[int, int, int], chunk: int, room: Tensor
+) -> None:
+    """Entry i of ``sums`` becomes ||M - L L^T||_F^2 and ||L||_F^2 of up to ROWS rows of a panel below its diagonal
+    tile, and matrix[start:, j:e] becomes L. place: (start, j, e).
+    """
+    start, j, e = place
+    stop = min(start + ROWS, matrix.shape[0])
+    rest, diagonal = matrix[start:stop, j:e], matrix[j:e, j:e]
+    _subtract_products(rest, matrix[start:stop, :j], matrix[j:e, :j], chunk, room[start:stop])
+    below = torch.linalg.solve_triangular(diagonal, rest.T, upper=False).T
+    _subtract_products(rest, below, diagonal, chunk, room[start:stop])
+    sums[i] = _squares(rest), _squares(below)
+    rest.copy_(below)
 
 
 def _factor_at_once(backend: Backend, matrix: Tensor, chunk: int, before: int) -> float:
@@ -105,23 +123,49 @@ def factor_batch(shifted: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     panel = next((columns for most, columns in BLOCKS if n <= most), WIDE_BLOCK)
     for start in range(0, n, panel):
         stop = min(start + panel, n)
-        rest = shifted[:, start:, start:stop]
-        if start:
-            rest = torch.baddbmm(rest, shifted[:, start:, :start], shifted[:, start:stop, :start].mT, alpha=-1)
+        together = n if n <= ROWS else stop  # the rows that are updated with the diagonal tile
+        rest = _updated(shifted, (start, together), (start, stop))
         head, tail = rest[:, : stop - start], rest[:, stop - start :]
         d, info = torch.linalg.cholesky_ex(head)
         sound &= info == 0
         left += torch.linalg.matrix_norm(torch.baddbmm(head, d, d.mT, alpha=-1)).square()
         size += torch.linalg.matrix_norm(d).square()
-        if stop < n:
-            below = torch.linalg.solve_triangular(d.mT, tail, upper=True, left=False)
-            left += 2 * torch.linalg.matrix_norm(torch.baddbmm(tail, below, d.mT, alpha=-1)).square()
-            size += torch.linalg.matrix_norm(below).square()
-            shifted[:, stop:, start:stop] = below
         shifted[:, start:stop, start:stop] = d
+        firsts = range(stop, n, ROWS)
+        sums = [(left, size)] * len(firsts)
+        tasks = [partial(_below_batch, sums, i, shifted, (first, start, stop), tail) for i, first in enumerate(firsts)]
+        share(tasks, brief=True)
+        for defects, squares in sums:
+            left += 2 * defects
+            size += squares
     residual = left.sqrt()
     defect = (residual + gamma(n + 2) * (2 * size + residual) + formed) * OUT + TINY
     return shifted, torch.where(sound & torch.isfinite(defect), defect, math.inf)
+
+
+def _updated(shifted: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """A block of a panel less what the columns before it account for."""
+    (first, last), (start, stop) = rows, columns
+    block = shifted[:, first:last, start:stop]
+    if not start:
+        return block
+    return torch.baddbmm(block, shifted[:, first:last, :start], shifted[:, start:stop, :start].mT, alpha=-1)
+
+
+def _below_batch(
+    sums: list[tuple[Tensor, Tensor]], i: int, shifted: Tensor, place: tuple[int, int, int], tail: Tensor
+) -> None:
+    """``_below`` for a batch. place: the first row, and the columns of the panel from start to stop.  tail: its rows
+    below the diagonal tile if they are updated, else without rows.
+    """
+    first, start, stop = place
+    last = min(first + ROWS, shifted.shape[1])
+    rest = tail if tail.shape[1] else _updated(shifted, (first, last), (start, stop))
+    d = shifted[:, start:stop, start:stop]
+    below = torch.linalg.solve_triangular(d.mT, rest, upper=True, left=False)
+    defect = torch.linalg.matrix_norm(torch.baddbmm(rest, below, d.mT, alpha=-1)).square()
+    sums[i] = defect, torch.linalg.matrix_norm(below).square()
+    shifted[:, first:last, start:stop] = below
 
 
 def _distance(factor: Tensor, residual: float, squares: float, g: float) -> float:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from ..backends.base import Operand, Tensor
+from ..machine.helping import share
 from ..machine.threads import each_on_one_thread, fits_one_thread
 from . import statistics
 from .certify import OUT_ULP
@@ -143,10 +144,7 @@ class _Batch:
         panel = _panel(n)
         g = torch.empty((len(self._tensors), n, n), dtype=torch.float64)
         for start, x in self.blocks(self.rows):
-            for j in range(0, n, panel):
-                e = min(j + panel, n)
-                part = torch.bmm(x[:, :, j:].mT, x[:, :, j:e])
-                g[:, j:, j:e] = g[:, j:, j:e].add_(part) if start else part
+            share([functools.partial(_add_panel, g, x, j, min(j + panel, n), start > 0) for j in range(0, n, panel)])
         for j in range(panel, n, panel):
             g[:, :j, j : j + panel] = g[:, j : j + panel, :j].mT
         return g, min(m, self.rows) + -(-m // self.rows) + 1
@@ -160,6 +158,12 @@ class _Batch:
         """See polish.binade_totals."""
         totals = [binade_totals(x, left[:, i : i + x.shape[1]], right) for i, x in self.blocks()]
         return functools.reduce(torch.add, totals).tolist()
+
+
+def _add_panel(g: Tensor, x: Tensor, start: int, stop: int, begun: bool) -> None:
+    """Columns start to stop of the lower triangle of X^T X: in place of those of G, or added to them once begun."""
+    part = torch.bmm(x[:, :, start:].mT, x[:, :, start:stop])
+    g[:, start:, start:stop] = g[:, start:, start:stop].add_(part) if begun else part
 
 
 def _panel(n: int) -> int:

@@ -17,6 +17,7 @@ from kappa_fast.machine import threads
 from kappa_fast.machine.helping import share
 from kappa_fast.machine.threads import deserves_help, each_on_one_thread, helped
 from kappa_fast.machine.torch_state import undisturbed_thread
+from kappa_fast.spectrum import shifted, small
 
 
 @pytest.fixture(autouse=True)
@@ -139,14 +140,16 @@ def test_others_do_all_parts_of_what_a_leader_shares_with_one_thread_of_torch():
         seen.append((threading.current_thread().name, torch.get_num_threads()))
 
     me = threading.current_thread().name
+    mine = part_by(me)
     with helped(LARGE, undisturbed_thread):
         assert torch.get_num_threads() == 3
         for _ in range(20):
             share([part] * 7)
+            share([mine] * 2, brief=True)
     assert len(seen) == 140
     assert me not in {name for name, _ in seen}
     assert {threads for _, threads in seen} == {1}
-    share([part_by(me)] * 2)  # afterwards it does them itself
+    share([mine] * 2)  # afterwards it does them itself
     assert not [t for t in threading.enumerate() if t.name.startswith("kappa_fast_")]
 
 
@@ -240,6 +243,26 @@ def test_no_bit_depends_on_help_or_on_the_number_of_threads(certify, monkeypatch
     torch.set_num_threads(3)
     monkeypatch.setattr(executor, "deserves_help", lambda shape: False)
     assert {entry.key: entry for entry in kappa_fast.rank(source, certify=certify)} == helped
+
+
+@pytest.mark.parametrize(("shape", "part"), [((1300, 1000), "_add_panel"), ((1100, 1100), "_add_in_chunks")])
+def test_the_proofs_of_a_lone_matrix_are_shared(shape, part, monkeypatch):
+    module = small if part == "_add_panel" else torch_gram
+    seen: dict[str, set[str]] = {}
+    for place, name in ((module, part), (shifted, "_below"), (shifted, "_below_batch")):
+        original = getattr(place, name)
+
+        def recorded(*given, name=name, original=original):
+            seen.setdefault(name, set()).add(threading.current_thread().name)
+            time.sleep(0.01)
+            original(*given)
+
+        monkeypatch.setattr(place, name, recorded)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    entry = kappa_fast.rank({"weight": weight}, certify=True)[0]
+    assert entry.certified
+    assert len(seen[part]) > 1
+    assert any(len(names) > 1 for name, names in seen.items() if name != part)
 
 
 def test_a_lone_matrix_is_shared(monkeypatch):
