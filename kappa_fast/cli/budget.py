@@ -48,7 +48,11 @@ OrderOption = Annotated[Order, typer.Option("--order", help="Which come first; t
 Seed = Annotated[int | None, typer.Option(help="Of the random order.", show_default="0")]
 MatchOption = Annotated[
     list[Match] | None,
-    typer.Option("--match", help="Draw as many of each type, in each layer (or of both: margins), as the lowest."),
+    typer.Option(
+        "--match",
+        help="Draw as many as the lowest of each type, in each layer, or (twice) of each type in each layer; "
+        "margins: of each type and in each layer in sum, for dense models.",
+    ),
 ]
 
 

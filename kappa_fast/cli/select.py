@@ -11,6 +11,7 @@ import typer
 
 from ..errors import OptionError
 from ..report.table import TextTable
+from ..results.orders import Order as OrderOf
 from .budget import (
     By,
     Excluding,
@@ -106,6 +107,8 @@ def lines_of(selection: Selection) -> list[str]:
     kappas = "kappa not computed" if math.isnan(low) else f"kappa {low:.4g} to {high:.4g}"
     lines = [f"{len(selection):,} matrices of {len(selection.names):,} parameters, {kappas}"]
     lines += [selection.describe()] if all(entry.numel for entry in selection) else []
+    order = OrderOf.in_words(selection.settings)
+    lines += [f"a control: {order}"] if order else []
     lines += [f"took {selection.took()}"] if selection.took() else []
     lines += [selection.unfit()] if selection.unfit() else []
     certain = "certain: exact values would take the same" if selection.boundary_certain else "uncertain"

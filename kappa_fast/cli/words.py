@@ -10,7 +10,7 @@ _NAMES = (
     *("max_dim", "device", "backend", "memory_budget", "num_tensors", "top_p", "max_kappa", "max_params", "per_group"),
     *("unit", "fill", "order", "seed", "match", "score", "statistics", "show"),
 )
-_VALUE = r"""(?P<value>r?'[^']*'|r?"[^"]*"|\[[^\]]*\]|\.\.\.|[\w.+-]*\w)?"""
+_VALUE = r"""(?P<value>r?'[^']*'|r?"[^"]*"|\[[^\]]*\]|\('[^)]*\)|\.\.\.|[\w.+-]*\w)?"""
 _GIVEN = re.compile(rf"(?<![\w'\"./=-])(?P<name>{'|'.join(_NAMES)})=(?!=){_VALUE}")
 _BARE = re.compile(rf"(?<![\w'\"./=-])(?P<name>{'|'.join(n for n in _NAMES if '_' in n)})(?![\w'\"=])")
 _SELECT = re.compile(r"\b(?P<name>select|rank)\((?P<inside>[^()]*)\)")
@@ -33,6 +33,8 @@ def as_options(text: str) -> str:
 
 def _option(name: str, value: str | None) -> str:
     option = "--" + name.replace("_", "-")
+    if value is not None and value.startswith("("):
+        return " ".join(f"{option} {each}" for each in re.findall(r"'([^']*)'", value))
     if value is not None:
         value = value.removeprefix("r") if value[:2] in ("r'", 'r"') else value
         value = value[1:-1] if re.fullmatch(r"""(['"])[\w.-]+\1""", value) else value

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 
 from .units import Unit
 
-EXCHANGES, LEAST_EXCHANGES = 100, 500  # that are tried: so many for each chosen unit, and at least
+# Exchanges that are tried: so many for each chosen unit, and at least. Where few of them can be made more are tried, as
+# many as there are ordered pairs, several times over, until so many for each chosen unit are made.
+EXCHANGES, LEAST_EXCHANGES = 100, 500
+MADE, ROUNDS, MOST_EXCHANGES = 10, 8, 400_000
 _WORD = 1 << 64
 
 Place = tuple[Hashable, Hashable]  # the type and the layer
@@ -58,10 +61,14 @@ class _Table:
 
     def shuffle(self, words: Iterator[tuple[int, ...]]) -> bool:
         """Whether any exchange was made."""
-        made = False
-        for _ in range(max(LEAST_EXCHANGES, EXCHANGES * len(self.chosen))):
-            made |= self._try(next(words))
-        return made
+        count = len(self.chosen)
+        usual, most = max(LEAST_EXCHANGES, EXCHANGES * count), min(MOST_EXCHANGES, ROUNDS * count**2)
+        made = sum(self._try(next(words)) for _ in range(usual))
+        for _ in range(usual, most):
+            if made >= MADE * count:
+                break
+            made += self._try(next(words))
+        return made > 0
 
     def _try(self, word: tuple[int, ...]) -> bool:
         """One exchange of two chosen units, or of one for another in its place, if it can be made."""

@@ -45,9 +45,16 @@ class Order:
         if order != "lowest" and not listed and budgets.get("max_kappa") is not None:
             raise OptionError(
                 f"max_kappa says which matrices, not how many, so order={order!r} cannot go by it: give num_tensors, "
-                "top_p or max_params, or order='random' with match='type', which draws as many of each type"
+                "top_p or max_params, or order='random' with match='type' or match='margins', which draw as many"
             )
         return cls(order, int(seed or 0), tuple(name for name in get_args(MatchName) if name in listed))
+
+    @staticmethod
+    def in_words(settings: Mapping[str, Any]) -> str:
+        """What ``settings`` say, as options; "" for the usual order."""
+        match = settings.get("match", ())
+        listed = [f"{name}={settings[name]}" for name in ("order", "seed") if name in settings]
+        return ", ".join([*listed, *([f"match={' and '.join(map(str, match))}"] if match else [])])
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -79,15 +86,20 @@ class Order:
         whole = [unit for unit in units if unit.status in ("ok", "scored") or unit.key in taken]
         found = redrawn(whole, chosen, self.seed) if "margins" in self.match else self._in_cells(whole, taken)
         if found is None:
-            advice = "give a smaller budget, or another unit"
-            if "margins" in self.match:
-                advice = "give another budget, or match 'type'"
-            elif len(self.match) > 1:
-                advice = "match 'margins', which keeps how many are of each type and in each layer, or match less"
-            raise OptionError(
-                f"match={self.match!r} leaves one way to draw, the lowest themselves, which is no control: {advice}"
-            )
+            given = self.match[0] if len(self.match) == 1 else self.match
+            raise OptionError(f"match={given!r} {self._no_choice()}")
         return found
+
+    def _no_choice(self) -> str:
+        if "margins" in self.match:
+            return (
+                "found no two matrices of the lowest that could give way to others, so it draws the lowest themselves, "
+                "which is no control: give another budget, or match='type', which keeps the types and not the layers"
+            )
+        advice = "give a smaller budget, or another unit"
+        if len(self.match) > 1:
+            advice = "give match='margins', which keeps how many are of each type and in each layer, or match='type'"
+        return f"leaves one way to draw, the lowest themselves, which is no control: {advice}"
 
     def _in_cells(self, units: Sequence[Unit], taken: set[str]) -> list[Unit] | None:
         """Random ones within each cell of what is matched; None if no cell leaves a choice."""

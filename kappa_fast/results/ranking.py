@@ -172,8 +172,8 @@ class Ranking(Sequence[TensorKappa]):
             seed: for random orders, 0 by default; the same seed draws the same units of the same model.
             match: "type", "layer" or both: draw as many units of each type (group), in each layer, and of each size as
                 the lowest would take, so that only kappa differs. In a dense model, where a layer has one matrix of
-                each type, both leave no choice: "margins" draws as many of each type and as many in each layer, each
-                of the same size, in other pairs. Without it a random order is cut by the budget.
+                each type, both leave no choice: "margins" draws as many of each type and as many in each layer, of
+                the same sizes, in other combinations. Without ``match`` a random order is cut by the budget.
 
         Rank-deficient units come last in every order and only num_tensors and top_p reach them. Units with a nan or
         inf in their weights are never selected. A unit with a matrix that was not resolved (``top``) is not selected
@@ -184,7 +184,7 @@ class Ranking(Sequence[TensorKappa]):
                 resolved far enough, or ``match`` leaves no other draw than the lowest.
 
         Warns:
-            UserWarning: the ranking was interrupted, so matrices are missing.
+            UserWarning: the ranking was interrupted, so matrices are missing; a matched draw is the lowest themselves.
         """
         return select(
             self.entries,

@@ -64,7 +64,9 @@ def select(
     if not taken:
         raise OptionError(f"select({words}) selects nothing: {_nothing_fits(given, params, pools, fill)}")
     if way.match:
-        taken = way.drawn(units, taken)
+        lowest, taken = taken, way.drawn(units, taken)
+        if {unit.key for unit in lowest} == {unit.key for unit in taken}:
+            warn(f"seed={way.seed} draws the lowest themselves, which is no control: give another seed")
     chosen = {entry.key for item in taken for entry in item.members}
     partial = bool(metadata.get("partial"))
     if partial:

@@ -17,6 +17,7 @@ from . import consumers, serialize
 from .budgets import BUDGETS, is_count
 from .consistency import contradicted_budget, wrong_metadata
 from .entries import TensorKappa
+from .orders import Order
 
 if TYPE_CHECKING:
     from torch import nn
@@ -260,7 +261,7 @@ class Selection:
             low, high = self.kappa_range
             parts.append("kappa not computed" if math.isnan(low) else f"kappa {low:.4g} to {high:.4g}")
         parts += [f"{name}={value}" for name, value in self.budgets.items()]
-        parts += [f"order={self.settings['order']}"] if "order" in self.settings else []
+        parts += [order] if (order := Order.in_words(self.settings)) else []
         parts += [self.took()] if self.took() else []
         parts += [self.unfit()] if self.unfit() else []
         parts += [f"including {', '.join(self.include)}"] if self.include else []

@@ -167,6 +167,7 @@ def test_several_rankings_are_a_series(ranked, tmp_path):
         ),
         ("select(max_params=0.2, max_kappa=5) reaches", "--max-params 0.2, --max-kappa 5 reaches"),
         ("embedding or output head (embeddings=True ranks it)", "embedding or output head (--embeddings ranks it)"),
+        ("match=('type', 'layer') leaves: match='margins'", "--match type --match layer leaves: --match margins"),
         ("select with unit='expert'", "select with --unit expert"),
         ("certify=True; certify='selection'", "--certify all; --certify selection"),
         ("leave it out with excluding('a.b')", "leave it out with --excluding 'a.b'"),

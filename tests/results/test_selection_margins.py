@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -12,11 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_entries import make_entry
 
+from kappa_fast.cli.select import lines_of
 from kappa_fast.errors import OptionError
 from kappa_fast.results.margins import redrawn
 from kappa_fast.results.ranking import Ranking
 from kappa_fast.results.selection import Selection
 from kappa_fast.results.units import make_units
+
+# Small models have few selections, of which the lowest is one.
+pytestmark = pytest.mark.filterwarnings("ignore:seed=.* draws the lowest themselves:UserWarning")
 
 SHAPES = {"q": (8, 8), "k": (8, 8), "gate": (24, 8), "up": (24, 8), "down": (8, 24)}
 
@@ -136,13 +141,49 @@ def test_it_is_written_and_read_and_says_where_there_is_no_choice(tmp_path):
     )
     one_type = dense({("q", layer): 2.0 + layer for layer in range(8)})
     with pytest.raises(
-        OptionError, match=r"match=\('margins',\) leaves one way to draw.*: give another budget, or match 'type'"
+        OptionError, match=r"match='margins' found no two.*: give another budget, or match='type', which"
     ):
         one_type.select(num_tensors=3, order="random", match="margins")
     drawn = ranking.select(num_tensors=5, order="random", seed=2, match="margins")
     drawn.to_json(tmp_path / "drawn.json")
     assert Selection.from_json(tmp_path / "drawn.json") == drawn
     assert json.loads((tmp_path / "drawn.json").read_text())["settings"]["match"] == ["margins"]
+
+
+def test_a_draw_that_is_the_lowest_is_told():
+    """Two selections have these margins, so half of the seeds draw the one that is to be controlled."""
+    ranking = dense({("gate", 0): 2.0, ("up", 1): 3.0, ("gate", 1): 4.0, ("up", 0): 5.0})
+    lowest, told = ranking.select(num_tensors=2).keys, 0
+    for seed in range(40):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            drawn = ranking.select(num_tensors=2, order="random", seed=seed, match="margins")
+        assert bool(caught) == (set(drawn.keys) == set(lowest))
+        assert all(f"seed={seed} draws the lowest themselves" in str(each.message) for each in caught)
+        told += bool(caught)
+    assert 8 < told < 32
+
+
+def test_the_only_exchange_of_many_matrices_is_found():
+    """Of 58 only gate 28 and up 29 can give way, to gate 29 and up 28: two selections have these margins."""
+    chosen = {("gate", i) for i in range(29)} | {("up", i) for i in (*range(28), 29)}
+    kappas = {(name, i): (2.0 if (name, i) in chosen else 200.0) + i for name in ("gate", "up") for i in range(30)}
+    ranking = dense(kappas)
+    lowest = set(ranking.select(num_tensors=58).keys)
+    found = [ranking.select(num_tensors=58, order="random", seed=seed, match="margins") for seed in range(20)]
+    assert 4 <= sum(set(drawn.keys) == lowest for drawn in found) <= 16
+    assert {frozenset(set(drawn.keys) - lowest) for drawn in found} == {
+        frozenset(),
+        frozenset({"layers.29.gate", "layers.28.up"}),
+    }
+
+
+def test_a_control_says_so():
+    ranking = dense({("gate", i): 2.0 + i for i in range(8)} | {("up", i): 9.5 - i for i in range(8)})
+    drawn = ranking.select(num_tensors=5, order="random", seed=2, match="margins")
+    assert "order=random, seed=2, match=margins" in repr(drawn)
+    assert "a control: order=random, seed=2, match=margins" in lines_of(drawn)
+    assert "control" not in "".join(lines_of(ranking.select(num_tensors=5)))
 
 
 def test_rank_deficient_matrices_are_not_drawn():

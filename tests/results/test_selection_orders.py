@@ -15,6 +15,9 @@ from kappa_fast.results.ranking import Ranking
 from kappa_fast.results.selecting import check_budget
 from kappa_fast.results.selection import Selection
 
+# Small models have few selections, of which the lowest is one.
+pytestmark = pytest.mark.filterwarnings("ignore:seed=.* draws the lowest themselves:UserWarning")
+
 TYPES = {"q": (8, 8), "up": (24, 8)}
 
 
@@ -118,7 +121,9 @@ def test_a_draw_of_experts_takes_them_whole():
 
 def test_a_draw_that_can_only_be_the_lowest_is_refused():
     dense = Ranking([make_entry(f"layers.{i}.q", 2.0 + i, group="q", layer=i) for i in range(8)])
-    with pytest.raises(OptionError, match=r"leaves one way to draw, the lowest themselves.*: match 'margins', which"):
+    with pytest.raises(
+        OptionError, match=r"leaves one way to draw, the lowest themselves.*: give match='margins', which"
+    ):
         dense.select(num_tensors=2, order="random", match=("type", "layer"))
     with pytest.raises(OptionError, match="give a smaller budget, or another unit"):
         dense.select(num_tensors=8, order="random", match="type")
