@@ -19,6 +19,7 @@ from .weights import base_name, file_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS, DOCUMENT = "forgetting.jsonl", "forgetting.json"
+DENSE = "dense: kappa-low 20% against random-types"
 FURTHER = "margins"  # the plan that asks more of bases of the study
 
 
@@ -122,21 +123,27 @@ def sentence() -> str:
     """The answer of the primary comparison, and that of dense models when it is there, for README.md."""
     records, plan = runs()
     one = _primary(records, plan)
-    verdict = _verdict(one, one.p)
     said = (
         f"In a first study, on {len(one.bases)} small mixtures of experts, training the quarter of the experts with "
-        f"the lowest kappa {verdict} training random experts of the same layers and types (p = {one.p:.3g})"
+        f"the lowest kappa {_verdict(one, one.p)} training random experts of the same layers and types "
+        f"({_most(one)}, p = {one.p:.3g})"
     )
     compared = analysis.contrasts(report.shown(records, plan), plan)
-    dense = next(each for each in compared.tested if each.name.startswith("dense: kappa-low 20% against random-types"))
+    dense = next(each for each in compared.tested if each.name == DENSE)
     if not dense.complete:
         return said + "."
     p = compared.adjusted[dense.name]
     return (
         f"{said}. On {len(dense.bases)} small dense models training the fifth of the weights with the lowest kappa "
-        f"{_verdict(dense, p)} training random matrices of the same types "
-        f"(p = {p:.2g} by Holm, of {len(compared.tested)} comparisons)."
+        f"{_verdict(dense, p)} training random matrices of the same types ({_most(dense)}, p = {dense.p:.3g}, and "
+        f"{p:.2g} by Holm with {len(compared.tested)} comparisons)."
     )
+
+
+def _most(one: analysis.Contrast) -> str:
+    """In how many bases it stood on the side on which it stood in most."""
+    less, more = sum(effect < 0 for effect in one.effects), sum(effect > 0 for effect in one.effects)
+    return f"less than most of them on {less} models" if less > more else f"more than most of them on {more} models"
 
 
 def _verdict(one: analysis.Contrast, p: float) -> str:

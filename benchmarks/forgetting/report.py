@@ -80,7 +80,7 @@ def answer(records: list[dict[str, Any]], plan: Plan) -> str:
 def sizes(one: Contrast) -> str:
     """How large a difference is, in places and in nats."""
     return (
-        "Its place among the draws, from -1/2 (it forgot less than all) to 1/2 (more than all), is "
+        "Its place among the draws less one half, below 0 where it forgot less than most, is "
         f"{number(one.effect)} in the mean over bases (95% interval {interval(*one.effect_interval)}). Its forgetting "
         f"less the mean of the draws is {number(one.gain, 4)} nats per token (95% interval "
         f"{interval(*one.gain_interval)})."
