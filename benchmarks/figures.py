@@ -211,7 +211,7 @@ def _forgetting(name: str) -> Callable[[], str]:
         text: str = getattr(kept, name)()
         if name in ("tables", "further"):  # a paragraph, if any, and tables
             said, rest = ("", text) if text.startswith("#") else text.partition("\n\n")[::2]
-            return "\n\n".join([*([filled(said)] if said else []), *([rest] if rest else [])])
+            return "\n\n".join([*([filled(said).rstrip()] if said else []), *([rest] if rest else [])])
         return filled(text)
 
     return made

@@ -133,10 +133,18 @@ def sentence() -> str:
     if not dense.complete:
         return said + "."
     p = compared.adjusted[dense.name]
-    return (
+    said = (
         f"{said}. On {len(dense.bases)} small dense models training the fifth of the weights with the lowest kappa "
         f"{_verdict(dense, p)} training random matrices of the same types ({_most(dense)}, p = {dense.p:.3g}, and "
         f"{p:.2g} by Holm with {len(compared.tested)} comparisons)."
+    )
+    asked = _further()
+    if not asked.complete:
+        return said
+    return (
+        f"{said} It {_verdict(asked, asked.p)} random matrices with as many of each type and in each layer "
+        f"({_most(asked)}, p = {asked.p:.2g}), in a test of the same dense models that was planned after the former "
+        "was seen."
     )
 
 
@@ -187,14 +195,14 @@ def further() -> str:
     """The paragraph and the tables of the further question."""
     records, plan = further_runs()
     found = report.shown(records, plan)
-    one = analysis.contrast(found, plan, plan.analysis["primary"])
+    one = _further()
     if not one.complete:
         return "It has not been run yet."
     less = sum(effect < 0 for effect in one.effects)
     said = (
         f"**The fifth of the weights with the lowest kappa {_verdict(one, one.p)} random matrices with as many of each "
-        f"type and in each layer** (p = {one.p:.3g}, {len(one.bases)} dense bases). {report.sizes(one)} It is below 0 "
-        f"in {less} bases."
+        f"type and in each layer** (p = {one.p:.3g}, {len(one.bases)} dense bases). {report.sizes(one)} Its "
+        f"place is below 0 in {less} bases."
     )
     tables = [
         "#### Beside draws of the same types and layers\n\n" + report.contrast_table([one]) + report.READING,
@@ -202,6 +210,11 @@ def further() -> str:
         + described.same_steps({plan.rates[0]: found}, [plan.analysis["primary"]], plan),
     ]
     return "\n\n".join([said, *tables])
+
+
+def _further() -> analysis.Contrast:
+    records, plan = further_runs()
+    return analysis.contrast(report.shown(records, plan), plan, plan.analysis["primary"])
 
 
 def _primary(records: list[dict[str, Any]], plan: Plan) -> analysis.Contrast:

@@ -218,6 +218,19 @@ def test_the_further_question_to_dense_models_is_asked_of_the_runs_of_the_study(
     assert margins.analysis["targets"] == study.analysis["targets"]
 
 
+def test_the_same_is_to_be_asked_of_new_bases():
+    margins, new = (Plan.read(PLANS / f"{name}.json") for name in ("margins", "new-bases"))
+    assert not set(margins.bases["dense"]) & set(new.bases["dense"])
+    assert len(new.bases["dense"]) == 8
+    for name in ("pretraining", "training", "tasks", "rates", "seeds"):
+        assert getattr(new, name) == getattr(margins, name)
+    assert margins.methods.items() <= new.methods.items()
+    assert new.analysis["primary"] == margins.analysis["primary"]
+    study = Plan.read(PLANS / "study.json")
+    assert new.methods["random-types"]["recipe"] == study.methods["random-types"]["recipe"]
+    assert len(new.analysis["comparisons"]) == 1
+
+
 def test_the_published_study_says_what_its_runs_say():
     records, plan = kept.runs()
     document = json.loads((kept.provenance.RESULTS / kept.DOCUMENT).read_text())
@@ -315,6 +328,22 @@ def test_what_the_page_says_of_dense_models_is_what_its_runs_say(root):
     assert [name for name, p in compared.adjusted.items() if p <= report.LEVEL] == [high.name]
     full = analysis.contrast(shown, plan, asked_of(plan, "full"))
     assert full.gain_interval[0] < 0 < full.gain_interval[1]
+
+
+def test_what_the_page_says_of_the_further_question_is_what_its_runs_say(root):
+    records, plan = kept.further_runs()
+    one = analysis.contrast(report.shown(records, plan), plan, plan.analysis["primary"])
+    document = json.loads((kept.provenance.RESULTS / kept.files_of(plan)[1]).read_text())
+    assert document["plan"] == plan.digest(), "the plan was changed after the runs"
+    assert json.dumps(report.rows(records, plan)) == json.dumps(document["rows"])
+    page = " ".join((root / "docs/evidence.md").read_text().split())
+    low, high = -one.gain_interval[1], -one.gain_interval[0]
+    assert f"{-one.gain:.3f} nats less at the same loss (95% interval {low:.3f} to {high:.3f}), p = {one.p:.4f}" in page
+    assert "the lowest of dense models forgot less**, on all eight bases" in page
+    assert max(one.effects) < 0
+    assert (
+        "It forgot less than random matrices with as many of each type and in each layer (less than" in kept.sentence()
+    )
 
 
 def test_what_the_page_says_of_dense_models_beside_the_plan_is_what_their_runs_say():
