@@ -131,6 +131,18 @@ SUITES: dict[str, Suite] = {
             (Part(("-m", "benchmarks.forgetting"), file="forgetting.json"),),
             ("--folder DIR, or --smoke",),
         ),
+        Suite(
+            "margins",
+            "the same of dense models beside draws of the same types and layers; goes on in the folder of forgetting",
+            "an hour of two cores",
+            (
+                Part(
+                    ("-m", "benchmarks.forgetting", "--plan", "benchmarks/forgetting/plans/margins.json"),
+                    file="forgetting-margins.json",
+                ),
+            ),
+            ("--folder DIR",),
+        ),
     )
 }
 
