@@ -35,7 +35,8 @@ def keep(plan: Plan, folder: Path, results: Path = provenance.RESULTS, docs: Pat
     What the further plan shares with the study is not written again.
 
     Raises:
-        ValueError: runs of the primary comparison are missing; or a base or a text is another one than before.
+        ValueError: runs of the primary comparison are missing; a base or a text is another one than before; or what is
+            published is of another plan.
     """
     runs_file, document_file = (results / name for name in files_of(plan))
     shared = Journal(results / RUNS).records() if plan.name == FURTHER else {}
@@ -44,7 +45,12 @@ def keep(plan: Plan, folder: Path, results: Path = provenance.RESULTS, docs: Pat
     there = [each for each in Journal(folder / JOURNAL).records().values() if each["id"] in wanted]
     whole = [each for each in there if each["id"] not in shared]
     new = {each["id"]: report.compact(each) for each in there}  # what is said is what these say, to the last digit
-    old = shared | (Journal(runs_file).records() if before else {})
+    kept = Journal(runs_file).records() if before else {}
+    if lost := kept.keys() - wanted:
+        raise ValueError(
+            f"{runs_file}: has {len(lost)} results that {plan.name!r} does not plan and that would be lost"
+        )
+    old = shared | kept
     _same_bases(old, new)
     records = [each for key, each in (old | new | shared).items() if key in wanted]
     own = [each for each in records if each["id"] not in shared]

@@ -15,9 +15,8 @@ from contextlib import AbstractContextManager
 Task = Callable[[], object]
 PATIENCE = 0.25  # seconds
 
-_thread = (
-    threading.local()
-)  # crew: that of the thread, if it belongs to one; leads: whether it leaves all to the others
+# crew: that of the thread, if it belongs to one; leads: whether the thread leaves all that it shares to the others
+_thread = threading.local()
 
 
 class _Job:

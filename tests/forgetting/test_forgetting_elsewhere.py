@@ -195,6 +195,17 @@ def test_a_further_plan_is_published_beside_the_study_with_the_runs_that_it_shar
         kept.keep(further, write([new[0] | {"weights": "others"}], tmp_path / "weights"), tmp_path)
 
 
+def test_another_plan_does_not_take_the_place_of_the_published_study(tmp_path):
+    plan = small_plan(bases=2, draws=2)
+    kept.keep(plan, write(based(plan), tmp_path / "all"), tmp_path, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("forgetting.*")}
+    assert set(before) == {kept.RUNS, kept.DOCUMENT}
+    other = Plan(**{**vars(plan), "name": "new-bases", "bases": {"mixture": [8, 9]}})
+    with pytest.raises(ValueError, match=r"forgetting.jsonl: has \d+ results that 'new-bases' does not plan"):
+        kept.keep(other, write(based(other), tmp_path / "other"), tmp_path, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("forgetting.*")} == before
+
+
 def test_known_results_are_read_by_id_and_a_missing_file_is_an_error(root, tmp_path):
     records = study(small_plan(bases=1, draws=1))
     report.write_compact(records, tmp_path / "known.jsonl")
